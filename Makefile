@@ -1,0 +1,42 @@
+# What can be done here; `make` lists it. Everything runs in .venv, which `make setup` builds once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format types clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## build the virtual environment in .venv (a few minutes, once)
+
+demo: $(STAMP) ## segment a photograph, and compare the label map with Transformers'
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## run every test that needs no GPU
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## run the tests that take a moment
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## rewrite the files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## check the types
+	$(BIN)/mypy
+
+clean: ## remove the virtual environment and everything built
+	rm -rf $(VENV) .cache build dist demo *.egg-info

@@ -1,0 +1,1 @@
+"""The operations UPerNet is made of. Imports torch, and never fastuper."""
