@@ -1,0 +1,120 @@
+"""Files of a checkpoint folder or a Hub repository: finding them, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Where on the Hub to look, and how; the arguments of the same names of Transformers' `from_pretrained`."""
+
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    subfolder: str = ""
+    revision: str | None = None
+    local_files_only: bool = False
+
+
+def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions | None = None) -> Path | None:
+    """Return the local path of `filename` in a folder or a Hub repository, or None where it has no such file.
+
+    Args:
+        source: a folder, or the id of a Hub repository (`"openmmlab/upernet-convnext-tiny"`).
+        filename: the file's name inside it (inside `options.subfolder`, where that is given).
+        options: where on the Hub to look.
+
+    Raises:
+        OSError: `source` is neither a folder nor a repository that can be reached; the message says which.
+    """
+    options = options or HubOptions()
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / options.subfolder / filename
+        return path if path.is_file() else None
+    if folder.exists():
+        raise NotADirectoryError(f"{source} is a file; give the folder that holds config.json and the weights")
+    try:
+        return Path(
+            hf_hub_download(
+                str(source),
+                filename,
+                subfolder=options.subfolder or None,
+                token=options.token,
+                cache_dir=options.cache_dir,
+                revision=options.revision,
+                local_files_only=options.local_files_only,
+            )
+        )
+    except HFValidationError:
+        raise FileNotFoundError(f"{source} is neither a folder here nor the id of a Hub repository") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor a repository on the Hub; a private one needs `token=`"
+        ) from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source} has no revision {options.revision!r} on the Hub") from None
+    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: not known, rather than known not to exist
+        if _is_cached(source, options):
+            return None
+        raise OSError(
+            f"{source} is not a folder here, not in the local cache, and the Hub cannot be reached: {error}"
+        ) from None
+    except EntryNotFoundError:
+        return None
+
+
+def _is_cached(source: str | os.PathLike[str], options: HubOptions) -> bool:
+    """Whether this revision of a repository is in the cache, so that a file missing there may be taken as missing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = f"{options.subfolder}/config.json" if options.subfolder else "config.json"
+    found = try_to_load_from_cache(str(source), config, cache_dir=options.cache_dir, revision=options.revision)
+    return isinstance(found, str)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; the error names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise OSError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise OSError(f"{path} holds {type(value).__name__} where a JSON object is expected")
+    return value
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes `path`'s place when the block ends, and goes if it fails.
+
+    A reader sees the old file or the new one, never a part of it, whenever the writer is stopped.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
