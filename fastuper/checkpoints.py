@@ -224,6 +224,8 @@ def find_weights(
     remedy = "leave out variant=" if variant else "give the folder or repository that has one of them"
     if use_safetensors is not None:
         remedy += ", or leave out use_safetensors="
+    if not Path(source).is_dir():
+        remedy += "; where the Hub was not reached, only its cache was looked into"
     raise CheckpointError(f"{place} has no weights: looked for {', '.join(names)}; {remedy}")
 
 
@@ -750,11 +752,14 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], place: Path) -> None:
     """Write a weight file to `path`, which is to be moved to `place`."""
     try:
         if path.suffix == ".safetensors":
+            path.touch()
+            mode = path.stat().st_mode
             save_file(tensors, path, metadata={"format": "pt"})
+            path.chmod(mode)  # safetensors 0.8 makes files that nobody else may read
         else:
             torch.save(tensors, path)
     except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{place} could not be written: {error}") from error
+        raise CheckpointError(f"{place} could not be written (is the disk full?): {error}") from error
 
 
 def _globs(kind: str, variant: str | None) -> list[str]:
