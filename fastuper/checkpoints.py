@@ -305,8 +305,9 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             f"{path} wants to run code on loading ({_reason(error)}); it was not run. "
             "Ask whoever made it for model.safetensors, or convert it where you trust it"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        # What a damaged pickle raises depends on where the damage is.
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what it is (AssertionError, struct.error, ...) depends on where the damage is
         raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch it again") from None
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds something else than a dict of tensors; save `model.state_dict()`")
