@@ -161,6 +161,28 @@ def _swin_block_name(name: str) -> str:
     return name
 
 
+def _names_on_disk(model: nn.Module) -> dict[str, str]:
+    """Return, for a backbone that Transformers 5 built, its name in checkpoints of each tensor that it has renamed.
+
+    It knows the names of its own models, and gives back the same tensors under those; conversions that change a
+    tensor's values are none of a backbone's.
+    """
+    backbone = getattr(model, "backbone", None)
+    if not any(cls.__module__.startswith("transformers.") for cls in type(backbone).__mro__):
+        return {}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # Transformers 4 has one set of names
+        return {}
+    state_dict = backbone.state_dict(keep_vars=True)
+    on_disk = {id(tensor): name for name, tensor in revert_weight_conversion(backbone, dict(state_dict)).items()}
+    return {
+        f"backbone.{name}": f"backbone.{on_disk[id(tensor)]}"
+        for name, tensor in state_dict.items()
+        if on_disk.get(id(tensor), name) != name
+    }
+
+
 def _some(names: Iterable[str], count: int = 3) -> str:
     """Return the first few names, for a message."""
     names = list(names)
@@ -577,7 +599,9 @@ class PretrainedMixin(nn.Module):
         """Write everything; return the names of the files, and patterns of those whose place they take."""
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; save_pretrained writes a folder")
-        tensors = _own_storage(self.state_dict() if state_dict is None else state_dict)
+        on_disk = _names_on_disk(self)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        tensors = _own_storage({on_disk.get(name, name): tensor for name, tensor in state_dict.items()})
         kind = SAFETENSORS if safe_serialization else PICKLE
         index = _with_variant(kind + INDEX, variant)
         split = split_torch_state_dict_into_shards(
@@ -703,11 +727,12 @@ def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]]) -> tuple[se
     names_of: dict[torch.Tensor, set[str]] = {}
     for name, tensor in own.items():
         names_of.setdefault(tensor, set()).add(name)
+    renamed = {theirs: ours for ours, theirs in _names_on_disk(model).items()}
     loaded: set[str] = set()
     unexpected: set[str] = set()
     mismatched: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
     for theirs, tensor in iterate_weights(shards):
-        ours = theirs if theirs in own else _hub_name(theirs)
+        ours = theirs if theirs in own else renamed.get(theirs) or _hub_name(theirs)
         if ours is None:
             continue
         if ours not in own:
