@@ -125,7 +125,8 @@ class UperNetImageProcessor:
     - Images of more than four channels are resized, each channel alone. (Arrays of two and four channels are resized as
       Pillow does it, and so does the reference: the last channel is taken for alpha, by which the others are weighted.)
     - The channels are found by the length of `image_mean` before they are guessed.
-    - `data_format` is honoured, as in 4.56; 5.x ignores it.
+    - `data_format` is honoured, and None as an option of one call leaves the processor's own, as in 4.56; 5.x ignores
+      the one and takes the other for False.
     - Segmentation maps may hold labels outside 0 to 255 (int32), and the caller's array is not changed by
       `do_reduce_labels`. Boolean maps are 0 and 1.
     - The old name `reduce_labels`, which Transformers ignores by now, means `do_reduce_labels`.
@@ -697,7 +698,7 @@ def _open_map(name: str, segmentation_map: Image) -> np.ndarray:
     if array.size == 0:
         raise ValueError(f"{name} is {_by(array.shape)} (height x width): it has no pixels")
     if array.dtype == bool:
-        return array.view(np.uint8)
+        return array.astype(np.uint8)  # no view: Pillow's mode 1 holds its True as 255
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and np.array_equal(array, np.floor(array))):
         raise ValueError(f"{name} holds fractions, NaN or infinite values; labels are whole numbers")
     return array
@@ -718,7 +719,7 @@ def _resized_argmax(logits: torch.Tensor, height: int, width: int) -> torch.Tens
     """Return the largest class of each pixel of logits (1, C, h, w) resized to (height, width)."""
     step = logits.shape[1]
     if logits.is_contiguous():
-        # In this layout PyTorch resizes each channel alone, so parts give the bits of the whole; in others they may not.
+        # In this layout PyTorch resizes each channel alone and parts have the bits of the whole; in others maybe not.
         step = max(1, MAX_RESIZED_LOGITS // (height * width))
     best = labels = None
     for start in range(0, logits.shape[1], step):
