@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-import torch.nn.functional as F
+from fastuper_kernels import upsample_argmax
 
 from fastuper.hub import HubOptions, atomic_path, find_file, read_json
 
@@ -53,8 +53,6 @@ WRITTEN_TYPE = "SegformerImageProcessor"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# `post_process_semantic_segmentation` holds about this many resized logits at a time (256 MB as float32).
-MAX_RESIZED_LOGITS = 1 << 26
 # 8-bit pixels are looked up this many rows at a time.
 ROWS = 64
 
@@ -188,7 +186,7 @@ class UperNetImageProcessor:
         source: str | os.PathLike[str],
         *,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
         subfolder: str = "",
         revision: str | None = None,
         local_files_only: bool = False,
@@ -355,7 +353,7 @@ class UperNetImageProcessor:
 
         Returns:
             N int64 tensors of shape (height, width), on the device of the logits. Among equal logits the first class
-            wins. Large images are resized a few classes at a time, so that not all of their logits are held at once.
+            wins.
 
         Raises:
             ValueError: there are not as many target sizes as images.
@@ -370,7 +368,7 @@ class UperNetImageProcessor:
                 f"{len(target_sizes)} target_sizes for {len(logits)} images; give one (height, width) an image"
             )
         return [
-            _resized_argmax(logits[index : index + 1], int(height), int(width))
+            upsample_argmax(logits[index : index + 1], [(int(height), int(width))])[0]
             for index, (height, width) in enumerate(target_sizes)
         ]
 
@@ -713,24 +711,3 @@ def _stack(key: str, arrays: list[np.ndarray]) -> np.ndarray:
             "return_tensors at None for a list"
         )
     return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
-
-
-def _resized_argmax(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the largest class of each pixel of logits (1, C, h, w) resized to (height, width)."""
-    step = logits.shape[1]
-    if logits.is_contiguous():
-        # In this layout PyTorch resizes each channel alone and parts have the bits of the whole; in others maybe not.
-        step = max(1, MAX_RESIZED_LOGITS // (height * width))
-    best = labels = None
-    for start in range(0, logits.shape[1], step):
-        part = logits[:, start : start + step]
-        resized = F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
-        values, indices = resized[0].max(dim=0)
-        if best is None or labels is None:
-            best, labels = values, indices
-        else:
-            better = values > best  # not >=: the first of equal classes wins, as in argmax
-            best = torch.where(better, values, best)
-            labels = torch.where(better, indices + start, labels)
-    assert labels is not None
-    return labels
