@@ -167,7 +167,7 @@ def _names_on_disk(model: nn.Module) -> dict[str, str]:
     It knows the names of its own models, and gives back the same tensors under those; conversions that change a
     tensor's values are none of a backbone's.
     """
-    backbone = getattr(model, "backbone", None)
+    backbone: Any = getattr(model, "backbone", None)
     if not any(cls.__module__.startswith("transformers.") for cls in type(backbone).__mro__):
         return {}
     try:

@@ -226,6 +226,7 @@ def test_backbone_state_dict(backbone, prefix):
         "classifier.weight",
         "classifier.1.bias",
         f"{backbone}.pooler.weight",
+        f"{backbone}.embeddings.mask_token",
         "decode_head.classifier.weight",
     ):
         theirs[surplus] = torch.zeros(1)
