@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import transformers
+from tests.parity.models import STAGES, pair
 
 import fastuper
-from tests.parity.models import STAGES, pair
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 SIZE = 512
@@ -76,22 +76,24 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name, config in BACKBONES.items():
-        runs = [measure(transformers.UperNetConfig(backbone_config=config(), num_labels=150), seed) for seed in range(arguments.seeds)]
+        runs = [
+            measure(transformers.UperNetConfig(backbone_config=config(), num_labels=150), seed)
+            for seed in range(arguments.seeds)
+        ]
         row: dict[str, Any] = {"backbone": name, "float64": max(run["float64"] for run in runs)}
         for dtype in ("float32", "bfloat16"):
             row[dtype] = {
                 "errors": {
-                    who: root_mean_square([run[dtype]["errors"][who] for run in runs]) for who in runs[0][dtype]["errors"]
+                    who: root_mean_square([run[dtype]["errors"][who] for run in runs])
+                    for who in runs[0][dtype]["errors"]
                 },
-                "labels": {
-                    key: sum(run[dtype]["labels"][key] for run in runs) for key in runs[0][dtype]["labels"]
-                },
+                "labels": {key: sum(run[dtype]["labels"][key] for run in runs) for key in runs[0][dtype]["labels"]},
             }
         rows.append(row)
         print(json.dumps(row), flush=True)
     result = {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "versions": {
             "fastuper": fastuper.__version__,
             "torch": torch.__version__,

@@ -15,8 +15,8 @@ def accuracy() -> str:
     """Return the table of errors against float64."""
     result = json.loads((RESULTS / "accuracy.json").read_text())
     lines = [
-        "| UPerNet with | float64: ours to Transformers' | float32: ours, Transformers' | bfloat16: ours, Transformers' | "
-        "labels that differ, float32 |",
+        "| UPerNet with | float64: ours from Transformers' | float32: ours, Transformers' "
+        "| bfloat16: ours, Transformers' | labels that differ, float32 |",
         "|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -31,8 +31,9 @@ def accuracy() -> str:
     lines += [
         "",
         f"Relative errors of the logits against float64, root mean square over {result['seeds']} draws of weights and "
-        f"{result['size']} x {result['size']} images, 150 classes; Transformers' in the worse of its two memory layouts "
-        f"([the rule](docs/accuracy.md)). Transformers {versions['transformers']}, PyTorch {versions['torch']}, "
+        f"of {result['size']} x {result['size']} images, 150 classes; Transformers' in the worse of its two memory "
+        f"layouts ([the rule](docs/accuracy.md)). Transformers {versions['transformers']}, PyTorch "
+        f"{versions['torch']}, "
         f"{result['machine']}, {result['date']}; `make accuracy` repeats it.",
     ]
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from fastuper.configuration import as_dtype
 from fastuper.hub import HubOptions, atomic_path, find_file, pin_revision, read_json
 
 logger = logging.getLogger("fastuper")
@@ -456,7 +457,7 @@ class PretrainedMixin(nn.Module):
         config.name_or_path = str(source)
 
         shards = find_weights(source, options, variant, use_safetensors)
-        config.dtype = wanted_dtype or _as_dtype(getattr(config, "dtype", None)) or _first_dtype(shards)
+        config.dtype = wanted_dtype or config.dtype or _first_dtype(shards)
         target = torch.get_default_device() if device is None else torch.device(device)
         # Weights made in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():
@@ -674,22 +675,13 @@ def _build_config(
     return cls.config_class.from_dict(values | changes)
 
 
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the floating-point dtype of this name; None for "auto" and None."""
-    if dtype is None or dtype == "auto":
-        return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f'dtype={dtype!r} is not a floating-point dtype; "auto", "float32" and torch.bfloat16 are')
-    return found
-
-
 def _wanted_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is not None and torch_dtype is not None and _as_dtype(dtype) != _as_dtype(torch_dtype):
+    named = [as_dtype(name) for name in (dtype, torch_dtype) if name is not None and name != "auto"]
+    if dtype is not None and torch_dtype is not None and (len(named) == 1 or len(set(named)) > 1):
         raise ValueError(
             f"dtype={dtype!r} and torch_dtype={torch_dtype!r} disagree; torch_dtype is the older name: leave it out"
         )
-    return _as_dtype(dtype if dtype is not None else torch_dtype)
+    return named[0] if named else None
 
 
 def _first_dtype(shards: Mapping[Path, set[str]]) -> torch.dtype:

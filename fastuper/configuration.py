@@ -617,16 +617,25 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
 
     Raises:
         OSError: the folder or the repository has no config.json, or cannot be reached.
+        TypeError: `backbone_kwargs` has a name that the configuration has not.
     """
     assert config.backbone is not None
-    values = config.backbone_kwargs or {}
+    overrides = config.backbone_kwargs or {}
     if config.use_timm_backbone:
-        values = {"use_pretrained_backbone": config.use_pretrained_backbone, **values}
-        return ForeignBackboneConfig("timm_backbone", backbone=config.backbone, **values)
+        overrides = {"use_pretrained_backbone": config.use_pretrained_backbone, **overrides}
+        return ForeignBackboneConfig("timm_backbone", backbone=config.backbone, **overrides)
     path = find_file(config.backbone, CONFIG_NAME)
     if path is None:
         raise FileNotFoundError(f"backbone={config.backbone!r} has no {CONFIG_NAME}")
-    return config.own_backbone({**read_json(path), **values})
+    backbone = backbone_config_from(read_json(path))
+    for name, value in overrides.items():
+        if isinstance(backbone, ForeignBackboneConfig):
+            backbone.values[name] = value
+        elif hasattr(backbone, name):
+            setattr(backbone, name, value)  # out_features sets out_indices too
+        else:
+            raise TypeError(f"backbone_kwargs: {type(backbone).__name__} has no {name!r}")
+    return config.own_backbone(backbone)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -635,14 +644,12 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     Raises:
         ValueError: it means none.
     """
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"{dtype!r} is not the name of a dtype; float32, bfloat16 and float16 are")
-        dtype = named
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"weights are floating-point numbers, not {dtype}")
-    return dtype
+    if dtype is None:
+        return None
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f'dtype={dtype!r} is not a floating-point dtype; "float32" and torch.bfloat16 are')
+    return named
 
 
 def _as_dict(config: Any) -> dict[str, Any] | None:
