@@ -1,3 +1,14 @@
-"""UPerNet for semantic segmentation, the same network as Hugging Face Transformers' with less work."""
+"""UPerNet for semantic segmentation: the same network as Hugging Face Transformers', with less work."""
+
+from fastuper.configuration import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig
+from fastuper.modeling import UperNetForSemanticSegmentation
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ConvNextConfig",
+    "ResNetConfig",
+    "SwinConfig",
+    "UperNetConfig",
+    "UperNetForSemanticSegmentation",
+]

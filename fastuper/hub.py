@@ -26,7 +26,7 @@ class HubOptions:
     """Where on the Hub to look, and how; the arguments of the same names of Transformers' `from_pretrained`."""
 
     token: str | bool | None = None
-    cache_dir: str | os.PathLike[str] | None = None
+    cache_dir: str | Path | None = None
     subfolder: str = ""
     revision: str | None = None
     local_files_only: bool = False

@@ -1,0 +1,143 @@
+"""What the backbones have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastuper.configuration import BackboneConfig
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_new": partial(nn.GELU, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
+    "hardswish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
+    "linear": nn.Identity,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "selu": nn.SELU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+
+
+def activation(name: str) -> nn.Module:
+    """Return the activation that Transformers has under this name.
+
+    Raises:
+        ValueError: the name is not known; the message lists those that are.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={name!r} is not known; known are {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[name]()
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (https://arxiv.org/abs/1603.09382): in training, zero a residual branch for some samples.
+
+    Args:
+        drop_prob: the share of samples whose branch is dropped; the others are divided by `1 - drop_prob`.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop whole samples of x (B, ...)."""
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        keep = 1 - self.drop_prob
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        # The draw is the reference's, so that a seeded run of either drops the same samples.
+        return x.div(keep) * torch.floor(torch.rand(shape, dtype=x.dtype, device=x.device) + keep)
+
+    def extra_repr(self) -> str:
+        """Show the probability."""
+        return f"p={self.drop_prob}"
+
+
+def drop_path(drop_prob: float) -> nn.Module:
+    """Return stochastic depth, or nothing where its probability is 0."""
+    return DropPath(drop_prob) if drop_prob > 0.0 else nn.Identity()
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a map (B, C, H, W)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise each position of x (B, C, H, W)."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def pad_to(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Pad a map (B, C, H, W) with zeros, below and to the right, where it is smaller than (height, width)."""
+    bottom, right = max(height - x.shape[2], 0), max(width - x.shape[3], 0)
+    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+
+
+def pad_to_multiple(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Pad a map (B, H, W, C) with zeros, below and to the right, to multiples of (height, width)."""
+    bottom, right = (height - x.shape[1] % height) % height, (width - x.shape[2] % width) % width
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Return (height, width) of a setting that is one number or two."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+class Backbone(nn.Module):
+    """Base of our backbones: which maps they return, and of how many channels.
+
+    Args:
+        config: its configuration; `out_features` says which stages are returned.
+        num_features: channels of the stem and of each stage.
+
+    Attributes:
+        channels: channels of each map that `forward` returns.
+    """
+
+    def __init__(self, config: BackboneConfig, num_features: list[int]):
+        super().__init__()
+        self.config = config
+        self.stage_names = config.stage_names
+        self.out_features = list(config.out_features)
+        self.num_features = num_features
+        self.channels = [num_features[self.stage_names.index(name)] for name in self.out_features]
+
+    def check_channels(self, pixel_values: torch.Tensor) -> None:
+        """Raise ValueError where an image (B, C, H, W) has not the channels that the backbone was built for."""
+        expected: int = self.config.num_channels  # type: ignore[attr-defined]
+        if pixel_values.shape[1] != expected:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} have {pixel_values.shape[1]} channels, "
+                f"the backbone's num_channels is {expected}"
+            )
+
+    def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Fill one parameter or buffer with its initial value, in place; subclasses add those that are theirs."""
+        initialize_tensor(module, name, tensor, std=getattr(self.config, "initializer_range", 0.02))
+
+
+def initialize_tensor(module: nn.Module, name: str, tensor: torch.Tensor, *, std: float) -> None:
+    """Fill `module.name` with the initial value that Transformers gives it: normal weights, zero biases, unit norms.
+
+    Raises:
+        NotImplementedError: the module has its own kind of parameter.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.normal_(tensor, std=std) if name == "weight" else nn.init.zeros_(tensor)
+    elif isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
+        nn.init.ones_(tensor) if name in ("weight", "running_var") else nn.init.zeros_(tensor)
+    else:
+        raise NotImplementedError(f"no initial value is known for {name} of {type(module).__name__}")

@@ -1,0 +1,338 @@
+"""Swin Transformer (https://arxiv.org/abs/2103.14030) as a backbone; parameters are named as in the Hub's checkpoints.
+
+Maps are (B, H, W, C) here, as attention and its linear layers want them; those that leave are (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastuper.backbones.layers import Backbone, activation, drop_path, pad_to_multiple, pair
+from fastuper.configuration import SwinConfig
+from fastuper.outputs import BackboneOutput
+
+
+def window_partition(x: torch.Tensor, window: int) -> torch.Tensor:
+    """Cut maps (B, H, W, C), H and W multiples of the window, into (B * windows, window * window, C)."""
+    batch, height, width, channels = x.shape
+    x = x.view(batch, height // window, window, width // window, window, channels)
+    return x.transpose(2, 3).reshape(-1, window * window, channels)
+
+
+def window_reverse(windows: torch.Tensor, window: int, height: int, width: int) -> torch.Tensor:
+    """Put (B * windows, window * window, C) back together into (B, height, width, C)."""
+    channels = windows.shape[-1]
+    x = windows.view(-1, height // window, width // window, window, window, channels)
+    return x.transpose(2, 3).reshape(-1, height, width, channels)
+
+
+def shifted_window_mask(
+    height: int, width: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return what is added to the scores of shifted windows: -100 between positions that were not neighbours.
+
+    After a cyclic shift of a (height, width) map the last windows hold pieces of up to four regions; positions attend
+    within their own. -> (windows, window * window, window * window)
+    """
+
+    def regions(n: int) -> torch.Tensor:
+        index = torch.arange(n, device=device)
+        return (index >= n - window).long() + (index >= n - shift).long()
+
+    region = regions(height)[:, None] * 3 + regions(width)[None, :]
+    region = window_partition(region[None, :, :, None], window).squeeze(-1)
+    differs = region[:, None, :] != region[:, :, None]
+    return torch.zeros(differs.shape, dtype=dtype, device=device).masked_fill_(differs, -100.0)
+
+
+def relative_position_index(window: int, device: torch.device | None = None) -> torch.Tensor:
+    """Return which row of the bias table belongs to each pair of positions in a window: (L, L), L = window * window."""
+    y, x = torch.meshgrid(torch.arange(window, device=device), torch.arange(window, device=device), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
+
+
+class SwinEmbeddings(nn.Module):
+    """The stem: non-overlapping patches, a norm, and (optionally) learned position embeddings."""
+
+    def __init__(self, config: SwinConfig):
+        super().__init__()
+        self.patch_embeddings = SwinPatchEmbeddings(config)
+        (height, width), (patch_height, patch_width) = pair(config.image_size), pair(config.patch_size)
+        self.grid = (height // patch_height, width // patch_width)
+        self.position_embeddings = (
+            nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], config.embed_dim))
+            if config.use_absolute_embeddings
+            else None
+        )
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed an image (B, C, H, W) of any size, padded to whole patches, as (B, h, w, embed_dim)."""
+        x = self.norm(self.patch_embeddings(pixel_values))
+        if self.position_embeddings is not None:
+            x = x + self.positions(x.shape[1], x.shape[2])
+        return self.dropout(x)
+
+    def positions(self, height: int, width: int) -> torch.Tensor:
+        """Return the position embeddings for a grid, resampled (bicubic) where it is not the configured one."""
+        assert self.position_embeddings is not None
+        table = self.position_embeddings.view(1, *self.grid, -1)
+        if (height, width) == self.grid:
+            return table
+        # The reference fails for any image that is not of the configured size.
+        table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False)
+        return table.permute(0, 2, 3, 1)
+
+
+class SwinPatchEmbeddings(nn.Module):
+    """A convolution whose stride is its kernel."""
+
+    def __init__(self, config: SwinConfig):
+        super().__init__()
+        size = pair(config.patch_size)
+        self.projection = nn.Conv2d(config.num_channels, config.embed_dim, kernel_size=size, stride=size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Map an image (B, C, H, W) to (B, ceil(H / patch), ceil(W / patch), embed_dim)."""
+        image = pad_to_multiple(pixel_values.permute(0, 2, 3, 1), *pair(self.projection.kernel_size))
+        return self.projection(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SwinPatchMerging(nn.Module):
+    """Concatenate the four positions of each 2x2 square, norm, and halve the channels."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+        x = pad_to_multiple(x, 2, 2)
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        return self.reduction(self.norm(x))
+
+
+class SwinSelfAttention(nn.Module):
+    """Multi-head attention within windows, with a learned bias for each relative position."""
+
+    def __init__(self, config: SwinConfig, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.window = config.window_size
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, heads))
+        self.relative_position_index: torch.Tensor
+        self.register_buffer("relative_position_index", relative_position_index(self.window))
+        self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def bias(self) -> torch.Tensor:
+        """Return the relative position bias, (heads, L, L)."""
+        length = self.window**2
+        table = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        return table.view(length, length, self.heads).permute(2, 0, 1).contiguous()
+
+    def forward(
+        self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend within windows (B * windows, L, C), with the mask (windows, L, L) of shifted ones.
+
+        Returns the result (B * windows, L, C), and the weights (B * windows, heads, L, L) where they are asked for.
+        """
+        count, length, channels = windows.shape
+        query, key, value = (
+            layer(windows).view(count, length, self.heads, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        bias = self.bias()[None]
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(count // mask.shape[0], 1, 1, 1)
+        if output_attentions:
+            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
+            weights = self.dropout(scores.softmax(-1))
+            out = weights @ value
+        else:
+            weights = None
+            dropout = self.dropout.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        return out.transpose(1, 2).reshape(count, length, channels), weights
+
+
+class SwinDense(nn.Module):
+    """A linear layer and dropout, under the name that checkpoints give it."""
+
+    def __init__(self, dim_in: int, dim: int, dropout: float):
+        super().__init__()
+        self.dense = nn.Linear(dim_in, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., C_in) to (..., C)."""
+        return self.dropout(self.dense(x))
+
+
+class SwinIntermediate(nn.Module):
+    """The first layer of an MLP and its activation."""
+
+    def __init__(self, config: SwinConfig, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, int(config.mlp_ratio * dim))
+        self.intermediate_act_fn = activation(config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., C) to (..., mlp_ratio * C)."""
+        return self.intermediate_act_fn(self.dense(x))
+
+
+class SwinAttention(nn.Module):
+    """Attention within windows, and the layer that mixes its heads."""
+
+    def __init__(self, config: SwinConfig, dim: int, heads: int):
+        super().__init__()
+        self.self = SwinSelfAttention(config, dim, heads)
+        self.output = SwinDense(dim, dim, config.hidden_dropout_prob)
+
+    def forward(
+        self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend within windows (B * windows, L, C); see `SwinSelfAttention.forward`."""
+        out, weights = self.self(windows, mask, output_attentions)
+        return self.output(out), weights
+
+
+class SwinLayer(nn.Module):
+    """One block: attention within windows, shifted in every other block, then an MLP, each with a residual."""
+
+    def __init__(self, config: SwinConfig, dim: int, heads: int, shift: int, drop_prob: float):
+        super().__init__()
+        self.window = config.window_size
+        self.shift = shift
+        self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.attention = SwinAttention(config, dim, heads)
+        self.drop_path = drop_path(drop_prob)
+        self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.intermediate = SwinIntermediate(config, dim)
+        self.output = SwinDense(int(config.mlp_ratio * dim), dim, config.hidden_dropout_prob)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map (B, H, W, C) to the same shape, with the attention weights where they are asked for."""
+        attended, weights = self.attend(self.layernorm_before(x), mask, output_attentions)
+        x = x + self.drop_path(attended)
+        # As the reference has it, stochastic depth drops the attention and never the MLP.
+        return x + self.output(self.intermediate(self.layernorm_after(x))), weights
+
+    def attend(
+        self, x: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pad to whole windows, shift, attend, and undo the shift and the padding."""
+        height, width = x.shape[1:3]
+        x = pad_to_multiple(x, self.window, self.window)
+        padded_height, padded_width = x.shape[1:3]
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+        windows, weights = self.attention(window_partition(x, self.window), mask, output_attentions)
+        x = window_reverse(windows, self.window, padded_height, padded_width)
+        if self.shift:
+            x = x.roll((self.shift, self.shift), dims=(1, 2))
+        return x[:, :height, :width], weights
+
+
+class SwinStage(nn.Module):
+    """Blocks, then (but in the last stage) patch merging."""
+
+    def __init__(self, config: SwinConfig, dim: int, heads: int, drop_probs: list[float], merges: bool):
+        super().__init__()
+        self.window = config.window_size
+        self.shift = config.window_size // 2
+        self.blocks = nn.ModuleList(
+            SwinLayer(config, dim, heads, self.shift if i % 2 else 0, p) for i, p in enumerate(drop_probs)
+        )
+        self.downsample = SwinPatchMerging(dim) if merges else None
+
+    def forward(
+        self, x: torch.Tensor, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Map (B, H, W, C) to the same shape.
+
+        Returns:
+            The stage's map, the merged one (B, ceil(H / 2), ceil(W / 2), 2 C) that goes on (the same map in the last
+            stage), and the last block's attention weights where they are asked for.
+        """
+        height, width = (-(-n // self.window) * self.window for n in x.shape[1:3])
+        mask, weights = None, None
+        if self.shift and len(self.blocks) > 1:
+            mask = shifted_window_mask(height, width, self.window, self.shift, x.dtype, x.device)
+        for block in self.blocks:
+            x, weights = block(x, mask if block.shift else None, output_attentions)
+        return x, x if self.downsample is None else self.downsample(x), weights
+
+
+class SwinEncoder(nn.Module):
+    """The stages."""
+
+    def __init__(self, config: SwinConfig):
+        super().__init__()
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(config.depths)
+        last = len(config.depths) - 1
+        self.layers = nn.ModuleList(
+            SwinStage(config, config.embed_dim * 2**i, heads, rates[i].tolist(), merges=i < last)
+            for i, heads in enumerate(config.num_heads)
+        )
+
+
+class SwinBackbone(Backbone):
+    """Swin, returning the normed maps of the stages in `config.out_features`, each before its patch merging."""
+
+    config: SwinConfig
+
+    def __init__(self, config: SwinConfig):
+        stages = [config.embed_dim * 2**i for i in range(len(config.depths))]
+        super().__init__(config, [config.embed_dim, *stages])
+        self.embeddings = SwinEmbeddings(config)
+        self.encoder = SwinEncoder(config)
+        self.hidden_states_norms = nn.ModuleDict(
+            {name: nn.LayerNorm(dim) for name, dim in zip(self.out_features, self.channels, strict=True)}
+        )
+
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+    ) -> BackboneOutput:
+        """Return the feature maps of an image (B, C, H, W).
+
+        Raises:
+            ValueError: the image has another number of channels than the configuration.
+        """
+        self.check_channels(pixel_values)
+        x = self.embeddings(pixel_values)
+        maps, attentions = [x], []
+        for stage in self.encoder.layers:
+            out, x, weights = stage(x, output_attentions)
+            maps.append(out)
+            attentions.append(weights)
+        feature_maps = tuple(
+            self.hidden_states_norms[name](x).permute(0, 3, 1, 2).contiguous()
+            for name, x in zip(self.stage_names, maps, strict=True)
+            if name in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps,
+            tuple(x.permute(0, 3, 1, 2).contiguous() for x in maps) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
+
+    def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Fill one parameter or buffer with its initial value."""
+        if name == "relative_position_index":
+            tensor.copy_(relative_position_index(self.config.window_size, tensor.device))
+        elif name in ("relative_position_bias_table", "position_embeddings"):
+            nn.init.zeros_(tensor)
+        else:
+            super().initialize_tensor(module, name, tensor)

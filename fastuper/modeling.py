@@ -1,0 +1,232 @@
+"""UPerNet, with the interface of Transformers' `UperNetForSemanticSegmentation`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastuper_kernels import upsample_argmax
+from torch import nn
+from torch.nn import functional as F
+
+from fastuper.backbones import Backbone, build_backbone
+from fastuper.backbones.layers import initialize_tensor
+from fastuper.configuration import (
+    UperNetConfig,
+    named_backbone_config,
+    upernet_config_from,
+)
+from fastuper.head import FCNHead, UperNetHead
+from fastuper.outputs import SemanticSegmenterOutput
+
+
+class UperNetForSemanticSegmentation(nn.Module):
+    """UPerNet over a ConvNeXt, Swin or ResNet backbone (or one of timm's or Transformers').
+
+    The same network as `transformers.UperNetForSemanticSegmentation`: its configurations, checkpoints, outputs and
+    losses. It differs where that one fails its users:
+
+    - the auxiliary head runs only when labels are given;
+    - images of any size from 1 x 1 are taken, and Swin's absolute position embeddings are resampled to them;
+    - default backbone configurations give all of their stages;
+    - Swin's hidden states are maps (B, C, H, W), as in Transformers 5 (4.x: (B, L, C)), and attentions are returned
+      whenever they are asked for (5.x: only with eager attention; with `return_dict=False`, never alone).
+
+    Args:
+        config: a `UperNetConfig`, ours or Transformers'.
+
+    Attributes:
+        backbone: its `forward(pixel_values)` returns `feature_maps`.
+        decode_head: the UPerNet head, from feature maps to logits at stride 4.
+        auxiliary_head: None where the configuration has none.
+    """
+
+    config_class = UperNetConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: UperNetConfig | Any):
+        super().__init__()
+        self.config = _with_backbone_config(upernet_config_from(config))
+        self.backbone = build_backbone(self.config.backbone_config)
+        channels = self.backbone.channels
+        self.decode_head = UperNetHead(self.config, channels)
+        self.auxiliary_head = FCNHead(self.config, channels) if self.config.use_auxiliary_head else None
+        self.initialize()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> SemanticSegmenterOutput | tuple[Any, ...]:
+        """Segment images.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised; any size.
+            output_attentions: whether to return the attention weights; the configuration decides where None.
+            output_hidden_states: whether to return the backbone's hidden states; likewise.
+            labels: (B, H, W), integers in [0, num_labels) or `config.loss_ignore_index`; gives the loss.
+            return_dict: whether to return an output object (True) or its tuple; likewise.
+
+        Returns:
+            `SemanticSegmenterOutput`: `loss` is the mean cross entropy over the pixels that are not ignored, plus
+            `auxiliary_loss_weight` times the auxiliary head's; `logits` are (B, num_labels, H, W), contiguous.
+
+        Raises:
+            ValueError: pixels or labels of a wrong shape, type or range; the message says what was expected.
+        """
+        config = self.config
+        pixel_values = self._check_pixels(pixel_values)
+        if labels is not None:
+            labels = self._check_labels(labels, pixel_values)
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        size = pixel_values.shape[2:]
+
+        features = self._features(pixel_values, output_hidden_states, output_attentions)
+        logits = _resize(self.decode_head(features.feature_maps), size)
+
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits, labels, ignore_index=config.loss_ignore_index)
+            if self.auxiliary_head is not None:
+                auxiliary_logits = _resize(self.auxiliary_head(features.feature_maps), size)
+                auxiliary_loss = F.cross_entropy(auxiliary_logits, labels, ignore_index=config.loss_ignore_index)
+                loss = loss + config.auxiliary_loss_weight * auxiliary_loss
+
+        output = SemanticSegmenterOutput(loss, logits.contiguous(), features.hidden_states, features.attentions)
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @torch.no_grad()
+    def segment(
+        self, pixel_values: torch.Tensor, target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Return the label map of each image: `forward`, then the processor's `post_process_semantic_segmentation`.
+
+        The module's mode is left as it is: call `eval()` first.
+
+        Args:
+            pixel_values: (B, C, H, W), as for `forward`.
+            target_sizes: (height, width) of each label map, one an image; the images' own size where None. Logits are
+                resampled to the images' size and then to this one, as Transformers does.
+
+        Returns:
+            B label maps, each (height, width), int64.
+
+        Raises:
+            ValueError: `target_sizes` are not as many as the images, or pixels are not finite.
+        """
+        pixel_values = self._check_pixels(pixel_values)
+        if not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
+            raise ValueError("pixel_values contain NaN or infinity; their labels would mean nothing")
+        size = (pixel_values.shape[2], pixel_values.shape[3])
+        if target_sizes is None:
+            targets = [size] * len(pixel_values)
+        else:
+            targets = [(int(height), int(width)) for height, width in target_sizes]
+        if len(targets) != len(pixel_values):
+            raise ValueError(
+                f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"
+            )
+        logits = self.decode_head(self._features(pixel_values, False, False).feature_maps)
+        return [
+            upsample_argmax(image, [size] if target == size else [size, target])[0]
+            for image, target in zip(logits.split(1), targets, strict=True)
+        ]
+
+    def _features(self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool) -> Any:
+        """Call the backbone. Those of Transformers filter the arguments that they do not know themselves."""
+        call = getattr(self.backbone, "forward_with_filtered_kwargs", self.backbone)
+        return call(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+
+    def _check_pixels(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        if pixel_values.ndim != 4 or 0 in pixel_values.shape:
+            raise ValueError(f"pixel_values must be (batch, channels, height, width), got {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating point and normalised, got {pixel_values.dtype}: "
+                "give the images to UperNetImageProcessor first"
+            )
+        return pixel_values
+
+    def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        if config.num_labels == 1:
+            raise ValueError("The number of labels should be greater than one")
+        expected = (pixel_values.shape[0], *pixel_values.shape[2:])
+        if labels.shape != expected:
+            raise ValueError(f"labels must be (batch, height, width) = {tuple(expected)}, got {tuple(labels.shape)}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
+        labels = labels.long()
+        # On a GPU looking would make every step wait for it; there PyTorch's own assertion stops the process.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            valid = labels[labels != config.loss_ignore_index]
+            if valid.numel() and (valid.min() < 0 or valid.max() >= config.num_labels):
+                raise ValueError(
+                    f"labels must be in [0, {config.num_labels}) or loss_ignore_index={config.loss_ignore_index}, "
+                    f"got values from {int(valid.min())} to {int(valid.max())}"
+                )
+        return labels
+
+    @torch.no_grad()
+    def initialize(self, names: set[str] | None = None) -> None:
+        """Fill parameters and buffers with the initial values that Transformers gives them.
+
+        Args:
+            names: full names of those to fill; all of them where None. A backbone of another library initialises
+                itself when it is built: its tensors are left as they are.
+        """
+        for path, module in self.named_modules():
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if names is not None and (f"{path}.{name}" if path else name) not in names:
+                    continue
+                if not path.startswith("backbone"):
+                    initialize_tensor(module, name, tensor, std=self.config.initializer_range)
+                elif isinstance(self.backbone, Backbone):
+                    self.backbone.initialize_tensor(module, name, tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Return the number of parameters, or of those that require a gradient."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def can_generate(self) -> bool:
+        """Return False: pipelines ask whether a model generates text."""
+        return False
+
+
+def _resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _with_backbone_config(config: UperNetConfig) -> UperNetConfig:
+    """Return the configuration itself, or, where it only names a backbone, a copy with that backbone's own.
+
+    The copy is what Transformers 5 makes of it, so that a saved model needs nothing but its own folder.
+    """
+    if config.backbone_config is not None:
+        return config
+    config = copy.deepcopy(config)
+    config.backbone_config = named_backbone_config(config)
+    config.backbone, config.backbone_kwargs = None, None
+    config.use_timm_backbone, config.use_pretrained_backbone = False, False
+    return config

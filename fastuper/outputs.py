@@ -1,0 +1,118 @@
+"""What the model returns: dataclasses that are also ordered dictionaries and tuples, as Transformers' outputs are."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """Base of the outputs: fields that are None are left out of the keys and of the tuple.
+
+    `output.logits`, `output["logits"]` and `output[0]` are the same object. Subclasses are dataclasses, and pytrees,
+    so that DistributedDataParallel, `torch.export` and `torch.compile` see the tensors inside.
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Register the subclass as a pytree."""
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output.keys())),
+            lambda values, keys: cls(**dict(zip(keys, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=lambda output: (
+                [(pytree.MappingKey(key), value) for key, value in output.items()],
+                list(output.keys()),
+            ),
+        )
+
+    def __post_init__(self) -> None:
+        given = {field.name: self.__dict__.get(field.name) for field in fields(self)}  # type: ignore[arg-type]
+        first = next(iter(given))
+        # accelerate and DataParallel rebuild outputs as `type(output)(mapping)` and `type(output)(pairs)`.
+        value = given[first]
+        if isinstance(value, Mapping | Iterator) and all(v is None for k, v in given.items() if k != first):
+            pairs = dict(value)
+            if unknown := pairs.keys() - given.keys():
+                raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}; it has {', '.join(given)}")
+            given = {name: pairs.get(name) for name in given}
+        for name, value in given.items():
+            setattr(self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+            if value is not None:
+                super().__setitem__(name, value)
+            elif name in self:
+                super().__delitem__(name)
+        super().__setattr__(name, value)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"nothing can be deleted from a {type(self).__name__}; set {key} to None")
+
+    def pop(self, *_: Any, **__: Any) -> Any:
+        """Refuse: an output keeps its fields."""
+        raise TypeError(f"nothing can be popped from a {type(self).__name__}")
+
+    def setdefault(self, *_: Any, **__: Any) -> Any:
+        """Refuse: an output keeps its fields."""
+        raise TypeError(f"a {type(self).__name__} has no setdefault")
+
+    def update(self, *_: Any, **__: Any) -> None:
+        """Refuse: an output keeps its fields."""
+        raise TypeError(f"a {type(self).__name__} cannot be updated; set its attributes")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the values that are not None, in the order of the fields."""
+        return tuple(self.values())
+
+    def values(self) -> Iterable[Any]:  # type: ignore[override]
+        """Return the values that are not None, in the order of the fields."""
+        return [self[field.name] for field in fields(self) if field.name in self]  # type: ignore[arg-type]
+
+
+@dataclass(eq=False)
+class BackboneOutput(ModelOutput):
+    """What a backbone returns.
+
+    Attributes:
+        feature_maps: the maps of `out_features`, finest first, each (B, C, H, W).
+        hidden_states: the maps of the stem and of every stage, each (B, C, H, W), where they were asked for.
+        attentions: the attention weights of the last block of every stage, each (B * windows, heads, L, L) with L the
+            number of positions in a window, where they were asked for and the backbone has attention.
+    """
+
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class SemanticSegmenterOutput(ModelOutput):
+    """What `UperNetForSemanticSegmentation` returns.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: (B, num_labels, H, W), contiguous, at the size of `pixel_values`.
+        hidden_states: see `BackboneOutput`.
+        attentions: see `BackboneOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None

@@ -1,0 +1,24 @@
+"""The step of a feature pyramid's top-down path: a coarser level, resampled, added to a finer one."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def upsample_add(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
+    """Return `lateral + bilinear(x to lateral's size)`, align_corners=False.
+
+    Args:
+        x: the coarser level, (B, C, h, w).
+        lateral: the finer level, (B, C, H, W), of the same dtype and device.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: the two have different batches or channels.
+    """
+    if x.shape[:2] != lateral.shape[:2]:
+        raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must agree in batch and channels")
+    return lateral + F.interpolate(x, size=lateral.shape[2:], mode="bilinear", align_corners=False)
