@@ -69,7 +69,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
             if width * height > max_pixels:
                 raise ImageError(
                     f"{path}: {width} x {height} = {width * height:,} pixels is over the limit of {max_pixels:,}; "
-                    f"raise max_pixels if the image is what it claims to be"
+                    "a larger one is read with max_pixels=N (--max-pixels N)"
                 )
             image.load()
             upright = ImageOps.exif_transpose(image)
