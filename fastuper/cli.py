@@ -5,10 +5,13 @@ Exit status: 0 where every photo was segmented, 1 where some were not, 2 where n
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from io import TextIOWrapper
@@ -16,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import numpy as np
 import typer
 
 from . import __version__
@@ -33,6 +37,7 @@ from .images import (
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from PIL import Image
 
     from . import UperNetForSemanticSegmentation, UperNetImageProcessor
@@ -46,6 +51,9 @@ PHOTO_SUFFIXES = (
     *(".bmp", ".gif", ".jp2", ".pgm", ".pnm", ".ppm", ".tga"),
 )
 """What counts as a photo in a folder. A file that is named itself is tried whatever it is called."""
+
+EXPECTED = (OSError, ValueError, RuntimeError, MemoryError)
+"""What a single photo may fail with: the file, its values, torch's own errors (out of memory), a full disk."""
 
 
 class Dtype(str, Enum):
@@ -144,8 +152,8 @@ def _plan(inputs: Iterable[Path], output: Path) -> tuple[list[_Job], list[str]]:
     photos: dict[Path, Path] = {}
     failures = []
     for path in inputs:
-        if not path.is_dir():
-            photos.setdefault(path.resolve(), path)
+        if not os.path.isdir(path):  # unlike Path.is_dir, False where one may not look
+            photos.setdefault(Path(os.path.realpath(path)), path)
             continue
         if path.resolve() == output.resolve():
             _leave(f"{output} is both read and written, so that a second run would segment the results; name another")
@@ -159,25 +167,22 @@ def _plan(inputs: Iterable[Path], output: Path) -> tuple[list[_Job], list[str]]:
         for file in inside:
             photos.setdefault(file.resolve(), file)
 
+    taken = {str(path).casefold() for path in photos}  # some file systems take A.png for a.png
+    numbers: Counter[str] = Counter()
     jobs = []
-    taken = {str(path).casefold() for path in photos}
+    folder = output.resolve()
     for photo in photos.values():
-        job = next(job for job in _names(photo, output) if not taken & _outputs(job))
-        taken |= _outputs(job)
+        while True:
+            numbers[photo.stem.casefold()] += 1
+            number = numbers[photo.stem.casefold()]
+            name = photo.stem if number == 1 else f"{photo.stem}-{number}"
+            job = _Job(photo, output / f"{name}_labels.png", output / f"{name}_overlay.jpg")
+            outputs = {str(folder / path.name).casefold() for path in (job.labels, job.overlay)}
+            if not outputs & taken:
+                break
+        taken |= outputs
         jobs.append(job)
     return jobs, failures
-
-
-def _names(photo: Path, output: Path) -> Iterator[_Job]:
-    number = 1
-    while True:
-        name = photo.stem if number == 1 else f"{photo.stem}-{number}"
-        yield _Job(photo, output / f"{name}_labels.png", output / f"{name}_overlay.jpg")
-        number += 1
-
-
-def _outputs(job: _Job) -> set[str]:
-    return {str(path.resolve()).casefold() for path in (job.labels, job.overlay)}
 
 
 def _looks_like_a_photo(path: Path) -> bool:
@@ -243,31 +248,34 @@ def _segment_all(
     palette = class_palette(id2label)
     written = 0
     with tqdm(total=len(jobs), unit="photo", disable=None if len(jobs) > 1 else True) as bar:
+
+        def fail(job: _Job, error: Exception) -> None:
+            failures.append(str(error) if isinstance(error, ImageError) else f"{job.photo}: {_one_line(error)}")
+            bar.update()
+
         for start in range(0, len(jobs), batch_size):
             batch = []
             for job in jobs[start : start + batch_size]:
                 try:
                     photo = read_image(job.photo, max_pixels=max_pixels)
                     batch.append((job, photo, processor(images=[photo], return_tensors="pt")["pixel_values"]))
-                except ImageError as error:
-                    failures.append(str(error))
-                    bar.update()
-                except (MemoryError, ValueError, RuntimeError) as error:
-                    failures.append(f"{job.photo}: {_one_line(error)}")
-                    bar.update()
+                except EXPECTED as error:
+                    fail(job, error)
             for job, photo, result in _segment_batch(network, batch):
+                if isinstance(result, Exception):
+                    fail(job, result)
+                    continue
                 try:
-                    if isinstance(result, Exception):
-                        raise result
                     labels = result.cpu().numpy()
                     save_label_png(labels, palette, job.labels)
                     with atomic_path(job.overlay) as temporary:
                         overlay(photo, labels, id2label, palette).save(temporary, format="JPEG", quality=90)
+                except EXPECTED as error:
+                    fail(job, error)
+                else:
                     bar.write(_describe(job, photo, class_shares(labels, len(palette)), id2label))
+                    bar.update()
                     written += 1
-                except (OSError, MemoryError, ValueError, RuntimeError) as error:
-                    failures.append(f"{job.photo}: {_one_line(error)}")
-                bar.update()
     return written
 
 
@@ -284,7 +292,7 @@ def _segment_batch(
             pixels = torch.cat([pixels for _, _, pixels in group]).to(network.device, network.dtype)
             sizes = [(photo.height, photo.width) for _, photo, _ in group]
             results = network.segment(pixels, target_sizes=sizes)
-        except (RuntimeError, MemoryError, ValueError) as error:
+        except EXPECTED as error:
             if len(group) == 1:
                 results = [error]
         if results:
@@ -296,20 +304,24 @@ def _segment_batch(
                 yield from _segment_batch(network, [item])
 
 
-def _describe(job: _Job, photo: Image.Image, shares: Any, id2label: dict[int, str]) -> str:
-    present = sorted((index for index in range(len(shares)) if shares[index] > 0), key=lambda index: -shares[index])
-    text = ", ".join(
-        f"{id2label.get(index, index)} {format_share(shares[index])}".replace(" ", "\0") for index in present
-    )
-    lines = textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
-    return f"{job.photo} ({photo.width} x {photo.height}) -> {job.labels.name}, {job.overlay.name}\n" + lines.replace(
-        "\0", " "
-    )
+def _describe(job: _Job, photo: Image.Image, shares: NDArray[np.float64], id2label: Mapping[int, str]) -> str:
+    """The photo, its results, and the share of every class in it, largest first."""
+    present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
+    # A name and its share stay on one line: their spaces are hidden from textwrap.
+    classes = [f"{id2label[index]} {format_share(shares[index])}".replace(" ", "\0") for index in present]
+    text = textwrap.fill(
+        ", ".join(classes),
+        width=100,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace("\0", " ")
+    return f"{job.photo} ({photo.width} x {photo.height}) -> {job.labels.name}, {job.overlay.name}\n{text}"
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 
 def _leave(message: str) -> NoReturn:
@@ -320,6 +332,8 @@ def _leave(message: str) -> NoReturn:
 def main() -> None:
     """Run the command line; the console script `fastuper`."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files go when it unwinds
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # Pillow's and torch's remarks to programmers; what matters is an error here
     for stream in (sys.stdout, sys.stderr):  # file and class names that the terminal's encoding lacks
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

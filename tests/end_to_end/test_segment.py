@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import signal
 import struct
@@ -325,7 +324,17 @@ class RunsCode:
 
 
 @pytest.mark.parametrize(
-    "fault", ["no config", "broken config", "no weights", "corrupt weights", "truncated weights", "pickle", "missing"]
+    "fault",
+    [
+        "no config",
+        "broken config",
+        "no weights",
+        "corrupt weights",
+        "truncated weights",
+        "pickle",
+        "other shapes",
+        "missing",
+    ],
 )
 def test_bad_model_is_one_line_and_status_2(fault: str, model: Path, output: Path, tmp_path: Path) -> None:
     photo = save(tmp_path / "photo.png", data.chelsea())
@@ -344,7 +353,10 @@ def test_bad_model_is_one_line_and_status_2(fault: str, model: Path, output: Pat
         weights.write_bytes(weights.read_bytes()[:-100])
     elif fault == "pickle":
         weights.unlink()
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": RunsCode(proof)}))
+        torch.save({"weight": RunsCode(proof)}, folder / "pytorch_model.bin")
+    elif fault == "other shapes":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 24}))
     else:
         folder = tmp_path / "not" / "there"
     result = run(photo, "-m", folder, "-o", output)
@@ -353,6 +365,7 @@ def test_bad_model_is_one_line_and_status_2(fault: str, model: Path, output: Pat
     assert result.stdout == ""
     assert str(folder) in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert len(result.stderr) < 1000
     assert not proof.exists()
     assert file_names(output) == []
 
