@@ -20,7 +20,7 @@ import numpy as np
 import skimage
 import torch
 import transformers
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import nn
 from transformers import UperNetForSemanticSegmentation as TheirModel
 
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="PATH", help="write the picture here too")
     figure_path = parser.parse_args().figure
 
+    transformers.utils.logging.disable_progress_bar()
     CACHE.mkdir(parents=True, exist_ok=True)
     OUTPUT.mkdir(parents=True, exist_ok=True)
     photo_path = CACHE / "coffee.png"
@@ -59,8 +60,9 @@ def main() -> None:
         make_model(MODEL, photo)
 
     command = ["fastuper", "segment", shown(photo_path), "--model", shown(MODEL), "--output", shown(OUTPUT)]
+    command += ["--device", "cpu"]
     print(f"\n$ {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, "-m", *command, "--device", "cpu"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", *command], check=True)
     with Image.open(OUTPUT / "coffee_labels.png") as image:
         ours = np.asarray(image).astype(np.int64)
 
@@ -177,7 +179,8 @@ def draw(photo: Image.Image, ours: np.ndarray, theirs: np.ndarray, different: np
     height = round(width * photo.height / photo.width)
     palette = ade20k_palette()
     grey = photo.convert("L").point(lambda level: 215 + level * 40 // 255).convert("RGB")
-    marked = np.where(different[..., None], np.array([214, 0, 110], dtype=np.uint8), np.asarray(grey))
+    spots = np.asarray(Image.fromarray(different).convert("L").filter(ImageFilter.MaxFilter(7))) > 0  # to be seen
+    marked = np.where(spots[..., None], np.array([214, 0, 110], dtype=np.uint8), np.asarray(grey))
     panels = [
         ("Photograph", "", photo),
         ("fastuper", "labels over the photo", blend(photo, ours, palette)),
