@@ -397,20 +397,24 @@ def test_usage_errors_are_status_2(model: Path, output: Path, tmp_path: Path) ->
 # Nothing half written
 
 
-def test_failed_write_leaves_nothing(
-    model: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("full_from", "left"), [("PNG", []), ("JPEG", ["photo_labels.png"])])
+def test_failed_write_leaves_no_part(
+    full_from: str, left: list[str], model: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo = save(tmp_path / "photo.png", data.chelsea())
+    write = Image.Image.save
 
-    def disk_full(self: Image.Image, path: Path, **options: object) -> None:
+    def disk_full(self: Image.Image, path: Path, format: str) -> None:
+        if format != full_from:
+            return write(self, path, format=format)
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", disk_full)
+    monkeypatch.setattr(Image.Image, "save", lambda self, path, format, **_: disk_full(self, path, format))
     result = run(photo, "-m", model, "-o", output)
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
-    assert file_names(output) == []
+    assert file_names(output) == left
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
