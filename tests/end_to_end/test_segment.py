@@ -451,6 +451,29 @@ def test_version_and_help() -> None:
         assert option in text
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\n"
+        "from fastuper.cli import app\n"
+        "try: app(['segment', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(','.join({'torch', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    process = start(code=code)
+    printed, complaints = process.communicate(timeout=60)
+    assert process.returncode == 0, complaints
+    assert "--model" in printed
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert fastuper.__all__
+    for name in fastuper.__all__:
+        assert getattr(fastuper, name).__name__ == name
+        assert name in dir(fastuper)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fastuper.nothing
+
+
 def test_config_of_the_model_used_here_is_in_hub_layout(model: Path) -> None:
     assert file_names(model) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     assert json.loads((model / "config.json").read_text())["id2label"]["1"] == "façade"
