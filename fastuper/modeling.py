@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from fastuper_kernels import upsample_argmax
-from torch import nn
 from torch.nn import functional as F
 
 from fastuper.backbones import Backbone, build_backbone
 from fastuper.backbones.layers import initialize_tensor
+from fastuper.checkpoints import PretrainedMixin, rename_on_load
 from fastuper.configuration import (
     UperNetConfig,
     named_backbone_config,
@@ -22,7 +22,7 @@ from fastuper.head import FCNHead, UperNetHead
 from fastuper.outputs import SemanticSegmenterOutput
 
 
-class UperNetForSemanticSegmentation(nn.Module):
+class UperNetForSemanticSegmentation(PretrainedMixin):
     """UPerNet over a ConvNeXt, Swin or ResNet backbone (or one of timm's or Transformers').
 
     The same network as `transformers.UperNetForSemanticSegmentation`: its configurations, checkpoints, outputs and
@@ -54,6 +54,7 @@ class UperNetForSemanticSegmentation(nn.Module):
         channels = self.backbone.channels
         self.decode_head = UperNetHead(self.config, channels)
         self.auxiliary_head = FCNHead(self.config, channels) if self.config.use_auxiliary_head else None
+        self.register_load_state_dict_pre_hook(rename_on_load)
         self.initialize()
 
     def forward(
