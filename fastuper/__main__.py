@@ -1,6 +1,6 @@
 """`python -m fastuper` is the command `fastuper`."""
 
-from .cli import main
+from fastuper.cli import main
 
 if __name__ == "__main__":
     main()

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import numpy as np
 import typer
 
-from . import __version__
-from .hub import atomic_path, find_file
-from .images import (
+from fastuper import __version__
+from fastuper.hub import atomic_path, find_file
+from fastuper.images import (
     MAX_PIXELS,
     ImageError,
     class_palette,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from . import UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
@@ -199,7 +199,7 @@ def _make_folder(output: Path) -> None:
 def _load(model: str, device: str, dtype: Dtype) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
     from safetensors import SafetensorError
 
-    from . import UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
 
     chosen = _device(device)
     try:

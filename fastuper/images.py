@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .hub import atomic_path
+from fastuper.hub import atomic_path
 
 MAX_PIXELS = 250_000_000
 """The largest photo that `read_image` decodes unless told otherwise: 750 MB of RGB."""
