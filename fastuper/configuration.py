@@ -400,7 +400,7 @@ class ResNetConfig(BackboneConfig):
         hidden_sizes: channels of each stage.
         depths: blocks of each stage.
         layer_type: "basic" (ResNet-18, -34) or "bottleneck" (ResNet-50 and deeper).
-        hidden_act: the activation.
+        hidden_act: the activation after the stem and each block; inside the blocks it is ReLU, as in the reference.
         downsample_in_first_stage: whether the first stage halves the map as well.
         downsample_in_bottleneck: whether a bottleneck's first 1x1 convolution has the stride, not its 3x3.
         out_features: see `BackboneConfig`.
