@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The last Transformers whose names and defaults the Hub's UPerNet checkpoints were made with, beside the newest.
+TRANSFORMERS4 := .cache/transformers-4.56.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format types clean
+.PHONY: help setup demo test test-fast test-transformers4 lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -26,6 +28,13 @@ test: $(STAMP) ## run every test that needs no GPU
 
 test-fast: $(STAMP) ## run the tests that take a moment
 	$(BIN)/python -m pytest -m "not slow"
+
+$(TRANSFORMERS4)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --target $(TRANSFORMERS4) transformers==4.56.2
+	@touch $@
+
+test-transformers4: $(TRANSFORMERS4)/.installed ## run the comparisons with Transformers against 4.56.2 as well
+	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

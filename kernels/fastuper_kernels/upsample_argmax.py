@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+# About this many resampled logits exist at a time, 256 MB of float32, however large the images and their batch are.
+MAX_RESAMPLED = 1 << 26
+
 
 def upsample_argmax(
     logits: torch.Tensor, sizes: Sequence[tuple[int, int]], *, dtype: torch.dtype = torch.int64
@@ -28,10 +31,23 @@ def upsample_argmax(
         raise ValueError(f"sizes must be one or more positive (height, width), got {list(sizes)}")
     if dtype.is_floating_point or dtype.is_complex or torch.iinfo(dtype).max < logits.shape[1] - 1:
         raise ValueError(f"{dtype} does not hold the labels of {logits.shape[1]} classes")
-    # An image at a time: the full-size logits of a whole batch never exist together.
-    labels = []
-    for image in logits.split(1):
+    step = max(1, MAX_RESAMPLED // max(height * width for height, width in sizes))
+    return torch.cat([_labels_of_one(image, sizes, step).to(dtype) for image in logits.split(1)])
+
+
+def _labels_of_one(image: torch.Tensor, sizes: Sequence[tuple[int, int]], step: int) -> torch.Tensor:
+    """Return the labels (1, height, width) of one image, `step` classes at a time, with a running maximum."""
+    best, labels = None, None
+    # Contiguous, because in that layout PyTorch resamples each class alone: parts have the bits of the whole.
+    for start, part in enumerate(image.contiguous().split(step, dim=1)):
         for size in sizes:
-            image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
-        labels.append(image.argmax(dim=1).to(dtype))
-    return torch.cat(labels)
+            part = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
+        values, indices = part.max(dim=1)
+        if best is None or labels is None:
+            best, labels = values, indices
+        else:
+            better = values > best  # not >=: the first of equal classes wins, as in argmax
+            best = torch.where(better, values, best)
+            labels = torch.where(better, indices + start * step, labels)
+    assert labels is not None
+    return labels

@@ -1,0 +1,377 @@
+"""`UperNetImageProcessor` against Transformers' Segformer image processor: the same bits, files and label maps."""
+
+import contextlib
+import json
+import sys
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastuper.image_processor import UperNetImageProcessor
+
+transformers = pytest.importorskip("transformers")
+data = pytest.importorskip("skimage.data")
+
+try:  # 5.x: one module a backend
+    from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil as Reference
+except ImportError:  # 4.x: Pillow's is the one without a suffix
+    from transformers.models.segformer.image_processing_segformer import SegformerImageProcessor as Reference
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+SIZES = ((512, 512), (384, 640), (333, 517), (1024, 768))
+
+
+def photo(name):
+    return getattr(data, name)()
+
+
+def random_image(seed, shape, dtype=np.uint8):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
+
+
+def assert_same(ours, theirs):
+    """Equal keys, dtypes, shapes and bits, for dictionaries of arrays, tensors or lists of them."""
+    assert set(ours) == set(theirs)
+    for key in ours:
+        mine, reference = ours[key], theirs[key]
+        assert type(mine) is type(reference)
+        if not isinstance(mine, list):
+            mine, reference = [mine], [reference]
+        assert len(mine) == len(reference)
+        for a, b in zip(mine, reference, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
+
+
+def assert_both(images, maps=None, options=None, **call):
+    """Process with both; the reference gets its own copy of the maps, which it writes into."""
+    theirs_maps = maps.copy() if isinstance(maps, np.ndarray) else maps
+    ours = UperNetImageProcessor(**(options or {}))(images, maps, **call)
+    assert_same(ours, Reference(**(options or {}))(images, theirs_maps, **call))
+    return ours
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("name", PHOTOS)
+def test_photographs(name, size):
+    pixels = photo(name)
+    labels = random_image(1, pixels.shape[:2])
+    options = {"size": {"height": size[0], "width": size[1]}, "do_reduce_labels": True}
+    assert_both(Image.fromarray(pixels), labels, options, return_tensors="pt")
+
+
+@pytest.mark.parametrize("resample", list(Image.Resampling), ids=lambda resample: resample.name.lower())
+def test_resampling_filters(resample):
+    assert_both(photo("chelsea"), options={"size": {"height": 97, "width": 201}, "resample": resample})
+
+
+@pytest.mark.parametrize("do_resize", [True, False], ids=["resize", ""])
+@pytest.mark.parametrize("do_rescale", [True, False], ids=["rescale", ""])
+@pytest.mark.parametrize("do_normalize", [True, False], ids=["normalize", ""])
+@pytest.mark.parametrize("kind", ["pil", "uint8", "int64", "float32", "float16"])
+def test_steps_left_out(kind, do_resize, do_rescale, do_normalize):
+    image = Image.fromarray(photo("chelsea")) if kind == "pil" else photo("chelsea").astype(kind)
+    options = {
+        "do_resize": do_resize,
+        "do_rescale": do_rescale,
+        "do_normalize": do_normalize,
+        "size": {"height": 65, "width": 43},
+    }
+    assert_both(image, options=options, return_tensors="np")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("do_resize", [True, False], ids=["resize", "as_is"])
+def test_fractions_of_one(dtype, do_resize):
+    """Floats from 0 to 1: cut to 8 bits by Pillow where resized, taken as they are where not."""
+    image = (photo("coffee")[:211, :307] / 255).astype(dtype)
+    options = {"do_rescale": False, "do_resize": do_resize, "size": {"height": 50, "width": 77}}
+    assert_both(image, options=options)
+    with pytest.warns(UserWarning, match="do_rescale=False"):
+        assert_both(image, options={**options, "do_rescale": True})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int16, np.uint16, np.int32])
+def test_any_numbers_without_resizing(dtype):
+    image = (np.random.default_rng(3).standard_normal((3, 31, 17)) * 1000).astype(dtype)
+    for do_rescale in (True, False):
+        assert_both(image, options={"do_resize": False, "do_rescale": do_rescale})
+
+
+def test_statistics_and_factor():
+    image = Image.fromarray(photo("rocket"))
+    assert_both(
+        image, options={"rescale_factor": 1 / 127.5, "image_mean": [0.5, 0.4, 0.3], "image_std": (0.5, 0.6, 0.7)}
+    )
+    assert_both(image, options={"image_mean": 0.45, "image_std": 0.2})
+    assert_both(image, options={"do_rescale": False, "image_mean": [123.675, 116.28, 103.53], "image_std": 57.0})
+
+
+def test_one_grey_channel():
+    options = {"image_mean": [0.4], "image_std": [0.3], "size": {"height": 41, "width": 59}}
+    with not_in_transformers_4():
+        assert_both(Image.fromarray(photo("camera")), options=options)
+    assert_both(photo("camera")[None], options=options)
+
+
+def not_in_transformers_4():
+    """4.x finds the channels of three-dimensional images only."""
+    if transformers.__version__.startswith("4."):
+        return pytest.raises(ValueError, match="dimensions")
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_other_numbers_of_channels(channels, layout):
+    """Resized as one Pillow image with alpha, as the reference does."""
+    shape = (channels, 61, 47) if layout == "channels_first" else (61, 47, channels)
+    options = {"image_mean": [0.1] * channels, "image_std": [0.3] * channels, "size": {"height": 40, "width": 55}}
+    assert_both(random_image(5, shape), options=options, input_data_format=layout)
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_thirteen_channels(layout):
+    """The reference cannot resize them: compared as they are, and resized each channel alone."""
+    shape = (13, 61, 47) if layout == "channels_first" else (61, 47, 13)
+    image = random_image(6, shape)
+    options = {"image_mean": list(np.linspace(0.1, 0.7, 13)), "image_std": list(np.linspace(0.2, 0.9, 13))}
+    assert_both(image, options={**options, "do_resize": False}, input_data_format=layout)
+
+    size = {"height": 33, "width": 50}
+    ours = UperNetImageProcessor(size=size, **options)(image, input_data_format=layout)["pixel_values"][0]
+    for channel, plane in enumerate(image if layout == "channels_first" else np.moveaxis(image, -1, 0)):
+        single = Reference(
+            size=size, image_mean=options["image_mean"][channel], image_std=options["image_std"][channel]
+        )
+        expected = single(plane[None], input_data_format="channels_first")["pixel_values"][0]
+        np.testing.assert_array_equal(ours[channel], expected[0], strict=True)
+
+
+def test_pil_with_alpha_for_four_channels():
+    image = Image.fromarray(random_image(7, (61, 47, 4)))
+    options = {"image_mean": [0.5] * 4, "image_std": [0.25] * 4, "size": {"height": 20, "width": 30}}
+    theirs = Reference(**options)(np.asarray(image), input_data_format="channels_last")
+    assert_same(UperNetImageProcessor(**options)(image), theirs)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    target=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    channels=st.sampled_from([1, 3, 4]),
+    layout=st.sampled_from(["channels_first", "channels_last"]),
+    dtype=st.sampled_from([np.uint8, np.int32, np.float32]),
+    steps=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    resample=st.sampled_from(list(Image.Resampling)),
+    seed=st.integers(0, 2**31),
+)
+def test_any_size(size, target, channels, layout, dtype, steps, resample, seed):
+    shape = (channels, *size) if layout == "channels_first" else (*size, channels)
+    options = dict(zip(("do_resize", "do_rescale", "do_normalize", "do_reduce_labels"), steps, strict=True))
+    options |= {"size": {"height": target[0], "width": target[1]}, "resample": resample}
+    options |= {"image_mean": [0.3] * channels, "image_std": [0.7] * channels}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a one-pixel image may well be all 0 and 1
+        assert_both(random_image(seed, shape, dtype), random_image(seed, size), options, input_data_format=layout)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "tensor"])
+@pytest.mark.parametrize("form", ["list", "tuple", "batch", "one"])
+@pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
+def test_batches(kind, form, return_tensors):
+    images, maps = random_image(8, (3, 3, 40, 52)), random_image(9, (3, 40, 52))
+    if kind == "tensor":
+        images, maps = torch.from_numpy(images), torch.from_numpy(maps)
+    if form in ("list", "tuple"):
+        images = list(images) if form == "list" else tuple(images)
+        maps = list(maps)
+    elif form == "one":
+        images, maps = images[0], maps[0]
+    ours = assert_both(images, maps, {"size": {"height": 31, "width": 30}}, return_tensors=return_tensors)
+    assert len(ours["labels"]) == (1 if form == "one" else 3)
+
+
+def test_images_of_different_sizes():
+    images = [Image.fromarray(photo(name)) for name in PHOTOS]
+    maps = [Image.fromarray(random_image(10, image.size[::-1])) for image in images]
+    assert_both(images, maps, return_tensors="pt")
+    assert_both(images, maps, {"do_resize": False})
+
+
+@pytest.mark.parametrize("do_reduce_labels", [True, False], ids=["reduced", "as_is"])
+@pytest.mark.parametrize("do_resize", [True, False], ids=["resize", ""])
+@pytest.mark.parametrize("kind", ["L", "P", "I", "uint8", "int16", "int32", "int64", "tensor"])
+def test_segmentation_maps(kind, do_resize, do_reduce_labels):
+    labels = (
+        np.arange(256, dtype=np.uint8).repeat(11).reshape(64, 44)
+    )  # every label there is, 0, 254 and 255 among them
+    if kind == "P":
+        maps = Image.fromarray(labels, "L")
+        maps.putpalette(list(range(256)) * 3)
+    elif kind in ("L", "I"):
+        maps = Image.fromarray(labels).convert(kind)
+    elif kind == "tensor":
+        maps = torch.from_numpy(labels.astype(np.int64))
+    else:
+        maps = labels.astype(kind)
+    theirs_maps = maps.clone() if kind == "tensor" else maps.copy()
+    options = {"do_resize": do_resize, "do_reduce_labels": do_reduce_labels, "size": {"height": 51, "width": 77}}
+    image = random_image(11, (64, 44, 3))
+    ours = UperNetImageProcessor(**options)(image, maps, return_tensors="pt")
+    assert_same(ours, Reference(**options)(image, theirs_maps, return_tensors="pt"))
+
+
+def test_options_of_one_call():
+    image = photo("chelsea")
+    for call in (
+        {"size": {"height": 10, "width": 20}, "resample": 0},
+        {"do_resize": False, "do_rescale": False},
+        {"do_normalize": False, "rescale_factor": 0.5},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0], "do_reduce_labels": True},
+    ):
+        assert_both(image, photo("chelsea")[..., 0].copy(), **call)
+
+
+def test_what_cannot_be_resized_is_refused_by_both():
+    for image in (np.full((3, 8, 8), 0.5) * 3, np.full((3, 8, 8), -0.5), np.full((3, 8, 8), 300)):
+        for processor in (UperNetImageProcessor(), Reference()):
+            with pytest.raises(ValueError, match=r"from 1\.5|from -0\.5|from 300|outside the range"):
+                processor(image)
+
+
+def test_other_backend_is_within_one_level():
+    """The figures in the class's docstring: torchvision's resizing, what AutoImageProcessor prefers in 5.x."""
+    pytest.importorskip("torchvision")
+    try:
+        from transformers.models.segformer.image_processing_segformer_fast import SegformerImageProcessorFast as Other
+    except ImportError:
+        from transformers.models.segformer.image_processing_segformer import SegformerImageProcessor as Other
+    deviation = np.array(UperNetImageProcessor().image_std)[:, None, None]
+    for name in PHOTOS:
+        for height, width in SIZES:
+            options = {"size": {"height": height, "width": width}}
+            image = Image.fromarray(photo(name))
+            ours = UperNetImageProcessor(**options)(image, return_tensors="np")["pixel_values"][0]
+            other = Other(**options)(image, return_tensors="pt")["pixel_values"][0].numpy()
+            levels = np.abs(ours.astype(np.float64) - other) * deviation * 255
+            assert levels.max() < 1.001
+            assert np.abs(ours - other).max() < 0.0176
+            assert levels.mean() < 0.16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("limit", [1, 30_000, 1 << 26])
+def test_post_processing(limit, layout, dtype, monkeypatch):
+    """Whatever number of classes is resized at a time; coarse logits, so that many are equal.
+
+    Ours are equal in either layout. The reference rounds channels_last logits differently, so it gets contiguous ones.
+    """
+    monkeypatch.setattr(sys.modules["fastuper_kernels.upsample_argmax"], "MAX_RESAMPLED", limit)
+    logits = torch.randn(3, 19, 33, 21, generator=torch.Generator().manual_seed(0)).mul(2).round().div(2)
+    outputs = SimpleNamespace(logits=logits.to(dtype).contiguous(memory_format=layout))
+    contiguous = SimpleNamespace(logits=outputs.logits.contiguous())
+    sizes = [(101, 67), (33, 21), (16, 90)]
+    for target_sizes in (None, sizes, torch.tensor(sizes)):
+        ours = UperNetImageProcessor().post_process_semantic_segmentation(outputs, target_sizes)
+        # The reference takes a tensor too, but makes numbers of it that recent versions of PyTorch refuse.
+        theirs_sizes = sizes if isinstance(target_sizes, torch.Tensor) else target_sizes
+        theirs = Reference().post_process_semantic_segmentation(contiguous, theirs_sizes)
+        assert len(ours) == len(theirs) == 3
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype == torch.int64
+            assert torch.equal(a, b)
+
+
+OPTIONS = {
+    "do_resize": True,
+    "size": {"height": 51, "width": 77},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 0.01,
+    "do_normalize": True,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4, 0.5, 0.6],
+    "do_reduce_labels": True,
+}
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["defaults", "all"])
+def test_transformers_reads_our_files(options, tmp_path):
+    ours = UperNetImageProcessor(**options)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    assert isinstance(theirs, Reference)
+    for name, value in ours._options().items():
+        read = getattr(theirs, name)
+        assert (list(read) if isinstance(read, tuple) else read) == value, name
+    labels = photo("chelsea")[..., 0]
+    assert_same(ours(photo("chelsea"), labels), theirs(photo("chelsea"), labels.copy()))
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["defaults", "all"])
+def test_we_read_files_of_transformers(options, tmp_path):
+    theirs = Reference(**options)
+    theirs.save_pretrained(tmp_path)
+    ours = UperNetImageProcessor.from_pretrained(tmp_path)
+    labels = photo("chelsea")[..., 0]
+    assert_same(ours(photo("chelsea"), labels), theirs(photo("chelsea"), labels.copy()))
+    before = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    ours.save_pretrained(tmp_path)
+    after = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert {**after, "image_processor_type": before["image_processor_type"]} == before
+
+
+def tiny_model():
+    config = transformers.UperNetConfig(
+        backbone_config=transformers.ConvNextConfig(
+            hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage1", "stage2", "stage3", "stage4"]
+        ),
+        hidden_size=16,
+        num_labels=7,
+        auxiliary_in_channels=16,
+        auxiliary_channels=8,
+        use_auxiliary_head=False,
+    )
+    torch.manual_seed(0)
+    return transformers.UperNetForSemanticSegmentation(config).eval()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_in_a_pipeline(batch_size, tmp_path):
+    images = [Image.fromarray(photo(name)) for name in ("chelsea", "coffee")]
+    size = {"height": 64, "width": 96}
+    results = []
+    for processor in (UperNetImageProcessor(size=size), Reference(size=size)):
+        pipeline = transformers.pipeline(
+            "image-segmentation", model=tiny_model(), image_processor=processor, device="cpu"
+        )
+        results.append(pipeline(images, batch_size=batch_size))
+    pipeline.image_processor = UperNetImageProcessor(size=size)
+    pipeline.save_pretrained(tmp_path)
+    assert UperNetImageProcessor.from_pretrained(tmp_path).size == size
+    for image, ours, theirs in zip(images, *results, strict=True):
+        assert [part["label"] for part in ours] == [part["label"] for part in theirs]
+        assert len(ours) > 1
+        for mine, reference in zip(ours, theirs, strict=True):
+            assert mine["mask"].size == image.size
+            np.testing.assert_array_equal(np.asarray(mine["mask"]), np.asarray(reference["mask"]))
+
+
+def test_model_takes_the_batch():
+    inputs = UperNetImageProcessor(size=64, do_reduce_labels=True)(
+        photo("chelsea"), photo("chelsea")[..., 0] % 8, return_tensors="pt"
+    )
+    with torch.no_grad():
+        outputs = tiny_model()(**inputs.to("cpu"))
+        again = tiny_model()(pixel_values=inputs.pixel_values, labels=inputs["labels"])
+    assert torch.equal(outputs.logits, again.logits)
+    assert outputs.loss.isfinite()
+    assert torch.equal(outputs.loss, again.loss)
