@@ -626,7 +626,10 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
     path = find_file(config.backbone, CONFIG_NAME)
     if path is None:
         raise FileNotFoundError(f"backbone={config.backbone!r} has no {CONFIG_NAME}")
-    return config.own_backbone({**read_json(path), **values})
+    saved = read_json(path)
+    if "out_features" in values or "out_indices" in values:  # one of them alone would contradict the file's other
+        saved = {key: value for key, value in saved.items() if key not in ("out_features", "out_indices")}
+    return config.own_backbone({**saved, **values})
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
