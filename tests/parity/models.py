@@ -90,8 +90,8 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
     for path, module in model.named_modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if not tensor.is_floating_point():
-                continue  # relative_position_index, num_batches_tracked
+            if not tensor.is_floating_point() or name in module._non_persistent_buffers_set:
+                continue  # relative_position_index, num_batches_tracked; what is computed and not saved
             if isinstance(module, nn.Conv2d | nn.Linear) and name == "weight":
                 bound = math.sqrt(3 / tensor[0].numel())
                 draw(tensor, -bound, bound)
