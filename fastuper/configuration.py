@@ -400,7 +400,7 @@ class ResNetConfig(BackboneConfig):
         hidden_sizes: channels of each stage.
         depths: blocks of each stage.
         layer_type: "basic" (ResNet-18, -34) or "bottleneck" (ResNet-50 and deeper).
-        hidden_act: the activation.
+        hidden_act: the activation after the stem and each block; inside the blocks it is ReLU, as in the reference.
         downsample_in_first_stage: whether the first stage halves the map as well.
         downsample_in_bottleneck: whether a bottleneck's first 1x1 convolution has the stride, not its 3x3.
         out_features: see `BackboneConfig`.
@@ -627,15 +627,14 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
     path = find_file(config.backbone, CONFIG_NAME)
     if path is None:
         raise FileNotFoundError(f"backbone={config.backbone!r} has no {CONFIG_NAME}")
-    backbone = backbone_config_from(read_json(path))
-    for name, value in overrides.items():
-        if isinstance(backbone, ForeignBackboneConfig):
-            backbone.values[name] = value
-        elif hasattr(backbone, name):
-            setattr(backbone, name, value)  # out_features sets out_indices too
-        else:
-            raise TypeError(f"backbone_kwargs: {type(backbone).__name__} has no {name!r}")
-    return config.own_backbone(backbone)
+    saved = backbone_config_from(read_json(path))
+    unknown = [name for name in overrides if not hasattr(saved, name)]
+    if unknown and isinstance(saved, BackboneConfig):
+        raise TypeError(f"backbone_kwargs: {type(saved).__name__} has no {', '.join(unknown)}")
+    values = saved.to_dict()
+    if "out_features" in overrides or "out_indices" in overrides:  # one of them alone would contradict the other
+        values = {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
+    return config.own_backbone({**values, **overrides})
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -42,19 +42,19 @@ class ResNetLayer(nn.Module):
 
     def __init__(self, config: ResNetConfig, dim_in: int, dim: int, stride: int):
         super().__init__()
-        act = config.hidden_act
         changes_shape = dim_in != dim or stride != 1
         self.shortcut = ResNetConvLayer(dim_in, dim, 1, stride) if changes_shape else nn.Identity()
+        # As the reference has it, hidden_act is the stem's and the sums' activation: between convolutions it is ReLU.
         if config.layer_type == "basic":
-            self.layer = nn.Sequential(ResNetConvLayer(dim_in, dim, 3, stride, act), ResNetConvLayer(dim, dim, 3))
+            self.layer = nn.Sequential(ResNetConvLayer(dim_in, dim, 3, stride, "relu"), ResNetConvLayer(dim, dim, 3))
         else:
             strides = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
             self.layer = nn.Sequential(
-                ResNetConvLayer(dim_in, dim // 4, 1, strides[0], act),
-                ResNetConvLayer(dim // 4, dim // 4, 3, strides[1], act),
+                ResNetConvLayer(dim_in, dim // 4, 1, strides[0], "relu"),
+                ResNetConvLayer(dim // 4, dim // 4, 3, strides[1], "relu"),
                 ResNetConvLayer(dim // 4, dim, 1),
             )
-        self.activation = activation(act)
+        self.activation = activation(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""

@@ -1,0 +1,123 @@
+"""Backbones of other libraries under our head: timm's, and those of Transformers' AutoBackbone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import fastuper
+from tests.parity.models import HEAD, STAGES, error, images, randomize, segmentation_labels
+
+BOUND = 1e-10
+
+AUTO: dict[str, Any] = {
+    "convnextv2": lambda: transformers.ConvNextV2Config(
+        hidden_sizes=[16, 24, 40, 56], depths=[1, 1, 2, 1], out_features=STAGES
+    ),
+    "swinv2": lambda: transformers.Swinv2Config(
+        embed_dim=16, depths=[1, 1, 2, 1], num_heads=[2, 2, 4, 4], window_size=4, image_size=64, out_features=STAGES
+    ),
+    "dinov2": lambda: transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, out_indices=[1, 2, 3, 4]
+    ),
+}
+
+
+def compare(theirs: Any, ours: Any, size: tuple[int, int] = (64, 64)) -> None:
+    randomize(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    theirs, ours = theirs.double(), ours.double()
+    for training in (False, True):
+        theirs.train(training)
+        ours.train(training)
+        pixels, labels = images(2, 3, *size), segmentation_labels(2, *size)
+        torch.manual_seed(0)  # some of them drop paths by default
+        expected = theirs(pixels, labels=labels)
+        torch.manual_seed(0)
+        output = ours(pixels, labels=labels)
+        assert error(output.logits, expected.logits) < BOUND
+        assert error(output.loss, expected.loss) < BOUND
+
+
+@pytest.mark.parametrize("kind", AUTO)
+def test_backbones_of_transformers(kind):
+    given = transformers.UperNetConfig(backbone_config=AUTO[kind](), **HEAD)
+    theirs = transformers.UperNetForSemanticSegmentation(copy.deepcopy(given))
+    ours = fastuper.UperNetForSemanticSegmentation(given)
+    assert ours.config.backbone_config.model_type == kind
+    compare(theirs, ours)
+    theirs.eval()
+    ours.eval()
+    with torch.no_grad():
+        pixels = images(1, 3, 64, 64)
+        expected = theirs(pixels, output_hidden_states=True).hidden_states
+        given_states = ours(pixels, output_hidden_states=True).hidden_states
+    for state, expected_state in zip(given_states, expected, strict=True):
+        assert error(state, expected_state) < BOUND
+
+
+def timm_backbone(**values: Any) -> Any:
+    return transformers.TimmBackboneConfig(backbone="resnet18", use_pretrained_backbone=False, **values)
+
+
+def test_a_timm_backbone():
+    pytest.importorskip("timm")
+    given = transformers.UperNetConfig(backbone_config=timm_backbone(out_indices=[1, 2, 3, 4]), **HEAD)
+    theirs = transformers.UperNetForSemanticSegmentation(copy.deepcopy(given))
+    named = fastuper.UperNetConfig(
+        use_timm_backbone=True, backbone="resnet18", backbone_kwargs={"out_indices": [1, 2, 3, 4]}, **HEAD
+    )
+    for ours in (fastuper.UperNetForSemanticSegmentation(given), fastuper.UperNetForSemanticSegmentation(named)):
+        assert ours.num_parameters() == theirs.num_parameters()
+        compare(theirs, ours, (65, 70))
+        theirs.float()
+
+
+def test_a_timm_backbone_that_names_no_levels_gives_its_last_four():
+    pytest.importorskip("timm")
+    given = transformers.UperNetConfig(backbone_config=timm_backbone(), **HEAD)
+    with pytest.raises(IndexError):
+        transformers.UperNetForSemanticSegmentation(copy.deepcopy(given))
+    for config in (given, fastuper.UperNetConfig(use_timm_backbone=True, backbone="resnet18", **HEAD)):
+        ours = fastuper.UperNetForSemanticSegmentation(config)
+        assert ours.backbone.channels == [64, 128, 256, 512]
+
+
+def test_a_timm_backbone_gives_no_attentions():
+    pytest.importorskip("timm")
+    ours = fastuper.UperNetForSemanticSegmentation(
+        fastuper.UperNetConfig(use_timm_backbone=True, backbone="resnet18", **HEAD)
+    )
+    pixels = images(2, 3, 64, 64, dtype=torch.float32)
+    with pytest.raises(ValueError, match="a timm backbone gives no attentions"):
+        ours(pixels, output_attentions=True)
+    assert len(ours(pixels, output_hidden_states=True).hidden_states) == 4
+
+
+def test_an_unknown_type_names_the_known_ones():
+    with pytest.raises(ValueError, match="'vgg' is not known; known are convnext, resnet, swin, timm_backbone"):
+        fastuper.UperNetConfig(backbone_config={"model_type": "vgg"})
+
+
+def test_a_folder_names_the_backbone(tmp_path):
+    transformers.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]).save_pretrained(tmp_path)
+    ours = fastuper.UperNetForSemanticSegmentation(fastuper.UperNetConfig(backbone=str(tmp_path), **HEAD))
+    assert ours.backbone.channels == [8, 8, 16, 16]
+    assert ours.config.backbone is None
+    assert ours.config.backbone_config.out_features == STAGES
+
+
+def test_the_levels_asked_for_take_the_place_of_those_that_the_folder_names(tmp_path):
+    """A saved configuration names its levels twice, as features and as indices."""
+    transformers.ConvNextConfig(
+        hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"]
+    ).save_pretrained(tmp_path)
+    for levels in ({"out_indices": [2, 3, 4]}, {"out_features": ["stage2", "stage3", "stage4"]}):
+        ours = fastuper.UperNetForSemanticSegmentation(
+            fastuper.UperNetConfig(backbone=str(tmp_path), backbone_kwargs=levels, **HEAD)
+        )
+        assert ours.backbone.channels == [8, 16, 16]

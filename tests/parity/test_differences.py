@@ -1,0 +1,162 @@
+"""The differences that docs/differences.md lists: what fails or is wasted in Transformers, and what we do instead."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+import fastuper
+from tests.parity.models import BACKBONES, STAGES, VERSION_5, config, error, images, pair, segmentation_labels
+
+BOUND = 1e-10
+
+
+@pytest.mark.parametrize("family", ["ConvNext", "Swin", "ResNet"])
+@pytest.mark.parametrize("library", [transformers, fastuper], ids=["their-config", "our-config"])
+def test_a_backbone_that_names_no_stages_gives_all(family, library):
+    key = {"ConvNext": "convnext", "Swin": "swin", "ResNet": "resnet-basic"}[family]
+    values = copy.deepcopy(BACKBONES[key][1])
+    given = library.UperNetConfig(backbone_config=getattr(library, f"{family}Config")(**values), hidden_size=16)
+    if library is transformers:
+        with pytest.raises(IndexError):
+            transformers.UperNetForSemanticSegmentation(copy.deepcopy(given))
+    ours = fastuper.UperNetForSemanticSegmentation(given).eval()
+    assert ours.config.backbone_config.out_features == STAGES
+    assert len(ours.decode_head.lateral_convs) == 3
+    assert ours(images(1, 3, 64, 64, dtype=torch.float32)).logits.shape == (1, 2, 64, 64)
+
+
+@pytest.mark.slow
+def test_the_default_convnext_configuration():
+    given = transformers.UperNetConfig(backbone_config=transformers.ConvNextConfig(out_features=STAGES))
+    if VERSION_5:
+        with pytest.raises(TypeError):
+            transformers.UperNetForSemanticSegmentation(copy.deepcopy(given))
+    ours = fastuper.UperNetForSemanticSegmentation(given).eval()
+    with torch.no_grad():
+        assert ours(images(1, 3, 40, 40, dtype=torch.float32)).logits.shape == (1, 2, 40, 40)
+
+
+def pad_before_small_convolutions(model: nn.Module) -> None:
+    """Let Transformers' ConvNeXt take small images, by padding with zeros what is smaller than a kernel."""
+
+    def pad(module: nn.Conv2d, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        height, width = args[0].shape[2:]
+        return (F.pad(args[0], (0, max(module.kernel_size[1] - width, 0), 0, max(module.kernel_size[0] - height, 0))),)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.padding == (0, 0) and module.kernel_size != (1, 1):
+            module.register_forward_pre_hook(pad)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 50), (16, 16), (31, 31), (100, 7)], ids=str)
+def test_a_convnext_takes_small_images(height, width):
+    theirs, ours = pair(config("convnext"))
+    pixels, labels = images(2, 3, height, width), segmentation_labels(2, height, width)
+    labels[:, 0, 0] = 1
+    with pytest.raises(RuntimeError):
+        theirs(pixels)
+    pad_before_small_convolutions(theirs)
+    with torch.no_grad():
+        expected, output = theirs(pixels, labels=labels), ours(pixels, labels=labels)
+    assert error(output.logits, expected.logits) < BOUND
+    assert error(output.loss, expected.loss) < BOUND
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (40, 100), (61, 33)], ids=str)
+def test_absolute_position_embeddings_are_resampled(height, width):
+    given = config("swin", {"use_absolute_embeddings": True, "image_size": 80})
+    with torch.no_grad():
+        ours = fastuper.UperNetForSemanticSegmentation(given).double().eval()
+        embeddings = ours.backbone.embeddings
+        embeddings.position_embeddings.uniform_(-1, 1)
+        pixels = images(2, 3, height, width)
+        patches = embeddings.norm(embeddings.patch_embeddings(pixels))
+        table = embeddings.position_embeddings.view(1, 20, 20, -1).permute(0, 3, 1, 2)
+        added = F.interpolate(table, (-(-height // 4), -(-width // 4)), mode="bicubic", align_corners=False)
+        assert error(embeddings(pixels), patches + added.permute(0, 2, 3, 1)) < BOUND
+        if VERSION_5:
+            theirs = pair(given)[0]
+            with pytest.raises(RuntimeError):
+                theirs(pixels)
+            reference = theirs.backbone.swin.embeddings
+            reference.position_embeddings.copy_(embeddings.position_embeddings)
+            if height % 4 == width % 4 == 0:  # its count of patches leaves the padded ones out
+                grid = reference.interpolate_pos_encoding(patches.flatten(1, 2), height, width)
+                assert error(embeddings.positions(height // 4, width // 4).reshape(grid.shape), grid) < BOUND
+        assert ours(pixels).logits.shape == (2, 7, height, width)
+
+
+def calls_of_the_auxiliary_head(model: Any, **inputs: Any) -> int:
+    calls = []
+    handle = model.auxiliary_head.register_forward_hook(lambda *_: calls.append(1))
+    model(**inputs)
+    handle.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_auxiliary_head_runs_for_a_loss_alone(training):
+    theirs, ours = pair(config("convnext"), train=training)
+    pixels, labels = images(2, 3, 64, 64), segmentation_labels(2, 64, 64)
+    assert calls_of_the_auxiliary_head(theirs, pixel_values=pixels) == 1
+    assert calls_of_the_auxiliary_head(ours, pixel_values=pixels) == 0
+    assert calls_of_the_auxiliary_head(ours, pixel_values=pixels, labels=labels) == 1
+
+
+def test_hidden_states_are_maps():
+    ours = pair(config("swin"))[1]
+    with torch.no_grad():
+        states = ours(images(1, 3, 76, 101), output_hidden_states=True).hidden_states
+    assert [tuple(x.shape) for x in states] == [
+        (1, 16, 19, 26),
+        (1, 16, 19, 26),
+        (1, 32, 10, 13),
+        (1, 64, 5, 7),
+        (1, 128, 3, 4),
+    ]
+    assert all(x.is_contiguous() for x in states)
+
+
+def test_attentions_are_returned_whenever_they_are_asked_for():
+    theirs, ours = pair(config("swin"))
+    pixels = images(1, 3, 64, 64)
+    with torch.no_grad():
+        if VERSION_5:
+            assert not theirs(pixels, output_attentions=True).attentions
+        assert len(ours(pixels, output_attentions=True).attentions) == 4
+        assert len(theirs(pixels, output_attentions=True, return_dict=False)) == 1
+        logits, attentions = ours(pixels, output_attentions=True, return_dict=False)
+    assert logits.shape == (1, 7, 64, 64)
+    assert len(attentions) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"auxiliary_in_channels": 39}, "auxiliary_in_channels=39, but the map that it reads has 40 channels"),
+        ({"auxiliary_num_convs": 0}, "the 40 channels of the feature map must be auxiliary_channels, which is 20"),
+    ],
+    ids=["in-channels", "no-convs"],
+)
+def test_an_auxiliary_head_that_does_not_fit_is_not_built(options, message):
+    given = config("convnext", **options)
+    theirs = transformers.UperNetForSemanticSegmentation(copy.deepcopy(given)).eval()
+    with pytest.raises(RuntimeError):
+        theirs(images(1, 3, 64, 64, dtype=torch.float32))
+    with pytest.raises(ValueError, match=message):
+        fastuper.UperNetForSemanticSegmentation(given)
+
+
+def test_a_loss_without_a_single_label_is_nan_as_there():
+    theirs, ours = pair(config("convnext"))
+    pixels, labels = images(1, 3, 64, 64), torch.full((1, 64, 64), 255)
+    with torch.no_grad():
+        assert theirs(pixels, labels=labels).loss.isnan()
+        assert ours(pixels, labels=labels).loss.isnan()

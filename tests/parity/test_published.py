@@ -1,0 +1,58 @@
+"""Every published backbone at its full width and depth, with the ADE20K head: the shapes that checkpoints have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.parity.models import STAGES, error, images, pair, segmentation_labels
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "convnext-tiny": ("ConvNext", {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}),
+    "convnext-small": ("ConvNext", {"depths": [3, 3, 27, 3], "hidden_sizes": [96, 192, 384, 768]}),
+    "convnext-base": ("ConvNext", {"depths": [3, 3, 27, 3], "hidden_sizes": [128, 256, 512, 1024]}),
+    "convnext-large": ("ConvNext", {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536]}),
+    "convnext-xlarge": ("ConvNext", {"depths": [3, 3, 27, 3], "hidden_sizes": [256, 512, 1024, 2048]}),
+    "swin-tiny-window7": ("Swin", {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}),
+    "swin-small-window7": ("Swin", {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}),
+    "swin-base-window7": ("Swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}),
+    "swin-base-window12": (
+        "Swin",
+        {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
+    ),
+    "swin-large-window7": ("Swin", {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}),
+    "swin-large-window12": (
+        "Swin",
+        {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12},
+    ),
+    "resnet-18": ("ResNet", {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}),
+    "resnet-34": ("ResNet", {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}),
+    "resnet-50": ("ResNet", {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]}),
+    "resnet-101": ("ResNet", {"depths": [3, 4, 23, 3], "hidden_sizes": [256, 512, 1024, 2048]}),
+}
+
+# Millions, as their papers give them for ADE20K with both heads.
+PARAMETERS = {
+    "convnext-tiny": 60, "convnext-small": 82, "convnext-base": 122, "convnext-large": 235, "convnext-xlarge": 391,
+    "swin-tiny-window7": 60, "swin-small-window7": 81, "swin-base-window7": 121, "swin-large-window7": 234,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shape(name):
+    family, values = PUBLISHED[name]
+    backbone = getattr(transformers, f"{family}Config")(**values, out_features=STAGES)
+    theirs, ours = pair(transformers.UperNetConfig(backbone_config=backbone, num_labels=150), share=True)
+    if name in PARAMETERS:
+        assert round(ours.num_parameters() / 1e6) == PARAMETERS[name]
+    pixels, labels = images(1, 3, 40, 72), segmentation_labels(1, 40, 72, classes=150)
+    with torch.no_grad():
+        expected, output = theirs(pixels, labels=labels), ours(pixels, labels=labels)
+    spread = expected.logits.std().item()
+    assert 0.1 < spread < 100  # neither vanished nor exploded on the way
+    assert error(output.logits, expected.logits) < 1e-10
+    assert error(output.loss, expected.loss) < 1e-10

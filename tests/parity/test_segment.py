@@ -1,0 +1,101 @@
+"""`segment()` against Transformers' forward and its processor's `post_process_semantic_segmentation`.
+
+Label maps are equal wherever the float64 margin between the two best logits exceeds 8 eps(dtype) max|logit|; elsewhere
+the classes are tied as far as the arithmetic can tell, and how many such pixels there are is reported.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from tests.parity.models import FAMILIES, config, images, pair
+
+SIZE = (76, 101)
+
+TARGETS: dict[str, Any] = {
+    "own-size": None,
+    "up-and-down": [(200, 310), (40, 33), SIZE],
+    "one-pixel-and-slim": [(1, 1), (3, 400), (150, 2)],
+    "tensor": torch.tensor([[90, 90], [91, 92], [30, 31]]),
+}
+
+
+def post_process(logits: torch.Tensor, targets: Any) -> list[torch.Tensor]:
+    """Return label maps as the processor that goes with Transformers' UPerNet does."""
+    output = transformers.modeling_outputs.SemanticSegmenterOutput(logits=logits)
+    sizes = [tuple(size) for size in targets.tolist()] if isinstance(targets, torch.Tensor) else targets
+    return transformers.SegformerImageProcessor().post_process_semantic_segmentation(output, sizes)
+
+
+def decided(logits: torch.Tensor, target: tuple[int, int] | None, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+    """Return the labels (H, W) of float64 logits (C, h, w), and where no rounding in `dtype` may change them."""
+    logits = logits[None]
+    if target is not None:
+        logits = F.interpolate(logits, size=target, mode="bilinear", align_corners=False)
+    best, labels = logits[0].topk(2, dim=0)
+    return labels[0], best[0] - best[1] > 8 * torch.finfo(dtype).eps * logits.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_labels_of_transformers(family, targets, dtype, record_property):
+    theirs, ours = pair(config(family), dtype=dtype)
+    sizes = TARGETS[targets]
+    pixels = images(3, 3, *SIZE, dtype=dtype)
+    with torch.no_grad():
+        expected = post_process(theirs(pixels).logits, sizes)
+        truth = copy.deepcopy(theirs).double()(pixels.double()).logits
+    result = ours.segment(pixels, target_sizes=sizes)
+    assert len(result) == 3
+    undecided, different, total, classes = 0, 0, 0, set()
+    for i, labels in enumerate(result):
+        target = None if sizes is None else (int(sizes[i][0]), int(sizes[i][1]))
+        true_labels, certain = decided(truth[i], target, dtype)
+        assert labels.dtype == torch.int64
+        assert labels.shape == (target or SIZE)
+        assert torch.equal(labels[certain], true_labels[certain])
+        assert torch.equal(labels[certain], expected[i][certain])
+        undecided += int((~certain).sum())
+        different += int((labels != expected[i]).sum())
+        total += labels.numel()
+        classes.update(labels.unique().tolist())
+    record_property("pixels_below_the_margin", f"{undecided} of {total}")
+    record_property("pixels_that_differ_from_transformers", different)
+    assert len(classes) > 1
+    # In bfloat16 8 epsilons are 6 % of the largest logit; a test of next to nothing would pass as well.
+    assert undecided < (0.6 if dtype == torch.bfloat16 else 0.001) * total + 1
+    assert different <= undecided
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segment_is_forward_and_argmax(family):
+    ours = pair(config(family))[1]
+    pixels = images(2, 3, 65, 90)
+    with torch.no_grad():
+        logits = ours(pixels).logits
+    for labels, expected in zip(ours.segment(pixels), logits.argmax(dim=1), strict=True):
+        assert torch.equal(labels, expected)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_segment_takes_no_gradient_and_leaves_the_mode(training):
+    ours = pair(config("convnext"), train=training)[1]
+    pixels = images(2, 3, 64, 64).requires_grad_()
+    assert not any(labels.requires_grad for labels in ours.segment(pixels))
+    assert ours.training is training
+    assert torch.is_grad_enabled()
+
+
+def test_segment_does_not_run_the_auxiliary_head():
+    ours = pair(config("convnext"))[1]
+    calls = []
+    ours.auxiliary_head.register_forward_hook(lambda *_: calls.append(1))
+    ours.segment(images(1, 3, 64, 64))
+    assert not calls
