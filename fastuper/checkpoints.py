@@ -103,8 +103,7 @@ def rename_on_load(module: nn.Module, state_dict: MutableMapping[str, Any], pref
         state_dict: changed in place; keys that do not begin with `prefix` belong to others.
         prefix: the name of the module inside the one that is loaded, with a final dot, or empty.
     """
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    own = {name for name, _ in module.named_parameters(remove_duplicate=False)} | buffers.keys()
+    own = module.state_dict(keep_vars=True)  # without the buffers that are not stored, such as Swin v2's index
     for key in list(state_dict):
         name = key.removeprefix(prefix)
         if not key.startswith(prefix) or name in own:
@@ -114,7 +113,7 @@ def rename_on_load(module: nn.Module, state_dict: MutableMapping[str, Any], pref
             del state_dict[key]
         elif prefix + ours not in state_dict:  # else both are there: `load_state_dict` calls this one unexpected
             state_dict[prefix + ours] = state_dict.pop(key)
-    for name, buffer in buffers.items():
+    for name, buffer in own.items():
         if name.endswith(COMPUTED_BUFFER):
             state_dict.setdefault(prefix + name, buffer)
 
