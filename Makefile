@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TRANSFORMERS4 := .cache/transformers-4.56.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers4 lint format types clean
+.PHONY: help setup demo test test-fast test-transformers4 accuracy lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -35,6 +35,10 @@ $(TRANSFORMERS4)/.installed: $(STAMP)
 
 test-transformers4: $(TRANSFORMERS4)/.installed ## run the comparisons with Transformers against 4.56.2 as well
 	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity
+
+accuracy: $(STAMP) ## measure the distance from float64 beside Transformers, and redraw README's table
+	$(BIN)/python -m bench.accuracy
+	$(BIN)/python -m bench.tables
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

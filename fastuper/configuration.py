@@ -618,19 +618,24 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
 
     Raises:
         OSError: the folder or the repository has no config.json, or cannot be reached.
+        TypeError: `backbone_kwargs` has a name that the configuration has not.
     """
     assert config.backbone is not None
-    values = config.backbone_kwargs or {}
+    overrides = config.backbone_kwargs or {}
     if config.use_timm_backbone:
-        values = {"use_pretrained_backbone": config.use_pretrained_backbone, **values}
-        return ForeignBackboneConfig("timm_backbone", backbone=config.backbone, **values)
+        overrides = {"use_pretrained_backbone": config.use_pretrained_backbone, **overrides}
+        return ForeignBackboneConfig("timm_backbone", backbone=config.backbone, **overrides)
     path = find_file(config.backbone, CONFIG_NAME)
     if path is None:
         raise FileNotFoundError(f"backbone={config.backbone!r} has no {CONFIG_NAME}")
-    saved = read_json(path)
-    if "out_features" in values or "out_indices" in values:  # one of them alone would contradict the file's other
-        saved = {key: value for key, value in saved.items() if key not in ("out_features", "out_indices")}
-    return config.own_backbone({**saved, **values})
+    saved = backbone_config_from(read_json(path))
+    unknown = [name for name in overrides if not hasattr(saved, name)]
+    if unknown and isinstance(saved, BackboneConfig):
+        raise TypeError(f"backbone_kwargs: {type(saved).__name__} has no {', '.join(unknown)}")
+    values = saved.to_dict()
+    if "out_features" in overrides or "out_indices" in overrides:  # one of them alone would contradict the other
+        values = {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
+    return config.own_backbone({**values, **overrides})
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -639,14 +644,12 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     Raises:
         ValueError: it means none.
     """
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"{dtype!r} is not the name of a dtype; float32, bfloat16 and float16 are")
-        dtype = named
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"weights are floating-point numbers, not {dtype}")
-    return dtype
+    if dtype is None:
+        return None
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f'dtype={dtype!r} is not a floating-point dtype; "float32" and torch.bfloat16 are')
+    return named
 
 
 def _as_dict(config: Any) -> dict[str, Any] | None:

@@ -7,13 +7,14 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -64,6 +65,10 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
         )
     except HFValidationError:
         raise FileNotFoundError(f"{source} is neither a folder here nor the id of a Hub repository") from None
+    except GatedRepoError:  # a kind of RepositoryNotFoundError
+        raise PermissionError(
+            f"{source} is open only to those who accepted its terms on the Hub; do so there, then pass `token=`"
+        ) from None
     except RepositoryNotFoundError:
         raise FileNotFoundError(
             f"{source} is neither a folder here nor a repository on the Hub; a private one needs `token=`"
@@ -82,11 +87,27 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
 
 def _is_cached(source: str | os.PathLike[str], options: HubOptions) -> bool:
     """Whether this revision of a repository is in the cache, so that a file missing there may be taken as missing."""
-    from huggingface_hub import try_to_load_from_cache
-
     config = f"{options.subfolder}/config.json" if options.subfolder else "config.json"
     found = try_to_load_from_cache(str(source), config, cache_dir=options.cache_dir, revision=options.revision)
     return isinstance(found, str)
+
+
+def pin_revision(source: str | os.PathLike[str], options: HubOptions) -> HubOptions:
+    """Return options that mean the commit which the revision means now, so that all files come from one commit.
+
+    Files of a known commit that are in the cache are also taken without asking the Hub. A folder, or a repository
+    without config.json, leaves the options as they are.
+
+    Raises:
+        OSError: as `find_file`.
+    """
+    if Path(source).is_dir():
+        return options
+    path = find_file(source, "config.json", options)
+    if path is None:
+        return options
+    # .../models--organization--name/snapshots/<commit>/<subfolder>/config.json
+    return replace(options, revision=path.parents[len(Path(options.subfolder).parts)].name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fastuper_kernels import upsample_argmax
-from torch import nn
 from torch.nn import functional as F
 
 from fastuper.backbones import Backbone, build_backbone
 from fastuper.backbones.layers import initialize_tensor
+from fastuper.checkpoints import (
+    CheckpointError,
+    PretrainedMixin,
+    backbone_state_dict,
+    read_weights,
+    rename_on_load,
+)
 from fastuper.configuration import (
     UperNetConfig,
     named_backbone_config,
@@ -22,7 +29,7 @@ from fastuper.head import FCNHead, UperNetHead
 from fastuper.outputs import SemanticSegmenterOutput
 
 
-class UperNetForSemanticSegmentation(nn.Module):
+class UperNetForSemanticSegmentation(PretrainedMixin):
     """UPerNet over a ConvNeXt, Swin or ResNet backbone (or one of timm's or Transformers').
 
     The same network as `transformers.UperNetForSemanticSegmentation`: its configurations, checkpoints, outputs and
@@ -49,12 +56,17 @@ class UperNetForSemanticSegmentation(nn.Module):
 
     def __init__(self, config: UperNetConfig | Any):
         super().__init__()
-        self.config = _with_backbone_config(upernet_config_from(config))
+        given = upernet_config_from(config)
+        self.config = _with_backbone_config(given)
         self.backbone = build_backbone(self.config.backbone_config)
         channels = self.backbone.channels
         self.decode_head = UperNetHead(self.config, channels)
         self.auxiliary_head = FCNHead(self.config, channels) if self.config.use_auxiliary_head else None
+        self.register_load_state_dict_pre_hook(rename_on_load)
         self.initialize()
+        # On the meta device a checkpoint with all of the weights comes next; timm has loaded its own already.
+        if given.use_pretrained_backbone and not given.use_timm_backbone and self.device.type != "meta":
+            self._load_backbone(given)
 
     def forward(
         self,
@@ -140,6 +152,22 @@ class UperNetForSemanticSegmentation(nn.Module):
             upsample_argmax(image, [size] if target == size else [size, target])[0]
             for image, target in zip(logits.split(1), targets, strict=True)
         ]
+
+    def _load_backbone(self, config: UperNetConfig) -> None:
+        """Load the weights of the backbone that a configuration names: those of a classifier, most often."""
+        assert config.backbone is not None
+        if not isinstance(self.backbone, Backbone):
+            from transformers import AutoBackbone
+
+            self.backbone = AutoBackbone.from_pretrained(config.backbone, **(config.backbone_kwargs or {}))
+            return
+        weights, _ = read_weights(config.backbone)
+        weights = backbone_state_dict(weights, self.backbone.config.model_type)
+        missing, unexpected = self.backbone.load_state_dict(weights, strict=False)
+        # A classifier has no norms of the stages' outputs, and Transformers 5 stores no relative_position_index.
+        missing = [name for name in missing if not re.match(r"hidden_states_norms|.*relative_position_index", name)]
+        if missing or unexpected:
+            raise CheckpointError(f"{config.backbone}: missing {missing}, unexpected {unexpected}")
 
     def _features(self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool) -> Any:
         """Call the backbone. Those of Transformers filter the arguments that they do not know themselves."""

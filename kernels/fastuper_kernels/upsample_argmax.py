@@ -38,7 +38,8 @@ def upsample_argmax(
 def _labels_of_one(image: torch.Tensor, sizes: Sequence[tuple[int, int]], step: int) -> torch.Tensor:
     """Return the labels (1, height, width) of one image, `step` classes at a time, with a running maximum."""
     best, labels = None, None
-    # Contiguous, because in that layout PyTorch resamples each class alone: parts have the bits of the whole.
+    # PyTorch may resample some classes and all of them by different kernels, which round differently: labels of a whole
+    # (step >= classes) are those of `interpolate(...).argmax(1)`, labels of parts are where no two classes tie.
     for start, part in enumerate(image.contiguous().split(step, dim=1)):
         for size in sizes:
             part = F.interpolate(part, size=size, mode="bilinear", align_corners=False)

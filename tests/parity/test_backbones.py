@@ -105,9 +105,7 @@ def test_an_unknown_type_names_the_known_ones():
 
 def test_a_folder_names_the_backbone(tmp_path):
     transformers.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]).save_pretrained(tmp_path)
-    ours = fastuper.UperNetForSemanticSegmentation(
-        fastuper.UperNetConfig(backbone=str(tmp_path), **HEAD)
-    )
+    ours = fastuper.UperNetForSemanticSegmentation(fastuper.UperNetConfig(backbone=str(tmp_path), **HEAD))
     assert ours.backbone.channels == [8, 8, 16, 16]
     assert ours.config.backbone is None
     assert ours.config.backbone_config.out_features == STAGES

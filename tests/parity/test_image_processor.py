@@ -272,7 +272,8 @@ def test_other_backend_is_within_one_level():
 def test_post_processing(limit, layout, dtype, monkeypatch):
     """Whatever number of classes is resized at a time; coarse logits, so that many are equal.
 
-    Ours are equal in either layout. The reference rounds channels_last logits differently, so it gets contiguous ones.
+    Resized all at once, every label is the reference's; in parts, which PyTorch may round differently, every label
+    whose class is not tied. The reference rounds channels_last logits differently, so it gets contiguous ones.
     """
     monkeypatch.setattr(sys.modules["fastuper_kernels.upsample_argmax"], "MAX_RESAMPLED", limit)
     logits = torch.randn(3, 19, 33, 21, generator=torch.Generator().manual_seed(0)).mul(2).round().div(2)
@@ -287,7 +288,13 @@ def test_post_processing(limit, layout, dtype, monkeypatch):
         assert len(ours) == len(theirs) == 3
         for a, b in zip(ours, theirs, strict=True):
             assert a.dtype == b.dtype == torch.int64
-            assert torch.equal(a, b)
+            assert a.shape == b.shape
+        for a, b, image in zip(ours, theirs, logits.double(), strict=True):
+            best = torch.nn.functional.interpolate(image[None], size=a.shape, mode="bilinear")[0].topk(2, dim=0).values
+            decided = best[0] - best[1] > 8 * torch.finfo(dtype).eps * image.abs().max()
+            assert decided.any()
+            assert torch.equal(a[decided], b[decided])
+            assert torch.equal(a, b) or limit < 1 << 26
 
 
 OPTIONS = {

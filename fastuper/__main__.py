@@ -1,0 +1,6 @@
+"""`python -m fastuper` is the command `fastuper`."""
+
+from fastuper.cli import main
+
+if __name__ == "__main__":
+    main()
