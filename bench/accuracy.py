@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import transformers
-from tests.parity.models import STAGES, pair
 
 import fastuper
+from tests.parity.models import STAGES, pair
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 SIZE = 512

@@ -54,6 +54,7 @@ class Config:
         self.output_attentions = output_attentions
         self.dtype = as_dtype(dtype if dtype is not None else torch_dtype)
         self.name_or_path: str = extra.pop("name_or_path", None) or extra.pop("_name_or_path", "")
+        self._commit_hash: str | None = extra.pop("_commit_hash", None)  # the pipelines of Transformers 4.x read it
         self.architectures: list[str] | None = extra.pop("architectures", None)
         self.task_specific_params: dict[str, Any] | None = extra.pop("task_specific_params", None)
         if id2label is not None:

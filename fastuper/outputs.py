@@ -23,7 +23,7 @@ class ModelOutput(OrderedDict[str, Any]):
         pytree.register_pytree_node(
             cls,
             lambda output: (list(output.values()), list(output.keys())),
-            lambda values, keys: cls(**dict(zip(keys, values, strict=True))),
+            lambda values, keys: _rebuild(cls, zip(keys, values, strict=True)),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
             flatten_with_keys_fn=lambda output: (
                 [(pytree.MappingKey(key), value) for key, value in output.items()],
@@ -48,6 +48,9 @@ class ModelOutput(OrderedDict[str, Any]):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
+        # Transformers' pipelines add a key of their own ("target_size"): it has to be found again as a key.
+        if key not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+            super().__setitem__(key, value)
         setattr(self, key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -74,15 +77,20 @@ class ModelOutput(OrderedDict[str, Any]):
         raise TypeError(f"a {type(self).__name__} cannot be updated; set its attributes")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        added = [(key, value) for key, value in self.items() if key not in names]
+        return type(self), tuple(getattr(self, name) for name in names), None, None, iter(added)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return the values that are not None, in the order of the fields."""
+        """Return the values that are not None, in the order of the keys: the fields' own, unless one was set later."""
         return tuple(self.values())
 
-    def values(self) -> Iterable[Any]:  # type: ignore[override]
-        """Return the values that are not None, in the order of the fields."""
-        return [self[field.name] for field in fields(self) if field.name in self]  # type: ignore[arg-type]
+
+def _rebuild(cls: type[Any], pairs: Iterable[tuple[str, Any]]) -> Any:
+    output = cls()
+    for key, value in pairs:
+        output[key] = value
+    return output
 
 
 @dataclass(eq=False)

@@ -160,10 +160,7 @@ def pair(
 
 def load(ours: nn.Module, theirs: nn.Module, assign: bool = False) -> None:
     """Give our model the weights of Transformers'."""
-    state = hub_names(theirs.state_dict())
-    # Transformers 5 does not save this buffer any more.
-    state = {**{k: v for k, v in ours.state_dict().items() if k.endswith("relative_position_index")}, **state}
-    ours.load_state_dict(state, assign=assign)
+    ours.load_state_dict(theirs.state_dict(), assign=assign)
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -208,9 +208,9 @@ def test_stages_are_chosen_as_there(stages):
     ids=str,
 )
 def test_stages_that_are_refused_there_are_refused_here(stages):
-    with pytest.raises(Exception, match="out_|stage"):
+    with pytest.raises(Exception, match=r"out_|stage"):
         transformers.SwinConfig(**stages)
-    with pytest.raises(ValueError, match="out_|stage"):
+    with pytest.raises(ValueError, match=r"out_|stage"):
         fastuper.SwinConfig(**stages)
 
 

@@ -1,0 +1,229 @@
+"""The tools that people use a model of Transformers with take ours in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.parity.models import FAMILIES, VERSION_5, config, error, images, pair, segmentation_labels
+
+
+def photo(name: str) -> Any:
+    pil = pytest.importorskip("PIL.Image")
+    return pil.fromarray(getattr(pytest.importorskip("skimage.data"), name)())
+
+
+@pytest.mark.xfail(
+    raises=AttributeError,
+    reason="a pipeline makes a dictionary of any output that is not an instance of Transformers' own ModelOutput, and "
+    "its processors want attributes",
+)
+@pytest.mark.parametrize("given", ["one", "list"])
+@pytest.mark.parametrize("family", ["convnext", "swin"])
+def test_the_pipeline_gives_the_same_segments(family, given):
+    models = pair(config(family, id2label={i: f"thing {i}" for i in range(7)}), dtype=torch.float32)
+    processor = transformers.SegformerImageProcessor(size={"height": 96, "width": 128})
+    pictures = photo("chelsea") if given == "one" else [photo("chelsea"), photo("astronaut")]
+    results = []
+    for model in models:
+        pipeline = transformers.pipeline("image-segmentation", model=model, image_processor=processor, device="cpu")
+        result = pipeline(pictures)
+        results.append([result] if given == "one" else result)
+    for expected, segments in zip(*results, strict=True):
+        assert len(expected) > 1
+        assert [s["label"] for s in segments] == [s["label"] for s in expected]
+        assert all(s["label"].startswith("thing ") for s in segments)
+        for segment, reference in zip(segments, expected, strict=True):
+            assert segment["score"] == reference["score"]
+            assert np.array_equal(np.asarray(segment["mask"]), np.asarray(reference["mask"]))
+
+
+@pytest.mark.parametrize("family", ["convnext", "swin"])
+def test_the_steps_of_the_pipeline_give_the_same_segments(family):
+    """What the pipeline does, but for that dictionary."""
+    processor = transformers.SegformerImageProcessor(size={"height": 96, "width": 128})
+    picture = photo("chelsea")
+    segments = []
+    for model in pair(config(family), dtype=torch.float32):
+        with torch.no_grad():
+            output = model(**processor(picture, return_tensors="pt"))
+        output["target_size"] = [(picture.height, picture.width)]
+        segments.append(processor.post_process_semantic_segmentation(output, target_sizes=output["target_size"])[0])
+    assert len(segments[0].unique()) > 1
+    assert torch.equal(*segments)
+
+
+def test_accelerate_prepares_it():
+    accelerate = pytest.importorskip("accelerate")
+    ours = pair(config("convnext"), dtype=torch.float32, train=True)[1]
+    accelerator = accelerate.Accelerator(cpu=True)
+    pixels, labels = images(4, 3, 64, 64, dtype=torch.float32), segmentation_labels(4, 64, 64)
+    loader = torch.utils.data.DataLoader(
+        [{"pixel_values": p, "labels": y} for p, y in zip(pixels, labels, strict=True)], batch_size=2
+    )
+    model, optimizer, loader = accelerator.prepare(ours, torch.optim.SGD(ours.parameters(), lr=0.1), loader)
+    before = ours.decode_head.classifier.weight.clone()
+    for batch in loader:
+        output = model(**batch)
+        accelerator.backward(output.loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(ours.decode_head.classifier.weight, before)
+    assert accelerator.unwrap_model(model) is ours
+
+
+def test_accelerate_under_mixed_precision_returns_float32():
+    """It wraps forward, and rebuilds the output with its tensors cast."""
+    convert = pytest.importorskip("accelerate.utils").convert_to_fp32
+    ours = pair(config("convnext"), dtype=torch.bfloat16)[1]
+    output = convert(ours(images(1, 3, 64, 64, dtype=torch.bfloat16), labels=segmentation_labels(1, 64, 64)))
+    assert type(output).__name__ == "SemanticSegmenterOutput"
+    assert output.logits.dtype == output.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_says_of_itself(family):
+    theirs, ours = pair(config(family), dtype=torch.bfloat16)
+    unused = 2 * 128 if family == "swin" and VERSION_5 else 0  # a last norm, which nothing reads
+    assert ours.num_parameters() == theirs.num_parameters() - unused
+    theirs.backbone.requires_grad_(False)
+    ours.backbone.requires_grad_(False)
+    assert ours.num_parameters(only_trainable=True) == theirs.num_parameters(only_trainable=True) > 0
+    assert ours.device == theirs.device == torch.device("cpu")
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert ours.main_input_name == theirs.main_input_name == "pixel_values"
+    assert ours.can_generate() is theirs.can_generate() is False
+    assert ours.config.model_type == theirs.config.model_type
+    assert ours.config.num_labels == theirs.config.num_labels
+    assert ours.training is theirs.training is False
+
+
+def test_hooks_on_the_modules_inside_are_called():
+    ours = pair(config("swin"))[1]
+    silent = {"backbone.encoder", "decode_head.fpn_convs", "decode_head.lateral_convs", "decode_head.psp_modules"}
+    called = set()
+    for name, module in ours.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    ours(images(1, 3, 64, 64), labels=segmentation_labels(1, 64, 64), output_attentions=True)
+    expected = {name for name, module in ours.named_modules() if not isinstance(module, nn.ModuleList | nn.ModuleDict)}
+    assert expected - silent - called == set()
+
+
+def test_a_hook_may_change_what_a_module_returns():
+    ours = pair(config("convnext"))[1]
+    pixels = images(1, 3, 64, 64)
+    for path in ("decode_head.classifier", "decode_head.fpn_bottleneck.conv", "decode_head.psp_modules.2"):
+        with torch.no_grad():
+            before = ours(pixels).logits
+            handle = ours.get_submodule(path).register_forward_hook(lambda module, args, output: 0 * output)
+            during = ours(pixels).logits
+            during_labels = ours.segment(pixels)[0]
+            handle.remove()
+            after = ours(pixels).logits
+        assert not torch.equal(during, before)
+        assert torch.equal(during.argmax(1)[0], during_labels)
+        assert torch.equal(after, before)
+
+
+REPLACEABLE = [
+    "decode_head.classifier",
+    "decode_head.fpn_convs.1",
+    "decode_head.lateral_convs.0",
+    "decode_head.bottleneck",
+]
+
+
+@pytest.mark.parametrize("path", REPLACEABLE)
+def test_a_replaced_module_is_used(path):
+    theirs, ours = pair(config("convnext"))
+    pixels = images(1, 3, 64, 64)
+    parent, _, name = path.rpartition(".")
+    with torch.no_grad():
+        before = ours(pixels).logits
+        for model in (theirs, ours):
+            old = model.get_submodule(path)
+            setattr(model.get_submodule(parent), name, nn.Sequential(old, nn.Tanh()))
+        assert error(ours(pixels).logits, theirs(pixels).logits) < 1e-10
+        assert error(ours(pixels).logits, before) > 1e-3
+
+
+def test_a_classifier_for_other_classes():
+    theirs, ours = pair(config("resnet-basic"))
+    layer = nn.Conv2d(24, 3, 1).double()
+    theirs.decode_head.classifier = ours.decode_head.classifier = layer
+    with torch.no_grad():
+        pixels = images(1, 3, 64, 64)
+        assert error(ours(pixels).logits, theirs(pixels).logits) < 1e-10
+        assert ours(pixels).logits.shape == (1, 3, 64, 64)
+        assert ours.segment(pixels)[0].max() < 3
+
+
+CHANGES = {
+    "in-place": lambda p: p.mul_(1.5),
+    "data": lambda p: p.data.mul_(1.5),
+    "set-data": lambda p: setattr(p, "data", p.data * 1.5),
+    "copy": lambda p: p.copy_(p * 1.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changed_weights_are_noticed(family, change):
+    theirs, ours = pair(config(family))
+    pixels = images(1, 3, 64, 64)
+    with torch.no_grad():
+        before = ours(pixels).logits
+        ours.segment(pixels)
+        for model in (theirs, ours):
+            for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("running_var"))]:
+                CHANGES[change](tensor)
+        expected = theirs(pixels).logits
+        assert error(ours(pixels).logits, expected) < 1e-10
+        assert error(before, expected) > 1e-2
+        assert torch.equal(ours.segment(pixels)[0], expected.argmax(1)[0])
+
+
+def test_weights_changed_by_a_fused_optimizer_are_noticed():
+    theirs, ours = pair(config("convnext"), dtype=torch.float32)
+    pixels, labels = images(1, 3, 64, 64, dtype=torch.float32), segmentation_labels(1, 64, 64)
+    before = ours(pixels).logits
+    for model in (theirs, ours):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        model(pixels, labels=labels).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = theirs(pixels).logits
+        assert error(ours(pixels).logits, expected) < 1e-3  # Adam's step is the sign of what may be rounding
+        assert error(before, expected) > 1e-2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_after_inference_it_still_trains(mode):
+    ours = pair(config("swin"))[1]
+    pixels, labels = images(2, 3, 64, 64), segmentation_labels(2, 64, 64)
+    with mode():
+        ours(pixels)
+        ours.segment(pixels)
+    ours.train()(pixels, labels=labels).loss.backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_a_state_dict_holds_parameters_and_statistics_alone():
+    theirs, ours = pair(config("resnet-basic"))
+    with torch.no_grad():
+        ours(images(1, 3, 64, 64))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_parts_of_the_model_may_be_frozen_in_eval_mode():
+    theirs, ours = pair(config("resnet-basic"), train=True)
+    for model in (theirs, ours):
+        model.backbone.eval()
+    pixels = images(3, 3, 64, 64)
+    with torch.no_grad():
+        assert error(ours(pixels).logits, theirs(pixels).logits) < 1e-10

@@ -1,0 +1,117 @@
+"""What the model says to input that it cannot take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+BACKBONES = {
+    "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
+    "swin": lambda: SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4),
+    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
+}
+
+
+def model(kind: str = "convnext", **values: Any) -> UperNetForSemanticSegmentation:
+    values = {"hidden_size": 16, "auxiliary_channels": 8, "num_labels": 5, **values}
+    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=BACKBONES[kind](), **values)).eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> UperNetForSemanticSegmentation:
+    return model()
+
+
+PIXELS = {
+    "none": (None, "pixel_values"),
+    "no-batch": (torch.zeros(3, 32, 32), r"must be \(batch, channels, height, width\), got \(3, 32, 32\)"),
+    "five-dimensions": (torch.zeros(1, 1, 3, 32, 32), r"got \(1, 1, 3, 32, 32\)"),
+    "no-images": (torch.zeros(0, 3, 32, 32), r"got \(0, 3, 32, 32\)"),
+    "no-rows": (torch.zeros(1, 3, 0, 32), r"got \(1, 3, 0, 32\)"),
+    "bytes": (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "must be floating point and normalised, got torch.uint8"),
+    "channels-at-the-end": (torch.zeros(1, 32, 32, 3), r"\(1, 32, 32, 3\) have 32 channels, the backbone's .* is 3"),
+    "grey": (torch.zeros(1, 1, 32, 32), "have 1 channels, the backbone's num_channels is 3"),
+}
+
+
+@pytest.mark.parametrize("method", ["forward", "segment"])
+@pytest.mark.parametrize("case", PIXELS)
+def test_pixels(network, case, method):
+    pixels, message = PIXELS[case]
+    with pytest.raises(ValueError, match=message):
+        getattr(network, method)(pixels)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_every_backbone_counts_the_channels(kind):
+    with pytest.raises(ValueError, match="have 4 channels, the backbone's num_channels is 3"):
+        model(kind)(torch.zeros(1, 4, 32, 32))
+
+
+LABELS = {
+    "another-size": (torch.zeros(2, 16, 16).long(), r"= \(2, 32, 48\), got \(2, 16, 16\)"),
+    "transposed": (torch.zeros(2, 48, 32).long(), r"= \(2, 32, 48\), got \(2, 48, 32\)"),
+    "another-batch": (torch.zeros(1, 32, 48).long(), r"= \(2, 32, 48\), got \(1, 32, 48\)"),
+    "with-channels": (torch.zeros(2, 1, 32, 48).long(), r"= \(2, 32, 48\), got \(2, 1, 32, 48\)"),
+    "fractions": (torch.zeros(2, 32, 48), "labels must be integers, got torch.float32"),
+    "truth-values": (torch.zeros(2, 32, 48).bool(), "labels must be integers, got torch.bool"),
+    "too-large": (torch.full((2, 32, 48), 5), r"in \[0, 5\) or loss_ignore_index=255, got values from 5 to 5"),
+    "negative": (torch.full((2, 32, 48), -1), "got values from -1 to -1"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels(network, case):
+    labels, message = LABELS[case]
+    with pytest.raises(ValueError, match=message):
+        network(torch.zeros(2, 3, 32, 48), labels=labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_labels_of_any_integer_type(network, dtype):
+    pixels, labels = torch.randn(1, 3, 32, 48), torch.arange(32 * 48).view(1, 32, 48) % 5
+    expected = network(pixels, labels=labels).loss
+    assert torch.equal(network(pixels, labels=labels.to(dtype)).loss, expected)
+
+
+def test_one_class_has_no_loss():
+    one = model(num_labels=1)
+    assert one(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 1, 32, 32)
+    with pytest.raises(ValueError, match="The number of labels should be greater than one"):
+        one(torch.zeros(1, 3, 32, 32), labels=torch.zeros(1, 32, 32).long())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_labels_of_what_is_not_finite(network, value):
+    pixels = torch.zeros(1, 3, 32, 32)
+    pixels[0, 1, 31, 0] = value
+    with pytest.raises(ValueError, match="pixel_values contain NaN or infinity"):
+        network.segment(pixels)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([(8, 8)], "1 target_sizes for a batch of 2 images; give one an image"),
+        ([], "0 target_sizes for a batch of 2 images"),
+        ([(8, 8)] * 3, "3 target_sizes for a batch of 2 images"),
+        ([(8, 8), (0, 8)], r"positive \(height, width\), got \[\(32, 32\), \(0, 8\)\]"),
+    ],
+    ids=["one", "none", "three", "empty"],
+)
+def test_target_sizes(network, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        network.segment(torch.zeros(2, 3, 32, 32), target_sizes=sizes)
+
+
+def test_a_refused_call_leaves_the_model_as_it_was(network):
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.train()
+    with pytest.raises(ValueError, match="labels"):
+        network(torch.zeros(2, 3, 32, 48), labels=torch.full((2, 32, 48), 9))
+    network.eval()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
