@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TRANSFORMERS4 := .cache/transformers-4.56.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers4 accuracy lint format types clean
+.PHONY: help setup demo test test-fast test-transformers4 test-minimum accuracy lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -35,6 +35,11 @@ $(TRANSFORMERS4)/.installed: $(STAMP)
 
 test-transformers4: $(TRANSFORMERS4)/.installed ## run the comparisons with Transformers against 4.56.2 as well
 	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity
+
+test-minimum: ## run every test with the oldest versions that pyproject.toml allows, in a virtual environment of their own
+	$(PYTHON) -m venv .cache/minimum
+	.cache/minimum/bin/python -m pip install --quiet --constraint tests/minimum-versions.txt --editable '.[dev]'
+	.cache/minimum/bin/python -m pytest
 
 accuracy: $(STAMP) ## measure the distance from float64 beside Transformers, and redraw README's table
 	$(BIN)/python -m bench.accuracy
