@@ -26,7 +26,7 @@ from fastuper.configuration import (
     upernet_config_from,
 )
 from fastuper.head import FCNHead, UperNetHead
-from fastuper.outputs import SemanticSegmenterOutput
+from fastuper.outputs import SemanticSegmenterOutput, known_to_transformers
 
 
 class UperNetForSemanticSegmentation(PretrainedMixin):
@@ -113,7 +113,9 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
                 auxiliary_loss = F.cross_entropy(auxiliary_logits, labels, ignore_index=config.loss_ignore_index)
                 loss = loss + config.auxiliary_loss_weight * auxiliary_loss
 
-        output = SemanticSegmenterOutput(loss, logits.contiguous(), features.hidden_states, features.attentions)
+        output = known_to_transformers(SemanticSegmenterOutput)(
+            loss, logits.contiguous(), features.hidden_states, features.attentions
+        )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @torch.no_grad()

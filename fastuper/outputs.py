@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
+
+Output = TypeVar("Output", bound="ModelOutput")
 
 
 class ModelOutput(OrderedDict[str, Any]):
@@ -18,13 +22,17 @@ class ModelOutput(OrderedDict[str, Any]):
     so that DistributedDataParallel, `torch.export` and `torch.compile` see the tensors inside.
     """
 
+    _plain: ClassVar[type[ModelOutput]]
+
     def __init_subclass__(cls) -> None:
         """Register the subclass as a pytree."""
+        if "_plain" not in cls.__dict__:
+            cls._plain = cls
         pytree.register_pytree_node(
             cls,
             lambda output: (list(output.values()), list(output.keys())),
             lambda values, keys: _rebuild(cls, zip(keys, values, strict=True)),
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}" + (".derived" if cls._plain is not cls else ""),
             flatten_with_keys_fn=lambda output: (
                 [(pytree.MappingKey(key), value) for key, value in output.items()],
                 list(output.keys()),
@@ -36,7 +44,8 @@ class ModelOutput(OrderedDict[str, Any]):
         first = next(iter(given))
         # accelerate and DataParallel rebuild outputs as `type(output)(mapping)` and `type(output)(pairs)`.
         value = given[first]
-        if isinstance(value, Mapping | Iterator) and all(v is None for k, v in given.items() if k != first):
+        alone = all(other is None for name, other in given.items() if name != first)
+        if alone and isinstance(value, Mapping | Iterator | list):
             pairs = dict(value)
             if unknown := pairs.keys() - given.keys():
                 raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}; it has {', '.join(given)}")
@@ -45,21 +54,21 @@ class ModelOutput(OrderedDict[str, Any]):
             setattr(self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         # Transformers' pipelines add a key of their own ("target_size"): it has to be found again as a key.
         if key not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
-            super().__setitem__(key, value)
+            OrderedDict.__setitem__(self, key, value)
         setattr(self, key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
             if value is not None:
-                super().__setitem__(name, value)
+                OrderedDict.__setitem__(self, name, value)
             elif name in self:
-                super().__delitem__(name)
-        super().__setattr__(name, value)
+                OrderedDict.__delitem__(self, name)
+        object.__setattr__(self, name, value)
 
     def __delitem__(self, key: str) -> None:
         raise TypeError(f"nothing can be deleted from a {type(self).__name__}; set {key} to None")
@@ -79,11 +88,32 @@ class ModelOutput(OrderedDict[str, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         added = [(key, value) for key, value in self.items() if key not in names]
-        return type(self), tuple(getattr(self, name) for name in names), None, None, iter(added)
+        values = tuple(getattr(self, name) for name in names)
+        # A derived class has no name that another process could import; it is derived anew there.
+        made = (type(self), values) if type(self) is self._plain else (_derived_with, (self._plain, values))
+        return *made, None, None, iter(added)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the values that are not None, in the order of the keys: the fields' own, unless one was set later."""
         return tuple(self.values())
+
+
+def known_to_transformers(cls: type[Output]) -> type[Output]:
+    """Return an output class as it is, or, once Transformers is imported, a subclass that is one of its outputs too.
+
+    Its pipelines make a plain dictionary of any other mapping, in which they then look for attributes.
+    """
+    theirs = getattr(sys.modules.get("transformers.utils.generic"), "ModelOutput", None)
+    return cls if theirs is None or torch.compiler.is_compiling() else _derived(cls, theirs)
+
+
+@cache
+def _derived(cls: type[Any], theirs: type[Any]) -> type[Any]:
+    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "_plain": cls})
+
+
+def _derived_with(cls: type[Any], values: tuple[Any, ...]) -> Any:
+    return known_to_transformers(cls)(*values)
 
 
 def _rebuild(cls: type[Any], pairs: Iterable[tuple[str, Any]]) -> Any:
