@@ -11,6 +11,11 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 
 
+def scientific(value: float) -> str:
+    """Return 0.00000123 as 1.2e-6, and 0 as 0."""
+    return f"{value:.1e}".replace("e-0", "e-") if value else "0"
+
+
 def accuracy() -> str:
     """Return the table of errors against float64."""
     result = json.loads((RESULTS / "accuracy.json").read_text())
@@ -20,10 +25,10 @@ def accuracy() -> str:
         "|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        cells = [row["backbone"], f"{row['float64']:.1e}"]
+        cells = [row["backbone"], scientific(row["float64"])]
         for dtype in ("float32", "bfloat16"):
             errors = dict(row[dtype]["errors"])
-            cells.append(f"{errors.pop('fastuper'):.2e}, {max(errors.values()):.2e}")
+            cells.append(f"{scientific(errors.pop('fastuper'))}, {scientific(max(errors.values()))}")
         labels = row["float32"]["labels"]
         cells.append(f"{labels['differ']:,} of {labels['pixels']:,}")
         lines.append("| " + " | ".join(cells) + " |")

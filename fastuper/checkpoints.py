@@ -347,7 +347,6 @@ def _reason(error: Exception) -> str:
 
 # Arguments that Transformers has and we have not: what to do instead.
 REFUSED = {
-    "device_map": "the whole model goes to one device: pass device=",
     "force_download": "delete the repository from the Hub's cache",
     "from_flax": "convert the checkpoint to safetensors first",
     "from_tf": "convert the checkpoint to safetensors first",
@@ -401,6 +400,7 @@ class PretrainedMixin(nn.Module):
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
+        device_map: torch.device | str | int | Mapping[str, Any] | None = None,
         use_safetensors: bool | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
@@ -427,6 +427,7 @@ class PretrainedMixin(nn.Module):
             revision: a branch, tag or commit of the repository.
             variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
             local_files_only: take what the cache has and never ask the Hub.
+            device_map: Transformers' name of `device`: a device, {"": device}, or "auto" for a GPU where there is one.
             use_safetensors: True never to open a pickle (.bin), False to open nothing else.
             ignore_mismatched_sizes: freshly initialise tensors whose shape is not the checkpoint's (the classifier,
                 where the number of classes is another) instead of failing.
@@ -457,7 +458,7 @@ class PretrainedMixin(nn.Module):
 
         shards = find_weights(source, options, variant, use_safetensors)
         config.dtype = wanted_dtype or config.dtype or _first_dtype(shards)
-        target = torch.get_default_device() if device is None else torch.device(device)
+        target = _device(device, device_map)
         # Weights made in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             with torch.device("meta"):
@@ -501,9 +502,9 @@ class PretrainedMixin(nn.Module):
     def save_pretrained(
         self,
         save_directory: StrPath,
-        *,
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        *,
         safe_serialization: bool = True,
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
@@ -614,9 +615,8 @@ class PretrainedMixin(nn.Module):
         config.dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
 
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            contextlib.ExitStack() as moves
-        ):  # on leaving it, and only if all is well, every file is moved to its place
+        # On leaving it, and only if all is well, every file is moved to its place.
+        with contextlib.ExitStack() as moves:
             if split.is_sharded:
                 content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 path = moves.enter_context(atomic_path(folder / index))  # entered first, moved last
@@ -647,6 +647,18 @@ def _refuse(cls: type, kwargs: dict[str, Any]) -> None:
         value = kwargs.pop(name, None)
         if value is not None and value is not False:
             raise TypeError(f"{cls.__name__}.from_pretrained has no {name}: {remedy}")
+
+
+def _device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
+    """Return where the whole model goes."""
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if isinstance(device_map, Mapping) or (device is not None and device_map is not None):
+        raise ValueError("the whole model goes to one device: pass device=, and no device_map=")
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = device_map if device is None else device
+    return torch.get_default_device() if chosen is None else torch.device(chosen)
 
 
 def _build_config(

@@ -27,6 +27,7 @@ from fastuper.hub import atomic_path, find_file
 from fastuper.images import (
     MAX_PIXELS,
     ImageError,
+    class_name,
     class_palette,
     class_shares,
     format_share,
@@ -123,7 +124,7 @@ def segment(
     Exit status: 0 all photos were segmented, 1 some failed, 2 nothing could start.
     """
     jobs, failures = _plan(images, output)
-    todo = [job for job in jobs if not (skip_existing and job.labels.is_file() and job.overlay.is_file())]
+    todo = [job for job in jobs if not (skip_existing and job.is_done())]
     skipped = len(jobs) - len(todo)
     _make_folder(output)
     written = 0
@@ -145,6 +146,13 @@ class _Job:
     photo: Path
     labels: Path
     overlay: Path
+
+    def is_done(self) -> bool:
+        """Whether the results are there and newer than the photo: a photo added later may have taken its name."""
+        try:
+            return min(self.labels.stat().st_mtime, self.overlay.stat().st_mtime) >= self.photo.stat().st_mtime
+        except OSError:
+            return False
 
 
 def _plan(inputs: Iterable[Path], output: Path) -> tuple[list[_Job], list[str]]:
@@ -250,7 +258,7 @@ def _segment_all(
     with tqdm(total=len(jobs), unit="photo", disable=None if len(jobs) > 1 else True) as bar:
 
         def fail(job: _Job, error: Exception) -> None:
-            failures.append(str(error) if isinstance(error, ImageError) else f"{job.photo}: {_one_line(error)}")
+            failures.append(_one_line(error if isinstance(error, ImageError) else f"{job.photo}: {error!s}"))
             bar.update()
 
         for start in range(0, len(jobs), batch_size):
@@ -308,7 +316,7 @@ def _describe(job: _Job, photo: Image.Image, shares: NDArray[np.float64], id2lab
     """The photo, its results, and the share of every class in it, largest first."""
     present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
     # A name and its share stay on one line: their spaces are hidden from textwrap.
-    classes = [f"{id2label[index]} {format_share(shares[index])}".replace(" ", "\0") for index in present]
+    classes = [f"{class_name(id2label, index)} {format_share(shares[index])}".replace(" ", "\0") for index in present]
     text = textwrap.fill(
         ", ".join(classes),
         width=100,
@@ -320,7 +328,7 @@ def _describe(job: _Job, photo: Image.Image, shares: NDArray[np.float64], id2lab
     return f"{job.photo} ({photo.width} x {photo.height}) -> {job.labels.name}, {job.overlay.name}\n{text}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 

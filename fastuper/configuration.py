@@ -58,7 +58,12 @@ class Config:
         self.architectures: list[str] | None = extra.pop("architectures", None)
         self.task_specific_params: dict[str, Any] | None = extra.pop("task_specific_params", None)
         if id2label is not None:
-            self.id2label = {int(key): name for key, name in id2label.items()}
+            try:
+                self.id2label = {int(key): str(name) for key, name in id2label.items()}
+            except (AttributeError, TypeError, ValueError):
+                raise ValueError(f"id2label must map class numbers to names, got {id2label!r}") from None
+            if not self.id2label:
+                raise ValueError("id2label names no class; leave it out, or give each class a name")
             if num_labels is not None and num_labels != len(self.id2label):
                 logger.warning(
                     "num_labels=%d disagrees with the %d names of id2label: using %d classes",
@@ -83,6 +88,7 @@ class Config:
 
     @num_labels.setter
     def num_labels(self, number: int) -> None:
+        check_counts(1, num_labels=number)
         if len(getattr(self, "id2label", ())) != number:
             self.id2label = {i: f"LABEL_{i}" for i in range(number)}
             self.label2id = {name: i for i, name in self.id2label.items()}
@@ -126,11 +132,19 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Any:
         """Build a configuration from config.json's content; `overrides` take the place of its values."""
         config = cls(**{key: copy.deepcopy(value) for key, value in values.items()})
-        for name, value in overrides.items():
-            if not hasattr(config, name):
-                raise TypeError(f"{cls.__name__} has no {name!r}")
-            setattr(config, name, value)
+        config.update(overrides)
         return config
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set attributes.
+
+        Raises:
+            TypeError: there is no attribute of a name.
+        """
+        for name, value in values.items():
+            if not hasattr(self, name):
+                raise TypeError(f"{type(self).__name__} has no {name!r}")
+            setattr(self, name, value)
 
     @classmethod
     def from_pretrained(
@@ -153,13 +167,18 @@ class Config:
         options = HubOptions(token, cache_dir, subfolder, revision, local_files_only)
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, options)
         if path is None:
-            raise FileNotFoundError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}")
+            place = f"{pretrained_model_name_or_path}/{subfolder}" if subfolder else pretrained_model_name_or_path
+            raise FileNotFoundError(f"{place} has no {CONFIG_NAME}; give a checkpoint's folder or Hub repository")
         values = read_json(path)
         if values.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"{path} describes a {values['model_type']!r} model; {cls.__name__} reads {cls.model_type!r}"
             )
-        config = cls.from_dict(values, **overrides)
+        try:
+            config = cls.from_dict(values)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        config.update(overrides)
         config.name_or_path = str(pretrained_model_name_or_path)
         return config
 
@@ -534,8 +553,13 @@ class UperNetConfig(Config):
                     raise ValueError(f"give either backbone_config or {name}, not both")
         if use_timm_backbone and backbone is None:
             raise ValueError("use_timm_backbone=True needs backbone, the name of a timm model")
-        if not pool_scales or any(scale < 1 for scale in pool_scales):
-            raise ValueError(f"pool_scales must be one or more positive numbers, got {pool_scales}")
+        if use_pretrained_backbone and backbone is None:
+            raise ValueError("use_pretrained_backbone=True needs backbone, the name of what is to be loaded")
+        if not isinstance(pool_scales, Sequence) or not pool_scales:
+            raise ValueError(f"pool_scales must be a list of one or more numbers, got {pool_scales!r}")
+        check_counts(1, **{f"pool_scales[{i}]": scale for i, scale in enumerate(pool_scales)})
+        check_counts(1, hidden_size=hidden_size, auxiliary_channels=auxiliary_channels)
+        check_counts(0, auxiliary_num_convs=auxiliary_num_convs)
         super().__init__(**extra)
         self.backbone = backbone
         self.use_pretrained_backbone = use_pretrained_backbone
@@ -636,6 +660,13 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
     if "out_features" in overrides or "out_indices" in overrides:  # one of them alone would contradict the other
         values = {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
     return config.own_backbone({**values, **overrides})
+
+
+def check_counts(least: int, **values: Any) -> None:
+    """Raise ValueError where one of these is no whole number, or less than `least`."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastuper_kernels import upsample_add
 from torch import nn
 from torch.nn import functional as F
 
 from fastuper.configuration import UperNetConfig
+from fastuper_kernels import upsample_add
 
 
 class ConvModule(nn.Module):

@@ -21,9 +21,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from fastuper_kernels import upsample_argmax
 
 from fastuper.hub import HubOptions, atomic_path, find_file, read_json
+from fastuper_kernels import upsample_argmax
 
 Image: TypeAlias = "PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str]"
 Images: TypeAlias = "Image | Sequence[Image]"
@@ -216,7 +216,11 @@ class UperNetImageProcessor:
             raise FileNotFoundError(
                 f"{source} has no {CONFIG_FILE}; UperNetImageProcessor() gives the usual one, save_pretrained writes it"
             )
-        return cls.from_dict(read_json(path), **overrides)
+        _check_names(overrides)
+        try:
+            return cls.from_dict(read_json(path), **overrides)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> UperNetImageProcessor:
@@ -278,6 +282,7 @@ class UperNetImageProcessor:
         segmentation_maps: Images | None = None,
         *,
         return_tensors: str | None = None,
+        device: torch.device | str | int | None = None,
         data_format: str | None = "channels_first",
         input_data_format: str | None = None,
         **overrides: Any,
@@ -291,6 +296,7 @@ class UperNetImageProcessor:
             segmentation_maps: one an image, of its size: PIL images of one channel (L, P, I, 1), files of them, or
                 integer arrays or tensors of shape (H, W) or (N, H, W).
             return_tensors: "pt" for tensors, "np" for arrays, both with a batch dimension; None for lists of arrays.
+            device: where the tensors go, with `return_tensors="pt"`.
             data_format: "channels_first" for (C, H, W) results, "channels_last" for (H, W, C).
             input_data_format: how arrays and tensors are laid out, by the same names. None: found from the shape.
             **overrides: constructor arguments, for this call only; None leaves the processor's own.
@@ -339,7 +345,7 @@ class UperNetImageProcessor:
         if return_tensors is not None:
             for key, arrays in data.items():
                 batch = _stack(key, arrays)
-                data[key] = torch.from_numpy(batch) if return_tensors == "pt" else batch
+                data[key] = torch.from_numpy(batch).to(device) if return_tensors == "pt" else batch
         return data
 
     def post_process_semantic_segmentation(

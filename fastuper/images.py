@@ -312,9 +312,14 @@ def _legend(
     return panel
 
 
+def class_name(id2label: Mapping[int, str], index: int) -> str:
+    """Return the name of a class on one line, "class N" where it has none."""
+    return " ".join(str(id2label.get(index, "")).split()) or f"class {index}"
+
+
 def _legend_name(id2label: Mapping[int, str], index: int) -> str:
     """The class name in the characters that Pillow's built-in font has, which are ASCII's."""
-    decomposed = unicodedata.normalize("NFKD", " ".join(str(id2label.get(index, "")).split()))
+    decomposed = unicodedata.normalize("NFKD", class_name(id2label, index))
     name = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
     name = name.encode("ascii", "replace").decode()
     return name if any(letter.isalnum() for letter in name) else f"class {index}"

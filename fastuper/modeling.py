@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastuper_kernels import upsample_argmax
 from torch.nn import functional as F
 
 from fastuper.backbones import Backbone, build_backbone
@@ -27,6 +26,7 @@ from fastuper.configuration import (
 )
 from fastuper.head import FCNHead, UperNetHead
 from fastuper.outputs import SemanticSegmenterOutput, known_to_transformers
+from fastuper_kernels import upsample_argmax
 
 
 class UperNetForSemanticSegmentation(PretrainedMixin):
@@ -135,21 +135,27 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             B label maps, each (height, width), int64.
 
         Raises:
-            ValueError: `target_sizes` are not as many as the images, or pixels are not finite.
+            ValueError: `target_sizes` are not as many as the images, or pixels or logits are not finite.
         """
         pixel_values = self._check_pixels(pixel_values)
-        if not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
-            raise ValueError("pixel_values contain NaN or infinity; their labels would mean nothing")
         size = (pixel_values.shape[2], pixel_values.shape[3])
         if target_sizes is None:
             targets = [size] * len(pixel_values)
         else:
-            targets = [(int(height), int(width)) for height, width in target_sizes]
+            try:
+                targets = [(int(height), int(width)) for height, width in target_sizes]
+            except TypeError:
+                raise TypeError(f"target_sizes must be a (height, width) for each image, got {target_sizes}") from None
         if len(targets) != len(pixel_values):
             raise ValueError(
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"
             )
         logits = self.decode_head(self._features(pixel_values, False, False).feature_maps)
+        if not torch.compiler.is_compiling() and not logits.isfinite().all():
+            wrong = "the weights are not, or they overflow " + str(logits.dtype)
+            if not pixel_values.isfinite().all():
+                wrong = "pixel_values hold NaN or infinity"
+            raise ValueError(f"the logits are not finite, so that labels would mean nothing: {wrong}")
         return [
             upsample_argmax(image, [size] if target == size else [size, target])[0]
             for image, target in zip(logits.split(1), targets, strict=True)
@@ -157,7 +163,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
 
     def _load_backbone(self, config: UperNetConfig) -> None:
         """Load the weights of the backbone that a configuration names: those of a classifier, most often."""
-        assert config.backbone is not None
+        assert config.backbone is not None  # the configuration has seen to it
         if not isinstance(self.backbone, Backbone):
             from transformers import AutoBackbone
 
@@ -179,6 +185,11 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
     def _check_pixels(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(
+                f"pixel_values must be a tensor, got {type(pixel_values).__name__}: "
+                "give images to UperNetImageProcessor first"
+            )
         if pixel_values.ndim != 4 or 0 in pixel_values.shape:
             raise ValueError(f"pixel_values must be (batch, channels, height, width), got {tuple(pixel_values.shape)}")
         if not pixel_values.is_floating_point():
@@ -192,6 +203,8 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         config = self.config
         if config.num_labels == 1:
             raise ValueError("The number of labels should be greater than one")
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
         expected = (pixel_values.shape[0], *pixel_values.shape[2:])
         if labels.shape != expected:
             raise ValueError(f"labels must be (batch, height, width) = {tuple(expected)}, got {tuple(labels.shape)}")
@@ -235,8 +248,11 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         """The dtype of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Return the number of parameters, or of those that require a gradient."""
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters, or of those that require a gradient.
+
+        `exclude_embeddings` is Transformers' argument about token embeddings, of which there are none here.
+        """
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def can_generate(self) -> bool:

@@ -33,6 +33,8 @@ class TimmBackbone(nn.Module):
         # A model that is built on the meta device gets its weights from a checkpoint.
         pretrained = bool(values.get("use_pretrained_backbone")) and torch.get_default_device().type != "meta"
         with torch.device("cpu"):  # timm computes with what it creates, so that it cannot be on the meta device
+            if not timm.is_model(values["backbone"]):
+                raise ValueError(f"timm {timm.__version__} has no model {values['backbone']!r}; see timm.list_models()")
             model: Any = timm.create_model(
                 values["backbone"],
                 pretrained=pretrained,

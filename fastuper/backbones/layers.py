@@ -12,15 +12,51 @@ from torch.nn import functional as F
 
 from fastuper.configuration import BackboneConfig
 
+
+class Elementwise(nn.Module):
+    """A function of each value, as a module."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the function to x, of any shape."""
+        return self.function(x)
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+def _clipped_gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x).clamp(-10, 10)
+
+
+def _laplace(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2**0.5)))
+
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
+    "gelu_10": partial(Elementwise, _clipped_gelu),
+    "gelu_accurate": partial(nn.GELU, approximate="tanh"),
+    "gelu_fast": partial(nn.GELU, approximate="tanh"),
     "gelu_new": partial(nn.GELU, approximate="tanh"),
+    "gelu_python": nn.GELU,
     "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
     "hardswish": nn.Hardswish,
+    "laplace": partial(Elementwise, _laplace),
     "leaky_relu": nn.LeakyReLU,
     "linear": nn.Identity,
     "mish": nn.Mish,
+    "quick_gelu": partial(Elementwise, _quick_gelu),
     "relu": nn.ReLU,
+    "relu2": partial(Elementwise, _squared_relu),
     "relu6": nn.ReLU6,
     "selu": nn.SELU,
     "sigmoid": nn.Sigmoid,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -243,6 +244,44 @@ def test_existing_results_are_skipped_only_when_asked(model: Path, output: Path,
     assert (output / "photo_labels.png").read_bytes() == b"older"
     assert run(photo, "-m", model, "-o", output).exit_code == 0
     assert read_labels(output / "photo_labels.png").shape == (300, 451)
+
+
+def test_skip_existing_redoes_what_belongs_to_another_photo(model: Path, output: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    save(folder / "a.png", np.zeros((40, 60, 3), np.uint8))
+    assert run(folder, "-m", model, "-o", output).exit_code == 0
+    os.utime(save(folder / "a.jpg", np.zeros((30, 50, 3), np.uint8)), (2**32, 2**32))
+    assert run(folder, "-m", model, "-o", output, "--skip-existing").exit_code == 0
+    assert read_labels(output / "a_labels.png").shape == (30, 50)
+    assert read_labels(output / "a-2_labels.png").shape == (40, 60)
+
+
+def test_classes_whose_numbers_have_gaps(model: Path, output: Path, tmp_path: Path) -> None:
+    gaps = shutil.copytree(model, tmp_path / "gaps")
+    config = json.loads((gaps / "config.json").read_text())
+    config["id2label"] = {"1": "one", **{str(index): f"thing {index}" for index in range(7, 6 + len(NAMES))}}
+    (gaps / "config.json").write_text(json.dumps(config))
+    photo = save(tmp_path / "photo.png", np.asarray(data.coffee())[:50, :60])
+    result = run(photo, "-m", gaps, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"class \d+ [\d.]+ %|one [\d.]+ %", result.stdout)
+
+
+def test_weights_that_are_not_finite(model: Path, output: Path, tmp_path: Path) -> None:
+    network = UperNetForSemanticSegmentation.from_pretrained(model)
+    torch.nn.init.constant_(network.decode_head.classifier.weight, float("nan"))
+    network.save_pretrained(tmp_path / "nan")
+    photo = save(tmp_path / "photo.png", np.zeros((40, 60, 3), np.uint8))
+    result = run(photo, "-m", tmp_path / "nan", "-o", output)
+    assert result.exit_code == 1
+    assert "photo.png: the logits are not finite" in result.stderr
+    assert list(output.iterdir()) == []
+
+
+def test_the_longest_name(model: Path, output: Path, tmp_path: Path) -> None:
+    photo = save(tmp_path / f"{'n' * 240}.png", np.zeros((40, 60, 3), np.uint8))
+    assert run(photo, "-m", model, "-o", output).exit_code == 0
+    assert len(list(output.iterdir())) == 2
 
 
 # Bad photos among good ones

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastuper_kernels import upsample_add
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastuper_kernels import upsample_add
 
 
 def resampling_matrix(size_in: int, size_out: int) -> torch.Tensor:

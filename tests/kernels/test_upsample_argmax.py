@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from fastuper_kernels import upsample_argmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from fastuper_kernels import upsample_argmax
 from tests.kernels.test_upsample_add import random, resampling_matrix
 
 # `fastuper_kernels.upsample_argmax` is the function; monkeypatch wants the module of the same name.

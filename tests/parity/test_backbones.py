@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.activations import ACT2FN
 
 import fastuper
+from fastuper.backbones.layers import ACTIVATIONS, activation
 from tests.parity.models import HEAD, STAGES, error, images, randomize, segmentation_labels
 
 BOUND = 1e-10
@@ -121,3 +123,14 @@ def test_the_levels_asked_for_take_the_place_of_those_that_the_folder_names(tmp_
             fastuper.UperNetConfig(backbone=str(tmp_path), backbone_kwargs=levels, **HEAD)
         )
         assert ours.backbone.channels == [8, 16, 16]
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS.keys() & ACT2FN.keys()))
+def test_activations(name):
+    x = torch.linspace(-12, 12, 1001, dtype=torch.float64)
+    assert error(activation(name)(x), ACT2FN[name](x)) < 1e-10
+
+
+def test_activations_that_we_lack_are_documented():
+    lacking = set(ACT2FN.keys()) - ACTIVATIONS.keys()
+    assert lacking <= {"gelu_python_tanh", "prelu", "sqrtsoftplus", "xielu"}

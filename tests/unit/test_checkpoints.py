@@ -726,7 +726,6 @@ def test_an_override_that_is_a_configuration(tmp_path):
     [
         ({"loss_ignore": 0, "ignore": 1}, "no argument loss_ignore, ignore, and UperNetConfig no such attribute"),
         ({"_out": 0}, "no argument _out"),
-        ({"device_map": "auto"}, "device_map: .*pass device="),
         ({"trust_remote_code": True}, "trust_remote_code: code of a repository is never run"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2' is not supported"),
         ({"force_download": True}, "force_download: delete"),
@@ -845,6 +844,15 @@ def test_device(checkpoint):
         assert load(checkpoint[0]).device.type == "meta"
         model = load(checkpoint[0], device="cpu")
     assert_same(checkpoint[1].state_dict(), model.state_dict())
+
+
+def test_device_map(checkpoint):
+    for device_map in ("meta", torch.device("meta"), {"": "meta"}):
+        assert load(checkpoint[0], device_map=device_map).device.type == "meta"
+    assert load(checkpoint[0], device_map="auto").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for wrong in ({"device_map": {"backbone": 0}}, {"device_map": "cpu", "device": "cpu"}):
+        with pytest.raises(ValueError, match="goes to one device: pass device="):
+            load(checkpoint[0], **wrong)
 
 
 class ToyConfig:

@@ -59,8 +59,16 @@ REFUSED = {
         "give either backbone_config or use_timm_backbone, not both",
     ),
     "timm-without-a-name": (lambda: UperNetConfig(use_timm_backbone=True), "use_timm_backbone=True needs backbone"),
-    "no-pool-scales": (lambda: UperNetConfig(pool_scales=[]), "pool_scales must be one or more positive numbers"),
-    "pool-scale-0": (lambda: UperNetConfig(pool_scales=[1, 0]), r"one or more positive numbers, got \[1, 0\]"),
+    "no-pool-scales": (lambda: UperNetConfig(pool_scales=[]), "pool_scales must be a list of one or more numbers"),
+    "one-pool-scale": (lambda: UperNetConfig(pool_scales=3), "pool_scales must be a list of .*, got 3"),
+    "pool-scale-0": (lambda: UperNetConfig(pool_scales=[1, 0]), r"pool_scales\[1\] must be .* at least 1, got 0"),
+    "no-labels": (lambda: UperNetConfig(num_labels=0), "num_labels must be .* at least 1, got 0"),
+    "labels-in-a-list": (lambda: UperNetConfig(id2label=["a", "b"]), r"id2label must map .*, got \['a', 'b'\]"),
+    "labels-by-name": (lambda: UperNetConfig(id2label={"x": "a"}), "id2label must map class numbers to names"),
+    "labels-empty": (lambda: UperNetConfig(id2label={}), "id2label names no class"),
+    "hidden-size-in-words": (lambda: UperNetConfig(hidden_size="16"), "hidden_size must be .* at least 1, got '16'"),
+    "convs-below-0": (lambda: UperNetConfig(auxiliary_num_convs=-1), "auxiliary_num_convs must be .* at least 0"),
+    "pretrained-nothing": (lambda: UperNetConfig(use_pretrained_backbone=True), "use_pretrained_backbone=True needs"),
     "unknown-backbone": (
         lambda: UperNetConfig(backbone_config={"model_type": "vgg"}),
         "'vgg' is not known; known are convnext, resnet, swin, timm_backbone",
@@ -93,8 +101,14 @@ def test_a_backbones_configuration_is_no_upernet():
 
 
 def test_an_unknown_activation_names_the_known_ones():
-    with pytest.raises(ValueError, match="hidden_act='gulp' is not known; known are gelu, gelu_new"):
+    with pytest.raises(ValueError, match=r"hidden_act='gulp' is not known; known are gelu, gelu_10, .*quick_gelu"):
         fastuper.UperNetForSemanticSegmentation(UperNetConfig(backbone_config=SwinConfig(hidden_act="gulp")))
+
+
+def test_an_error_in_a_file_names_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"id2label": ["a"]}')
+    with pytest.raises(ValueError, match=r"config\.json: id2label must map"):
+        UperNetConfig.from_pretrained(tmp_path)
 
 
 def test_reading_what_is_not_there(tmp_path):

@@ -425,7 +425,6 @@ REFUSED = {
     ),
     "fractions": (IMAGE + 0.5, {}, ValueError, "values from .*; Pillow resizes whole levels from 0 to 255"),
     "unknown": (IMAGE, {"do_resise": True}, TypeError, "unknown argument do_resise; there are do_resize, size"),
-    "device": (IMAGE, {"device": "cpu"}, TypeError, "unknown argument device"),
     "short_edge": (IMAGE, {"size": {"shortest_edge": 512}}, ValueError, r"size is .*shortest_edge.*\"height\""),
     "extra_edge": (IMAGE, {"size": {"height": 5, "width": 5, "depth": 5}}, ValueError, "depth.*; give"),
     "zero_size": (IMAGE, {"size": {"height": 0, "width": 5}}, ValueError, "both at least 1"),
@@ -530,3 +529,8 @@ def test_neither_transformers_nor_torchvision_is_imported():
         "assert not {'transformers', 'torchvision'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
+
+
+def test_device_of_the_tensors():
+    inputs = UperNetImageProcessor(size=8)(IMAGE, return_tensors="pt", device="meta")
+    assert inputs["pixel_values"].is_meta

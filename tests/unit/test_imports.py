@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastuper_kernels
 import pytest
 
 import fastuper
+import fastuper_kernels
 
 HEAVY = ["transformers", "torchvision", "matplotlib", "timm", "skimage", "accelerate", "scipy", "pandas"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -89,8 +90,15 @@ def test_one_class_has_no_loss():
 def test_labels_of_what_is_not_finite(network, value):
     pixels = torch.zeros(1, 3, 32, 32)
     pixels[0, 1, 31, 0] = value
-    with pytest.raises(ValueError, match="pixel_values contain NaN or infinity"):
+    with pytest.raises(ValueError, match=r"logits are not finite.*pixel_values hold NaN or infinity"):
         network.segment(pixels)
+
+
+def test_labels_of_weights_that_are_not_finite(network):
+    broken = copy.deepcopy(network)
+    torch.nn.init.constant_(broken.decode_head.classifier.bias, float("nan"))
+    with pytest.raises(ValueError, match=r"not finite.*: the weights are not, or they overflow torch\.float32"):
+        broken.segment(torch.zeros(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
