@@ -464,7 +464,9 @@ class PretrainedMixin(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
             fresh = _materialise(model, target, config.dtype)
-            loaded, info = _copy_weights(model, shards)
+            # Older safetensors make tensors where the caller's `with torch.device(...)` says.
+            with torch.device("cpu"):
+                loaded, info = _copy_weights(model, shards)
             mismatched = sorted(info["mismatched_keys"])
             if mismatched and not ignore_mismatched_sizes:
                 raise RuntimeError(

@@ -34,8 +34,8 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
 def test_every_mode_reads_as_the_conversion_of_its_pixels(photo: Image.Image, mode: str, tmp_path: Path) -> None:
     converted = photo.convert(mode)
-    path = tmp_path / ("photo.tif" if mode in ("CMYK", "YCbCr") else "photo.png")
-    converted.save(path)
+    path = tmp_path / f"photo.{({'CMYK': 'tif', 'YCbCr': 'jpg'}).get(mode, 'png')}"
+    converted.save(path, quality=100, subsampling=0)
     image = read_image(path)
     assert image.mode == "RGB"
     with Image.open(path) as reopened:
