@@ -103,8 +103,10 @@ def known_to_transformers(cls: type[Output]) -> type[Output]:
 
     Its pipelines make a plain dictionary of any other mapping, in which they then look for attributes.
     """
+    if torch.compiler.is_compiling():
+        return cls
     theirs = getattr(sys.modules.get("transformers.utils.generic"), "ModelOutput", None)
-    return cls if theirs is None or torch.compiler.is_compiling() else _derived(cls, theirs)
+    return cls if theirs is None else _derived(cls, theirs)
 
 
 @cache

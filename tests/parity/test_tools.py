@@ -240,3 +240,15 @@ def test_parts_of_the_model_may_be_frozen_in_eval_mode():
     pixels = images(3, 3, 64, 64)
     with torch.no_grad():
         assert error(ours(pixels).logits, theirs(pixels).logits) < 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiles_as_one_graph(family):
+    ours = pair(config(family))[1]
+    pixels, labels = images(2, 3, 49, 70), segmentation_labels(2, 49, 70)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected, output = ours(pixels, labels=labels), compiled(pixels, labels=labels)
+    assert error(output.logits, expected.logits) < 1e-12
+    assert error(output.loss, expected.loss) < 1e-12
+    assert output.keys() == expected.keys()
