@@ -64,8 +64,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         self.auxiliary_head = FCNHead(self.config, channels) if self.config.use_auxiliary_head else None
         self.register_load_state_dict_pre_hook(rename_on_load)
         self.initialize()
-        # On the meta device a checkpoint with all of the weights comes next; timm has loaded its own already.
-        if given.use_pretrained_backbone and not given.use_timm_backbone and self.device.type != "meta":
+        if given.use_pretrained_backbone:
             self._load_backbone(given)
 
     def forward(
@@ -164,6 +163,11 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
     def _load_backbone(self, config: UperNetConfig) -> None:
         """Load the weights of the backbone that a configuration names: those of a classifier, most often."""
         assert config.backbone is not None  # the configuration has seen to it
+        if config.use_timm_backbone:  # timm has loaded them; whoever loads what is saved has no need to
+            self.config.backbone_config.values["use_pretrained_backbone"] = False
+            return
+        if self.device.type == "meta":  # a checkpoint with all of the weights comes next
+            return
         if not isinstance(self.backbone, Backbone):
             from transformers import AutoBackbone
 

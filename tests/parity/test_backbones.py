@@ -134,3 +134,25 @@ def test_activations(name):
 def test_activations_that_we_lack_are_documented():
     lacking = set(ACT2FN.keys()) - ACTIVATIONS.keys()
     assert lacking <= {"gelu_python_tanh", "prelu", "sqrtsoftplus", "xielu"}
+
+
+def test_a_pretrained_timm_backbone_is_fetched_once(monkeypatch, tmp_path):
+    timm = pytest.importorskip("timm")
+    create_model, asked = timm.create_model, []
+
+    def offline(name, *, pretrained, **options):
+        asked.append(pretrained)
+        return create_model(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    given = fastuper.UperNetConfig(
+        backbone="resnet18", use_timm_backbone=True, use_pretrained_backbone=True, hidden_size=16, auxiliary_channels=8
+    )
+    model = fastuper.UperNetForSemanticSegmentation(given)
+    model.save_pretrained(tmp_path)
+    again = fastuper.UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+    fastuper.UperNetForSemanticSegmentation(again.config)
+    assert asked == [True, False, False]
+    assert model.backbone.channels == [64, 128, 256, 512]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
