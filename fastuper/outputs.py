@@ -45,8 +45,8 @@ class ModelOutput(OrderedDict[str, Any]):
         # accelerate and DataParallel rebuild outputs as `type(output)(mapping)` and `type(output)(pairs)`.
         value = given[first]
         alone = all(other is None for name, other in given.items() if name != first)
-        if alone and isinstance(value, Mapping | Iterator | list):
-            pairs = dict(value)
+        pairs = _as_pairs(value) if alone else None
+        if pairs is not None:
             if unknown := pairs.keys() - given.keys():
                 raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}; it has {', '.join(given)}")
             given = {name: pairs.get(name) for name in given}
@@ -116,6 +116,15 @@ def _derived(cls: type[Any], theirs: type[Any]) -> type[Any]:
 
 def _derived_with(cls: type[Any], values: tuple[Any, ...]) -> Any:
     return known_to_transformers(cls)(*values)
+
+
+def _as_pairs(value: Any) -> dict[str, Any] | None:
+    """Return what a mapping or (key, value) pairs hold; None for anything else, such as a list of tensors."""
+    if isinstance(value, Iterator):
+        value = list(value)
+    if isinstance(value, list) and not all(isinstance(item, tuple | list) and len(item) == 2 for item in value):
+        return None
+    return dict(value) if isinstance(value, Mapping | list) else None
 
 
 def _rebuild(cls: type[Any], pairs: Iterable[tuple[str, Any]]) -> Any:

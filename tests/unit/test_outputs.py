@@ -57,3 +57,10 @@ def test_flattening_keeps_each_value_at_its_key():
 def test_serialising_the_tree_of_an_output():
     spec = pytree.tree_flatten(BackboneOutput(feature_maps=(1, 2)))[1]
     assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+
+
+def test_a_list_of_maps_is_no_list_of_pairs():
+    maps = [torch.zeros(1, 2, 3, 3), torch.zeros(1, 4, 2, 2)]
+    assert BackboneOutput(maps).feature_maps is maps
+    assert list(BackboneOutput({})) == []
+    assert list(BackboneOutput([("feature_maps", maps)])) == ["feature_maps"]
