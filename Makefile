@@ -1,4 +1,4 @@
-# What can be done here; `make` lists it. Everything runs in .venv, which `make setup` builds once.
+# What can be done here; `make` lists it. Everything runs in .venv, which is built once, when it is first needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

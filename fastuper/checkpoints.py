@@ -679,13 +679,7 @@ def _build_config(
             f"and {type(config).__name__} no such attribute"
         )
     changes = {name: value for name, value in labels.items() if value is not None} | overrides
-    if not changes:
-        return config
-    values = config.to_dict()
-    if "id2label" in changes or changes.get("num_labels", config.num_labels) != config.num_labels:
-        for name in ("id2label", "label2id", "num_labels"):  # the names of other classes
-            values.pop(name, None)
-    return cls.config_class.from_dict(values | changes)
+    return cls.config_class.from_dict(config.to_dict(), **changes) if changes else config
 
 
 def _wanted_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -219,7 +219,7 @@ def _load(model: str, device: str, dtype: Dtype) -> tuple[UperNetForSemanticSegm
             typer.echo(
                 f"{model} has no preprocessor_config.json: photos are prepared with the default settings", err=True
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         _leave(f"cannot load the model {model}: {_one_line(error)}")
     if len(network.config.id2label) > 256:
         typer.echo(
@@ -325,7 +325,9 @@ def _describe(job: _Job, photo: Image.Image, shares: NDArray[np.float64], id2lab
         break_long_words=False,
         break_on_hyphens=False,
     ).replace("\0", " ")
-    return f"{job.photo} ({photo.width} x {photo.height}) -> {job.labels.name}, {job.overlay.name}\n{text}"
+    return (
+        f"{_one_line(str(job.photo))} ({photo.width} x {photo.height}) -> {job.labels.name}, {job.overlay.name}\n{text}"
+    )
 
 
 def _one_line(error: Exception | str) -> str:

@@ -19,6 +19,17 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 
+# What says the same in other words, and goes when one of them is overridden.
+LABELS = ("id2label", "label2id", "num_labels")
+LEVELS = ("out_features", "out_indices")
+LINKED = {
+    "id2label": LABELS,
+    "num_labels": LABELS,
+    "out_features": LEVELS,
+    "out_indices": LEVELS,
+    "torch_dtype": ("dtype",),
+}
+
 
 class Config:
     """What every configuration has.
@@ -130,21 +141,22 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Any:
-        """Build a configuration from config.json's content; `overrides` take the place of its values."""
-        config = cls(**{key: copy.deepcopy(value) for key, value in values.items()})
-        config.update(overrides)
-        return config
-
-    def update(self, values: Mapping[str, Any]) -> None:
-        """Set attributes.
+        """Build a configuration from config.json's content; `overrides` take the place of its values.
 
         Raises:
-            TypeError: there is no attribute of a name.
+            TypeError: an override is nothing that the configuration has.
+            ValueError: a value is not possible.
         """
-        for name, value in values.items():
-            if not hasattr(self, name):
-                raise TypeError(f"{type(self).__name__} has no {name!r}")
-            setattr(self, name, value)
+        config = cls(**copy.deepcopy(dict(values)))
+        if overrides.get("num_labels") == config.num_labels:  # the classes keep their names
+            del overrides["num_labels"]
+        if not overrides:
+            return config
+        if unknown := [name for name in overrides if name.startswith("_") or not hasattr(config, name)]:
+            raise TypeError(f"{cls.__name__} has no {', '.join(unknown)}")
+        replaced = {other for name in overrides for other in LINKED.get(name, (name,))}
+        kept = {name: value for name, value in config.to_dict().items() if name not in replaced}
+        return cls(**kept, **overrides)
 
     @classmethod
     def from_pretrained(
@@ -164,7 +176,7 @@ class Config:
             OSError: there is no config.json, or it is not one; the message names the place.
             ValueError: it is the configuration of another kind of model.
         """
-        options = HubOptions(token, cache_dir, subfolder, revision, local_files_only)
+        options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only)
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, options)
         if path is None:
             place = f"{pretrained_model_name_or_path}/{subfolder}" if subfolder else pretrained_model_name_or_path
@@ -178,7 +190,7 @@ class Config:
             config = cls.from_dict(values)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
-        config.update(overrides)
+        config = cls.from_dict(values, **overrides)
         config.name_or_path = str(pretrained_model_name_or_path)
         return config
 
@@ -211,6 +223,7 @@ class BackboneConfig(Config):
         extra.pop("stage_names", None)
         super().__init__(**extra)
         self.depths = list(depths)
+        check_counts(1, **{f"depths[{i}]": depth for i, depth in enumerate(self.depths)})
         self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(len(self.depths)))]
         self._select(out_features, out_indices)
 
@@ -310,6 +323,7 @@ class ConvNextConfig(BackboneConfig):
         self.layer_scale_init_value = layer_scale_init_value
         self.drop_path_rate = drop_path_rate
         self.image_size = image_size
+        check_counts(1, num_channels=num_channels, patch_size=patch_size)
         if not len(self.hidden_sizes) == len(self.depths) == num_stages:
             raise ValueError(
                 f"num_stages={num_stages}, hidden_sizes={self.hidden_sizes} and depths={self.depths} "
@@ -386,6 +400,7 @@ class SwinConfig(BackboneConfig):
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.encoder_stride = encoder_stride
+        check_counts(1, window_size=window_size, num_channels=num_channels, embed_dim=embed_dim)
         if len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"depths={self.depths} and num_heads={self.num_heads} must speak of the same number of stages"
@@ -495,9 +510,9 @@ BACKBONE_CONFIGS: dict[str, type[BackboneConfig]] = {
 class UperNetConfig(Config):
     """UPerNet (https://arxiv.org/abs/1807.10221): a backbone, the head over its feature maps, an auxiliary head.
 
-    The arguments and defaults are Transformers' (4.56), with two differences, both where it cannot build a model: a
-    backbone configuration that names no stages to return gives all of them, not only the last; and a timm backbone
-    without `out_indices` gives its last four.
+    The arguments and defaults are Transformers' (4.56), with two differences, both where it cannot build a model: with
+    an auxiliary head, which needs three maps, a backbone configuration (ConvNeXt, ResNet, Swin) that names no stages to
+    return gives all of them, not only the last; and a timm backbone without `out_indices` gives its last four.
 
     Args:
         backbone_config: a configuration of the backbone, ours or Transformers', or its dictionary; ResNet-50 if None.
@@ -577,11 +592,19 @@ class UperNetConfig(Config):
         self.loss_ignore_index = loss_ignore_index
         if backbone_config is None and backbone is None:
             backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-        self.backbone_config = None if backbone_config is None else self.own_backbone(backbone_config)
+        self.backbone_config = backbone_config
 
-    def own_backbone(self, config: Any) -> BackboneConfig | ForeignBackboneConfig:
-        """Return a copy of a backbone's configuration in a class of ours, with all the stages that the heads need."""
-        config = backbone_config_from(config)
+    @property
+    def backbone_config(self) -> Any:
+        """The backbone's configuration, in a class of ours and with all the stages that the heads need.
+
+        Setting it, to one of ours, of Transformers' or a dictionary, makes a copy.
+        """
+        return self._backbone_config
+
+    @backbone_config.setter
+    def backbone_config(self, config: Any) -> None:
+        self._backbone_config = config = None if config is None else backbone_config_from(config)
         # One level alone has no third map for the auxiliary head: Transformers fails here with an IndexError.
         if (
             isinstance(config, BackboneConfig)
@@ -589,7 +612,6 @@ class UperNetConfig(Config):
             and config.out_features == config.stage_names[-1:]
         ):
             config.out_features = config.stage_names[1:]
-        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, in types that JSON has."""
@@ -653,13 +675,11 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
     if path is None:
         raise FileNotFoundError(f"backbone={config.backbone!r} has no {CONFIG_NAME}")
     saved = backbone_config_from(read_json(path))
-    unknown = [name for name in overrides if not hasattr(saved, name)]
-    if unknown and isinstance(saved, BackboneConfig):
-        raise TypeError(f"backbone_kwargs: {type(saved).__name__} has no {', '.join(unknown)}")
-    values = saved.to_dict()
-    if "out_features" in overrides or "out_indices" in overrides:  # one of them alone would contradict the other
-        values = {name: value for name, value in values.items() if name not in ("out_features", "out_indices")}
-    return config.own_backbone({**values, **overrides})
+    if isinstance(saved, BackboneConfig):
+        return type(saved).from_dict(saved.to_dict(), **overrides)
+    replaced = {other for name in overrides for other in LINKED.get(name, (name,))}
+    kept = {name: value for name, value in saved.values.items() if name not in replaced}
+    return ForeignBackboneConfig(saved.model_type, **kept, **overrides)
 
 
 def check_counts(least: int, **values: Any) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -76,20 +76,29 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{source} has no revision {options.revision!r} on the Hub") from None
     except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: not known, rather than known not to exist
-        if _is_cached(source, options):
+        if _is_known_missing(source, filename, options):
             return None
         raise OSError(
-            f"{source} is not a folder here, not in the local cache, and the Hub cannot be reached: {error}"
+            f"{source} is not a folder here, its {filename} not in the local cache, and the Hub cannot be reached "
+            f"(HF_HUB_OFFLINE=1 takes what the cache has for all there is): {error}"
         ) from None
     except EntryNotFoundError:
         return None
 
 
-def _is_cached(source: str | os.PathLike[str], options: HubOptions) -> bool:
-    """Whether this revision of a repository is in the cache, so that a file missing there may be taken as missing."""
-    config = f"{options.subfolder}/config.json" if options.subfolder else "config.json"
-    found = try_to_load_from_cache(str(source), config, cache_dir=options.cache_dir, revision=options.revision)
-    return isinstance(found, str)
+def _is_known_missing(source: str | os.PathLike[str], filename: str, options: HubOptions) -> bool:
+    """Whether a file that is not in the cache can be taken as not in the repository, without asking the Hub.
+
+    That is so where the Hub has said it before, or where only the cache was to be looked at and has the rest.
+    """
+
+    def cached(name: str) -> Any:
+        name = f"{options.subfolder}/{name}" if options.subfolder else name
+        return try_to_load_from_cache(str(source), name, cache_dir=options.cache_dir, revision=options.revision)
+
+    if cached(filename) is _CACHED_NO_EXIST:
+        return True
+    return (options.local_files_only or constants.HF_HUB_OFFLINE) and isinstance(cached("config.json"), str)
 
 
 def pin_revision(source: str | os.PathLike[str], options: HubOptions) -> HubOptions:

@@ -210,13 +210,13 @@ class UperNetImageProcessor:
         """
         path: Path | None = Path(source)
         if not Path(source).is_file():
-            options = HubOptions(token, cache_dir, subfolder, revision, local_files_only)
+            options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only)
             path = find_file(source, CONFIG_FILE, options)
         if path is None:
             raise FileNotFoundError(
                 f"{source} has no {CONFIG_FILE}; UperNetImageProcessor() gives the usual one, save_pretrained writes it"
             )
-        _check_names(overrides)
+        overrides = _checked_overrides(overrides)  # an error of the caller's, not of the file
         try:
             return cls.from_dict(read_json(path), **overrides)
         except (TypeError, ValueError) as error:
@@ -230,8 +230,7 @@ class UperNetImageProcessor:
             TypeError: an override is unknown.
             ValueError: the file is another processor's, or an option has no meaning.
         """
-        _check_names(overrides)
-        config = {**config, **overrides}
+        config = {**config, **_checked_overrides(overrides)}
         kind = config.pop("image_processor_type", None)
         # Files from before image processors had their name carry this key too; Transformers drops it as misleading.
         kind = kind or config.pop("feature_extractor_type", None)
@@ -309,7 +308,7 @@ class UperNetImageProcessor:
             TypeError: something is no image, a list mixes kinds, or an override is unknown.
             ValueError: values, channels, sizes or counts do not fit; the message says which image and what would do.
         """
-        _check_names(overrides)
+        overrides = _checked_overrides(overrides)
         # The attributes may have been changed since they were checked: a processor of this call's own checks again.
         given = {name: value for name, value in overrides.items() if value is not None}
         own = UperNetImageProcessor(**{**self._options(), **given})
@@ -389,8 +388,7 @@ class UperNetImageProcessor:
     def _open_image(self, name: str, image: Image, input_data_format: str | None) -> PIL.Image.Image | np.ndarray:
         """Return an image as a PIL image of mode L or RGB, or as a checked view (C, H, W) of an array."""
         if isinstance(image, (str, os.PathLike)):
-            with PIL.Image.open(image) as file:
-                image = PIL.ImageOps.exif_transpose(file)
+            image = PIL.ImageOps.exif_transpose(_read_file(name, image))
         if isinstance(image, PIL.Image.Image):
             if 0 in image.size:
                 raise ValueError(f"{name} is {_by(_height_width(image))} (height x width): it has no pixels")
@@ -590,10 +588,12 @@ def _length(statistic: float | list[float]) -> int | None:
     return len(statistic) if isinstance(statistic, list) else None
 
 
-def _check_names(overrides: Mapping[str, Any]) -> None:
-    unknown = sorted(overrides.keys() - set(OPTIONS))
-    if unknown:
+def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides under the names of today; TypeError for one that is no argument."""
+    renamed = {"do_reduce_labels" if name == "reduce_labels" else name: value for name, value in overrides.items()}
+    if unknown := sorted(renamed.keys() - set(OPTIONS)):
         raise TypeError(f"unknown argument {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+    return renamed
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -686,11 +686,23 @@ def _eight_bits(name: str, array: np.ndarray) -> tuple[np.ndarray, bool]:
     return (array if whole else _rescale(array, 255)).astype(np.uint8), not whole
 
 
+def _read_file(name: str, path: str | os.PathLike[str]) -> PIL.Image.Image:
+    """Return a file's image, decoded; the error names the file."""
+    try:
+        with PIL.Image.open(path) as file:
+            file.load()
+            return file
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: there is no file {path}") from None
+    except (OSError, SyntaxError) as error:  # Pillow raises both on damaged files
+        reason = "no image that Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise OSError(f"{name}: {path} cannot be read: {reason}") from None
+
+
 def _open_map(name: str, segmentation_map: Image) -> np.ndarray:
     """Return a segmentation map as whole numbers (H, W)."""
     if isinstance(segmentation_map, (str, os.PathLike)):
-        with PIL.Image.open(segmentation_map) as file:
-            return _open_map(name, file)
+        return _open_map(name, _read_file(name, segmentation_map))
     if isinstance(segmentation_map, PIL.Image.Image):
         if len(segmentation_map.getbands()) != 1:
             raise ValueError(

@@ -143,8 +143,8 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         else:
             try:
                 targets = [(int(height), int(width)) for height, width in target_sizes]
-            except TypeError:
-                raise TypeError(f"target_sizes must be a (height, width) for each image, got {target_sizes}") from None
+            except (TypeError, ValueError):
+                raise ValueError(f"target_sizes must be a (height, width) for each image, got {target_sizes}") from None
         if len(targets) != len(pixel_values):
             raise ValueError(
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"

@@ -17,6 +17,10 @@ class TimmBackbone(nn.Module):
     Args:
         config: `backbone` is the model's name, `out_indices` its levels (the last four where nothing is said),
             `num_channels` the image's channels, `use_pretrained_backbone` whether timm loads its weights.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: timm has no such model, or the model no such levels.
     """
 
     def __init__(self, config: ForeignBackboneConfig):
@@ -27,21 +31,28 @@ class TimmBackbone(nn.Module):
             raise ImportError("a timm backbone needs timm: pip install 'fastuper[timm]'") from None
         super().__init__()
         values = config.values
-        indices = values.get("out_indices")
+        if not timm.is_model(values.get("backbone") or ""):
+            raise ValueError(f"timm {timm.__version__} has no model {values.get('backbone')!r}; see timm.list_models()")
         # Transformers' default, the last level alone, gives an UPerNet that it cannot build (with an auxiliary head).
-        indices = [-4, -3, -2, -1] if indices is None or list(indices) == [-1] else list(indices)
+        # The levels go into the configuration, so that what is saved means the same network there.
+        if values.get("out_indices") in (None, [-1], (-1,)):
+            values["out_indices"] = [-4, -3, -2, -1]
+        indices = tuple(values["out_indices"])
         # A model that is built on the meta device gets its weights from a checkpoint.
         pretrained = bool(values.get("use_pretrained_backbone")) and torch.get_default_device().type != "meta"
         with torch.device("cpu"):  # timm computes with what it creates, so that it cannot be on the meta device
-            if not timm.is_model(values["backbone"]):
-                raise ValueError(f"timm {timm.__version__} has no model {values['backbone']!r}; see timm.list_models()")
-            model: Any = timm.create_model(
-                values["backbone"],
-                pretrained=pretrained,
-                features_only=True,
-                in_chans=values.get("num_channels", 3),
-                out_indices=tuple(indices),
-            )
+            try:
+                model: Any = timm.create_model(
+                    values["backbone"],
+                    pretrained=pretrained,
+                    features_only=True,
+                    in_chans=values.get("num_channels", 3),
+                    out_indices=indices,
+                )
+            except (IndexError, AssertionError):
+                raise ValueError(
+                    f"timm's {values['backbone']} has no levels {list(indices)}; give other out_indices"
+                ) from None
         if values.get("freeze_batch_norm_2d"):
             timm.utils.model.freeze_batch_norm_2d(model)
         self.config = config

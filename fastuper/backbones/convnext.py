@@ -34,7 +34,7 @@ class ConvNextLayer(nn.Module):
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = activation(config.hidden_act)
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        scale = config.layer_scale_init_value
+        scale = float(config.layer_scale_init_value)
         self.layer_scale_parameter = nn.Parameter(torch.full((dim,), scale)) if scale > 0 else None
         self.drop_path = drop_path(drop_prob)
 

@@ -48,6 +48,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_fast": partial(nn.GELU, approximate="tanh"),
     "gelu_new": partial(nn.GELU, approximate="tanh"),
     "gelu_python": nn.GELU,
+    "gelu_python_tanh": partial(nn.GELU, approximate="tanh"),
     "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
     "hardswish": nn.Hardswish,
     "laplace": partial(Elementwise, _laplace),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-# About this many resampled logits exist at a time, 256 MB of float32, however large the images and their batch are.
+# About this many resampled logits exist at a time (256 MB of float32) however many classes and images there are, or
+# those of one class where one has more.
 MAX_RESAMPLED = 1 << 26
 
 
@@ -29,13 +30,16 @@ def upsample_argmax(
     """
     if not sizes or any(height < 1 or width < 1 for height, width in sizes):
         raise ValueError(f"sizes must be one or more positive (height, width), got {list(sizes)}")
-    if dtype.is_floating_point or dtype.is_complex or torch.iinfo(dtype).max < logits.shape[1] - 1:
+    integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if not integer or torch.iinfo(dtype).max < logits.shape[1] - 1:
         raise ValueError(f"{dtype} does not hold the labels of {logits.shape[1]} classes")
     step = max(1, MAX_RESAMPLED // max(height * width for height, width in sizes))
-    return torch.cat([_labels_of_one(image, sizes, step).to(dtype) for image in logits.split(1)])
+    return torch.cat([_labels_of_one(image, sizes, step, dtype) for image in logits.split(1)])
 
 
-def _labels_of_one(image: torch.Tensor, sizes: Sequence[tuple[int, int]], step: int) -> torch.Tensor:
+def _labels_of_one(
+    image: torch.Tensor, sizes: Sequence[tuple[int, int]], step: int, dtype: torch.dtype
+) -> torch.Tensor:
     """Return the labels (1, height, width) of one image, `step` classes at a time, with a running maximum."""
     best, labels = None, None
     # PyTorch may resample some classes and all of them by different kernels, which round differently: labels of a whole
@@ -44,6 +48,7 @@ def _labels_of_one(image: torch.Tensor, sizes: Sequence[tuple[int, int]], step: 
         for size in sizes:
             part = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
         values, indices = part.max(dim=1)
+        indices = indices.to(dtype)
         if best is None or labels is None:
             best, labels = values, indices
         else:

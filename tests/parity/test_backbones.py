@@ -133,7 +133,23 @@ def test_activations(name):
 
 def test_activations_that_we_lack_are_documented():
     lacking = set(ACT2FN.keys()) - ACTIVATIONS.keys()
-    assert lacking <= {"gelu_python_tanh", "prelu", "sqrtsoftplus", "xielu"}
+    assert lacking <= {"prelu", "sqrtsoftplus", "xielu"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"backbone": "resnet0"}, "has no model 'resnet0'"),
+        ({}, "has no model None"),
+        ({"backbone": "resnet18", "out_indices": [9]}, r"resnet18 has no levels \[9\]"),
+    ],
+    ids=["no-such-model", "no-name", "no-such-level"],
+)
+def test_what_timm_does_not_have(values, message):
+    pytest.importorskip("timm")
+    given = fastuper.UperNetConfig(backbone_config={"model_type": "timm_backbone", **values})
+    with pytest.raises(ValueError, match=message):
+        fastuper.UperNetForSemanticSegmentation(given)
 
 
 def test_a_pretrained_timm_backbone_is_fetched_once(monkeypatch, tmp_path):
@@ -153,6 +169,11 @@ def test_a_pretrained_timm_backbone_is_fetched_once(monkeypatch, tmp_path):
     again = fastuper.UperNetForSemanticSegmentation.from_pretrained(tmp_path)
     fastuper.UperNetForSemanticSegmentation(again.config)
     assert asked == [True, False, False]
+    theirs, info = transformers.UperNetForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    pixels = images(1, 3, 64, 64, dtype=torch.float32)
+    with torch.no_grad():
+        assert error(again(pixels).logits, theirs.eval()(pixels).logits) < 1e-5
     assert model.backbone.channels == [64, 128, 256, 512]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name

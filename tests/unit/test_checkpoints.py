@@ -865,8 +865,8 @@ class ToyConfig:
         return {name: value for name, value in vars(self).items() if not isinstance(value, torch.dtype)}
 
     @classmethod
-    def from_dict(cls, values):
-        return cls(**values)
+    def from_dict(cls, values, **overrides):
+        return cls(**values, **overrides)
 
     @classmethod
     def from_pretrained(cls, source, **options):

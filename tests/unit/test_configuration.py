@@ -62,6 +62,8 @@ REFUSED = {
     "no-pool-scales": (lambda: UperNetConfig(pool_scales=[]), "pool_scales must be a list of one or more numbers"),
     "one-pool-scale": (lambda: UperNetConfig(pool_scales=3), "pool_scales must be a list of .*, got 3"),
     "pool-scale-0": (lambda: UperNetConfig(pool_scales=[1, 0]), r"pool_scales\[1\] must be .* at least 1, got 0"),
+    "window-0": (lambda: SwinConfig(window_size=0), "window_size must be .* at least 1, got 0"),
+    "depth-0": (lambda: SwinConfig(depths=[2, 2, 0, 2]), r"depths\[2\] must be .* at least 1, got 0"),
     "no-labels": (lambda: UperNetConfig(num_labels=0), "num_labels must be .* at least 1, got 0"),
     "labels-in-a-list": (lambda: UperNetConfig(id2label=["a", "b"]), r"id2label must map .*, got \['a', 'b'\]"),
     "labels-by-name": (lambda: UperNetConfig(id2label={"x": "a"}), "id2label must map class numbers to names"),
@@ -126,8 +128,33 @@ def test_overriding_a_value_on_reading(tmp_path):
     UperNetConfig(hidden_size=64).save_pretrained(tmp_path)
     assert UperNetConfig.from_pretrained(tmp_path, hidden_size=32).hidden_size == 32
     assert UperNetConfig.from_pretrained(tmp_path, num_labels=5).id2label[4] == "LABEL_4"
-    with pytest.raises(TypeError, match="UperNetConfig has no 'hiden_size'"):
+    with pytest.raises(TypeError, match="UperNetConfig has no hiden_size"):
         UperNetConfig.from_pretrained(tmp_path, hiden_size=32)
+
+
+def test_overrides_are_checked_like_arguments(tmp_path):
+    UperNetConfig(id2label={0: "sea", 1: "land", 2: "sky"}).save_pretrained(tmp_path)
+    named = UperNetConfig.from_pretrained(tmp_path, id2label={"0": "a", "1": "b"})
+    assert (named.id2label, named.label2id) == ({0: "a", 1: "b"}, {"a": 0, "b": 1})
+    assert UperNetConfig.from_pretrained(tmp_path, num_labels=3).id2label[2] == "sky"
+    assert UperNetConfig.from_pretrained(tmp_path, torch_dtype="bfloat16").dtype is torch.bfloat16
+    for wrong in ({"hidden_size": -1}, {"dtype": "nonsense"}):
+        with pytest.raises(ValueError, match=r"hidden_size|dtype"):
+            UperNetConfig.from_pretrained(tmp_path, **wrong)
+
+
+def test_a_backbone_may_be_assigned():
+    config = UperNetConfig()
+    config.backbone_config = {"model_type": "swin", "embed_dim": 12, "num_heads": [1, 2, 3, 4]}
+    assert isinstance(config.backbone_config, SwinConfig)
+    assert config.backbone_config.out_features == ["stage1", "stage2", "stage3", "stage4"]
+    assert UperNetConfig.from_dict(config.to_dict()) == config
+
+
+def test_whole_numbers_serve_as_floats():
+    config = ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_scale_init_value=1)
+    model = fastuper.UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, hidden_size=8))
+    assert model.backbone.encoder.stages[0].layers[0].layer_scale_parameter.eq(1.0).all()
 
 
 def test_numbers_and_names_of_classes(caplog):

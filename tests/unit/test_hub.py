@@ -72,8 +72,23 @@ def test_file_missing_in_a_cached_repository(cache):
     assert find_file("someone/upernet", "x.bin", offline(cache, subfolder="nested/snapshots")) is None
 
 
+def test_an_unreachable_hub_is_no_missing_file(cache, monkeypatch):
+    def unreachable(*_, **__):
+        raise errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(fastuper.hub, "hf_hub_download", unreachable)
+    online = HubOptions(cache_dir=cache)
+    with pytest.raises(OSError, match=r"its x\.json not in the local cache, and the Hub cannot be reached"):
+        find_file("someone/upernet", "x.json", online)
+    # The Hub's own answer is kept in the cache.
+    folder = cache / "models--someone--upernet" / ".no_exist" / COMMIT
+    folder.mkdir(parents=True)
+    (folder / "x.json").touch()
+    assert find_file("someone/upernet", "x.json", online) is None
+
+
 def test_repository_not_cached(cache):
-    with pytest.raises(OSError, match="someone/else is not a folder here, not in the local cache"):
+    with pytest.raises(OSError, match=r"someone/else is not a folder here, its config\.json not in the local cache"):
         find_file("someone/else", "config.json", offline(cache))
     with pytest.raises(OSError, match="not in the local cache"):
         find_file("someone/upernet", "config.json", offline(cache, revision="v2"))

@@ -534,3 +534,23 @@ def test_neither_transformers_nor_torchvision_is_imported():
 def test_device_of_the_tensors():
     inputs = UperNetImageProcessor(size=8)(IMAGE, return_tensors="pt", device="meta")
     assert inputs["pixel_values"].is_meta
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.arange(3 * 64 * 64, dtype=np.uint8).reshape(64, 64, 3)).save(whole)
+    (tmp_path / "truncated.png").write_bytes(whole.read_bytes()[:-200])
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").touch()
+    processor = UperNetImageProcessor(size=8)
+    assert processor(whole)["pixel_values"][0].shape == (3, 8, 8)
+    for name in ("truncated.png", "text.png", "empty.png"):
+        with pytest.raises(OSError, match=rf"images\[0\]: .*{name} cannot be read: "):
+            processor(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"images\[0\]: there is no file .*missing\.png"):
+        processor(tmp_path / "missing.png")
+
+
+def test_the_old_name_of_do_reduce_labels_overrides_too(tmp_path):
+    UperNetImageProcessor().save_pretrained(tmp_path)
+    assert UperNetImageProcessor.from_pretrained(tmp_path, reduce_labels=True).do_reduce_labels

@@ -107,9 +107,11 @@ def test_labels_of_weights_that_are_not_finite(network):
         ([(8, 8)], "1 target_sizes for a batch of 2 images; give one an image"),
         ([], "0 target_sizes for a batch of 2 images"),
         ([(8, 8)] * 3, "3 target_sizes for a batch of 2 images"),
+        ((8, 8), "target_sizes must be a .height, width. for each image"),
+        ([(8, 8, 3)] * 2, "target_sizes must be a .height, width. for each image"),
         ([(8, 8), (0, 8)], r"positive \(height, width\), got \[\(32, 32\), \(0, 8\)\]"),
     ],
-    ids=["one", "none", "three", "empty"],
+    ids=["one", "none", "three", "one-pair", "triples", "empty"],
 )
 def test_target_sizes(network, sizes, message):
     with pytest.raises(ValueError, match=message):
