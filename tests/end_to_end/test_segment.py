@@ -27,6 +27,13 @@ from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentati
 from fastuper.cli import app
 from fastuper.images import class_palette
 
+try:
+    import fcntl
+    import pty
+    import termios
+except ImportError:  # not on Windows
+    pty = None
+
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {0: "sky", 1: "façade", 2: "道路", 3: "tree", 4: "person", 5: "water"}
 WITHOUT_TRANSFORMERS = "import sys; sys.modules['transformers'] = None; from fastuper.cli import main; main()"
@@ -62,15 +69,21 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["segment", *map(str, arguments), "--device", "cpu"])
 
 
-def start(*arguments: object, code: str | None = None) -> subprocess.Popen[str]:
+def heed_interrupts() -> None:
+    """Undo SIGINT's being ignored, which a child inherits and Python then leaves so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(*arguments: object, code: str | None = None, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     how = ["-c", code] if code else ["-m", "fastuper"]
     return subprocess.Popen(
         [sys.executable, *how, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         encoding="utf-8",
+        preexec_fn=heed_interrupts if os.name == "posix" else None,
     )
 
 
@@ -184,6 +197,44 @@ def test_batches_give_the_labels_of_single_photos(model: Path, tmp_path: Path) -
         assert (single != read_labels(tmp_path / "batch" / f"{name}_labels.png")).mean() < 1e-3  # near ties may turn
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_type_to_compute_in_reaches_the_model(
+    dtype: str, model: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = UperNetForSemanticSegmentation.segment
+    types = []
+
+    def spy(self: UperNetForSemanticSegmentation, pixels: torch.Tensor, **options: object) -> list[torch.Tensor]:
+        types.append((pixels.dtype, {parameter.dtype for parameter in self.parameters()}))
+        return segment(self, pixels, **options)
+
+    monkeypatch.setattr(UperNetForSemanticSegmentation, "segment", spy)
+    photo = save(tmp_path / "chelsea.png", data.chelsea())
+    result = run(photo, "-m", model, "-o", output, "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    assert types == [(getattr(torch, dtype), {getattr(torch, dtype)})]
+    assert read_labels(output / "chelsea_labels.png").shape == (300, 451)
+
+
+def test_shares_are_printed_largest_first(
+    model: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.tensor([[3] * 9 + [0] * 25 + [5] * 50 + [1] * 16]).repeat(20, 1)
+    monkeypatch.setattr(UperNetForSemanticSegmentation, "segment", lambda *_, **__: [labels])
+    result = run(save(tmp_path / "photo.png", np.zeros((20, 100, 3), np.uint8)), "-m", model, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "\n  water 50.0 %, sky 25.0 %, façade 16.0 %, tree 9.0 %\n" in result.stdout
+
+
+def test_printed_shares_of_a_photograph(model: Path, output: Path, tmp_path: Path) -> None:
+    result = run(save(tmp_path / "coffee.png", data.coffee()), "-m", model, "-o", output)
+    assert result.exit_code == 0, result.output
+    shares = [float(share) for share in re.findall(r"([\d.]+) %", result.stdout)]
+    assert len(shares) > 1
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.05 * len(NAMES) + 0.01)
+
+
 def test_large_photo_and_the_limit(model: Path, output: Path, tmp_path: Path) -> None:
     large = save(tmp_path / "large.jpg", Image.fromarray(data.coffee()).resize((6000, 4000)))
     result = run(large, "-m", model, "-o", output, "--max-pixels", 23_999_999)
@@ -193,6 +244,57 @@ def test_large_photo_and_the_limit(model: Path, output: Path, tmp_path: Path) ->
     assert file_names(output) == []
     assert run(large, "-m", model, "-o", output).exit_code == 0
     assert read_labels(output / "large_labels.png").shape == (4000, 6000)
+
+
+# The progress bar
+
+
+def on_a_terminal(*arguments: object) -> str:
+    """Run the command with its stderr on a terminal; return what it writes there."""
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a new one has no columns, so no bar
+    process = start("segment", *arguments, "--device", "cpu", stderr=stderr)
+    os.close(stderr)
+    try:
+        printed, _ = process.communicate(timeout=120)  # a bar is short: the terminal's buffer holds it all
+        written = b""
+        while True:
+            try:
+                piece = os.read(terminal, 4096)
+            except OSError:  # how Linux says that nobody has the other end any more
+                break
+            if not piece:
+                break
+            written += piece
+    finally:
+        process.kill()
+        os.close(terminal)
+    assert process.returncode == 0, written
+    assert "photos segmented" in printed
+    return written.decode()
+
+
+@pytest.mark.skipif(pty is None, reason="needs a pseudo-terminal")
+def test_several_photos_on_a_terminal_have_a_progress_bar(model: Path, output: Path, tmp_path: Path) -> None:
+    photos = [save(tmp_path / f"{name}.png", data.chelsea()) for name in ("one", "two")]
+    written = on_a_terminal(*photos, "-m", model, "-o", output)
+    assert "0/2" in written
+    assert "2/2" in written
+    assert "photo" in written
+
+
+@pytest.mark.skipif(pty is None, reason="needs a pseudo-terminal")
+def test_one_photo_has_no_progress_bar(model: Path, output: Path, tmp_path: Path) -> None:
+    photo = save(tmp_path / "one.png", data.chelsea())
+    assert on_a_terminal(photo, "-m", model, "-o", output) == ""
+
+
+def test_no_progress_bar_without_a_terminal(model: Path, output: Path, tmp_path: Path) -> None:
+    photos = [save(tmp_path / f"{name}.png", data.chelsea()) for name in ("one", "two")]
+    process = start("segment", *photos, "-m", model, "-o", output, "--device", "cpu")
+    _, complaints = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert complaints == ""
 
 
 # Which photos, which names

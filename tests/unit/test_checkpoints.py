@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import fastuper.checkpoints
+import fastuper.hub
 from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 from fastuper.checkpoints import (
     CheckpointError,
@@ -810,6 +812,37 @@ def test_from_the_hubs_cache(tmp_path):
     assert_same(tiny_model(seed=1).state_dict(), load("someone/upernet", revision="b" * 40, **options).state_dict())
     with pytest.raises(OSError, match="not in the local cache"):
         load("someone/upernet", revision="v2", **options)
+
+
+def test_options_reach_the_hub(tmp_path, monkeypatch):
+    """Each of them, for each file; once the commit is known, that commit is asked for."""
+    model = tiny_model()
+    commit = "a" * 40
+    snapshot = tmp_path / "models--someone--upernet" / "snapshots" / commit
+    model.save_pretrained(snapshot, max_shard_size="4KB")
+    asked = []
+
+    def download(repo_id, filename, **kwargs):
+        asked.append((repo_id, filename, kwargs))
+        if (snapshot / filename).is_file():
+            return str(snapshot / filename)
+        raise EntryNotFoundError.__new__(EntryNotFoundError)
+
+    monkeypatch.setattr(fastuper.hub, "hf_hub_download", download)
+    options = {"token": "hf_secret", "cache_dir": tmp_path, "local_files_only": True}
+    assert_same(model.state_dict(), load("someone/upernet", revision="v1", **options).state_dict())
+    expected = {**options, "subfolder": None}
+    assert asked[0] == ("someone/upernet", "config.json", {**expected, "revision": "v1"})
+    assert {filename for _, filename, _ in asked} >= {path.name for path in snapshot.iterdir()}
+    for repo_id, _, kwargs in asked[1:]:
+        assert repo_id == "someone/upernet"
+        assert kwargs == {**expected, "revision": commit}
+
+    asked.clear()
+    load("someone/upernet")
+    nothing = {"token": None, "cache_dir": None, "local_files_only": False, "subfolder": None}
+    assert asked[0] == ("someone/upernet", "config.json", {**nothing, "revision": None})
+    assert all(kwargs == {**nothing, "revision": commit} for _, _, kwargs in asked[1:])
 
 
 def test_all_files_come_from_one_commit(tmp_path, monkeypatch):

@@ -300,6 +300,15 @@ def test_overlay_mixes_photo_and_colours_and_puts_the_legend_beside() -> None:
     assert {(255, 0, 0), (0, 0, 255)} <= set(map(tuple, legend.tolist()))
 
 
+def test_legend_has_the_largest_share_first() -> None:
+    labels = np.repeat([2, 0, 3, 1], [10, 40, 20, 130])[None].repeat(200, axis=0)
+    palette = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 0, 255]], dtype=np.uint8)
+    picture = overlay(Image.new("RGB", (200, 200)), labels, {}, palette)
+    legend = np.asarray(picture)[:, 200:]
+    tops = {index: np.argwhere((legend == palette[index]).all(-1))[:, 0].min() for index in range(4)}
+    assert sorted(tops, key=tops.__getitem__) == [1, 0, 3, 2]
+
+
 @pytest.mark.parametrize(
     "size", [(1, 1), (200, 133), (3000, 7), (7, 3000), (5000, 3000)], ids=lambda size: f"{size[0]}x{size[1]}"
 )

@@ -79,6 +79,18 @@ def test_labels_of_any_integer_type(network, dtype):
     assert torch.equal(network(pixels, labels=labels.to(dtype)).loss, expected)
 
 
+def test_swins_dropout_probabilities():
+    values = {"embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
+    backbone = SwinConfig(**values, hidden_dropout_prob=0.25, attention_probs_dropout_prob=0.125)
+    config = UperNetConfig(backbone, hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=8, num_labels=5)
+    swin = UperNetForSemanticSegmentation(config).backbone
+    blocks = [block for layer in swin.encoder.layers for block in layer.blocks]
+    assert swin.embeddings.dropout.p == 0.25
+    assert [block.attention.self.dropout.p for block in blocks] == [0.125] * 5
+    assert [block.attention.output.dropout.p for block in blocks] == [0.25] * 5
+    assert [block.output.dropout.p for block in blocks] == [0.25] * 5
+
+
 def test_one_class_has_no_loss():
     one = model(num_labels=1)
     assert one(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 1, 32, 32)
