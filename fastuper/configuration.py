@@ -323,7 +323,7 @@ class ConvNextConfig(BackboneConfig):
         self.layer_scale_init_value = layer_scale_init_value
         self.drop_path_rate = drop_path_rate
         self.image_size = image_size
-        check_counts(1, num_channels=num_channels, patch_size=patch_size)
+        check_counts(1, num_channels=num_channels)
         if not len(self.hidden_sizes) == len(self.depths) == num_stages:
             raise ValueError(
                 f"num_stages={num_stages}, hidden_sizes={self.hidden_sizes} and depths={self.depths} "
