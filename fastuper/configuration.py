@@ -154,9 +154,7 @@ class Config:
             return config
         if unknown := [name for name in overrides if name.startswith("_") or not hasattr(config, name)]:
             raise TypeError(f"{cls.__name__} has no {', '.join(unknown)}")
-        replaced = {other for name in overrides for other in LINKED.get(name, (name,))}
-        kept = {name: value for name, value in config.to_dict().items() if name not in replaced}
-        return cls(**kept, **overrides)
+        return cls(**_overridden(config.to_dict(), overrides))
 
     @classmethod
     def from_pretrained(
@@ -190,7 +188,8 @@ class Config:
             config = cls.from_dict(values)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
-        config = cls.from_dict(values, **overrides)
+        if overrides:  # outside the block above: their errors are not the file's
+            config = cls.from_dict(values, **overrides)
         config.name_or_path = str(pretrained_model_name_or_path)
         return config
 
@@ -677,9 +676,13 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
     saved = backbone_config_from(read_json(path))
     if isinstance(saved, BackboneConfig):
         return type(saved).from_dict(saved.to_dict(), **overrides)
+    return ForeignBackboneConfig(saved.model_type, **_overridden(saved.values, overrides))
+
+
+def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the overrides in the place of all that says the same in other words."""
     replaced = {other for name in overrides for other in LINKED.get(name, (name,))}
-    kept = {name: value for name, value in saved.values.items() if name not in replaced}
-    return ForeignBackboneConfig(saved.model_type, **kept, **overrides)
+    return {**{name: value for name, value in values.items() if name not in replaced}, **overrides}
 
 
 def check_counts(least: int, **values: Any) -> None:
