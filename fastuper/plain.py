@@ -1,0 +1,39 @@
+"""Whether a module is exactly what this library put there, so that its arithmetic may be written in another way.
+
+LoRA, pruning, quantisation, hooks, offloading and parametrizations all work by replacing a module or by hooking it.
+Whatever has been touched is called as it stands.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+PARAMETERS = (torch.Tensor, nn.Parameter)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Return whether nothing sees these modules being called, and whether their classes are ours or PyTorch's own.
+
+    Children are not looked at. A module is not plain where a hook is registered on it (or on all modules), where its
+    `forward` has been replaced on the instance, where its class is somebody's subclass or parametrization, or where
+    one of its parameters is no ordinary tensor.
+    """
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+        return False
+    for module in modules:
+        if type(module).__module__.split(".")[0] not in ("torch", "fastuper") or "parametrizations" in module._modules:
+            return False
+        if "forward" in module.__dict__ or any(module.__dict__.get(name) for name in HOOKS):
+            return False
+        if any(type(p) not in PARAMETERS for p in module._parameters.values() if p is not None):
+            return False
+    return True
+
+
+def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a module is plain and of this very class, not of a subclass."""
+    return type(module) is kind and is_plain(module)

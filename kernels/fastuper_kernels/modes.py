@@ -1,0 +1,29 @@
+"""Which way an operation may run: blocked loops and packed weights are for plain tensors and eager inference alone."""
+
+from __future__ import annotations
+
+import torch
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_eager() -> bool:
+    """Return whether operations run at once and on real values: nothing traces, transforms or counts them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    # A dispatch mode (FakeTensorMode, make_fx, FlopCounterMode) wants to see PyTorch's own operators.
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def is_eager_inference(*tensors: torch.Tensor | None) -> bool:
+    """Return whether these run eagerly and no gradient flows through them, so that a hand-written path is the same.
+
+    None stands for an operand that is left out. Subclasses of Tensor (quantised, sharded, fake) bring operators of
+    their own, which a hand-written path would go past: for them, too, the answer is no.
+    """
+    if not is_eager():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not all(type(tensor) in PLAIN and tensor.layout == torch.strided for tensor in given):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
