@@ -1,15 +1,25 @@
-"""The heads: UPerNet's (https://arxiv.org/abs/1807.10221) and the auxiliary one; parameters are named as on the Hub."""
+"""The heads: UPerNet's (https://arxiv.org/abs/1807.10221) and the auxiliary one; parameters are named as on the Hub.
+
+No level is upsampled to be convolved: channels are mixed at a level's own resolution, and what comes out is resampled
+(docs/idea.md). Where a module has been replaced or hooked, that module is called, on the input it always had.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fastuper.configuration import UperNetConfig
-from fastuper_kernels import upsample_add
+from fastuper.plain import is_exactly
+from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, upsample_add, upsampled_conv3x3
+from fastuper_kernels.modes import is_eager_inference
+
+# Bytes of one map of hidden_size channels at stride 4, from which on the head's last steps run in strips of rows.
+STRIP_BYTES = 32 << 20
 
 
 class ConvModule(nn.Module):
@@ -23,7 +33,67 @@ class ConvModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, H, W)."""
-        return self.activation(self.batch_norm(self.conv(x)))
+        return self.fused(x) if self.is_fusible() else self.activation(self.batch_norm(self.conv(x)))
+
+    def is_fusible(self) -> bool:
+        """Return whether the three children are what was put there, so that `fused` is the same function."""
+        conv, norm = self.conv, self.batch_norm
+        return (
+            is_exactly(conv, nn.Conv2d)
+            and is_exactly(norm, nn.BatchNorm2d)
+            and is_exactly(self.activation, nn.ReLU)
+            and (conv.kernel_size, conv.stride, conv.dilation) in (((1, 1), (1, 1), (1, 1)), ((3, 3), (1, 1), (1, 1)))
+            and conv.padding == tuple(k // 2 for k in conv.kernel_size)
+            and conv.padding_mode == "zeros"
+            and conv.groups == 1
+            and conv.bias is None
+        )
+
+    def fused(
+        self,
+        x: torch.Tensor,
+        coarser: Sequence[torch.Tensor] = (),
+        *,
+        upsampled: torch.Tensor | None = None,
+        rows: tuple[int, int, int] | None = None,
+    ) -> torch.Tensor:
+        """Return the module's result for [x, *coarser resampled to x's size], plus `upsampled`, resampled.
+
+        Nothing is resampled before it is convolved, and nothing is concatenated.
+
+        Args:
+            x: (B, C, H, W), for the convolution's first C input channels.
+            coarser: maps (B, C_l, H_l, W_l) for its other ones.
+            upsampled: (B, C_out, h, w), added at the end.
+            rows: see `conv_bn_relu`; in evaluation alone.
+        """
+        weight, *weights = self.conv.weight.split([x.shape[1], *(level.shape[1] for level in coarser)], dim=1)
+        addend = None
+        if coarser:
+            height, window = (x.shape[2], None) if rows is None else (rows[2], rows[:2])
+            addend = upsampled_conv3x3(coarser, weights, (height, x.shape[3]), rows=window)
+        if self.is_folding():
+            scale, shift = fold(self.batch_norm)
+            return conv_bn_relu(x, weight, scale, shift, addend=addend, upsampled=upsampled, rows=rows)
+        y = self.activation(self.batch_norm(conv_bn_relu(x, weight, addend=addend, relu=False)))
+        return y if upsampled is None else upsample_add(upsampled, y)
+
+    def is_folding(self) -> bool:
+        """Return whether BatchNorm is a fixed scale and shift here: in evaluation, with gradients off."""
+        norm = self.batch_norm
+        return not (norm.training or norm.running_var is None or torch.is_grad_enabled())
+
+
+def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a BatchNorm's scale and shift (C,) in evaluation, in float32 at least; computed at every call."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
 
 
 class UperNetHead(nn.Module):
@@ -54,16 +124,101 @@ class UperNetHead(nn.Module):
         Args:
             feature_maps: (B, C_l, H_l, W_l) for each level, finest first; at strides 4, 8, 16, 32 of the image.
         """
-        levels = [conv(x) for conv, x in zip(self.lateral_convs, feature_maps, strict=False)]
-        levels.append(self.pyramid_pooling(feature_maps[-1]))
-        for i in range(len(levels) - 1, 0, -1):  # top-down: [1/4, 1/8, 1/16] each receive the level above
-            levels[i - 1] = upsample_add(levels[i], levels[i - 1])
-        levels[:-1] = [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=False)]
-        return self.classifier(self.fpn_bottleneck(concatenate_at_first_size(levels)))
+        *lower, top = feature_maps
+        above = self.pyramid_pooling(top)
+        levels = [above]
+        for x, lateral, fpn in reversed(list(zip(lower[1:], self.lateral_convs[1:], self.fpn_convs[1:], strict=True))):
+            above = self.add_lateral(lateral, x, above)
+            levels.insert(0, fpn(above))
+        if not lower:
+            return self.classifier(convolve_levels(self.fpn_bottleneck, levels))
+        if self.runs_in_strips(lower[0]):
+            return self.in_strips(lower[0], above, levels)
+        finest = self.fpn_convs[0](self.add_lateral(self.lateral_convs[0], lower[0], above))
+        return self.classifier(convolve_levels(self.fpn_bottleneck, [finest, *levels]))
 
     def pyramid_pooling(self, x: torch.Tensor) -> torch.Tensor:
         """Return the top level (B, hidden_size, H, W): x (B, C, H, W) beside its averages over grids of each scale."""
-        return self.bottleneck(concatenate_at_first_size([x, *(branch(x) for branch in self.psp_modules)]))
+        return convolve_levels(self.bottleneck, [x, *self.pooled(x)])
+
+    def pooled(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the branches of the pyramid pooling, each (B, hidden_size, s, s)."""
+        branches: Any = list(self.psp_modules)
+        if not branches or not all(_is_pooling_branch(branch) and branch[1].is_folding() for branch in branches):
+            return [branch(x) for branch in branches]
+        scales, modules = [branch[0].output_size for branch in branches], [branch[1] for branch in branches]
+        norms = [fold(module.batch_norm) for module in modules]
+        weights = [module.conv.weight for module in modules]
+        cells = pool_conv_bn_relu(x, scales, weights, [scale for scale, _ in norms], [shift for _, shift in norms])
+        grids = cells.transpose(1, 2).split([scale * scale for scale in scales], dim=2)
+        return [grid.unflatten(2, (scale, scale)) for grid, scale in zip(grids, scales, strict=True)]
+
+    def add_lateral(self, module: Any, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+        """Return a level (B, hidden_size, H, W) of the top-down path: its lateral conv, plus the level above it."""
+        if is_fusible(module):
+            return module.fused(x, upsampled=above)
+        return upsample_add(above, module(x))
+
+    def runs_in_strips(self, x: torch.Tensor) -> bool:
+        """Return whether a map (B, C, H, W) is so large that the last steps are to run in strips of its rows."""
+        modules: Any = (self.lateral_convs[0], self.fpn_convs[0], self.fpn_bottleneck)
+        return (
+            is_eager_inference(x)
+            and x[:, 0].numel() * self.channels * x.element_size() > STRIP_BYTES
+            and all(is_fusible(module) and module.is_folding() for module in modules)
+            and is_exactly(self.classifier, nn.Conv2d)
+        )
+
+    def in_strips(self, x: torch.Tensor, above: torch.Tensor, levels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the logits a few rows at a time, so that maps of hidden_size channels at stride 4 are never whole.
+
+        Args:
+            x: the finest feature map, (B, C, H, W).
+            above: the level above it, before its FPN convolution.
+            levels: all levels but the finest, as the fusion takes them.
+        """
+        modules: Any = (self.lateral_convs[0], self.fpn_convs[0], self.fpn_bottleneck)
+        lateral, fpn, fusion = modules
+        height = x.shape[2]
+        row_bytes = x[:, 0, 0].numel() * self.channels * x.element_size()
+        strip = max(STRIP_BYTES // row_bytes // 16 * 16, 16)
+        logits = None
+        for start in range(0, height, strip):
+            stop = min(start + strip, height)
+            # Each 3x3 convolution reads one row more on either side, as far as the map goes.
+            inner = (max(start - 1, 0), min(stop + 1, height), height)
+            outer = (max(start - 2, 0), min(stop + 2, height), height)
+            fine = lateral.fused(x[:, :, outer[0] : outer[1]], upsampled=above, rows=outer)
+            fine = fpn.fused(fine, rows=inner)
+            part = self.classifier(fusion.fused(fine, levels, rows=(start, stop, height)))
+            if logits is None:
+                size = (part.shape[0], part.shape[1], height, part.shape[3])
+                logits = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
+            logits[:, :, start:stop] = part
+        assert logits is not None
+        return logits
+
+
+def is_fusible(module: Any) -> bool:
+    """Return whether a module is a `ConvModule` that nobody has touched."""
+    return is_exactly(module, ConvModule) and module.is_fusible()
+
+
+def _is_pooling_branch(branch: Any) -> bool:
+    return (
+        is_exactly(branch, nn.Sequential)
+        and len(branch) == 2
+        and is_exactly(branch[0], nn.AdaptiveAvgPool2d)
+        and isinstance(branch[0].output_size, int)
+        and is_fusible(branch[1])
+    )
+
+
+def convolve_levels(module: Any, levels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a module's result for its levels, resampled to the size of the first and concatenated."""
+    if is_fusible(module):
+        return module.fused(levels[0], levels[1:])
+    return module(concatenate_at_first_size(levels))
 
 
 def concatenate_at_first_size(maps: Sequence[torch.Tensor]) -> torch.Tensor:

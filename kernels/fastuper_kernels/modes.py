@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -27,3 +29,17 @@ def is_eager_inference(*tensors: torch.Tensor | None) -> bool:
     if not all(type(tensor) in PLAIN and tensor.layout == torch.strided for tensor in given):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return operands as autocast would hand them to a convolution: in its dtype where it is on, float64 left alone."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def without_autocast(x: torch.Tensor) -> Any:
+    """Return a context in which operators keep the dtypes they are given."""
+    return torch.autocast(x.device.type, enabled=False)

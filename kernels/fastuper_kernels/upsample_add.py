@@ -21,4 +21,9 @@ def upsample_add(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
     """
     if x.shape[:2] != lateral.shape[:2]:
         raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must agree in batch and channels")
+    return reference(x, lateral)
+
+
+def reference(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
+    """The definition of `upsample_add`, and on a CPU the quickest way too."""
     return lateral + F.interpolate(x, size=lateral.shape[2:], mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""`upsample_argmax` against resampling by matrices in float64, and its running maximum against one argmax."""
+"""`upsample_argmax` against resampling by matrices in float64, a few rows at a time or all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from fastuper_kernels import upsample_argmax
 from tests.kernels.test_upsample_add import random, resampling_matrix
@@ -59,18 +58,17 @@ def test_any_sizes(batch, classes, size, sizes, dtype):
     check(logits, sizes, labels)
 
 
-@pytest.mark.parametrize("limit", [1, 3 * 23 * 31, 10**9], ids=["one-class", "three-classes", "all-classes"])
+@pytest.mark.parametrize("limit", [1, 4 * 11 * 31 * 4, 10**9], ids=["one-row", "four-rows", "all-rows"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
-def test_a_few_classes_at_a_time(limit, layout, monkeypatch):
-    monkeypatch.setattr(upsample_argmax_module, "MAX_RESAMPLED", limit)
+def test_a_few_rows_at_a_time(limit, layout, monkeypatch):
+    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", limit)
     logits = random(2, 11, 6, 8).float().contiguous(memory_format=layout)
-    full = F.interpolate(logits.contiguous(), size=(23, 31), mode="bilinear", align_corners=False)
-    assert torch.equal(upsample_argmax(logits, [(23, 31)]), full.argmax(dim=1))
+    check(logits, [(23, 31)], upsample_argmax(logits, [(23, 31)]))
 
 
-@pytest.mark.parametrize("limit", [1, 10**9], ids=["one-class", "all-classes"])
+@pytest.mark.parametrize("limit", [1, 10**9], ids=["one-row", "all-rows"])
 def test_the_first_of_equal_classes_wins(limit, monkeypatch):
-    monkeypatch.setattr(upsample_argmax_module, "MAX_RESAMPLED", limit)
+    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", limit)
     logits = torch.zeros(1, 5, 3, 3)
     logits[:, [2, 4]] = 1.0
     assert (upsample_argmax(logits, [(7, 7)]) == 2).all()

@@ -270,12 +270,12 @@ def test_other_backend_is_within_one_level():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("limit", [1, 30_000, 1 << 26])
 def test_post_processing(limit, layout, dtype, monkeypatch):
-    """Whatever number of classes is resized at a time; coarse logits, so that many are equal.
+    """Whatever number of rows is resized at a time; coarse logits, so that many are equal.
 
-    Resized all at once, every label is the reference's; in parts, which PyTorch may round differently, every label
-    whose class is not tied. The reference rounds channels_last logits differently, so it gets contiguous ones.
+    Every label is the reference's whose class is not tied: ours are resized in float32, the reference's in the dtype
+    of the logits. It rounds channels_last logits differently, so it gets contiguous ones.
     """
-    monkeypatch.setattr(sys.modules["fastuper_kernels.upsample_argmax"], "MAX_RESAMPLED", limit)
+    monkeypatch.setattr(sys.modules["fastuper_kernels.upsample_argmax"], "BLOCK_BYTES", limit)
     logits = torch.randn(3, 19, 33, 21, generator=torch.Generator().manual_seed(0)).mul(2).round().div(2)
     outputs = SimpleNamespace(logits=logits.to(dtype).contiguous(memory_format=layout))
     contiguous = SimpleNamespace(logits=outputs.logits.contiguous())
@@ -294,7 +294,6 @@ def test_post_processing(limit, layout, dtype, monkeypatch):
             decided = best[0] - best[1] > 8 * torch.finfo(dtype).eps * image.abs().max()
             assert decided.any()
             assert torch.equal(a[decided], b[decided])
-            assert torch.equal(a, b) or limit < 1 << 26
 
 
 OPTIONS = {

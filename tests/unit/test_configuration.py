@@ -87,7 +87,7 @@ def test_refused(case):
         build()
 
 
-@pytest.mark.parametrize("given", [3, "swin", None, object()], ids=str)
+@pytest.mark.parametrize("given", [3, "swin", None, object()], ids=lambda value: type(value).__name__)
 def test_no_configuration_at_all(given):
     with pytest.raises(TypeError, match="expected a UperNetConfig, ours or Transformers', got"):
         upernet_config_from(given)

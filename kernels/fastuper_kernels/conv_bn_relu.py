@@ -1,0 +1,255 @@
+"""A convolution with what follows it: BatchNorm as a scale and a shift, ReLU, the step of a top-down path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from fastuper_kernels import winograd
+from fastuper_kernels.linear import linear
+from fastuper_kernels.modes import autocast, is_eager_inference, without_autocast
+from fastuper_kernels.packs import packed
+from fastuper_kernels.resample import add_upsampled_
+
+Rows = tuple[int, int, int]
+
+
+def conv_bn_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    *,
+    addend: torch.Tensor | None = None,
+    upsampled: torch.Tensor | None = None,
+    relu: bool = True,
+    rows: Rows | None = None,
+) -> torch.Tensor:
+    """Return `relu((conv(x) + addend) * scale + shift) + bilinear(upsampled to the output's size)`.
+
+    Stride 1, "same" padding with zeros. Every operand but x and weight may be left out.
+
+    Args:
+        x: (B, C, H, W), best in channels_last.
+        weight: (C_out, C, k, k), k being 1 or 3.
+        scale: (C_out,), with `shift` a BatchNorm in evaluation; float32 also where x is narrower.
+        shift: (C_out,).
+        addend: (B, C_out, H, W), part of the convolution's sum.
+        upsampled: (B, C_out, h, w), resampled (bilinear, align_corners=False) and added at the end.
+        relu: whether negative values become zero, before `upsampled` is added.
+        rows: (start, stop, height): compute rows [start, stop) of a map of that height alone. x then holds these rows
+            and, for k = 3, the neighbouring ones inside the map; `addend` holds these rows; `upsampled` is whole.
+
+    Returns:
+        (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), in channels_last memory, of x's dtype (under
+        autocast: of its dtype).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    rows = _check(x, weight, scale, shift, addend, upsampled, rows)
+    x, addend, upsampled = autocast(x, addend, upsampled)
+    if x.device.type == "cpu" and is_eager_inference(x, weight, scale, shift, addend, upsampled):
+        with without_autocast(x):
+            return _inference(x, weight, scale, shift, addend, upsampled, relu, rows)
+    (weight,) = autocast(weight)
+    return _plain(x, weight, scale, shift, addend, upsampled, relu, rows)
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    *,
+    addend: torch.Tensor | None = None,
+    upsampled: torch.Tensor | None = None,
+    relu: bool = True,
+) -> torch.Tensor:
+    """The definition of `conv_bn_relu`, in one operator a step."""
+    y = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    if addend is not None:
+        y = y + addend
+    if scale is not None:
+        y = y * scale[:, None, None]
+    if shift is not None:
+        y = y + shift[:, None, None]
+    if relu:
+        y = F.relu(y)
+    if upsampled is not None:
+        y = y + F.interpolate(upsampled, size=y.shape[2:], mode="bilinear", align_corners=False)
+    return y.to(x.dtype)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    upsampled: torch.Tensor | None,
+    rows: Rows | None,
+) -> Rows:
+    """Return the rows to compute.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    k = weight.shape[-1]
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)) or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x must be (B, C, H, W) and weight (C_out, C, k, k) with k 1 or 3, "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    channels = weight.shape[0]
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(f"{name} must be ({channels},), one a channel of the output, got {tuple(vector.shape)}")
+    if rows is None:
+        rows = (0, x.shape[2], x.shape[2])
+    else:
+        start, stop, height = rows
+        margin = k // 2
+        given = min(stop + margin, height) - max(start - margin, 0)
+        if not 0 <= start < stop <= height or x.shape[2] != given:
+            raise ValueError(f"x must hold {given} rows to compute rows {rows} of a {k} x {k} conv, got {x.shape[2]}")
+    shape = (x.shape[0], channels, rows[1] - rows[0], x.shape[3])
+    if addend is not None and addend.shape != shape:
+        raise ValueError(f"addend must have the output's shape {tuple(shape)}, got {tuple(addend.shape)}")
+    if upsampled is not None and (upsampled.ndim != 4 or upsampled.shape[:2] != shape[:2]):
+        raise ValueError(f"upsampled must be ({shape[0]}, {channels}, h, w), got {tuple(upsampled.shape)}")
+    return rows
+
+
+def _plain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    upsampled: torch.Tensor | None,
+    relu: bool,
+    rows: Rows,
+) -> torch.Tensor:
+    """PyTorch's operators, to be traced and differentiated."""
+    start, stop, height = rows
+    if start == 0 and stop == height:
+        return reference(x, weight, scale, shift, addend=addend, upsampled=upsampled, relu=relu)
+    margin = weight.shape[-1] // 2
+    y = F.conv2d(_between_zeros(x, margin, rows), weight, padding=(0, margin))
+    y = reference(y, _identity(y), scale, shift, addend=addend, relu=relu)
+    if upsampled is not None:
+        size = (height, x.shape[3])
+        y = y + F.interpolate(upsampled, size=size, mode="bilinear", align_corners=False)[:, :, start:stop]
+    return y
+
+
+def _identity(y: torch.Tensor) -> torch.Tensor:
+    return torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, :, None, None]
+
+
+def _between_zeros(x: torch.Tensor, margin: int, rows: Rows) -> torch.Tensor:
+    """Return x with rows of zeros where the map ends."""
+    start, stop, height = rows
+    return F.pad(x, (0, 0, margin if start == 0 else 0, margin if stop == height else 0))
+
+
+def _inference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    upsampled: torch.Tensor | None,
+    relu: bool,
+    rows: Rows,
+) -> torch.Tensor:
+    """On a CPU: by GEMMs over the positions, or by Winograd's transform a few rows at a time."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if weight.shape[-1] == 3 and _winograd_pays(x, weight):
+        y = _winograd(x, weight, scale, shift, addend, relu, rows)
+    elif scale is not None and addend is None:  # folded: the weights are fewer than the outputs
+        wide = torch.promote_types(scale.dtype, weight.dtype)
+        folded = (weight.to(wide) * scale.to(wide)[:, None, None, None]).to(x.dtype)
+        y = _convolve(x, folded, None if shift is None else shift.to(x.dtype), relu, rows)
+    else:
+        y = _convolve(x, packed(weight, _contiguous, x.dtype), None, False, rows)
+        if addend is not None:
+            y.add_(addend)
+        if scale is not None or shift is not None:
+            y = _scale_and_shift(y, scale, shift)
+        if relu:
+            y.relu_()
+    if upsampled is not None:
+        add_upsampled_(y, upsampled, rows)
+    return y
+
+
+def _contiguous(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight.to(dtype, copy=True).contiguous(memory_format=torch.channels_last)
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool, rows: Rows) -> torch.Tensor:
+    """Return the convolution, with the bias and ReLU in its epilogue where that is possible."""
+    if weight.shape[-1] == 1:
+        batch, channels, height, width = x.shape
+        flat = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        y = linear(flat, weight.flatten(1), bias, "relu" if relu else None)
+        return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    start, stop, height = rows
+    if start == 0 and stop == height:
+        y = F.conv2d(x, weight, bias, padding=1)
+    else:
+        y = F.conv2d(_between_zeros(x, 1, rows), weight, bias, padding=(0, 1))
+    y = y.contiguous(memory_format=torch.channels_last)
+    return y.relu_() if relu else y
+
+
+def _scale_and_shift(y: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
+    """Return y * scale + shift in y's dtype, computed in the dtype of scale."""
+    given = scale if scale is not None else shift
+    dtype = given.dtype if y.dtype in (torch.bfloat16, torch.float16) else y.dtype
+    ones, zeros = torch.ones_like(given, dtype=dtype), torch.zeros_like(given, dtype=dtype)
+    scale, shift = (
+        default if vector is None else vector.to(dtype) for vector, default in ((scale, ones), (shift, zeros))
+    )
+    return F.batch_norm(y, zeros, ones, scale, shift, eps=0.0)  # one pass, also where the dtypes are mixed
+
+
+def _winograd_pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the transforms cost less than the products they save, in the one dtype where they lose no accuracy."""
+    tiles = x.shape[2] * x.shape[3] // 4
+    return x.dtype == torch.float32 and min(weight.shape[:2]) >= 64 and tiles >= 16
+
+
+def _winograd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    relu: bool,
+    rows: Rows,
+) -> torch.Tensor:
+    start, stop, height = rows
+    kernels = packed(weight, winograd.pack, x.dtype)
+    out = x.new_empty(x.shape[0], stop - start, x.shape[3], weight.shape[0])
+    halo = (int(start > 0), int(stop < height))
+    scale, shift = (None if vector is None else vector.to(x.dtype) for vector in (scale, shift))
+    for i in range(x.shape[0]):
+        add = None if addend is None else addend[i].permute(1, 2, 0)
+
+        def finish(block: torch.Tensor, first: int, last: int, add: torch.Tensor | None = add) -> None:
+            if add is not None:
+                block.add_(add[first:last])
+            if scale is not None:
+                block.mul_(scale)
+            if shift is not None:
+                block.add_(shift)
+            if relu:
+                block.relu_()
+
+        winograd.conv3x3(x[i].permute(1, 2, 0), kernels, halo, finish, out[i])
+    return out.permute(0, 3, 1, 2)

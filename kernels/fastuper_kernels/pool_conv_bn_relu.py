@@ -1,0 +1,61 @@
+"""All branches of a pyramid pooling module: means over each grid, and on each cell conv 1x1, BatchNorm, ReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from fastuper_kernels.conv_bn_relu import conv_bn_relu
+from fastuper_kernels.modes import autocast
+from fastuper_kernels.pyramid_pool import pyramid_pool
+
+
+def pool_conv_bn_relu(
+    x: torch.Tensor,
+    scales: Sequence[int],
+    weights: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    shift: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Return `relu(conv1x1(mean over s x s cells) * scale + shift)` for each branch.
+
+    Args:
+        x: (B, C, H, W).
+        scales: cells along each side, one number a branch.
+        weights: (C_out, C, 1, 1), one a branch.
+        scale: (C_out,), one a branch: with `shift` a BatchNorm in evaluation.
+        shift: (C_out,), one a branch.
+
+    Returns:
+        (B, sum of s * s, C_out): for each branch in turn its cells, row by row.
+
+    Raises:
+        ValueError: the branches' weights are not as many as the scales, or shapes do not fit.
+    """
+    if not len(scales) == len(weights) == len(scale) == len(shift):
+        counts = (len(scales), len(weights), len(scale), len(shift))
+        raise ValueError(f"scales, weights, scale and shift must be as many, one a branch; got {counts}")
+    (x,) = autocast(x)
+    cells = pyramid_pool(x, scales).split([s * s for s in scales], dim=1)
+    branches = []
+    for s, pooled, weight, a, b in zip(scales, cells, weights, scale, shift, strict=True):
+        grid = pooled.transpose(1, 2).unflatten(2, (s, s))
+        branches.append(conv_bn_relu(grid, weight, a, b).flatten(2).transpose(1, 2))
+    return torch.cat(branches, dim=1)
+
+
+def reference(
+    x: torch.Tensor,
+    scales: Sequence[int],
+    weights: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    shift: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """The definition of `pool_conv_bn_relu`."""
+    branches = []
+    for s, weight, a, b in zip(scales, weights, scale, shift, strict=True):
+        y = F.conv2d(F.adaptive_avg_pool2d(x, s), weight) * a[:, None, None] + b[:, None, None]
+        branches.append(F.relu(y).to(x.dtype).flatten(2).transpose(1, 2))
+    return torch.cat(branches, dim=1)

@@ -1,0 +1,50 @@
+"""Averages of a map over grids of several scales: the pooling of PSPNet's pyramid (https://arxiv.org/abs/1612.01105)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from fastuper_kernels.band import Band
+from fastuper_kernels.modes import without_autocast
+
+
+def pyramid_pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
+    """Return the means of a map over s x s cells for each scale s, as `F.adaptive_avg_pool2d` divides it.
+
+    The rows of all scales are pooled in one read of the map, by one small matrix.
+
+    Args:
+        x: (B, C, H, W).
+        scales: cells along each side.
+
+    Returns:
+        (B, sum of s * s, C): for each scale in turn its cells, row by row; of x's dtype, added up in float32 at least.
+
+    Raises:
+        ValueError: no scales, or one below 1.
+    """
+    if not scales or min(scales) < 1:
+        raise ValueError(f"scales must be one or more numbers from 1, got {list(scales)}")
+    batch, channels, height, width = x.shape
+    wide = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32))
+    with without_autocast(x):  # a mean in bfloat16 weights would be off by the same share everywhere
+        rows = torch.cat([_means(height, scale, wide) for scale in scales])
+        pooled = rows @ wide.reshape(batch, height, width * channels)
+        cells = []
+        for line, scale in zip(pooled.split(list(scales), dim=1), scales, strict=True):
+            columns = _means(width, scale, wide)
+            cells.append((columns @ line.reshape(batch * scale, width, channels)).view(batch, scale * scale, channels))
+    return torch.cat(cells, dim=1).to(x.dtype)
+
+
+def reference(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
+    """The definition of `pyramid_pool`."""
+    return torch.cat([F.adaptive_avg_pool2d(x, scale).flatten(2).transpose(1, 2) for scale in scales], dim=1)
+
+
+def _means(size: int, scale: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the matrix (scale, size) of means; its few rows may be dense."""
+    return Band.adaptive_avg_pool(size, scale, device=like.device).dense().to(like.dtype)
