@@ -131,11 +131,11 @@ class UperNetHead(nn.Module):
             above = self.add_lateral(lateral, x, above)
             levels.insert(0, fpn(above))
         if not lower:
-            return self.classifier(convolve_levels(self.fpn_bottleneck, levels))
+            return self.classify(convolve_levels(self.fpn_bottleneck, levels))
         if self.runs_in_strips(lower[0]):
             return self.in_strips(lower[0], above, levels)
         finest = self.fpn_convs[0](self.add_lateral(self.lateral_convs[0], lower[0], above))
-        return self.classifier(convolve_levels(self.fpn_bottleneck, [finest, *levels]))
+        return self.classify(convolve_levels(self.fpn_bottleneck, [finest, *levels]))
 
     def pyramid_pooling(self, x: torch.Tensor) -> torch.Tensor:
         """Return the top level (B, hidden_size, H, W): x (B, C, H, W) beside its averages over grids of each scale."""
@@ -158,6 +158,13 @@ class UperNetHead(nn.Module):
         if is_fusible(module):
             return module.fused(x, upsampled=above)
         return upsample_add(above, module(x))
+
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the classes' logits (B, num_labels, H, W) of the fused levels (B, hidden_size, H, W)."""
+        conv = self.classifier
+        if is_exactly(conv, nn.Conv2d) and conv.weight.shape == (conv.out_channels, x.shape[1], 1, 1):
+            return conv_bn_relu(x, conv.weight, shift=conv.bias, relu=False)
+        return conv(x)
 
     def runs_in_strips(self, x: torch.Tensor) -> bool:
         """Return whether a map (B, C, H, W) is so large that the last steps are to run in strips of its rows."""
@@ -190,7 +197,7 @@ class UperNetHead(nn.Module):
             outer = (max(start - 2, 0), min(stop + 2, height), height)
             fine = lateral.fused(x[:, :, outer[0] : outer[1]], upsampled=above, rows=outer)
             fine = fpn.fused(fine, rows=inner)
-            part = self.classifier(fusion.fused(fine, levels, rows=(start, stop, height)))
+            part = self.classify(fusion.fused(fine, levels, rows=(start, stop, height)))
             if logits is None:
                 size = (part.shape[0], part.shape[1], height, part.shape[3])
                 logits = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)

@@ -102,7 +102,8 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         size = pixel_values.shape[2:]
 
         features = self._features(pixel_values, output_hidden_states, output_attentions)
-        logits = _resize(self.decode_head(features.feature_maps), size)
+        # The head's logits are channels_last; resampled from that they would have to be copied at full size.
+        logits = _resize(self.decode_head(features.feature_maps).contiguous(), size)
 
         loss = None
         if labels is not None:

@@ -243,6 +243,11 @@ def bilinear_chain(sizes: tuple[int, ...]) -> Band:
     return band
 
 
+def bilinear_tap(size_in: int, size_out: int, offset: int) -> Band:
+    """Return `Band.bilinear` with an offset, by position."""
+    return Band.bilinear(size_in, size_out, offset=offset)
+
+
 @_cached
 def bilinear_taps(size_in: int, size_out: int) -> Band:
     """Return the three taps of a convolution's axis after resampling, over products that take turns (`interleaved`)."""

@@ -10,7 +10,7 @@ from fastuper_kernels.band import Band, blocks_of, inputs_of
 from fastuper_kernels.modes import without_autocast
 
 
-def apply(x: torch.Tensor, kind: Any, sizes: tuple[int, int]) -> torch.Tensor:
+def apply(x: torch.Tensor, kind: Any, sizes: tuple[int, ...]) -> torch.Tensor:
     """Apply the band `kind(*sizes)` to the middle axis of x (A, n, B), with gradients: -> (A, m, B)."""
     result: torch.Tensor = _Apply.apply(x, kind, sizes, False)
     return result
@@ -20,7 +20,7 @@ class _Apply(torch.autograd.Function):
     """A linear map: what goes back is its transpose, and nothing is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kind: Any, sizes: tuple[int, int], transposed: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool) -> torch.Tensor:
         ctx.kind, ctx.sizes, ctx.transposed = kind, sizes, transposed
         blocks = blocks_of(kind, sizes, x.dtype, x.device, transposed)
         x = x.contiguous()

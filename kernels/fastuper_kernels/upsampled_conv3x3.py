@@ -8,19 +8,19 @@ map f times smaller in each direction that is f * f times fewer multiplications,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from fastuper_kernels.band import Band, bilinear_taps, inputs_of
+from fastuper_kernels.band import BLOCK, Band, Block, bilinear_tap, bilinear_taps, blocks_of
 from fastuper_kernels.linear import linear
 from fastuper_kernels.modes import autocast, is_eager, is_eager_inference, without_autocast
 from fastuper_kernels.packs import packed
-from fastuper_kernels.resample import add_rows_, apply, columns
+from fastuper_kernels.resample import apply
 
-# Output rows at a time: what they need of a level twice as coarse, 19 rows of 128 columns and three taps of 512
-# channels, is 15 MB of float32.
-BLOCK_ROWS = 32
+# Positions whose products are computed at a time: enough for a GEMM at full rate; 19 MB of float32 for 512 channels.
+CHUNK_POSITIONS = 1024
 
 
 def upsampled_conv3x3(
@@ -97,7 +97,7 @@ def _taps(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def _traced(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The identity in plain operators: nine products, then the columns' band, then the rows'."""
-    channels, (height, width) = weight.shape[0], size
+    height, width = size
     total = None
     for y in range(3):
         line = None
@@ -110,7 +110,6 @@ def _traced(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) ->
         part = band.gather(line, 2)
         total = part if total is None else total + part
     assert total is not None
-    assert total.shape[1] == channels
     return total
 
 
@@ -118,63 +117,102 @@ def _eager(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> 
     """The identity with gradients: what is kept for the backward pass is the level and the weight."""
     (batch, _, h, w), (height, width), channels = level.shape, size, weight.shape[0]
     flat = level.permute(0, 2, 3, 1).reshape(batch * h * w, -1)
-    lines = []
-    for taps in _taps(weight, level.dtype):
-        products = F.linear(flat, taps).view(batch * h, w * 3, channels)
-        lines.append(apply(products, bilinear_taps, (w, width)).view(batch, h, 1, width * channels))
-    stacked = torch.cat(lines, dim=2).view(batch, h * 3, width * channels)
-    out = apply(stacked, bilinear_taps, (h, height))
+    total = None
+    for y, taps in enumerate(_taps(weight, level.dtype)):
+        products = F.linear(flat, taps).view(batch, h, w * 3 * channels)
+        part = apply(products, bilinear_tap, (h, height, y - 1))
+        total = part if total is None else total + part
+    assert total is not None
+    out = apply(total.view(batch * height, w * 3, channels), bilinear_taps, (w, width))
     return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _inference(
     levels: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], size: tuple[int, int], start: int, stop: int
 ) -> torch.Tensor:
-    """The identity a few rows at a time, each level's products computed once."""
-    dtype, width, channels = levels[0].dtype, size[1], weights[0].shape[0]
-    packs = [packed(weight, _taps, dtype) for weight in weights]
-    out = levels[0].new_empty(levels[0].shape[0], stop - start, width, channels)
+    """The identity a block of rows at a time, in cache, each level's products computed once."""
+    like, (height, width), channels = levels[0], size, weights[0].shape[0]
+    packs = [packed(weight, _taps, like.dtype) for weight in weights]
+    out = like.new_empty(like.shape[0], stop - start, width, channels)
     for image, result in enumerate(out):
-        maps = [level[image].permute(1, 2, 0) for level in levels]
-        lines = [_Lines(x, pack, width) for x, pack in zip(maps, packs, strict=True)]
-        for low in range(start, stop, BLOCK_ROWS):
-            high = min(low + BLOCK_ROWS, stop)
-            for i, (x, line) in enumerate(zip(maps, lines, strict=True)):
-                sizes = (x.shape[0], size[0])
-                first, last = inputs_of(bilinear_taps, sizes, low, high)
-                first, last = first // 3, -(-last // 3)
-                products = line.rows(first, last).flatten(0, 1)
-                target = result[low - start : high - start]
-                add_rows_(target, products, bilinear_taps, sizes, low, 3 * first, beta=0.0 if i == 0 else 1.0)
+        products = [
+            _Products(level[image].permute(1, 2, 0), pack, height, stop)
+            for level, pack in zip(levels, packs, strict=True)
+        ]
+        for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+            high = min(low + BLOCK, stop)
+            low = max(low, start)
+            target = result[low - start : high - start]
+            for i, level in enumerate(products):
+                lines = level.resampled_rows(low, high)
+                for block in blocks_of(bilinear_taps, (level.width, width), like.dtype, like.device):
+                    matrix = block.matrix.expand(high - low, -1, -1)
+                    part = target[:, block.start : block.stop]
+                    part.baddbmm_(matrix, lines[:, block.first : block.last], beta=float(i > 0))
     return out.permute(0, 3, 1, 2)
 
 
-class _Lines:
-    """Rows of a level's products, each already resampled along its columns; the last few are kept for the next block.
+class _Products:
+    """The products of a level's channels with the nine taps, a few rows of the level at a time.
 
     Args:
         x: the level, (H, W, C).
         taps: three matrices (3 C_out, C), from `_taps`.
-        width: columns of the result.
+        size: rows of the result.
+        stop: which of them comes last.
     """
 
-    def __init__(self, x: torch.Tensor, taps: list[torch.Tensor], width: int):
-        self.x, self.taps, self.width = x, taps, width
-        self.first, self.kept = 0, x.new_empty(0)
+    def __init__(self, x: torch.Tensor, taps: list[torch.Tensor], size: int, stop: int):
+        self.x, self.taps, self.size = x, taps, size
+        self.limit = self.blocks(stop - 1)[-1].last
+        self.width = x.shape[1]
+        self.channels = taps[0].shape[0] // 3
+        self.chunks: list[_Chunk] = []
 
-    def rows(self, first: int, last: int) -> torch.Tensor:
-        """Return rows [first, last): (rows, 3, width, C_out). `first` never goes back."""
-        channels = self.taps[0].shape[0] // 3
-        lines = self.x.new_empty(last - first, 3, self.width, channels)
-        have = max(0, min(self.first + len(self.kept), last) - first)
-        if have:
-            lines[:have] = self.kept[first - self.first : first - self.first + have]
-        new = self.x[first + have : last]
-        if len(new):
-            height, width, dim = new.shape
-            flat = new.reshape(-1, dim)
-            for y, taps in enumerate(self.taps):
-                products = linear(flat, taps).view(height, width * 3, channels)
-                lines[have:, y] = columns(products, bilinear_taps, (width, self.width))
-        self.first, self.kept = first, lines
-        return lines
+    def blocks(self, row: int) -> list[Block]:
+        """Return the blocks of the three bands, one a row of taps, that hold a row of the result."""
+        sizes, x = (self.x.shape[0], self.size), self.x
+        return [blocks_of(bilinear_tap, (*sizes, tap), x.dtype, x.device)[row // BLOCK] for tap in (-1, 0, 1)]
+
+    def resampled_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of the products, resampled, the three rows of taps added up.
+
+        Args:
+            start: within the same block of the band as `stop`; calls go down the map.
+            stop: see `start`.
+
+        Returns:
+            (stop - start, W * 3, C_out): the three taps of a row take turns.
+        """
+        lines = self.x.new_empty(stop - start, self.width * 3 * self.channels)
+        blocks = self.blocks(start)
+        self.compute(min(block.first for block in blocks), max(block.last for block in blocks))
+        beta = 0.0
+        for y, block in enumerate(blocks):
+            matrix = block.matrix[start - block.start : stop - block.start]
+            for chunk in self.chunks:
+                a, b = max(chunk.start, block.first), min(chunk.stop, block.last)
+                if a < b:
+                    source = chunk.products[y][a - chunk.start : b - chunk.start]
+                    lines.addmm_(matrix[:, a - block.first : b - block.first], source, beta=beta)
+                    beta = 1.0
+        return lines.view(stop - start, self.width * 3, self.channels)
+
+    def compute(self, first: int, last: int) -> None:
+        """Hold the products of rows [first, last), and forget those of the rows before."""
+        done = self.chunks[-1].stop if self.chunks else first
+        self.chunks = [chunk for chunk in self.chunks if chunk.stop > first]
+        while done < last:
+            rows = self.x[done : min(done + max(1, CHUNK_POSITIONS // self.width), self.limit)]
+            flat = rows.reshape(-1, rows.shape[2])
+            products = [linear(flat, taps).view(len(rows), -1) for taps in self.taps]
+            self.chunks.append(_Chunk(done, done + len(rows), products))
+            done += len(rows)
+
+
+class _Chunk(NamedTuple):
+    """Rows [start, stop) of a level's products, for each row of taps (rows, W * 3 * C_out)."""
+
+    start: int
+    stop: int
+    products: list[torch.Tensor]
