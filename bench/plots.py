@@ -49,7 +49,7 @@ def tasks(results: Results, part: str) -> dict[str, str]:
 
 def label_bars(axes: Any, bars: Any, labels: list[str]) -> None:
     axes.bar_label(bars, labels=labels, padding=4, fontsize=8)
-    axes.margins(x=0.3)
+    axes.set_xlim(0, 1.7 * max(bar.get_width() for bar in bars))  # room for the labels
 
 
 def peers(figure: Any, results: Results) -> None:
@@ -101,8 +101,16 @@ def sizes(figure: Any, results: Results) -> None:
             for part, style in (("logits", "-"), ("labels", ":")):
                 entries = [(n, results["memory"].get(f"{part} {key} {n} float32", {})) for n in (512, 1024, 2048)]
                 peaks = [(n, entry.get("peers", {}).get(name, {}).get("peak")) for n, entry in entries]
-                line(memory_axes, f"{label}, {part}", [(n, peak / 1e9) for n, peak in peaks if peak], style)
-        for axes, unit in ((time_axes, "seconds for full logits"), (memory_axes, "GB over the weights")):
+                line(
+                    memory_axes,
+                    label if part == "logits" else "_" + label,
+                    [(n, peak / 1e9) for n, peak in peaks if peak],
+                    style,
+                )
+        for axes, unit in (
+            (time_axes, "seconds for full logits"),
+            (memory_axes, "GB over the weights (dotted: label maps)"),
+        ):
             axes.set(xscale="log", yscale="log", ylabel=unit, xlabel="side of the image")
             axes.set_xticks([512, 1024, 2048], ["512", "1024", "2048"])
             axes.set_xticks([], minor=True)
@@ -110,12 +118,12 @@ def sizes(figure: Any, results: Results) -> None:
             axes.grid(axis="y", which="both", color=PALE, linewidth=0.6)
             axes.set_title(title, fontsize=10)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False, fontsize=7.5)
+                axes.legend(frameon=False, fontsize=7.5, loc="upper left")
 
 
 def line(axes: Any, label: str, points: list[tuple[int, float]], style: str = "-") -> None:
     if points:
-        colour = LINES[label.removesuffix(", logits").removesuffix(", labels")]
+        colour = LINES[label.removeprefix("_")]  # matplotlib leaves names with an underscore out of the legend
         axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colour, label=label)
 
 
@@ -142,16 +150,22 @@ def waterfall(figure: Any, results: Results) -> None:
                 va="center",
                 fontsize=7.5,
             )
-        axes.invert_yaxis() if axes is panels[0] else None
-        axes.margins(x=0.45)
+        if axes is panels[0]:  # the panels share it
+            axes.invert_yaxis()
+        axes.set_xlim(0, 1.5 * max(times))
         axes.set_title(f"{title}, 512 x 512, float32", fontsize=10)
         axes.set_xlabel("seconds for full logits")
         axes.tick_params(axis="y", length=0)
 
 
 PLOTS = [
-    Plot("bench-peers", "Seconds for full logits, each library in its fastest layout", "logits", peers),
-    Plot("bench-sizes", "Time and peak memory against the size of the image", "logits", sizes),
+    Plot(
+        "bench-peers",
+        "Seconds for full logits, each library in its faster layout (smp: segmentation_models_pytorch)",
+        "logits",
+        peers,
+    ),
+    Plot("bench-sizes", "Time and peak memory against the size of the image (dotted: label maps)", "logits", sizes),
     Plot("bench-waterfall", "Which idea brought what: each step keeps those above it", "waterfall", waterfall),
 ]
 SHAPES = {"bench-peers": (10, 3.8), "bench-sizes": (9, 6.4), "bench-waterfall": (11, 3.8)}
