@@ -118,9 +118,9 @@ def _our_head(model: Any, world: World, task: Task) -> None:
     model.decode_head = world.ours(task.dtype).decode_head
 
 
-def _our_head_and_backbone(model: Any, world: World, task: Task) -> None:
-    _our_head(model, world, task)
-    model.backbone = world.ours(task.dtype).backbone
+def _our_head_and_backbone(world: World, task: Task) -> Callable[[], Any]:
+    model, pixels = world.ours(task.dtype), world.pixels(task)
+    return lambda: _resize(model.decode_head(model.backbone(pixels).feature_maps), pixels.shape[2:])
 
 
 def _ours(world: World, task: Task) -> Callable[[], Any]:
@@ -136,6 +136,6 @@ VARIANTS: dict[str, Peer] = {
     "pyramid pooling on 50 cells": Peer(_head(fusion=True, pooling=True)),
     "Winograd, norm and ReLU fused": Peer(_head(fusion=True, pooling=True, convolutions=True)),
     "our head as it is": Peer(_with(_our_head)),
-    "our backbone": Peer(_with(_our_head_and_backbone)),
-    "our upsampling: fastuper": Peer(_ours),
+    "our backbone": Peer(_our_head_and_backbone),
+    "the rest: fastuper": Peer(_ours),
 }
