@@ -49,7 +49,7 @@ $(VENV)/.bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
 	@touch $@
 
-bench: $(VENV)/.bench ## time everything beside the peers: half an hour on an idle machine
+bench: $(VENV)/.bench ## time everything beside the peers: the best part of an hour on an idle machine
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.plots

@@ -28,10 +28,7 @@ TASKS = [
     ("logits", "convnext-t", 2048),
     ("labels", "convnext-t", 1024),
     ("labels", "convnext-t", 2048),
-    ("logits", "swin-t", 512),
     ("logits", "swin-t", 1024),
-    ("logits", "swin-t", 2048),
-    ("labels", "swin-t", 1024),
     ("labels", "swin-t", 2048),
 ]
 PEERS = ["Transformers", "Transformers, no auxiliary head", "fastuper"]

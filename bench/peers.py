@@ -52,8 +52,11 @@ BACKBONES: dict[str, Callable[[], Any]] = {
     "swin-b": lambda: _swin(128, 4),
     "swin-l": lambda: _swin(192, 6),
 }
-# Those of the same shape in timm, for segmentation_models_pytorch.
-TIMM = {"convnext-t": "tu-convnext_tiny", "swin-t": "tu-swin_tiny_patch4_window7_224"}
+# Those of the same shape in timm, for segmentation_models_pytorch; timm's Swin is made for one size of image.
+TIMM: dict[str, Callable[[int], dict[str, Any]]] = {
+    "convnext-t": lambda size: {"encoder_name": "tu-convnext_tiny"},
+    "swin-t": lambda size: {"encoder_name": "tu-swin_tiny_patch4_window7_224", "img_size": size},
+}
 
 
 class CannotDo(Exception):
@@ -231,20 +234,15 @@ def smp(compiled: bool) -> Any:
 
         def make() -> Any:
             torch.manual_seed(0)
-            name = TIMM.get(world.backbone)
-            if name is None:
+            if world.backbone not in TIMM:
                 raise CannotDo("no encoder of this shape was looked for")
-            try:
-                model = segmentation_models_pytorch.UPerNet(
-                    name, encoder_weights=None, decoder_channels=512, classes=CLASSES
-                )
-                with torch.inference_mode():
-                    model.eval().encoder(torch.zeros(1, 3, 64, 64))
-            except Exception as error:
-                raise CannotDo(f"its encoder {name}: {one_line(error)}") from error
-            return model.to(memory_format=CHANNELS_LAST)
+            options = TIMM[world.backbone](task.size)
+            model = segmentation_models_pytorch.UPerNet(
+                encoder_weights=None, decoder_channels=512, classes=CLASSES, **options
+            )
+            return model.eval().to(memory_format=CHANNELS_LAST)
 
-        model = world.once("smp", make)
+        model = world.once(("smp", task.size), make)
         pixels = world.pixels(task, CHANNELS_LAST)
         if task.part == "backbone":
             call = model.encoder
