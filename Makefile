@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TRANSFORMERS4 := .cache/transformers-4.56.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers4 test-minimum accuracy lint format types clean
+.PHONY: help setup demo test test-fast test-transformers4 test-minimum accuracy bench bench-quick lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -44,6 +44,18 @@ test-minimum: ## run every test with the oldest versions that pyproject.toml all
 accuracy: $(STAMP) ## measure the distance from float64 beside Transformers, and redraw README's table
 	$(BIN)/python -m bench.accuracy
 	$(BIN)/python -m bench.tables
+
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	@touch $@
+
+bench: $(VENV)/.bench ## time everything beside the peers: the best part of an hour on an idle machine
+	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.tables
+	$(BIN)/python -m bench.plots
+
+bench-quick: $(VENV)/.bench ## print the essential ratios, in under 3 minutes
+	$(BIN)/python -m bench.run --quick
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

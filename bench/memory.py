@@ -1,0 +1,130 @@
+"""The peak memory of one run over the weights, each peer in a fresh process: `python -m bench.memory --help`.
+
+What is measured: the model is built and its weights are in place; the heap's free pages are given back; the process's
+resident memory (VmRSS) is the baseline. A warm-up at 64 x 64 then wakes the threads and packs weights where a peer does
+so. The kernel's high-water mark (VmHWM) is set back to the memory now in use, the task runs once, and the mark is read
+again. `peak` is the mark less the baseline: it holds activations, outputs, and packed weights, which are a number of
+their own too. The input image is part of the baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+WARM_UP = 64
+# (part, backbone, size); label maps have the image's own size.
+TASKS = [
+    ("logits", "convnext-t", 512),
+    ("logits", "convnext-t", 1024),
+    ("logits", "convnext-t", 2048),
+    ("labels", "convnext-t", 1024),
+    ("labels", "convnext-t", 2048),
+    ("logits", "swin-t", 1024),
+    ("labels", "swin-t", 2048),
+]
+PEERS = ["Transformers", "Transformers, no auxiliary head", "fastuper"]
+
+
+def status(entry: str) -> int:
+    """Return an entry of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(entry + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(entry)
+
+
+def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
+    """Return the peak of one run in this process, which must be fresh."""
+    import torch
+    import transformers
+
+    import fastuper
+    from bench.peers import BACKBONES, CLASSES, post_process
+    from tests.parity.models import images, randomize, uninitialized
+
+    config = transformers.UperNetConfig(
+        backbone_config=BACKBONES[backbone](), num_labels=CLASSES, use_auxiliary_head=peer != PEERS[1]
+    )
+    library = fastuper if peer == "fastuper" else transformers
+    with uninitialized():
+        model = library.UperNetForSemanticSegmentation(config).eval()
+    randomize(model)
+    pixels = images(1, 3, size, size, dtype=torch.float32)
+    small = pixels[:, :, :WARM_UP, :WARM_UP].contiguous()
+
+    def run(x: torch.Tensor) -> Any:
+        if part == "logits":
+            return model(x).logits
+        target = (x.shape[2], x.shape[3])
+        if peer == "fastuper":
+            return model.segment(x, target_sizes=[target])
+        return post_process(model(x).logits, target)
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    baseline = status("VmRSS")
+    with torch.inference_mode():
+        run(small)
+        gc.collect()
+        # Not everywhere may a process do this; then the mark since its start counts, which building does not reach.
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            mark = "reset before the run"
+        except OSError:
+            mark = "since the start"
+        start = time.perf_counter()
+        output = run(pixels)
+        seconds = time.perf_counter() - start
+    peak = status("VmHWM") - baseline
+    del output
+    return {
+        "peak": peak,
+        "packed": packed_bytes(),
+        "weights": sum(x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()]),
+        "seconds": seconds,
+        "mark": mark,
+    }
+
+
+def packed_bytes() -> int:
+    """Return the bytes of packed weights that our operations keep, 0 where they keep none."""
+    try:
+        from fastuper_kernels import packs
+    except ImportError:
+        return 0
+    return packs.packed_bytes()
+
+
+def in_fresh_process(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.memory", "--run", part, backbone, str(size), peer]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return {"skipped": f"exit status {done.returncode}: {lines[-1][:200]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs=4, metavar=("PART", "BACKBONE", "SIZE", "PEER"), help="measure this one alone")
+    arguments = parser.parse_args()
+    if arguments.run:
+        part, backbone, size, peer = arguments.run
+        print(json.dumps(measure(part, backbone, int(size), peer)))
+        return
+    for part, backbone, size in TASKS:
+        for peer in PEERS:
+            print(part, backbone, size, peer, in_fresh_process(part, backbone, size, peer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

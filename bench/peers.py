@@ -1,0 +1,441 @@
+"""Who is timed: each peer is a row of PEERS, built from the same weights wherever it can take them.
+
+A row's function returns, for one task, a call without arguments: its input is at hand in the layout that the peer likes
+best, and what it returns is what its users get. A peer that cannot do a task raises `CannotDo`; the results keep why.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+from bench.accuracy import BACKBONES as CONFIGS
+from tests.parity.models import STAGES, give_attentions, images, pair
+
+CLASSES = 150
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+
+def _convnext(width: int) -> Any:
+    return transformers.ConvNextConfig(
+        hidden_sizes=[width * 2**i for i in range(4)], depths=[3, 3, 27, 3], out_features=STAGES
+    )
+
+
+def _swin(width: int, heads: int) -> Any:
+    return transformers.SwinConfig(
+        embed_dim=width,
+        depths=[2, 2, 18, 2],
+        num_heads=[heads * 2**i for i in range(4)],
+        drop_path_rate=0.0,
+        out_features=STAGES,
+    )
+
+
+BACKBONES: dict[str, Callable[[], Any]] = {
+    "convnext-t": CONFIGS["ConvNeXt-T"],
+    "swin-t": CONFIGS["Swin-T"],
+    "convnext-b": lambda: _convnext(128),
+    "convnext-l": lambda: _convnext(192),
+    "swin-b": lambda: _swin(128, 4),
+    "swin-l": lambda: _swin(192, 6),
+}
+# Those of the same shape in timm, for segmentation_models_pytorch; timm's Swin is made for one size of image.
+TIMM: dict[str, Callable[[int], dict[str, Any]]] = {
+    "convnext-t": lambda size: {"encoder_name": "tu-convnext_tiny"},
+    "swin-t": lambda size: {"encoder_name": "tu-swin_tiny_patch4_window7_224", "img_size": size},
+}
+
+
+class CannotDo(Exception):
+    """A peer cannot do a task."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is timed.
+
+    `part` is logits, labels, head or backbone; `target` the size (height, width) of the label map.
+    """
+
+    part: str
+    backbone: str
+    size: int
+    dtype: str = "float32"
+    target: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.part} {self.backbone} {self.size} {self.dtype}"
+
+
+class Logits(nn.Module):
+    """A segmentation model that returns its logits alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixels).logits
+
+
+class Backbone(nn.Module):
+    """A backbone that returns a tuple of its feature maps."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.backbone = model.backbone
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.backbone(pixels).feature_maps)
+
+
+class Head(nn.Module):
+    """A decode head that takes the feature maps as arguments."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.head = model.decode_head
+
+    def forward(self, *features: torch.Tensor) -> torch.Tensor:
+        return self.head(features)
+
+
+class World:
+    """Everything that the tasks on one backbone share: models, exported and compiled ones too, and their inputs."""
+
+    def __init__(self, backbone: str):
+        self.backbone = backbone
+        self.config = transformers.UperNetConfig(backbone_config=BACKBONES[backbone](), num_labels=CLASSES)
+        self._theirs, self._ours = pair(self.config, dtype=torch.float32)
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def theirs(self, dtype: str, layout: torch.memory_format = CONTIGUOUS, auxiliary: bool = True) -> Any:
+        """Return Transformers' model; those with and without the auxiliary head share their weights."""
+        model = self.once(
+            ("theirs", dtype, layout),
+            lambda: copy.deepcopy(self._theirs).to(getattr(torch, dtype)).to(memory_format=layout),
+        )
+        return model if auxiliary else without_auxiliary_head(model)
+
+    def ours(self, dtype: str) -> Any:
+        return self.once(("ours", dtype), lambda: copy.deepcopy(self._ours).to(getattr(torch, dtype)))
+
+    def pixels(self, task: Task, layout: torch.memory_format = CONTIGUOUS, dtype: str | None = None) -> torch.Tensor:
+        x = self.once(("pixels", task.size), lambda: images(1, 3, task.size, task.size, dtype=torch.float32))
+        return x.to(getattr(torch, dtype or task.dtype)).contiguous(memory_format=layout)
+
+    def features(self, task: Task, layout: torch.memory_format = CONTIGUOUS) -> list[torch.Tensor]:
+        """Return the head's input: one set of feature maps for all, Transformers' own in float32."""
+        given = self.once(
+            ("features", task.size), lambda: self._theirs.backbone(self.pixels(task, dtype="float32")).feature_maps
+        )
+        return [x.to(getattr(torch, task.dtype)).contiguous(memory_format=layout) for x in given]
+
+
+def without_auxiliary_head(model: Any) -> Any:
+    """Return a model that shares everything with this one but its auxiliary head."""
+    bare = copy.copy(model)
+    bare._modules = {**model._modules, "auxiliary_head": None}
+    return bare
+
+
+@functools.lru_cache
+def processor() -> Any:
+    return transformers.SegformerImageProcessor()
+
+
+def post_process(logits: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+    """Return the label map of one image, as users of Transformers get it."""
+    output = SimpleNamespace(logits=logits)
+    return processor().post_process_semantic_segmentation(output, target_sizes=[target])[0]
+
+
+def torch_call(task: Task, model: Any, pixels: torch.Tensor, features: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a task's call on a model of Transformers' kind."""
+    if task.part == "logits":
+        return lambda: model(pixels).logits
+    if task.part == "labels":
+        assert task.target is not None
+        return lambda: post_process(model(pixels).logits, task.target)
+    if task.part == "backbone":
+        return lambda: model.backbone(pixels).feature_maps
+    given = features()
+    return lambda: model.decode_head(given)
+
+
+def transformers_eager(layout: torch.memory_format, auxiliary: bool = True) -> Any:
+    def build(world: World, task: Task) -> Callable[[], Any]:
+        model = world.theirs(task.dtype, layout, auxiliary)
+        return torch_call(task, model, world.pixels(task, layout), lambda: world.features(task, layout))
+
+    return build
+
+
+def transformers_autocast(world: World, task: Task) -> Callable[[], Any]:
+    """bfloat16 by autocast: weights stay float32, and are cast at every call as autocast does."""
+    model = world.theirs("float32", CHANNELS_LAST)
+    call = torch_call(task, model, world.pixels(task, CHANNELS_LAST, "float32"), lambda: _unused("autocast"))
+
+    def autocast() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
+
+    return autocast
+
+
+def transformers_compiled(mode: str) -> Any:
+    def build(world: World, task: Task) -> Callable[[], Any]:
+        model = world.theirs(task.dtype, CHANNELS_LAST)
+        # The model is compiled once for logits and labels. Sizes are compiled in: that is its fastest way.
+        if task.part in ("logits", "labels"):
+            make, inputs = Logits, (world.pixels(task, CHANNELS_LAST),)
+        elif task.part == "backbone":
+            make, inputs = Backbone, (world.pixels(task, CHANNELS_LAST),)
+        else:
+            make, inputs = Head, tuple(world.features(task, CHANNELS_LAST))
+        key = ("compiled", mode, make, task.dtype, task.size)
+        compiled = world.once(key, lambda: compile_module(make(model), mode))
+        if task.part == "labels":
+            assert task.target is not None
+            return lambda: post_process(compiled(*inputs), task.target)
+        return lambda: compiled(*inputs)
+
+    return build
+
+
+def compile_module(module: nn.Module, mode: str) -> Any:
+    return torch.compile(module, mode=mode, dynamic=False)
+
+
+def smp(compiled: bool) -> Any:
+    """segmentation_models_pytorch: the same shape over timm's encoder, with weights of its own."""
+
+    def build(world: World, task: Task) -> Callable[[], Any]:
+        import segmentation_models_pytorch
+
+        def make() -> Any:
+            torch.manual_seed(0)
+            if world.backbone not in TIMM:
+                raise CannotDo("no encoder of this shape was looked for")
+            options = TIMM[world.backbone](task.size)
+            model = segmentation_models_pytorch.UPerNet(
+                encoder_weights=None, decoder_channels=512, classes=CLASSES, **options
+            )
+            return model.eval().to(memory_format=CHANNELS_LAST)
+
+        model = world.once(("smp", task.size), make)
+        pixels = world.pixels(task, CHANNELS_LAST)
+        if task.part == "backbone":
+            call = model.encoder
+        elif task.part == "head":
+            features = [x.contiguous(memory_format=CHANNELS_LAST) for x in model.encoder(pixels)]
+            # Its last layers are the classifier, upsampling by 4 and an identity: the head ends with the classifier.
+            return lambda: model.segmentation_head[0](model.decoder(features))
+        else:
+            call = model
+            if compiled:
+                call = world.once(("smp compiled", task.size), lambda: compile_module(model, "default"))
+        if task.part == "labels":
+            assert task.target is not None
+            return lambda: post_process(call(pixels), task.target)
+        return lambda: call(pixels)
+
+    return build
+
+
+def exportable(world: World, part: str) -> nn.Module:
+    """Return the module that exporters are given: no auxiliary head, and attention in its written-out form.
+
+    With `scaled_dot_product_attention` Transformers' Swin fails in the ONNX exporter, and OpenVINO runs it slower.
+    """
+
+    def make() -> Any:
+        model = copy.deepcopy(without_auxiliary_head(world.theirs("float32")))
+        give_attentions(model)
+        return model
+
+    model = world.once("exportable", make)
+    return {"logits": Logits, "labels": Logits, "backbone": Backbone, "head": Head}[part](model)
+
+
+def export_inputs(world: World, task: Task) -> tuple[torch.Tensor, ...]:
+    if task.part == "head":
+        return tuple(world.features(Task("head", task.backbone, task.size)))
+    return (world.pixels(task, dtype="float32"),)
+
+
+def whole(task: Task) -> str:
+    return "logits" if task.part == "labels" else task.part
+
+
+def outputs_call(task: Task, run: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a task's call, given one that runs an exported model and returns its outputs as arrays."""
+    if task.part == "labels":
+        assert task.target is not None
+        return lambda: post_process(torch.from_numpy(run()[0]), task.target)
+    if task.part == "backbone":
+        return lambda: [torch.from_numpy(x) for x in run()]
+    return lambda: torch.from_numpy(run()[0])
+
+
+def onnx_runtime(world: World, task: Task) -> Callable[[], Any]:
+    import onnxruntime
+
+    inputs = export_inputs(world, task)
+
+    def make() -> Any:
+        module = exportable(world, whole(task))
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = Path(folder) / "model.onnx"
+            names = [f"input{i}" for i in range(len(inputs))]
+            try:
+                with torch.no_grad():
+                    torch.onnx.export(module, inputs, path, dynamo=True, input_names=names, verbose=False)
+            except Exception as error:
+                raise CannotDo(f"torch.onnx.export: {one_line(error)}") from error
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            # Its threads wait busily between runs, which would slow down whoever is timed next.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    session = world.once(("onnx", whole(task), task.size), make)
+    feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
+    return outputs_call(task, lambda: session.run(None, feed))
+
+
+def openvino(world: World, task: Task) -> Callable[[], Any]:
+    import openvino as ov
+
+    inputs = export_inputs(world, task)
+
+    def convert() -> Any:
+        example = inputs if len(inputs) > 1 else inputs[0]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return ov.convert_model(
+                    exportable(world, whole(task)), example_input=example, input=[list(x.shape) for x in inputs]
+                )
+            except Exception as error:
+                raise CannotDo(f"openvino.convert_model: {one_line(error)}") from error
+
+    def make() -> Any:
+        # Each precision converts its own: what is compiled may share constants with the model that it came from.
+        options = {
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[task.dtype],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        model = world.once(("openvino", whole(task), task.size), convert)
+        return ov.Core().compile_model(model, "CPU", options).create_infer_request()
+
+    request = world.once(("openvino compiled", whole(task), task.size, task.dtype), make)
+    feed = {i: x.numpy() for i, x in enumerate(inputs)}
+    # Inputs and outputs are float32 in both precisions, and outputs views of its own memory: nothing is copied.
+    return outputs_call(task, lambda: list(request.infer(feed, share_inputs=True, share_outputs=True).to_tuple()))
+
+
+def fastuper(compiled: bool = False) -> Any:
+    def build(world: World, task: Task) -> Callable[[], Any]:
+        model = world.ours(task.dtype)
+        pixels = world.pixels(task)
+        if compiled:
+            if task.part != "logits":
+                raise CannotDo("only full logits are timed compiled")
+            call = world.once(
+                ("ours compiled", task.dtype, task.size), lambda: compile_module(Logits(model), "default")
+            )
+            return lambda: call(pixels)
+        if task.part == "labels":
+            return lambda: model.segment(pixels, target_sizes=[task.target])[0]
+        # Its own backbone gives channels_last maps.
+        return torch_call(task, model, pixels, lambda: world.features(task, CHANNELS_LAST))
+
+    return build
+
+
+def convolution(world: World, task: Task) -> Callable[[], Any]:
+    """The machine's rate, measured in the same rounds: the head's largest convolution alone, directly."""
+    dtype = getattr(torch, task.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 512, 128, 128, generator=generator).to(dtype).contiguous(memory_format=CHANNELS_LAST)
+    weight = torch.randn(512, 512, 3, 3, generator=generator).to(dtype).contiguous(memory_format=CHANNELS_LAST)
+    return lambda: F.conv2d(x, weight, padding=1)
+
+
+CONVOLUTION_FLOP = 2 * 512 * 512 * 9 * 128 * 128
+
+
+def _unused(what: str) -> Any:
+    raise CannotDo(f"{what} is timed on whole models alone")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error in one line, without the paths of this machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return " ".join("..." if "/" in word and "site-packages" in word else word for word in text.split())[:200]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row of PEERS.
+
+    `shape_bound` says that it is prepared for one size of image, so that it must warm up at that very size.
+    """
+
+    build: Callable[[World, Task], Callable[[], Any]]
+    shape_bound: bool = False
+    own_weights: bool = False
+
+
+FASTUPER = "fastuper"
+CONVOLUTION = "one convolution"
+EAGER = ["Transformers", "Transformers, channels_last"]
+WITHOUT_AUXILIARY = [
+    "Transformers, no auxiliary head",
+    "Transformers, no auxiliary head, channels_last",
+]
+AUTOCAST = "Transformers, autocast, channels_last"
+COMPILED = ["Transformers, compiled", "Transformers, compiled, max-autotune"]
+SMP = ["segmentation_models_pytorch", "segmentation_models_pytorch, compiled"]
+ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
+OURS_COMPILED = "fastuper, compiled"
+
+PEERS: dict[str, Peer] = {
+    EAGER[0]: Peer(transformers_eager(CONTIGUOUS)),
+    EAGER[1]: Peer(transformers_eager(CHANNELS_LAST)),
+    WITHOUT_AUXILIARY[0]: Peer(transformers_eager(CONTIGUOUS, auxiliary=False)),
+    WITHOUT_AUXILIARY[1]: Peer(transformers_eager(CHANNELS_LAST, auxiliary=False)),
+    AUTOCAST: Peer(transformers_autocast),
+    COMPILED[0]: Peer(transformers_compiled("default"), shape_bound=True),
+    COMPILED[1]: Peer(transformers_compiled("max-autotune"), shape_bound=True),
+    SMP[0]: Peer(smp(compiled=False), own_weights=True),
+    SMP[1]: Peer(smp(compiled=True), shape_bound=True, own_weights=True),
+    ONNX: Peer(onnx_runtime, shape_bound=True),
+    OPENVINO: Peer(openvino, shape_bound=True),
+    FASTUPER: Peer(fastuper()),
+    OURS_COMPILED: Peer(fastuper(compiled=True), shape_bound=True),
+    CONVOLUTION: Peer(convolution, own_weights=True),
+}

@@ -1,0 +1,151 @@
+"""Time everything and file it under this machine: `python -m bench.run`, or parts of it with `--only` and `-k`.
+
+Every part that is run takes the place of that part in bench/results/<machine>.json, with its own date and versions; the
+others stay. A backbone at a time, each in a process of its own: what was measured so far is kept if one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import memory
+from bench.machine import commit, machine, machine_name, now, versions
+from bench.results import FASTUPER, FOLDER, Results, conclude, summary
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache" / "bench"
+TIMED = ["512", "waterfall", "bfloat16", "1024", "2048"]
+SECTIONS = ["operations", *TIMED, "larger", "memory"]
+
+
+def batches(sections: list[str]) -> list[tuple[list[str], str]]:
+    """Return the sections that run in one process together, and the tests of each process."""
+    found: list[tuple[list[str], str]] = []
+    if "operations" in sections:
+        found.append((["operations"], ""))
+    timed = [section for section in sections if section in (*TIMED, "quick")]
+    if timed:
+        found += [(timed, backbone) for backbone in ("convnext-t", "swin-t")]
+    if "larger" in sections:
+        found += [(["larger"], backbone) for backbone in ("convnext-b", "swin-b", "convnext-l", "swin-l")]
+    return found
+
+
+def time_batch(sections: list[str], tests: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Run one process of pytest-benchmark, and return its tasks."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    path = CACHE / "pytest-benchmark.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--timeout=0", "-p", "no:cacheprovider"]
+    command += ["--tb=short", "--benchmark-quiet", f"--benchmark-json={path}"]
+    command += [f"--sections={','.join(sections)}", f"--peers={arguments.peers}"]
+    if expression := " and ".join(f"({part})" for part in (tests, arguments.k) if part):
+        command += ["-k", expression]
+    if arguments.rounds:
+        command += [f"--rounds={arguments.rounds}"]
+    if arguments.no_truth or arguments.quick:  # float64 would take a third of the quick ones' time
+        command += ["--no-truth"]
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if done.returncode == 5:  # no test was selected
+        return {}
+    if done.returncode or not path.exists():
+        return None
+    return tasks_of(json.loads(path.read_text()))
+
+
+def tasks_of(report: dict[str, Any]) -> dict[str, Any]:
+    """Return pytest-benchmark's report as tasks, each with its peers."""
+    tasks: dict[str, Any] = {}
+    for entry in report["benchmarks"]:
+        facts = dict(entry["extra_info"])
+        task, peer = facts.pop("task"), facts.pop("peer")
+        row = tasks.setdefault(task["name"], {**task, "peers": {}})
+        row["peers"][peer] = {"rounds": [float(f"{second:.5g}") for second in entry["stats"]["data"]], **facts}
+    for name, peers in report["skipped"].items():
+        if name in tasks:
+            tasks[name]["peers"].update({peer: {"skipped": reason} for peer, reason in peers.items()})
+    for task in tasks.values():
+        task.pop("name")
+        if order := task.pop("order", None):  # the table's, and not first those that could be timed
+            task["peers"] = {peer: task["peers"][peer] for peer in order if peer in task["peers"]}
+    return tasks
+
+
+def measure_memory(only: str) -> dict[str, Any]:
+    """Return the peak memory of every task of bench.memory whose name holds each word of `only`."""
+    tasks: dict[str, Any] = {}
+    for part, backbone, size in memory.TASKS:
+        name = f"{part} {backbone} {size} float32"
+        if not all(word in name for word in only.split() if word != "and"):
+            continue
+        task = tasks[name] = {"part": part, "backbone": backbone, "size": size, "peers": {}}
+        for peer in memory.PEERS:
+            task["peers"][peer] = memory.in_fresh_process(part, backbone, size, peer)
+            print(f"memory of {name}, {peer}: {task['peers'][peer]}", flush=True)
+    return tasks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help=f"sections, separated by commas, of {', '.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="the essential ratios; nothing is filed")
+    parser.add_argument("-k", default="", help="only the benchmarks that this expression of pytest's selects")
+    parser.add_argument("--peers", default="", help="only the peers whose names hold one of these, separated by ;")
+    parser.add_argument("--rounds", type=int, help="time each peer this often")
+    parser.add_argument("--no-truth", action="store_true", help="leave out the comparison with float64")
+    parser.add_argument("--output", type=Path, help="the file; bench/results/<machine>.json where not given")
+    arguments = parser.parse_args()
+    sections = ["quick"] if arguments.quick else arguments.only.split(",") if arguments.only else SECTIONS
+    if unknown := [section for section in sections if section not in (*SECTIONS, "quick")]:
+        parser.error(f"there are no sections {unknown}; there are {SECTIONS}")
+    quick = CACHE / "quick.json"
+    path = arguments.output or (quick if arguments.quick else FOLDER / f"{machine_name()}.json")
+    results: Results = {"runs": {}, "tasks": {}, "memory": {}}
+    if path.exists() and not arguments.quick:
+        results = json.loads(path.read_text())
+    run, begun, failed = now(), time.monotonic(), False
+    results["machine"] = machine()
+    results["runs"][run] = {"commit": commit(), "threads": torch.get_num_threads(), "versions": versions()}
+
+    def save() -> None:
+        used = {task["run"] for task in [*results["tasks"].values(), *results["memory"].values()]} | {run}
+        results["runs"] = {key: value for key, value in sorted(results["runs"].items()) if key in used}
+        results["runs"][run]["seconds"] = round(time.monotonic() - begun)
+        conclude(results)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+    for together, tests in batches(sections):
+        start = time.monotonic()
+        tasks = time_batch(together, tests, arguments)
+        failed |= tasks is None
+        if tasks:
+            results["tasks"].update({name: {"run": run, **task} for name, task in tasks.items()})
+            save()
+        print(f"{', '.join(together)} {tests}: {time.monotonic() - start:.0f} s", flush=True)
+    if "memory" in sections:
+        start = time.monotonic()
+        found = measure_memory(arguments.k)
+        results["memory"].update({name: {"run": run, **task} for name, task in found.items()})
+        save()
+        print(f"memory: {time.monotonic() - start:.0f} s", flush=True)
+    print(summary(results))
+    if not arguments.quick and not arguments.output:
+        print(f"\nfiled in {path.relative_to(ROOT)}; `python -m bench.tables` and `python -m bench.plots` draw from it")
+    gone = [name for name, task in results["tasks"].items() if "skipped" in task["peers"].get(FASTUPER, {})]
+    wrong = [name for name in gone if results["tasks"][name]["peers"][FASTUPER]["skipped"] != "not asked for"]
+    if wrong:
+        print(f"\nours failed at {', '.join(wrong)}")
+    sys.exit(1 if failed or wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

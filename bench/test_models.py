@@ -1,0 +1,158 @@
+"""Head, backbone, full logits and photo to labels, ours and the peers': `make bench`, or `pytest bench -k ...`."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from bench import truth, variants
+from bench.arithmetic import operations
+from bench.conftest import Timed, alternate, readable
+from bench.peers import (
+    AUTOCAST,
+    COMPILED,
+    CONVOLUTION,
+    CONVOLUTION_FLOP,
+    EAGER,
+    FASTUPER,
+    ONNX,
+    OPENVINO,
+    OURS_COMPILED,
+    PEERS,
+    SMP,
+    WITHOUT_AUXILIARY,
+    Peer,
+    Task,
+    World,
+)
+
+pytestmark = pytest.mark.timeout(0)  # a task's first test builds, compiles and times all of its peers
+TARGET = (683, 1024)  # a photo of 1024 x 683, seen by the network at 512 x 512
+ALL = [*EAGER, *WITHOUT_AUXILIARY, *COMPILED, *SMP, ONNX, OPENVINO, FASTUPER, OURS_COMPILED, CONVOLUTION]
+# The essential ratios, in under three minutes.
+QUICK = [EAGER[0], EAGER[1], FASTUPER]
+# From this size on, peers that are not prepared for one size warm up at it: their first call packs weights and wakes
+# threads, and of what it leaves behind nothing depends on the size.
+WARM_UP = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task, who is timed at it, and how often."""
+
+    section: str
+    task: Task
+    peers: tuple[str, ...]
+    rounds: int
+
+
+def _plans() -> list[Plan]:
+    plans = []
+
+    def add(section: str, task: Task, peers: list[str], rounds: int) -> None:
+        plans.append(Plan(section, task, tuple(peers), rounds))
+
+    for backbone in ("convnext-t", "swin-t"):
+        # One backbone after the other, for its exported and compiled models stay in memory.
+        add("512", Task("logits", backbone, 512), ALL, 5)
+        labels = [*EAGER, WITHOUT_AUXILIARY[1], COMPILED[0], SMP[0], ONNX, OPENVINO, FASTUPER]
+        add("512", Task("labels", backbone, 512, target=TARGET), labels, 4)
+        parts = [*EAGER, COMPILED[0], SMP[0], ONNX, OPENVINO, FASTUPER]
+        add("512", Task("head", backbone, 512), parts, 4)
+        add("512", Task("backbone", backbone, 512), parts, 7)
+        add("waterfall", Task("waterfall", backbone, 512), list(variants.VARIANTS), 4)
+        add("bfloat16", Task("logits", backbone, 512, "bfloat16"), BFLOAT16, 5)
+        # The larger the image, the fewer peers and rounds: at 2048 one of Transformers' runs takes most of a minute.
+        add("1024", Task("logits", backbone, 1024), [*EAGER, WITHOUT_AUXILIARY[1], OPENVINO, FASTUPER], 3)
+        add("2048", Task("logits", backbone, 2048), [EAGER[1], OPENVINO, FASTUPER], 2)
+        # The same tasks once more, for `make bench-quick`.
+        add("quick", Task("logits", backbone, 512), QUICK, 3)
+        add("quick", Task("labels", backbone, 512, target=TARGET), QUICK, 2)
+        if backbone == "convnext-t":
+            add("quick", Task("head", backbone, 512), QUICK, 3)
+    for backbone in ("convnext-b", "swin-b", "convnext-l", "swin-l"):
+        add("larger", Task("logits", backbone, 512), [*EAGER, FASTUPER], 3)
+    return plans
+
+
+BFLOAT16 = [*EAGER, AUTOCAST, COMPILED[0], OPENVINO, FASTUPER, CONVOLUTION]
+PLANS = _plans()
+CASES = [
+    pytest.param(plan, peer, id=readable(plan.section, plan.task.name, peer), marks=pytest.mark.section(plan.section))
+    for plan in PLANS
+    for peer in plan.peers
+]
+
+
+class Worlds:
+    """The models of one backbone at a time, and the results so far."""
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        self.world: World | None = None
+        self.results: dict[Plan, Timed] = {}
+
+    def timed(self, plan: Plan) -> Timed:
+        if plan not in self.results:
+            if self.world is None or self.world.backbone != plan.task.backbone:
+                self.world = None
+                gc.collect()
+                self.world = World(plan.task.backbone)
+            self.results[plan] = self.time(plan, self.world)
+        return self.results[plan]
+
+    def time(self, plan: Plan, world: World) -> Timed:
+        # The waterfall's variants are peers of their own, at full logits.
+        is_waterfall = plan.task.part == "waterfall"
+        task = dataclasses.replace(plan.task, part="logits") if is_waterfall else plan.task
+        rows = variants.VARIANTS if is_waterfall else PEERS
+        wanted = [part for part in self.config.getoption("--peers").split(";") if part]
+        names = [name for name in plan.peers if not wanted or any(part in name for part in wanted)]
+        with_truth = not self.config.getoption("--no-truth")
+
+        def builder(peer: Peer) -> Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]:
+            def build() -> tuple[Callable[[], Any], Callable[[], Any]]:
+                call = peer.build(world, task)
+                if peer.shape_bound or task.size <= WARM_UP:
+                    return call, call
+                return call, peer.build(world, dataclasses.replace(task, size=WARM_UP))
+
+            return build
+
+        def look(name: str, output: Any) -> dict[str, Any]:
+            if name == CONVOLUTION:
+                return {"flop": CONVOLUTION_FLOP}
+            if rows[name].own_weights or not with_truth:
+                return {}
+            return truth.errors(world, task, output)
+
+        rounds = self.config.getoption("--rounds") or plan.rounds
+        result = alternate({name: builder(rows[name]) for name in names}, rounds, look)
+        for name in plan.peers:
+            if name not in names:
+                result.skipped[name] = "not asked for"
+        return result
+
+
+@pytest.fixture(scope="module")
+def worlds(request: pytest.FixtureRequest) -> Worlds:
+    return Worlds(request.config)
+
+
+@pytest.mark.parametrize(("plan", "peer"), CASES)
+def test_model(plan: Plan, peer: str, worlds: Worlds, report: Any) -> None:
+    timed = worlds.timed(plan)
+    assert worlds.world is not None
+    task = {
+        "name": plan.task.name,
+        "section": plan.section,
+        "order": list(plan.peers),
+        **{key: value for key, value in dataclasses.asdict(plan.task).items() if value is not None},
+        "flop": operations(worlds.world.config, plan.task.size),
+    }
+    report(task, peer, timed)

@@ -1,0 +1,139 @@
+"""Each operation against its reference (plain PyTorch), at the sizes that UPerNet has on a 512 x 512 image."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import fastuper_kernels
+from bench.conftest import Timed, alternate, readable
+from bench.peers import CHANNELS_LAST, CannotDo
+
+pytestmark = pytest.mark.timeout(0)
+DTYPES = ("float32", "bfloat16")
+
+
+def maps(generator: torch.Generator, channels: int, size: int) -> torch.Tensor:
+    """Return a feature map after its ReLU, in channels_last."""
+    x = torch.randn(1, channels, size, size, generator=generator, dtype=torch.float64)
+    return x.relu().contiguous(memory_format=CHANNELS_LAST)
+
+
+def weight(generator: torch.Generator, out: int, channels: int, kernel: int) -> torch.Tensor:
+    drawn = torch.randn(out, channels, kernel, kernel, generator=generator, dtype=torch.float64)
+    return drawn / (channels * kernel * kernel) ** 0.5
+
+
+def scale_and_shift(generator: torch.Generator, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = torch.randn(2, channels, generator=generator, dtype=torch.float64)
+    return drawn[0].abs() + 0.5, drawn[1]
+
+
+# For each operation: in words, what UPerNet uses it for, and its arguments in float64.
+Arguments = tuple[Sequence[Any], dict[str, Any]]
+OPERATIONS: dict[tuple[str, str], Callable[[torch.Generator], Arguments]] = {
+    ("conv_bn_relu", "3x3 at stride 4"): lambda g: (
+        [maps(g, 512, 128), weight(g, 512, 512, 3), *scale_and_shift(g, 512)],
+        {},
+    ),
+    ("conv_bn_relu", "3x3 at stride 8"): lambda g: (
+        [maps(g, 512, 64), weight(g, 512, 512, 3), *scale_and_shift(g, 512)],
+        {},
+    ),
+    ("conv_bn_relu", "lateral at stride 4"): lambda g: (
+        [maps(g, 96, 128), weight(g, 512, 96, 1), *scale_and_shift(g, 512)],
+        {"upsampled": maps(g, 512, 64)},
+    ),
+    ("pyramid_pool", "1, 2, 3, 6"): lambda g: ([maps(g, 768, 16), [1, 2, 3, 6]], {}),
+    ("pool_conv_bn_relu", "1, 2, 3, 6"): lambda g: (
+        [
+            maps(g, 768, 16),
+            [1, 2, 3, 6],
+            [weight(g, 512, 768, 1) for _ in range(4)],
+            *(list(drawn) for drawn in zip(*(scale_and_shift(g, 512) for _ in range(4)), strict=True)),
+        ],
+        {},
+    ),
+    ("upsample_add", "stride 8 to 4"): lambda g: ([maps(g, 512, 64), maps(g, 512, 128)], {}),
+    ("upsampled_conv3x3", "three levels to stride 4"): lambda g: (
+        [[maps(g, 512, size) for size in (64, 32, 16)], [weight(g, 512, 512, 3) for _ in range(3)], (128, 128)],
+        {},
+    ),
+    ("upsample_argmax", "150 classes to 512 x 512"): lambda g: ([logits(g), [(512, 512)]], {}),
+    ("upsample_argmax", "150 classes to 683 x 1024"): lambda g: ([logits(g), [(512, 512), (683, 1024)]], {}),
+}
+
+
+def logits(generator: torch.Generator) -> torch.Tensor:
+    drawn = torch.randn(1, 150, 128, 128, generator=generator, dtype=torch.float64)
+    return drawn.contiguous(memory_format=CHANNELS_LAST)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype)
+    return [cast(item, dtype) for item in value] if isinstance(value, list) else value
+
+
+def error(output: torch.Tensor, truth: torch.Tensor) -> dict[str, Any]:
+    if not output.is_floating_point():
+        return {"differ": int((output != truth).sum()), "pixels": output.numel()}
+    return {"error": ((output.double() - truth).norm() / truth.norm()).item()}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Any, Timed]:
+    return {}
+
+
+def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
+    args, kwargs = OPERATIONS[name, use](torch.Generator().manual_seed(0))
+    given = [cast(value, getattr(torch, dtype)) for value in args]
+    options = {key: cast(value, getattr(torch, dtype)) for key, value in kwargs.items()}
+
+    def reference() -> Callable[..., Any]:
+        # By its path: the function of the same name hides the module in the package.
+        try:
+            return importlib.import_module(f"fastuper_kernels.{name}").reference
+        except (ImportError, AttributeError) as missing:
+            raise CannotDo(f"fastuper_kernels.{name} has no reference") from missing
+
+    def build(find: Callable[[], Callable[..., Any]]) -> Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]:
+        def build() -> tuple[Callable[[], Any], Callable[[], Any]]:
+            function = find()
+
+            def call() -> Any:
+                return function(*given, **options)
+
+            return call, call
+
+        return build
+
+    def ours() -> Callable[..., Any]:
+        if not hasattr(fastuper_kernels, name):
+            raise CannotDo(f"fastuper_kernels has no {name}")
+        return getattr(fastuper_kernels, name)
+
+    def look(peer: str, output: Any) -> dict[str, Any]:
+        # The truth is the reference's in float64, of the very numbers that were given, rounded as they are.
+        exact = [cast(value, torch.float64) for value in given]
+        truth = reference()(*exact, **{key: cast(value, torch.float64) for key, value in options.items()})
+        return error(output, truth)
+
+    return alternate({"reference": build(reference), "fastuper": build(ours)}, rounds, look)
+
+
+@pytest.mark.section("operations")
+@pytest.mark.parametrize("peer", ["reference", "fastuper"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "use"), list(OPERATIONS), ids=lambda part: readable(part))
+def test_operation(name: str, use: str, dtype: str, peer: str, results: dict[Any, Timed], request: Any, report: Any):
+    key = (name, use, dtype)
+    if key not in results:
+        results[key] = timed(name, use, dtype, request.config.getoption("--rounds") or 15)
+    task = {"name": f"{name}: {use}, {dtype}", "section": "operations", "part": name, "use": use, "dtype": dtype}
+    report(task, peer, results[key])

@@ -1,0 +1,141 @@
+"""Which idea brought what: from Transformers' model to ours in steps, each one a row that keeps those before it.
+
+The steps are put together here, from Transformers' own modules and our operations: the package needs no switches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bench.peers import CHANNELS_LAST, CONTIGUOUS, CannotDo, Peer, Task, World, transformers_eager
+
+
+def operation(name: str) -> Any:
+    import fastuper_kernels
+
+    if not hasattr(fastuper_kernels, name):
+        raise CannotDo(f"fastuper_kernels has no {name}")
+    return getattr(fastuper_kernels, name)
+
+
+class StepwiseHead(nn.Module):
+    """Transformers' head, with some of its steps replaced.
+
+    Args:
+        head: Transformers' `UperNetHead`.
+        fusion: whether the fusion convolution mixes channels before its levels are upsampled.
+        pooling: whether pyramid pooling works on its 50 cells instead of maps.
+        convolutions: whether convolutions, BatchNorm and ReLU are one operation (3x3: by Winograd where that pays).
+    """
+
+    def __init__(self, head: Any, *, fusion: bool = False, pooling: bool = False, convolutions: bool = False):
+        super().__init__()
+        self.head, self.fusion, self.pooling, self.convolutions = head, fusion, pooling, convolutions
+
+    def forward(self, feature_maps: Any) -> torch.Tensor:
+        head = self.head
+        levels = [self.convolve(conv, x) for conv, x in zip(head.lateral_convs, feature_maps, strict=False)]
+        levels.append(self.pyramid(feature_maps[-1]) if self.pooling else head.psp_forward(feature_maps))
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + _resize(levels[i], levels[i - 1].shape[2:])
+        levels[:-1] = [self.convolve(conv, x) for conv, x in zip(head.fpn_convs, levels, strict=False)]
+        if self.fusion:
+            fused = self.convolve_parts(head.fpn_bottleneck, levels[0], levels[1:])
+        else:
+            size = levels[0].shape[2:]
+            fused = self.convolve(
+                head.fpn_bottleneck, torch.cat([levels[0], *(_resize(x, size) for x in levels[1:])], dim=1)
+            )
+        return head.classifier(fused)
+
+    def pyramid(self, x: torch.Tensor) -> torch.Tensor:
+        head = self.head
+        scales = [scale if isinstance(scale, int) else scale[0] for scale in head.pool_scales]
+        convs = [branch.layers[1] for branch in head.psp_modules.blocks]
+        scale, shift = zip(*(scale_and_shift(conv.batch_norm) for conv in convs), strict=True)
+        rows = operation("pool_conv_bn_relu")(x, scales, [conv.conv.weight for conv in convs], list(scale), list(shift))
+        cells = [
+            part.transpose(1, 2).unflatten(2, (scale, scale))
+            for part, scale in zip(rows.split([scale * scale for scale in scales], dim=1), scales, strict=True)
+        ]
+        return self.convolve_parts(head.bottleneck, x, cells)
+
+    def convolve_parts(self, module: Any, x: torch.Tensor, coarser: list[torch.Tensor]) -> torch.Tensor:
+        """Return `module` of x beside coarser maps, resampled to its size; the coarser ones are mixed as they are."""
+        weights = module.conv.weight.split([x.shape[1], *(part.shape[1] for part in coarser)], dim=1)
+        addend = operation("upsampled_conv3x3")(coarser, list(weights[1:]), tuple(x.shape[2:]))
+        if self.convolutions:
+            scale, shift = scale_and_shift(module.batch_norm)
+            return operation("conv_bn_relu")(x, weights[0].contiguous(), scale, shift, addend=addend)
+        return module.activation(module.batch_norm(F.conv2d(x, weights[0], padding=1) + addend))
+
+    def convolve(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        if not self.convolutions:
+            return module(x)
+        scale, shift = scale_and_shift(module.batch_norm)
+        return operation("conv_bn_relu")(x, module.conv.weight, scale, shift)
+
+
+def _resize(x: torch.Tensor, size: Any) -> torch.Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a BatchNorm in evaluation as a factor and a summand for each channel."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _with(change: Callable[[Any, World, Task], None]) -> Callable[[World, Task], Callable[[], Any]]:
+    """Return a builder of Transformers' model, in channels_last and without auxiliary head, with a change."""
+
+    def build(world: World, task: Task) -> Callable[[], Any]:
+        model = copy.copy(world.theirs(task.dtype, CHANNELS_LAST, auxiliary=False))
+        model._modules = dict(model._modules)
+        change(model, world, task)
+        pixels = world.pixels(task, CHANNELS_LAST)
+        return lambda: model(pixels).logits
+
+    return build
+
+
+def _head(**steps: bool) -> Callable[[World, Task], Callable[[], Any]]:
+    def change(model: Any, world: World, task: Task) -> None:
+        model.decode_head = StepwiseHead(model.decode_head, **steps)
+
+    return _with(change)
+
+
+def _our_head(model: Any, world: World, task: Task) -> None:
+    model.decode_head = world.ours(task.dtype).decode_head
+
+
+def _our_head_and_backbone(world: World, task: Task) -> Callable[[], Any]:
+    model, pixels = world.ours(task.dtype), world.pixels(task)
+    return lambda: _resize(model.decode_head(model.backbone(pixels).feature_maps), pixels.shape[2:])
+
+
+def _ours(world: World, task: Task) -> Callable[[], Any]:
+    model, pixels = world.ours(task.dtype), world.pixels(task)
+    return lambda: model(pixels).logits
+
+
+VARIANTS: dict[str, Peer] = {
+    "Transformers": Peer(transformers_eager(CONTIGUOUS)),
+    "channels_last": Peer(transformers_eager(CHANNELS_LAST)),
+    "no auxiliary head": Peer(transformers_eager(CHANNELS_LAST, auxiliary=False)),
+    "channels mixed before upsampling": Peer(_head(fusion=True)),
+    "pyramid pooling on 50 cells": Peer(_head(fusion=True, pooling=True)),
+    "Winograd, norm and ReLU fused": Peer(_head(fusion=True, pooling=True, convolutions=True)),
+    "our head as it is": Peer(_with(_our_head)),
+    "our backbone": Peer(_our_head_and_backbone),
+    "the rest: fastuper": Peer(_ours),
+}
