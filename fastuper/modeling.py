@@ -101,21 +101,24 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             output_hidden_states = config.output_hidden_states
         size = pixel_values.shape[2:]
 
-        features = self._features(pixel_values, output_hidden_states, output_attentions)
+        maps, hidden_states, attentions = self._features(pixel_values, output_hidden_states, output_attentions)
         # The head's logits are channels_last; resampled from that they would have to be copied at full size.
-        logits = _resize(self.decode_head(features.feature_maps).contiguous(), size)
+        coarse = self.decode_head(maps).contiguous()
+        coarse_auxiliary = None
+        if labels is not None and self.auxiliary_head is not None:
+            coarse_auxiliary = self.auxiliary_head(maps)
+        del maps  # nothing needs them while the logits take their full size
+        logits = _resize(coarse, size)
 
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits, labels, ignore_index=config.loss_ignore_index)
-            if self.auxiliary_head is not None:
-                auxiliary_logits = _resize(self.auxiliary_head(features.feature_maps), size)
+            if coarse_auxiliary is not None:
+                auxiliary_logits = _resize(coarse_auxiliary, size)
                 auxiliary_loss = F.cross_entropy(auxiliary_logits, labels, ignore_index=config.loss_ignore_index)
                 loss = loss + config.auxiliary_loss_weight * auxiliary_loss
 
-        output = known_to_transformers(SemanticSegmenterOutput)(
-            loss, logits.contiguous(), features.hidden_states, features.attentions
-        )
+        output = known_to_transformers(SemanticSegmenterOutput)(loss, logits.contiguous(), hidden_states, attentions)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @torch.no_grad()
@@ -150,7 +153,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             raise ValueError(
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"
             )
-        logits = self.decode_head(self._features(pixel_values, False, False).feature_maps)
+        logits = self.decode_head(self._features(pixel_values, False, False)[0])
         if not torch.compiler.is_compiling() and not logits.isfinite().all():
             wrong = "the weights are not, or they overflow " + str(logits.dtype)
             if not pixel_values.isfinite().all():
@@ -183,9 +186,13 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             raise CheckpointError(f"{config.backbone}: missing {missing}, unexpected {unexpected}")
 
     def _features(self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool) -> Any:
-        """Call the backbone. Those of Transformers filter the arguments that they do not know themselves."""
+        """Return the backbone's feature maps, hidden states and attentions.
+
+        Backbones of Transformers filter the arguments that they do not know themselves.
+        """
         call = getattr(self.backbone, "forward_with_filtered_kwargs", self.backbone)
-        return call(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        output = call(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        return output.feature_maps, output.hidden_states, output.attentions
 
     def _check_pixels(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         if pixel_values is None:
