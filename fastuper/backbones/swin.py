@@ -339,14 +339,15 @@ class SwinLayer(nn.Module):
 
     def attend_in_plan(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
-        plan = window_plan(*x.shape[:3], self.window, self.shift, x.dtype)
+        batch, height, width, channels = x.shape
+        plan = window_plan(batch, height, width, self.window, self.shift, x.dtype)
         normed = self.layernorm_before(x)
-        windows = F.embedding(plan.gather, normed.reshape(-1, x.shape[-1]))  # index_select, in parallel
+        windows = F.embedding(plan.gather, normed.reshape(-1, channels))  # index_select, in parallel
         if plan.padding.numel():
             windows.index_fill_(0, plan.padding, 0.0)
         attention = self.attention.self
-        attended = attention.attend_in_groups(windows.view(-1, self.window**2, x.shape[-1]), plan)
-        rows = F.embedding(plan.scatter, attended.view(windows.shape[0], -1)).view(*x.shape[:3], -1)
+        attended = attention.attend_in_groups(windows.view(-1, self.window**2, channels), plan)
+        rows = F.embedding(plan.scatter, attended.view(-1, channels)).view(x.shape)
         dense = self.attention.output.dense
         return linear(rows, dense.weight, dense.bias, residual=x)
 
@@ -434,7 +435,7 @@ class SwinBackbone(Backbone):
             maps.append(out)
             attentions.append(weights)
         feature_maps = tuple(
-            self.hidden_states_norms[name](x).permute(0, 3, 1, 2).contiguous()
+            self.hidden_states_norms[name](x).permute(0, 3, 1, 2)
             for name, x in zip(self.stage_names, maps, strict=True)
             if name in self.out_features
         )

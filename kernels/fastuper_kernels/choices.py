@@ -80,11 +80,11 @@ class Choice:
         with _lock:  # two threads that measure at once would disturb each other
             if state not in self._decided:
                 entry = f"{self.name} | {state[0]} | {machine()} | {state[1]} threads"
-                known = read_cache().get(entry)
-                if not _is_result(known, self.options):
-                    known = self._measure(candidates)
-                    write_cache(entry, known)
-                self._decided[state] = known["option"]
+                result: dict[str, Any] = read_cache().get(entry)  # type: ignore[assignment]
+                if not _is_result(result, self.options):
+                    result = self._measure(candidates)
+                    write_cache(entry, result)
+                self._decided[state] = result["option"]
             return self._decided[state]
 
     def _measure(self, candidates: Candidates) -> dict[str, Any]:

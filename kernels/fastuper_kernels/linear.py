@@ -92,7 +92,7 @@ def _way(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> st
 
 def _onednn_has(dtype: torch.dtype) -> bool:
     """Return whether oneDNN is on, and computes in this type on this processor."""
-    return torch.backends.mkldnn.enabled and _onednn_supports(dtype)
+    return bool(torch.backends.mkldnn.enabled) and _onednn_supports(dtype)
 
 
 @cache
