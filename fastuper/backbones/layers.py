@@ -134,8 +134,10 @@ def pad_to(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def pad_to_multiple(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pad a map (B, H, W, C) with zeros, below and to the right, to multiples of (height, width)."""
-    bottom, right = (height - x.shape[1] % height) % height, (width - x.shape[2] % width) % width
-    # A traced network is for sizes of every remainder, and asks nothing.
+    # Quotients and no remainders: in a traced network sizes are formulas, and those of remainders grow out of hand.
+    rows, columns = (x.shape[1] + height - 1) // height, (x.shape[2] + width - 1) // width
+    bottom, right = rows * height - x.shape[1], columns * width - x.shape[2]
+    # A traced network is for every size, and asks nothing.
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if not is_eager() or bottom or right else x
 
 

@@ -34,31 +34,41 @@ from fastuper_kernels.modes import is_eager
 def window_partition(x: torch.Tensor, window: int) -> torch.Tensor:
     """Cut maps (B, H, W, C), H and W multiples of the window, into (B * windows, window * window, C)."""
     batch, height, width, channels = x.shape
-    x = x.view(batch, height // window, window, width // window, window, channels)
-    return x.transpose(2, 3).reshape(-1, window * window, channels)
+    rows, columns = height // window, width // window
+    x = x.view(batch, rows, window, columns, window, channels)
+    return x.transpose(2, 3).reshape(batch * rows * columns, window * window, channels)
 
 
-def window_reverse(windows: torch.Tensor, window: int, height: int, width: int) -> torch.Tensor:
-    """Put (B * windows, window * window, C) back together into (B, height, width, C)."""
+def window_reverse(windows: torch.Tensor, window: int, batch: int, rows: int, columns: int) -> torch.Tensor:
+    """Put (B * rows * columns, window * window, C) back together into (B, rows * window, columns * window, C)."""
     channels = windows.shape[-1]
-    x = windows.view(-1, height // window, width // window, window, window, channels)
-    return x.transpose(2, 3).reshape(-1, height, width, channels)
+    x = windows.view(batch, rows, columns, window, window, channels)
+    return x.transpose(2, 3).reshape(batch, rows * window, columns * window, channels)
+
+
+def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the first rows and columns of maps (B, H, W, C)."""
+    if is_eager():
+        return x[:, :height, :width]
+    # Whether a slice is contiguous depends on sizes: a traced network would hold for those of its example alone.
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    return x.index_select(1, rows).index_select(2, columns)
 
 
 def shifted_window_mask(
-    height: int, width: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
+    rows: int, columns: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Return what is added to the scores of shifted windows: -100 between positions that were not neighbours.
 
-    After a cyclic shift of a (height, width) map the last windows hold pieces of up to four regions; positions attend
-    within their own. -> (windows, window * window, window * window)
+    After a cyclic shift of a map of (rows, columns) windows the last ones hold pieces of up to four regions; positions
+    attend within their own. -> (rows * columns, window * window, window * window)
     """
 
     def regions(n: int) -> torch.Tensor:
-        index = torch.arange(n, device=device)
-        return (index >= n - window).long() + (index >= n - shift).long()
+        index = torch.arange(n * window, device=device)
+        return (index >= (n - 1) * window).long() + (index >= n * window - shift).long()
 
-    region = regions(height)[:, None] * 3 + regions(width)[None, :]
+    region = regions(rows)[:, None] * 3 + regions(columns)[None, :]
     region = window_partition(region[None, :, :, None], window).squeeze(-1)
     differs = region[:, None, :] != region[:, :, None]
     return torch.zeros(differs.shape, dtype=dtype, device=device).masked_fill_(differs, -100.0)
@@ -112,7 +122,7 @@ def make_window_plan(batch: int, height: int, width: int, window: int, shift: in
         scatter = torch.empty(batch * height * width, dtype=torch.int32)
         scatter[gather[inside]] = inside.int()
         # Two windows by two have one of each group, in this order.
-        mask = shifted_window_mask(2 * window, 2 * window, window, shift, dtype, index.device)[:, None]
+        mask = shifted_window_mask(2, 2, window, shift, dtype, index.device)[:, None]
         return WindowPlan(gather.clamp(min=0).int(), padding, scatter, tuple(groups), mask)
 
 
@@ -186,7 +196,10 @@ class SwinPatchMerging(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
         x = pad_to_multiple(x, 2, 2)
-        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        batch, height, width, channels = x.shape
+        squares = x.view(batch, height // 2, 2, width // 2, 2, channels)
+        # The four are in the order of columns, and of rows within a column.
+        x = squares.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
         if is_exactly(self.reduction, nn.Linear) and on_cpu_without_gradients(x, self.reduction):
             return linear(self.norm(x), self.reduction.weight, self.reduction.bias)
         return self.reduction(self.norm(x))
@@ -216,7 +229,7 @@ class SwinSelfAttention(nn.Module):
     def forward(
         self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend within windows (B * windows, L, C), with the mask (windows, L, L) of shifted ones.
+        """Attend within windows (B * windows, L, C), with the mask (B * windows, L, L) of shifted ones.
 
         Returns the result (B * windows, L, C), and the weights (B * windows, heads, L, L) where they are asked for.
         """
@@ -227,7 +240,7 @@ class SwinSelfAttention(nn.Module):
         )
         bias = self.bias()[None]
         if mask is not None:
-            bias = (bias + mask[:, None]).repeat(count // mask.shape[0], 1, 1, 1)
+            bias = bias + mask[:, None]
         if output_attentions:
             scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
             weights = self.dropout(scores.softmax(-1))
@@ -324,18 +337,18 @@ class SwinLayer(nn.Module):
 
     def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pad to whole windows, shift, attend, and undo the shift and the padding."""
-        height, width = x.shape[1:3]
+        batch, height, width, _ = x.shape
+        rows, columns = (height + self.window - 1) // self.window, (width + self.window - 1) // self.window
         x = pad_to_multiple(x, self.window, self.window)
-        padded_height, padded_width = x.shape[1:3]
         mask = None
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
-            mask = shifted_window_mask(padded_height, padded_width, self.window, self.shift, x.dtype, x.device)
+            mask = shifted_window_mask(rows, columns, self.window, self.shift, x.dtype, x.device).repeat(batch, 1, 1)
         windows, weights = self.attention(window_partition(x, self.window), mask, output_attentions)
-        x = window_reverse(windows, self.window, padded_height, padded_width)
+        x = window_reverse(windows, self.window, batch, rows, columns)
         if self.shift:
             x = x.roll((self.shift, self.shift), dims=(1, 2))
-        return x[:, :height, :width], weights
+        return crop(x, height, width), weights
 
     def attend_in_plan(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
