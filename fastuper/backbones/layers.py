@@ -121,6 +121,8 @@ class LayerNorm2d(nn.LayerNorm):
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     """Return a map (B, C, H, W) with its channels last in memory where that is faster: on a CPU and with CUDA."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return x  # vmap knows of no memory formats
     return x.contiguous(memory_format=torch.channels_last) if x.device.type in ("cpu", "cuda") else x
 
 

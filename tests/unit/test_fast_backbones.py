@@ -1,4 +1,4 @@
-"""The backbones' quick ways on the CPU: the same function as their modules, and taken only where nobody would notice."""
+"""The backbones' quick ways on the CPU: the function that their modules are, taken only where nobody would notice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ OTHERS = {
     "swin": [
         "encoder.layers.0.blocks.1.attention",
         "encoder.layers.0.blocks.1.attention.self",
-        "encoder.layers.0.blocks.1.attention.self.dropout",
         "encoder.layers.0.blocks.1.attention.output",
         "encoder.layers.0.blocks.1.attention.output.dropout",
         "encoder.layers.0.blocks.1.layernorm_before",
@@ -146,6 +145,8 @@ def test_modules_are_called_where_gradients_flow(family, mlps):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_types(family, dtype, autocast):
     """The dtypes are those that the modules give; how accurate they are, tests/parity/test_accuracy.py says."""
+    if autocast and dtype == torch.float16:
+        pytest.skip("PyTorch's norms take no bfloat16 with weights of float16")
     model, pixels = build(family, dtype), images(1, 3, 64, 96, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         check(model, pixels, bound=1e-5 if dtype == torch.float32 and not autocast else 0.05)
