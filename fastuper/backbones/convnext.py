@@ -5,9 +5,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastuper.backbones.layers import Backbone, LayerNorm2d, activation, drop_path, pad_to
+from fastuper.backbones.layers import (
+    Backbone,
+    LayerNorm2d,
+    activation,
+    channels_last,
+    does_nothing,
+    drop_path,
+    is_plain_mlp,
+    on_cpu_without_gradients,
+    pad_to,
+    residual_mlp,
+)
 from fastuper.configuration import ConvNextConfig
 from fastuper.outputs import BackboneOutput
+from fastuper.plain import is_exactly
 
 
 class ConvNextEmbeddings(nn.Module):
@@ -21,7 +33,8 @@ class ConvNextEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed an image (B, C, H, W) of any size."""
-        return self.layernorm(self.patch_embeddings(pad_to(pixel_values, *self.patch_embeddings.kernel_size)))
+        image = pad_to(channels_last(pixel_values), *self.patch_embeddings.kernel_size)
+        return self.layernorm(self.patch_embeddings(image))
 
 
 class ConvNextLayer(nn.Module):
@@ -41,10 +54,19 @@ class ConvNextLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to the same shape."""
         out = self.dwconv(x).permute(0, 2, 3, 1)
+        if self._is_plain(x):
+            # Nobody but this block has seen what its convolution returned: the sum takes its place.
+            mlp = self.layernorm, self.pwconv1, self.act, self.pwconv2
+            return residual_mlp(x.permute(0, 2, 3, 1), out, *mlp, self.layer_scale_parameter, out).permute(0, 3, 1, 2)
         out = self.pwconv2(self.act(self.pwconv1(self.layernorm(out))))
         if self.layer_scale_parameter is not None:
             out = self.layer_scale_parameter * out
         return x + self.drop_path(out.permute(0, 3, 1, 2))
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        mlp = self.layernorm, self.pwconv1, self.act, self.pwconv2
+        plain = is_exactly(self.dwconv, nn.Conv2d) and is_plain_mlp(*mlp) and does_nothing(self.drop_path)
+        return plain and on_cpu_without_gradients(x, self, self.dwconv, *mlp)
 
 
 class ConvNextStage(nn.Module):

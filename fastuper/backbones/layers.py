@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.configuration import BackboneConfig
+from fastuper.plain import is_exactly, is_plain
+from fastuper_kernels import linear
+from fastuper_kernels.modes import is_eager, is_eager_inference
 
 
 class Elementwise(nn.Module):
@@ -116,16 +119,110 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Return a map (B, C, H, W) with its channels last in memory where that is faster: on a CPU and with CUDA."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return x  # vmap knows of no memory formats
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type in ("cpu", "cuda") else x
+
+
 def pad_to(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pad a map (B, C, H, W) with zeros, below and to the right, where it is smaller than (height, width)."""
-    bottom, right = max(height - x.shape[2], 0), max(width - x.shape[3], 0)
-    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+    # Two questions about sizes: a traced network asks them once, and then holds for all maps that are large enough.
+    if x.shape[2] >= height and x.shape[3] >= width:
+        return x
+    return F.pad(x, (0, max(width - x.shape[3], 0), 0, max(height - x.shape[2], 0)))
 
 
 def pad_to_multiple(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pad a map (B, H, W, C) with zeros, below and to the right, to multiples of (height, width)."""
-    bottom, right = (height - x.shape[1] % height) % height, (width - x.shape[2] % width) % width
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    # Quotients and no remainders: in a traced network sizes are formulas, and those of remainders grow out of hand.
+    rows, columns = (x.shape[1] + height - 1) // height, (x.shape[2] + width - 1) // width
+    bottom, right = rows * height - x.shape[1], columns * width - x.shape[2]
+    # A traced network is for every size, and asks nothing.
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if not is_eager() or bottom or right else x
+
+
+def does_nothing(module: nn.Module) -> bool:
+    """Return whether a module is one of those that return their input: Identity, and in evaluation the random ones."""
+    if is_exactly(module, nn.Identity):
+        return True
+    return (is_exactly(module, DropPath) or is_exactly(module, nn.Dropout)) and not module.training
+
+
+def on_cpu_without_gradients(x: torch.Tensor, *modules: nn.Module) -> bool:
+    """Return whether x is on the CPU, nothing traces, and no gradient flows through x or a parameter of the modules."""
+    if x.device.type != "cpu":
+        return False
+    return is_eager_inference(x, *(p for module in modules for p in module._parameters.values()))
+
+
+def fused_activation(module: nn.Module) -> str | None:
+    """Return what `linear` calls an activation; None where it is a module of its own."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return "relu" if type(module) is nn.ReLU else None
+
+
+HIDDEN_BYTES = 2**24
+"""What of an MLP's hidden rows is in memory at once, however large the map. Smaller blocks, which would stay in a
+second-level cache, were slower: the products are shorter, and threads wait for each other more often."""
+
+
+def is_plain_mlp(norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module) -> bool:
+    """Return whether `residual_mlp` computes what these modules do, one after the other."""
+    layers = is_exactly(first, nn.Linear) and is_exactly(second, nn.Linear) and is_exactly(norm, nn.LayerNorm)
+    return layers and is_plain(act)
+
+
+def residual_mlp(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    act: nn.Module,
+    second: nn.Linear,
+    scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `residual + scale * second(act(first(norm(x))))`, some rows at a time: hidden rows are in the cache.
+
+    Args:
+        residual: (..., C).
+        x: (..., C); it may be the residual.
+        norm, first, act, second: the MLP's modules, `is_plain_mlp`.
+        scale: (C,), LayerScale's; None for 1.
+        out: (..., C), contiguous, to write to, where its type is the result's; it may be x.
+
+    Returns:
+        (..., C), of the type that the sum promotes to.
+    """
+    channels = x.shape[-1]
+    rows, others = x.reshape(-1, channels), residual.reshape(-1, channels)
+    name = fused_activation(act)
+    blocks = -(-len(rows) * first.out_features * x.element_size() // HIDDEN_BYTES)
+    block = -(-len(rows) // blocks)
+    results: torch.Tensor | None = None
+    for start in range(0, len(rows), block):
+        part, other = rows[start : start + block], others[start : start + block]
+        hidden = F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        hidden = linear(hidden, first.weight, first.bias, activation=name)
+        hidden = hidden if name else act(hidden)
+        if scale is None and blocks == 1:
+            return linear(hidden, second.weight, second.bias, residual=other).view(residual.shape)
+        branch = linear(hidden, second.weight, second.bias)
+        if results is None:
+            dtype = torch.promote_types(other.dtype, branch.dtype)
+            dtype = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
+            if out is None or out.dtype != dtype or not out.is_contiguous():
+                out = torch.empty(residual.shape, dtype=dtype, device=x.device)
+            results = out.view(-1, channels)
+        if scale is None:
+            torch.add(other, branch, out=results[start : start + block])
+        else:
+            torch.addcmul(other, scale, branch, out=results[start : start + block])
+    assert out is not None
+    return out
 
 
 def pair(value: Any) -> tuple[int, int]:

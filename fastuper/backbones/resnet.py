@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastuper.backbones.layers import Backbone, activation
+from fastuper.backbones.layers import Backbone, activation, channels_last
 from fastuper.configuration import ResNetConfig
 from fastuper.outputs import BackboneOutput
 
@@ -34,7 +34,7 @@ class ResNetEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed an image (B, C, H, W) of any size."""
-        return self.pooler(self.embedder(pixel_values))
+        return self.pooler(self.embedder(channels_last(pixel_values)))
 
 
 class ResNetLayer(nn.Module):
@@ -112,7 +112,9 @@ class ResNetBackbone(Backbone):
         feature_maps = tuple(
             x for name, x in zip(self.stage_names, hidden_states, strict=True) if name in self.out_features
         )
-        return BackboneOutput(feature_maps, tuple(hidden_states) if output_hidden_states else None)
+        # They leave, and callers reshape them as they do the reference's.
+        states = tuple(x.contiguous() for x in hidden_states) if output_hidden_states else None
+        return BackboneOutput(feature_maps, states)
 
     def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Fill one parameter or buffer with its initial value."""

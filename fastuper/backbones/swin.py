@@ -5,43 +5,70 @@ Maps are (B, H, W, C) here, as attention and its linear layers want them; those 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastuper.backbones.layers import Backbone, activation, drop_path, pad_to_multiple, pair
+from fastuper.backbones.layers import (
+    Backbone,
+    activation,
+    channels_last,
+    does_nothing,
+    drop_path,
+    is_plain_mlp,
+    on_cpu_without_gradients,
+    pad_to_multiple,
+    pair,
+    residual_mlp,
+)
 from fastuper.configuration import SwinConfig
 from fastuper.outputs import BackboneOutput
+from fastuper.plain import is_exactly, is_plain
+from fastuper_kernels import linear
+from fastuper_kernels.modes import is_eager
 
 
 def window_partition(x: torch.Tensor, window: int) -> torch.Tensor:
     """Cut maps (B, H, W, C), H and W multiples of the window, into (B * windows, window * window, C)."""
     batch, height, width, channels = x.shape
-    x = x.view(batch, height // window, window, width // window, window, channels)
-    return x.transpose(2, 3).reshape(-1, window * window, channels)
+    rows, columns = height // window, width // window
+    x = x.view(batch, rows, window, columns, window, channels)
+    return x.transpose(2, 3).reshape(batch * rows * columns, window * window, channels)
 
 
-def window_reverse(windows: torch.Tensor, window: int, height: int, width: int) -> torch.Tensor:
-    """Put (B * windows, window * window, C) back together into (B, height, width, C)."""
+def window_reverse(windows: torch.Tensor, window: int, batch: int, rows: int, columns: int) -> torch.Tensor:
+    """Put (B * rows * columns, window * window, C) back together into (B, rows * window, columns * window, C)."""
     channels = windows.shape[-1]
-    x = windows.view(-1, height // window, width // window, window, window, channels)
-    return x.transpose(2, 3).reshape(-1, height, width, channels)
+    x = windows.view(batch, rows, columns, window, window, channels)
+    return x.transpose(2, 3).reshape(batch, rows * window, columns * window, channels)
+
+
+def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the first rows and columns of maps (B, H, W, C)."""
+    if is_eager():
+        return x[:, :height, :width]
+    # Whether a slice is contiguous depends on sizes: a traced network would hold for those of its example alone.
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    return x.index_select(1, rows).index_select(2, columns)
 
 
 def shifted_window_mask(
-    height: int, width: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
+    rows: int, columns: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Return what is added to the scores of shifted windows: -100 between positions that were not neighbours.
 
-    After a cyclic shift of a (height, width) map the last windows hold pieces of up to four regions; positions attend
-    within their own. -> (windows, window * window, window * window)
+    After a cyclic shift of a map of (rows, columns) windows the last ones hold pieces of up to four regions; positions
+    attend within their own. -> (rows * columns, window * window, window * window)
     """
 
     def regions(n: int) -> torch.Tensor:
-        index = torch.arange(n, device=device)
-        return (index >= n - window).long() + (index >= n - shift).long()
+        index = torch.arange(n * window, device=device)
+        return (index >= (n - 1) * window).long() + (index >= n * window - shift).long()
 
-    region = regions(height)[:, None] * 3 + regions(width)[None, :]
+    region = regions(rows)[:, None] * 3 + regions(columns)[None, :]
     region = window_partition(region[None, :, :, None], window).squeeze(-1)
     differs = region[:, None, :] != region[:, :, None]
     return torch.zeros(differs.shape, dtype=dtype, device=device).masked_fill_(differs, -100.0)
@@ -52,6 +79,61 @@ def relative_position_index(window: int, device: torch.device | None = None) -> 
     y, x = torch.meshgrid(torch.arange(window, device=device), torch.arange(window, device=device), indexing="ij")
     y, x = y.flatten(), x.flatten()
     return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """How the positions of maps (B, H, W, C) go into windows, shifted or not, and back: one copy each way.
+
+    The cyclic shift separates positions only in the last row and the last column of windows. The plan's windows are
+    sorted by that, inner ones first, so that each group has one mask and nothing is repeated for each window.
+
+    Attributes:
+        gather: (windows * L,), for each place in a window the row of the map, as (B * H * W, C), that it takes.
+        padding: the places that are beyond the map; `gather` is 0 there.
+        scatter: (B * H * W,), for each position the row of the windows, as (windows * L, C), that holds it.
+        groups: how many windows are inner ones, in the last column alone, in the last row alone, in both.
+        mask: (4, 1, L, L), what is added to the scores of each group.
+    """
+
+    gather: torch.Tensor
+    padding: torch.Tensor
+    scatter: torch.Tensor
+    groups: tuple[int, ...]
+    mask: torch.Tensor
+
+
+def make_window_plan(batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> WindowPlan:
+    """Return the plan for maps of a size, on the CPU."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        index = pad_to_multiple(
+            torch.arange(1, batch * height * width + 1).view(batch, height, width, 1), window, window
+        )
+        windows = window_partition(index.roll((-shift, -shift), dims=(1, 2)), window).squeeze(-1)
+        rows, columns = index.shape[1] // window, index.shape[2] // window
+        groups = [windows.shape[0], 0, 0, 0]
+        if shift:
+            group = 2 * (torch.arange(rows) == rows - 1)[:, None] + (torch.arange(columns) == columns - 1)
+            group = group.flatten().repeat(batch)
+            windows = windows[group.argsort(stable=True)]
+            groups = group.bincount(minlength=4).tolist()
+        gather = windows.flatten() - 1  # -1 beyond the map
+        (inside,), (padding,) = torch.where(gather >= 0), torch.where(gather < 0)
+        scatter = torch.empty(batch * height * width, dtype=torch.int32)
+        scatter[gather[inside]] = inside.int()
+        # Two windows by two have one of each group, in this order.
+        mask = shifted_window_mask(2, 2, window, shift, dtype, index.device)[:, None]
+        return WindowPlan(gather.clamp(min=0).int(), padding, scatter, tuple(groups), mask)
+
+
+_cached_window_plan = lru_cache(maxsize=32)(make_window_plan)
+CACHED_POSITIONS = 2**17  # beyond, a plan would be megabytes, and takes no time beside the maps that it is for
+
+
+def window_plan(batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> WindowPlan:
+    """Return the plan for maps of a size, from a bounded cache: sizes alone decide it, it is never out of date."""
+    make = _cached_window_plan if batch * height * width <= CACHED_POSITIONS else make_window_plan
+    return make(batch, height, width, window, shift, dtype)
 
 
 class SwinEmbeddings(nn.Module):
@@ -81,7 +163,8 @@ class SwinEmbeddings(nn.Module):
         """Return the position embeddings for a grid, resampled (bicubic) where it is not the configured one."""
         assert self.position_embeddings is not None
         table = self.position_embeddings.view(1, *self.grid, -1)
-        if (height, width) == self.grid:
+        # Resampled to its own size a table stays as it is: a traced network asks no question about sizes.
+        if is_eager() and (height, width) == self.grid:
             return table
         # The reference fails for any image that is not of the configured size.
         table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False)
@@ -98,8 +181,8 @@ class SwinPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Map an image (B, C, H, W) to (B, ceil(H / patch), ceil(W / patch), embed_dim)."""
-        image = pad_to_multiple(pixel_values.permute(0, 2, 3, 1), *pair(self.projection.kernel_size))
-        return self.projection(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        image = pad_to_multiple(channels_last(pixel_values).permute(0, 2, 3, 1), *pair(self.projection.kernel_size))
+        return channels_last(self.projection(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
 class SwinPatchMerging(nn.Module):
@@ -113,7 +196,12 @@ class SwinPatchMerging(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
         x = pad_to_multiple(x, 2, 2)
-        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        batch, height, width, channels = x.shape
+        squares = x.view(batch, height // 2, 2, width // 2, 2, channels)
+        # The four are in the order of columns, and of rows within a column.
+        x = squares.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
+        if is_exactly(self.reduction, nn.Linear) and on_cpu_without_gradients(x, self.reduction):
+            return linear(self.norm(x), self.reduction.weight, self.reduction.bias)
         return self.reduction(self.norm(x))
 
 
@@ -141,7 +229,7 @@ class SwinSelfAttention(nn.Module):
     def forward(
         self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend within windows (B * windows, L, C), with the mask (windows, L, L) of shifted ones.
+        """Attend within windows (B * windows, L, C), with the mask (B * windows, L, L) of shifted ones.
 
         Returns the result (B * windows, L, C), and the weights (B * windows, heads, L, L) where they are asked for.
         """
@@ -152,7 +240,7 @@ class SwinSelfAttention(nn.Module):
         )
         bias = self.bias()[None]
         if mask is not None:
-            bias = (bias + mask[:, None]).repeat(count // mask.shape[0], 1, 1, 1)
+            bias = bias + mask[:, None]
         if output_attentions:
             scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
             weights = self.dropout(scores.softmax(-1))
@@ -162,6 +250,22 @@ class SwinSelfAttention(nn.Module):
             dropout = self.dropout.p if self.training else 0.0
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return out.transpose(1, 2).reshape(count, length, channels), weights
+
+    def attend_in_groups(self, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
+        """Attend as `forward` does in evaluation, within a plan's windows (windows, L, C), each group with its mask."""
+        count, length, channels = windows.shape
+        projected = [
+            linear(windows, layer.weight, layer.bias).view(count, length, self.heads, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        ]
+        bias = (self.bias() + plan.mask).to(projected[0].dtype)
+        groups = zip(bias.split(1), *(part.split(plan.groups) for part in projected), strict=True)
+        attended = [
+            F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+            for mask, query, key, value in groups
+            if len(query)
+        ]
+        return (attended[0] if len(attended) == 1 else torch.cat(attended)).reshape(count, length, channels)
 
 
 class SwinDense(nn.Module):
@@ -220,29 +324,59 @@ class SwinLayer(nn.Module):
         self.intermediate = SwinIntermediate(config, dim)
         self.output = SwinDense(int(config.mlp_ratio * dim), dim, config.hidden_dropout_prob)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map (B, H, W, C) to the same shape, with the attention weights where they are asked for."""
-        attended, weights = self.attend(self.layernorm_before(x), mask, output_attentions)
+        if not output_attentions and self._is_plain(x):
+            x = self.attend_in_plan(x)
+            mlp = self.layernorm_after, self.intermediate.dense, self.intermediate.intermediate_act_fn
+            return residual_mlp(x, x, *mlp, self.output.dense), None
+        attended, weights = self.attend(self.layernorm_before(x), output_attentions)
         x = x + self.drop_path(attended)
         # As the reference has it, stochastic depth drops the attention and never the MLP.
         return x + self.output(self.intermediate(self.layernorm_after(x))), weights
 
-    def attend(
-        self, x: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pad to whole windows, shift, attend, and undo the shift and the padding."""
-        height, width = x.shape[1:3]
+        batch, height, width, _ = x.shape
+        rows, columns = (height + self.window - 1) // self.window, (width + self.window - 1) // self.window
         x = pad_to_multiple(x, self.window, self.window)
-        padded_height, padded_width = x.shape[1:3]
+        mask = None
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+            mask = shifted_window_mask(rows, columns, self.window, self.shift, x.dtype, x.device).repeat(batch, 1, 1)
         windows, weights = self.attention(window_partition(x, self.window), mask, output_attentions)
-        x = window_reverse(windows, self.window, padded_height, padded_width)
+        x = window_reverse(windows, self.window, batch, rows, columns)
         if self.shift:
             x = x.roll((self.shift, self.shift), dims=(1, 2))
-        return x[:, :height, :width], weights
+        return crop(x, height, width), weights
+
+    def attend_in_plan(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
+        batch, height, width, channels = x.shape
+        plan = window_plan(batch, height, width, self.window, self.shift, x.dtype)
+        normed = self.layernorm_before(x)
+        windows = F.embedding(plan.gather, normed.reshape(-1, channels))  # index_select, in parallel
+        if plan.padding.numel():
+            windows.index_fill_(0, plan.padding, 0.0)
+        attention = self.attention.self
+        attended = attention.attend_in_groups(windows.view(-1, self.window**2, channels), plan)
+        rows = F.embedding(plan.scatter, attended.view(-1, channels)).view(x.shape)
+        dense = self.attention.output.dense
+        return linear(rows, dense.weight, dense.bias, residual=x)
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        """Return whether everything that the quick way goes past is as it was built."""
+        attention, output = self.attention.self, self.attention.output
+        linears = attention.query, attention.key, attention.value, output.dense
+        act = self.intermediate.intermediate_act_fn
+        mlp = self.layernorm_after, self.intermediate.dense, act, self.output.dense
+        return (
+            all(is_exactly(layer, nn.Linear) for layer in linears)
+            and is_plain_mlp(*mlp)
+            and is_plain(self.attention, attention, output, self.intermediate, self.output)
+            and all(map(does_nothing, (self.drop_path, attention.dropout, output.dropout, self.output.dropout)))
+            and on_cpu_without_gradients(x, attention, *linears, *mlp)
+        )
 
 
 class SwinStage(nn.Module):
@@ -250,10 +384,9 @@ class SwinStage(nn.Module):
 
     def __init__(self, config: SwinConfig, dim: int, heads: int, drop_probs: list[float], merges: bool):
         super().__init__()
-        self.window = config.window_size
-        self.shift = config.window_size // 2
+        shift = config.window_size // 2
         self.blocks = nn.ModuleList(
-            SwinLayer(config, dim, heads, self.shift if i % 2 else 0, p) for i, p in enumerate(drop_probs)
+            SwinLayer(config, dim, heads, shift if i % 2 else 0, p) for i, p in enumerate(drop_probs)
         )
         self.downsample = SwinPatchMerging(dim) if merges else None
 
@@ -266,12 +399,9 @@ class SwinStage(nn.Module):
             The stage's map, the merged one (B, ceil(H / 2), ceil(W / 2), 2 C) that goes on (the same map in the last
             stage), and the last block's attention weights where they are asked for.
         """
-        height, width = (-(-n // self.window) * self.window for n in x.shape[1:3])
-        mask, weights = None, None
-        if self.shift and len(self.blocks) > 1:
-            mask = shifted_window_mask(height, width, self.window, self.shift, x.dtype, x.device)
+        weights = None
         for block in self.blocks:
-            x, weights = block(x, mask if block.shift else None, output_attentions)
+            x, weights = block(x, output_attentions)
         return x, x if self.downsample is None else self.downsample(x), weights
 
 
@@ -318,7 +448,7 @@ class SwinBackbone(Backbone):
             maps.append(out)
             attentions.append(weights)
         feature_maps = tuple(
-            self.hidden_states_norms[name](x).permute(0, 3, 1, 2).contiguous()
+            self.hidden_states_norms[name](x).permute(0, 3, 1, 2)
             for name, x in zip(self.stage_names, maps, strict=True)
             if name in self.out_features
         )

@@ -1,6 +1,7 @@
 """The operations UPerNet is made of. Imports torch, and never fastuper."""
 
 from fastuper_kernels.conv_bn_relu import conv_bn_relu
+from fastuper_kernels.linear import linear
 from fastuper_kernels.pool_conv_bn_relu import pool_conv_bn_relu
 from fastuper_kernels.pyramid_pool import pyramid_pool
 from fastuper_kernels.upsample_add import upsample_add
@@ -9,6 +10,7 @@ from fastuper_kernels.upsampled_conv3x3 import upsampled_conv3x3
 
 __all__ = [
     "conv_bn_relu",
+    "linear",
     "pool_conv_bn_relu",
     "pyramid_pool",
     "upsample_add",

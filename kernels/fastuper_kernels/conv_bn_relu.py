@@ -196,7 +196,7 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     if weight.shape[-1] == 1:
         batch, channels, height, width = x.shape
         flat = x.permute(0, 2, 3, 1).reshape(-1, channels)
-        y = linear(flat, weight.flatten(1), bias, "relu" if relu else None)
+        y = linear(flat, weight.flatten(1), bias, activation="relu" if relu else None)
         return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
     start, stop, height = rows
     if start == 0 and stop == height:
