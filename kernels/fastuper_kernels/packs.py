@@ -2,7 +2,7 @@
 
 Neither `id`, `data_ptr` nor `_version` tells that a weight has changed: a fused optimizer, a write through `.data` and
 one under inference mode leave all of them as they were. So the contents are summed at each use, as integers and each
-times a number of its place: any one changed value shows for certain, and whatever else changes but for one chance in 2^64.
+times a number of its place: any one changed value shows for certain, and of other changes all but one in 2^64.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return torch.cat([x, x, x], dim=1)[:, x.shape[1] : 2 * x.shape[1]]
 
 
-# Ways to run ---------------------------------------------------------------------------------------------------------
+# Ways to run ----------------------------------------------------------------------------------------------------------
 
 
 class PassThrough(TorchDispatchMode):
@@ -119,7 +120,7 @@ def check_every_way(function: Any, reference: Any, args: Sequence[Any], kwargs: 
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an argument was changed"
 
 
-# Accuracy --------------------------------------------------------------------------------------------------------------
+# Accuracy -------------------------------------------------------------------------------------------------------------
 
 
 def error(y: torch.Tensor, truth: torch.Tensor) -> float:
@@ -171,13 +172,13 @@ def check_accuracy(
     assert ratios[-1] <= 4, (mine, other)
 
 
-# Partitions ------------------------------------------------------------------------------------------------------------
+# Partitions -----------------------------------------------------------------------------------------------------------
 
 
 def strips(height: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
     """Return the (start, stop) between cuts, each taken modulo the height."""
     edges = sorted({0, height, *(cut % height for cut in cuts)})
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def parameters_of(function: Callable[..., Any]) -> list[tuple[str, str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def bands(draw, size_in: int | None = None) -> Band:
     )
 
 
-# Constructors ----------------------------------------------------------------------------------------------------------
+# Constructors ---------------------------------------------------------------------------------------------------------
 
 
 @many
@@ -110,7 +111,7 @@ def precise_pooled(x: torch.Tensor, size_out: int) -> torch.Tensor:
         low, high = i * n / size_out, (i + 1) * n / size_out
         edges = [low, *(float(j) for j in range(n + 1) if low < j < high), high]
         total = torch.zeros(x.shape[1], dtype=torch.float64)
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
+        for a, b in pairwise(edges):
             points = torch.tensor([a, (a + b) / 2, b], dtype=torch.float64) + 1
             grid = torch.stack([2 * points / (n + 1) - 1, torch.zeros(3, dtype=torch.float64)], dim=-1)[None, None]
             values = F.grid_sample(padded, grid, align_corners=True, padding_mode="zeros")[0, :, 0]
@@ -156,7 +157,7 @@ def test_weights_of_averages_add_up_to_one(n, m):
         assert (band.size_in, band.size_out) == (n, m)
 
 
-# Algebra ---------------------------------------------------------------------------------------------------------------
+# Algebra --------------------------------------------------------------------------------------------------------------
 
 
 @many
@@ -225,7 +226,7 @@ def test_the_taps_of_a_convolution_after_resampling(n, m):
     close(bilinear_taps(n, m).gather(products, 1)[:, None], F.conv1d(upsampled, kernel, padding=1))
 
 
-# Application -------------------------------------------------------------------------------------------------------------
+# Application ----------------------------------------------------------------------------------------------------------
 
 
 @many
@@ -334,7 +335,7 @@ def test_apply_to_other_layouts_and_gradients_of_other_layouts():
     close(grad, Band.bilinear(3, 40).dense().sum(0)[None, :, None].expand_as(x))
 
 
-# Caches ------------------------------------------------------------------------------------------------------------------
+# Caches ---------------------------------------------------------------------------------------------------------------
 
 
 def test_one_size_is_built_once():

@@ -57,7 +57,7 @@ def test_packed_once_while_the_weights_are_the_same(shape, layout, dtype):
     check(weight, torch.float32, count=2 if dtype == torch.float32 else 3)
 
 
-# Ways to change a weight that leave no other trace ---------------------------------------------------------------------
+# Ways to change a weight that leave no other trace --------------------------------------------------------------------
 
 
 def by_data(weight: torch.Tensor) -> None:
@@ -218,7 +218,7 @@ def test_nan_and_infinity_are_values_like_others():
     check(weight, count=2)
 
 
-# Keys --------------------------------------------------------------------------------------------------------------------
+# Keys -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -264,7 +264,7 @@ def test_a_view_of_the_same_bits_as_another_dtype():
     check(weight.view(torch.float16), torch.float32)
 
 
-# Bounds ------------------------------------------------------------------------------------------------------------------
+# Bounds ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_pack_does_not_keep_its_weights_alive_and_leaves_after_them():
@@ -310,7 +310,7 @@ def test_packed_bytes_and_clear():
     check(weights[0], count=3)
 
 
-# Modes and threads -------------------------------------------------------------------------------------------------------
+# Modes and threads ----------------------------------------------------------------------------------------------------
 
 
 def test_weights_and_packs_of_inference_mode():
@@ -370,7 +370,7 @@ def test_eight_threads_while_others_clear_and_weights_go(monkeypatch):
         assert all(pool.map(work, range(16)))
 
 
-# The operations themselves -----------------------------------------------------------------------------------------------
+# The operations themselves --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
