@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -58,21 +58,27 @@ class PassThrough(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def allocations(monkeypatch: Any) -> Iterator[list[tuple[int, ...]]]:
-    """Record the shape of what every function and method of torch returns, without being seen as a tracer."""
-    shapes: list[tuple[int, ...]] = []
+def elements_of_calls(function: Callable[[], Any]) -> list[int]:
+    """Return the elements of what every operator returns while this runs as it does for users, backward included.
 
-    class Record(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            for tensor in tree_flatten(result)[0]:
-                if isinstance(tensor, torch.Tensor):
-                    shapes.append(tuple(tensor.shape))
-            return result
+    The profiler sees the operators below autograd, and no operation takes it for a tracer.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        result = function()
+        if result.requires_grad:
+            result.sum().backward()
+    return [
+        math.prod(shape)
+        for event in profile.events()
+        for shape in event.input_shapes
+        if shape and all(isinstance(n, int) for n in shape)
+    ]
 
-    with Record():
-        yield shapes
+
+def elements_of_graph(graph: torch.fx.GraphModule) -> list[int]:
+    """Return the elements of every tensor of a traced graph."""
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    return [value.numel() for value in values if isinstance(value, torch.Tensor)]
 
 
 def traced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
