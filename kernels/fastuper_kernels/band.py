@@ -205,6 +205,9 @@ def _from_entries(rows: torch.Tensor, columns: torch.Tensor, values: torch.Tenso
     rows, columns, values = rows.flatten()[keep], columns.flatten()[keep], values.flatten()[keep]
     first = torch.full((size_out,), size_in - 1, dtype=torch.int64, device=rows.device)
     first.scatter_reduce_(0, rows, columns, "amin")
+    # A row without entries (an input that no output reads, transposed) begins where the next one does: were it
+    # anywhere else, the block that it is in would span the columns from there to here.
+    first = first.flip(0).cummin(0).values.flip(0)
     distance = columns - first[rows]
     width = int(distance.max()) + 1 if len(distance) else 1
     weights = values.new_zeros(size_out, width)

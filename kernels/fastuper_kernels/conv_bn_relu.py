@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastuper_kernels import winograd
 from fastuper_kernels.linear import linear
-from fastuper_kernels.modes import autocast, is_eager_inference, without_autocast
+from fastuper_kernels.modes import autocast, check_dtypes, is_eager_inference, without_autocast
 from fastuper_kernels.packs import packed
 from fastuper_kernels.resample import add_upsampled_
 
@@ -43,11 +43,11 @@ def conv_bn_relu(
             and, for k = 3, the neighbouring ones inside the map; `addend` holds these rows; `upsampled` is whole.
 
     Returns:
-        (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), in channels_last memory, of x's dtype (under
-        autocast: of its dtype).
+        (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), of x's dtype (under autocast: of its dtype). In
+        channels_last memory; where gradients flow or something traces, as PyTorch's own convolution leaves it.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, empty maps, or x, weight, addend and upsampled of several dtypes.
     """
     rows = _check(x, weight, scale, shift, addend, upsampled, rows)
     x, addend, upsampled = autocast(x, addend, upsampled)
@@ -69,18 +69,26 @@ def reference(
     relu: bool = True,
 ) -> torch.Tensor:
     """The definition of `conv_bn_relu`, in one operator a step."""
-    y = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    y = _epilogue(F.conv2d(x, weight, padding=weight.shape[-1] // 2), scale, shift, addend, relu)
+    if upsampled is not None:
+        y = y + F.interpolate(upsampled, size=y.shape[2:], mode="bilinear", align_corners=False)
+    return y.to(x.dtype)
+
+
+def _epilogue(
+    y: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    relu: bool,
+) -> torch.Tensor:
     if addend is not None:
         y = y + addend
     if scale is not None:
         y = y * scale[:, None, None]
     if shift is not None:
         y = y + shift[:, None, None]
-    if relu:
-        y = F.relu(y)
-    if upsampled is not None:
-        y = y + F.interpolate(upsampled, size=y.shape[2:], mode="bilinear", align_corners=False)
-    return y.to(x.dtype)
+    return F.relu(y) if relu else y
 
 
 def _check(
@@ -98,7 +106,8 @@ def _check(
         ValueError: shapes that do not fit.
     """
     k = weight.shape[-1]
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)) or weight.shape[1] != x.shape[1]:
+    fits = x.ndim == weight.ndim == 4 and weight.shape[2:] in ((1, 1), (3, 3)) and weight.shape[1] == x.shape[1]
+    if not fits or min(x.shape[2:]) < 1:
         raise ValueError(
             f"x must be (B, C, H, W) and weight (C_out, C, k, k) with k 1 or 3, "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
@@ -111,15 +120,21 @@ def _check(
         rows = (0, x.shape[2], x.shape[2])
     else:
         start, stop, height = rows
+        if not 0 <= start < stop <= height:
+            raise ValueError(f"rows {rows} are not (start, stop, height) of rows in a map of that height")
         margin = k // 2
         given = min(stop + margin, height) - max(start - margin, 0)
-        if not 0 <= start < stop <= height or x.shape[2] != given:
+        if x.shape[2] != given:
             raise ValueError(f"x must hold {given} rows to compute rows {rows} of a {k} x {k} conv, got {x.shape[2]}")
     shape = (x.shape[0], channels, rows[1] - rows[0], x.shape[3])
     if addend is not None and addend.shape != shape:
         raise ValueError(f"addend must have the output's shape {tuple(shape)}, got {tuple(addend.shape)}")
-    if upsampled is not None and (upsampled.ndim != 4 or upsampled.shape[:2] != shape[:2]):
+    fits = upsampled is None or (
+        upsampled.ndim == 4 and upsampled.shape[:2] == shape[:2] and min(upsampled.shape[2:]) > 0
+    )
+    if upsampled is not None and not fits:
         raise ValueError(f"upsampled must be ({shape[0]}, {channels}, h, w), got {tuple(upsampled.shape)}")
+    check_dtypes(x=x, weight=weight, addend=addend, upsampled=upsampled)
     return rows
 
 
@@ -139,15 +154,11 @@ def _plain(
         return reference(x, weight, scale, shift, addend=addend, upsampled=upsampled, relu=relu)
     margin = weight.shape[-1] // 2
     y = F.conv2d(_between_zeros(x, margin, rows), weight, padding=(0, margin))
-    y = reference(y, _identity(y), scale, shift, addend=addend, relu=relu)
+    y = _epilogue(y, scale, shift, addend, relu)
     if upsampled is not None:
         size = (height, x.shape[3])
         y = y + F.interpolate(upsampled, size=size, mode="bilinear", align_corners=False)[:, :, start:stop]
-    return y
-
-
-def _identity(y: torch.Tensor) -> torch.Tensor:
-    return torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, :, None, None]
+    return y.to(x.dtype)
 
 
 def _between_zeros(x: torch.Tensor, margin: int, rows: Rows) -> torch.Tensor:
@@ -197,7 +208,7 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
         batch, channels, height, width = x.shape
         flat = x.permute(0, 2, 3, 1).reshape(-1, channels)
         y = linear(flat, weight.flatten(1), bias, activation="relu" if relu else None)
-        return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return y.view(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2)
     start, stop, height = rows
     if start == 0 and stop == height:
         y = F.conv2d(x, weight, bias, padding=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -13,28 +15,49 @@ def is_eager() -> bool:
     """Return whether operations run at once and on real values: nothing traces, transforms or counts them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
+    if forward_ad._current_level >= 0:  # tangents go through PyTorch's own operators, and past our loops
+        return False
     # A dispatch mode (FakeTensorMode, make_fx, FlopCounterMode) wants to see PyTorch's own operators.
     return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def is_eager_inference(*tensors: torch.Tensor | None) -> bool:
-    """Return whether these run eagerly and no gradient flows through them, so that a hand-written path is the same.
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Return whether these are ordinary tensors; None stands for an operand that is left out.
 
-    None stands for an operand that is left out. Subclasses of Tensor (quantised, sharded, fake) bring operators of
-    their own, which a hand-written path would go past: for them, too, the answer is no.
+    Subclasses of Tensor (quantised, sharded, fake) bring operators of their own, which a hand-written path would go
+    past.
     """
-    if not is_eager():
+    return all(t is None or (type(t) in PLAIN and t.layout == torch.strided) for t in tensors)
+
+
+def is_eager_inference(*tensors: torch.Tensor | None) -> bool:
+    """Return whether these run eagerly and no gradient flows through them, so that a hand-written path is the same."""
+    if not is_eager() or not is_plain(*tensors):
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not all(type(tensor) in PLAIN and tensor.layout == torch.strided for tensor in given):
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+def check_dtypes(**tensors: torch.Tensor | None) -> None:
+    """Refuse operands of several dtypes, where autocast does not make them one.
+
+    Raises:
+        ValueError: the dtypes differ.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    device = next(tensor.device.type for tensor in tensors.values() if tensor is not None)
+    if len(set(dtypes.values())) > 1 and not _is_autocast(device):
+        raise ValueError(f"operands must be of one dtype, got {dtypes}")
+
+
+def _is_autocast(device: str) -> bool:
+    # Of a device that autocast does not know, such as meta, one may not even ask.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """Return operands as autocast would hand them to a convolution: in its dtype where it is on, float64 left alone."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    if not _is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
@@ -42,4 +65,5 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 def without_autocast(x: torch.Tensor) -> Any:
     """Return a context in which operators keep the dtypes they are given."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,8 +1,8 @@
 """Weights rearranged once for the loops that run on a CPU, and never used after the weights have changed.
 
 Neither `id`, `data_ptr` nor `_version` tells that a weight has changed: a fused optimizer, a write through `.data` and
-one under inference mode leave all of them as they were. So the contents are summed at each use: the bits of every row
-and of every column, as integers, in which any one changed value, and any two that changed places, show.
+one under inference mode leave all of them as they were. So the contents are summed at each use, as integers and each
+times a number of its place: any one changed value shows for certain, and of other changes all but one in 2^64.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 # Entries, of all models together. A model has about a dozen; those of models that are gone leave at the next miss.
 MAX_PACKS = 256
 
+# Words of 8 bytes that are summed at a time, so that what is between stays in cache.
+BLOCK_WORDS = 1 << 17
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Entry(NamedTuple):
     storage: Any  # a weak reference: a pack does not keep its weights alive
-    fingerprint: tuple[int, int]
+    fingerprint: int
     pack: Any
 
 
@@ -57,8 +60,8 @@ def packed(weight: torch.Tensor, kind: Callable[[torch.Tensor, torch.dtype], Any
 
 
 @torch.no_grad()
-def fingerprint(weight: torch.Tensor) -> tuple[int, int]:
-    """Return two sums over the bits of a weight (O, ...): rows and columns, each times its own odd number."""
+def fingerprint(weight: torch.Tensor) -> int:
+    """Return a sum over the bits of a weight (O, ...): each word times an odd number of its column, then of its row."""
     # In the order of memory, so that the sums go at its speed: a slice of channels_last weights has runs of channels.
     if weight.ndim == 4 and weight.stride(1) == 1:
         weight = weight.permute(0, 2, 3, 1)
@@ -70,22 +73,40 @@ def fingerprint(weight: torch.Tensor) -> tuple[int, int]:
     strides = (*weight.stride()[:-1], weight.shape[-1], weight.storage_offset())
     if weight.stride(-1) == 1 and all(stride * size % 8 == 0 for stride in strides):
         bits = bits.view(torch.int64)
-    rows = bits.sum(dim=tuple(range(1, bits.ndim)), dtype=bits.dtype if size >= 4 else torch.int64)
-    columns = bits.sum(dim=0, dtype=rows.dtype).flatten()
-    return int((rows * _keys(len(rows))).sum()), int((columns * _keys(len(columns))).sum())
+    width = bits[0].numel()
+    keys = _keys(width + len(bits))
+    step = max(1, BLOCK_WORDS // width)
+    scratch = torch.empty((min(step, len(bits)), *bits.shape[1:]), dtype=torch.int64, device=bits.device)
+    rows = []
+    for block in bits.split(step):
+        words = _folded(block.to(torch.int64), scratch[: len(block)])
+        rows.append(torch.mv(words.flatten(1), keys[:width]))
+    total = torch.cat(rows)
+    return int(_folded(total, torch.empty_like(total)).dot(keys[width : width + len(bits)]))
 
 
-_all_keys = torch.zeros(0, dtype=torch.int64)
+def _folded(words: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return, in `out`, words in which the upper bits show in the lower ones too, one to one.
+
+    The sums are modulo 2^64, where the sign of an upper half counts 2^63 whatever it is multiplied by: without this
+    an even number of them could change unseen.
+    """
+    return torch.bitwise_right_shift(words, 32, out=out).bitwise_xor_(words)
+
+
+_all_keys = torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _keys(count: int) -> torch.Tensor:
-    """Return as many odd numbers, spread over 64 bits."""
+    """Return the first of a sequence of odd numbers, as good as random (https://prng.di.unimi.it/splitmix64.c)."""
     global _all_keys
     keys = _all_keys
     if len(keys) < count:
         with torch.inference_mode(False):
-            i = torch.arange(1, 2 * count + 1, dtype=torch.int64, device="cpu")
-            keys = _all_keys = (i * -7046029254386353131) | 1  # 2^64 divided by the golden ratio; products wrap around
+            z = torch.arange(1, 2 * count + 1, dtype=torch.int64, device="cpu") * -7046029254386353131  # wraps around
+            for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+                z = (z ^ (z >> shift)) * factor
+            keys = _all_keys = (z ^ (z >> 31)) | 1
     return keys[:count]
 
 

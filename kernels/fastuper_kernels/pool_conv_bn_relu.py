@@ -32,11 +32,15 @@ def pool_conv_bn_relu(
         (B, sum of s * s, C_out): for each branch in turn its cells, row by row.
 
     Raises:
-        ValueError: the branches' weights are not as many as the scales, or shapes do not fit.
+        ValueError: the branches' weights are not as many as the scales, shapes do not fit, or x and the weights are
+            of several dtypes.
     """
     if not len(scales) == len(weights) == len(scale) == len(shift):
         counts = (len(scales), len(weights), len(scale), len(shift))
         raise ValueError(f"scales, weights, scale and shift must be as many, one a branch; got {counts}")
+    shape = (weights[0].shape[0], x.shape[1], 1, 1) if len(weights) and x.ndim == 4 else None
+    if shape is not None and any(weight.shape != shape for weight in weights):
+        raise ValueError(f"weights must all be {tuple(shape)}, got {[tuple(weight.shape) for weight in weights]}")
     (x,) = autocast(x)
     cells = pyramid_pool(x, scales).split([s * s for s in scales], dim=1)
     branches = []

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fastuper_kernels.band import Band
-from fastuper_kernels.modes import without_autocast
+from fastuper_kernels.modes import is_eager, is_plain, without_autocast
 
 
 def pyramid_pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
@@ -24,10 +24,14 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
         (B, sum of s * s, C): for each scale in turn its cells, row by row; of x's dtype, added up in float32 at least.
 
     Raises:
-        ValueError: no scales, or one below 1.
+        ValueError: no scales, or one below 1; x is no map, or an empty one.
     """
     if not scales or min(scales) < 1:
         raise ValueError(f"scales must be one or more numbers from 1, got {list(scales)}")
+    if x.ndim != 4 or min(x.shape[2:]) < 1 or not x.is_floating_point():
+        raise ValueError(f"x must be (B, C, H, W) of floating-point numbers, got {tuple(x.shape)} of {x.dtype}")
+    if is_eager() and not is_plain(x):
+        return reference(x, scales)
     batch, channels, height, width = x.shape
     wide = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32))
     with without_autocast(x):  # a mean in bfloat16 weights would be off by the same share everywhere

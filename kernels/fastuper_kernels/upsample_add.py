@@ -17,8 +17,10 @@ def upsample_add(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
         (B, C, H, W).
 
     Raises:
-        ValueError: the two have different batches or channels.
+        ValueError: the two are no maps, or have different batches or channels.
     """
+    if not x.ndim == lateral.ndim == 4:
+        raise ValueError(f"x and lateral must be (B, C, H, W), got {tuple(x.shape)} and {tuple(lateral.shape)}")
     if x.shape[:2] != lateral.shape[:2]:
         raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must agree in batch and channels")
     return reference(x, lateral)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fastuper_kernels.band import bilinear_chain, blocks_of
-from fastuper_kernels.modes import is_eager, without_autocast
+from fastuper_kernels.modes import is_eager, is_plain, without_autocast
 
 # Bytes of resampled logits that exist at a time.
 BLOCK_BYTES = 4 << 20
@@ -31,14 +31,18 @@ def upsample_argmax(
         Labels (B, height, width). Where classes tie, the first of them.
 
     Raises:
-        ValueError: no sizes, an empty size, or a dtype that is no integer or too small for the classes.
+        ValueError: no logits, no sizes, an empty size, or a dtype that is no integer or too small for the classes.
     """
+    if logits.ndim != 4 or min(logits.shape[1:]) < 1 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be (B, classes, H, W) of floating-point numbers, got {tuple(logits.shape)} of {logits.dtype}"
+        )
     if not sizes or any(height < 1 or width < 1 for height, width in sizes):
         raise ValueError(f"sizes must be one or more positive (height, width), got {list(sizes)}")
     integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     if not integer or torch.iinfo(dtype).max < logits.shape[1] - 1:
         raise ValueError(f"{dtype} does not hold the labels of {logits.shape[1]} classes")
-    if not is_eager():
+    if not is_eager() or not is_plain(logits):
         return reference(logits, sizes, dtype=dtype)
     labels = logits.new_empty((len(logits), *sizes[-1]), dtype=dtype)
     with torch.no_grad(), without_autocast(logits):

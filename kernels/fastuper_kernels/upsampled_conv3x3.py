@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastuper_kernels.band import BLOCK, Band, Block, bilinear_tap, bilinear_taps, blocks_of
 from fastuper_kernels.linear import linear
-from fastuper_kernels.modes import autocast, is_eager, is_eager_inference, without_autocast
+from fastuper_kernels.modes import autocast, check_dtypes, is_eager, is_eager_inference, is_plain, without_autocast
 from fastuper_kernels.packs import packed
 from fastuper_kernels.resample import apply
 
@@ -39,11 +39,11 @@ def upsampled_conv3x3(
         rows: (start, stop): compute these rows of the result alone.
 
     Returns:
-        (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), in channels_last memory, of the levels' dtype
-        (under autocast: of its dtype).
+        (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), of the levels' dtype (under autocast: of its
+        dtype). In channels_last memory; where something traces, as PyTorch's own convolution leaves it.
 
     Raises:
-        ValueError: no levels, or shapes that do not fit.
+        ValueError: no levels, shapes that do not fit, empty maps, or several dtypes.
     """
     _check(levels, weights, size, rows)
     levels = autocast(*levels)
@@ -52,6 +52,8 @@ def upsampled_conv3x3(
         with without_autocast(levels[0]):
             return _inference(levels, weights, size, start, stop)
     weights = autocast(*weights)
+    if is_eager() and not is_plain(*levels, *weights):
+        return reference(levels, weights, size)[:, :, start:stop]
     total = None
     for level, weight in zip(levels, weights, strict=True):
         part = _eager(level, weight, size) if is_eager() else _traced(level, weight, size)
@@ -78,13 +80,18 @@ def _check(
 ) -> None:
     if not levels or len(levels) != len(weights):
         raise ValueError(f"there must be a weight for each level, and one at least: {len(levels)} and {len(weights)}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be a positive (height, width), got {tuple(size)}")
     batch, channels = levels[0].shape[0], weights[0].shape[0]
     for level, weight in zip(levels, weights, strict=True):
-        if level.ndim != 4 or level.shape[0] != batch or weight.shape != (channels, level.shape[1], 3, 3):
+        fits = level.ndim == 4 and level.shape[0] == batch and weight.shape == (channels, level.shape[1], 3, 3)
+        if not fits or min(level.shape[2:]) < 1:
             raise ValueError(
                 f"levels must be ({batch}, C, h, w) and weights ({channels}, C, 3, 3), "
                 f"got {tuple(level.shape)} and {tuple(weight.shape)}"
             )
+    named = {f"{name}[{i}]": t for name, ts in (("levels", levels), ("weights", weights)) for i, t in enumerate(ts)}
+    check_dtypes(**named)
     if rows is not None and not 0 <= rows[0] < rows[1] <= size[0]:
         raise ValueError(f"rows {rows} are not rows of a map of size {tuple(size)}")
 

@@ -19,9 +19,9 @@ BLOCK_BYTES = 8 << 20
 
 def pack(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return the 16 matrices (C_out, C_in) of a weight (C_out, C_in, 3, 3): G w G^T, row by row."""
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    transform = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
     wide = weight if weight.dtype == torch.float64 else weight.float()
-    g = g.to(wide.dtype)
+    g = torch.tensor(transform, dtype=wide.dtype, device=weight.device)
     rows = torch.einsum("ij,ocjk->iock", g, wide)
     return [torch.einsum("ock,k->oc", rows[i], g[j]).to(dtype).contiguous() for i in range(4) for j in range(4)]
 
