@@ -1,8 +1,8 @@
 """Weights rearranged once for the loops that run on a CPU, and never used after the weights have changed.
 
 Neither `id`, `data_ptr` nor `_version` tells that a weight has changed: a fused optimizer, a write through `.data` and
-one under inference mode leave all of them as they were. So the contents are summed at each use, as integers and each
-times a number of its place: any one changed value shows for certain, and of other changes all but one in 2^64.
+one under inference mode leave all of them as they were. So the contents are summed at each use (`fingerprint`), at the
+speed of memory.
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ from torch.multiprocessing.reductions import StorageWeakRef
 # Entries, of all models together. A model has about a dozen; those of models that are gone leave at the next miss.
 MAX_PACKS = 256
 
-# Words of 8 bytes that are summed at a time, so that what is between stays in cache.
-BLOCK_WORDS = 1 << 17
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Fingerprint:
+    """Sums over the contents of a weight; equal where all of their bits are."""
+
+    def __init__(self, *sums: torch.Tensor):
+        self.sums = [x.view(_INTEGERS[x.element_size()]) for x in sums]  # as floats, NaN would differ from itself
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and all(map(torch.equal, self.sums, other.sums))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Entry(NamedTuple):
     storage: Any  # a weak reference: a pack does not keep its weights alive
-    fingerprint: int
+    fingerprint: Fingerprint
     pack: Any
 
 
@@ -60,53 +69,44 @@ def packed(weight: torch.Tensor, kind: Callable[[torch.Tensor, torch.dtype], Any
 
 
 @torch.no_grad()
-def fingerprint(weight: torch.Tensor) -> int:
-    """Return a sum over the bits of a weight (O, ...): each word times an odd number of its column, then of its row."""
-    # In the order of memory, so that the sums go at its speed: a slice of channels_last weights has runs of channels.
+def fingerprint(weight: torch.Tensor) -> Fingerprint:
+    """Return sums over the contents of a weight (O, ...).
+
+    Of its bits, as integers, one a row and one a column: any one changed bit shows, and so do two values that changed
+    places. Integers are summed modulo 2^64, in which an even number of flipped signs cancels: so each row is also
+    multiplied, as the numbers that it holds, by numbers drawn at random.
+    """
+    # In the order of memory, so that all goes at its speed: a slice of channels_last weights has runs of channels.
     if weight.ndim == 4 and weight.stride(1) == 1:
-        weight = weight.permute(0, 2, 3, 1)
+        weight = weight.detach().permute(0, 2, 3, 1)
+        parts = [part for line in weight.unbind(1) for part in line.unbind(1)]
     else:
-        weight = weight.flatten(1)
+        weight = weight.detach().flatten(1)
+        parts = [weight]
     size = weight.element_size()
-    bits = weight.detach().view(_INTEGERS[size])
+    bits = weight.view(_INTEGERS[size])
     # As 64 bits where they divide: narrower integers are converted before they are added, at a tenth of the speed.
     strides = (*weight.stride()[:-1], weight.shape[-1], weight.storage_offset())
     if weight.stride(-1) == 1 and all(stride * size % 8 == 0 for stride in strides):
         bits = bits.view(torch.int64)
-    width = bits[0].numel()
-    keys = _keys(width + len(bits))
-    step = max(1, BLOCK_WORDS // width)
-    scratch = torch.empty((min(step, len(bits)), *bits.shape[1:]), dtype=torch.int64, device=bits.device)
-    rows = []
-    for block in bits.split(step):
-        words = _folded(block.to(torch.int64), scratch[: len(block)])
-        rows.append(torch.mv(words.flatten(1), keys[:width]))
-    total = torch.cat(rows)
-    return int(_folded(total, torch.empty_like(total)).dot(keys[width : width + len(bits)]))
+    rows = bits.sum(dim=tuple(range(1, bits.ndim)), dtype=bits.dtype if size >= 4 else torch.int64)
+    columns = bits.sum(dim=0, dtype=rows.dtype)
+    keys = _keys_for(weight.dtype, weight[0].numel()).split([part.shape[1] for part in parts])
+    products = torch.stack([torch.mv(part, key) for part, key in zip(parts, keys, strict=True)])
+    return Fingerprint(rows, columns, products)
 
 
-def _folded(words: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Return, in `out`, words in which the upper bits show in the lower ones too, one to one.
-
-    The sums are modulo 2^64, where the sign of an upper half counts 2^63 whatever it is multiplied by: without this
-    an even number of them could change unseen.
-    """
-    return torch.bitwise_right_shift(words, 32, out=out).bitwise_xor_(words)
+_all_keys: dict[torch.dtype, torch.Tensor] = {}
 
 
-_all_keys = torch.zeros(0, dtype=torch.int64, device="cpu")
-
-
-def _keys(count: int) -> torch.Tensor:
-    """Return the first of a sequence of odd numbers, as good as random (https://prng.di.unimi.it/splitmix64.c)."""
-    global _all_keys
-    keys = _all_keys
-    if len(keys) < count:
+def _keys_for(dtype: torch.dtype, count: int) -> torch.Tensor:
+    """Return as many numbers between -1 and 1, the same at every call."""
+    keys = _all_keys.get(dtype)
+    if keys is None or len(keys) < count:
         with torch.inference_mode(False):
-            z = torch.arange(1, 2 * count + 1, dtype=torch.int64, device="cpu") * -7046029254386353131  # wraps around
-            for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-                z = (z ^ (z >> shift)) * factor
-            keys = _all_keys = (z ^ (z >> 31)) | 1
+            generator = torch.Generator("cpu").manual_seed(0)
+            keys = torch.rand(2 * count, generator=generator, dtype=torch.float64, device="cpu").mul(2).sub(1).to(dtype)
+        _all_keys[dtype] = keys
     return keys[:count]
 
 
