@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fastuper_kernels.band import bilinear_chain, blocks_of
-from fastuper_kernels.modes import is_eager, without_autocast
+from fastuper_kernels.modes import is_eager_inference, without_autocast
 
 # Bytes of resampled logits that exist at a time.
 BLOCK_BYTES = 4 << 20
@@ -38,7 +38,7 @@ def upsample_argmax(
     integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     if not integer or torch.iinfo(dtype).max < logits.shape[1] - 1:
         raise ValueError(f"{dtype} does not hold the labels of {logits.shape[1]} classes")
-    if not is_eager():
+    if not is_eager_inference(logits.detach()):
         return reference(logits, sizes, dtype=dtype)
     labels = logits.new_empty((len(logits), *sizes[-1]), dtype=dtype)
     with torch.no_grad(), without_autocast(logits):

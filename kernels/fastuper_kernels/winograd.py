@@ -19,7 +19,9 @@ BLOCK_BYTES = 8 << 20
 
 def pack(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return the 16 matrices (C_out, C_in) of a weight (C_out, C_in, 3, 3): G w G^T, row by row."""
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    g = torch.tensor(
+        [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device=weight.device
+    )
     wide = weight if weight.dtype == torch.float64 else weight.float()
     g = g.to(wide.dtype)
     rows = torch.einsum("ij,ocjk->iock", g, wide)
