@@ -173,7 +173,7 @@ class UperNetHead(nn.Module):
             is_eager_inference(x)
             and x[:, 0].numel() * self.channels * x.element_size() > STRIP_BYTES
             and all(is_fusible(module) and module.is_folding() for module in modules)
-            and is_exactly(self.classifier, nn.Conv2d)
+            and _is_pointwise(self.classifier)
         )
 
     def in_strips(self, x: torch.Tensor, above: torch.Tensor, levels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -209,6 +209,13 @@ class UperNetHead(nn.Module):
 def is_fusible(module: Any) -> bool:
     """Return whether a module is a `ConvModule` that nobody has touched."""
     return is_exactly(module, ConvModule) and module.is_fusible()
+
+
+def _is_pointwise(module: Any) -> bool:
+    """Return whether a module is the 1x1 convolution that was put there, which may be called for each strip alone."""
+    if not is_exactly(module, nn.Conv2d):
+        return False
+    return (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def _is_pooling_branch(branch: Any) -> bool:

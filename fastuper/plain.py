@@ -27,11 +27,19 @@ def is_plain(*modules: nn.Module) -> bool:
     for module in modules:
         if type(module).__module__.split(".")[0] not in ("torch", "fastuper") or "parametrizations" in module._modules:
             return False
-        if "forward" in module.__dict__ or any(module.__dict__.get(name) for name in HOOKS):
+        if _is_replaced(module) or any(module.__dict__.get(name) for name in HOOKS):
             return False
         if any(type(p) not in PARAMETERS for p in module._parameters.values() if p is not None):
             return False
     return True
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Return whether the instance has a `forward` of its own. Accelerate, taking its hooks away, leaves the class's."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    return getattr(forward, "__func__", None) is not type(module).forward or forward.__self__ is not module
 
 
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:

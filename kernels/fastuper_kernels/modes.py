@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -15,10 +16,14 @@ def is_eager() -> bool:
     """Return whether operations run at once and on real values: nothing traces, transforms or counts them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if forward_ad._current_level >= 0:  # tangents go through PyTorch's own operators, and past our loops
+    # A mode (FakeTensorMode, make_fx, FlopCounterMode) wants to see PyTorch's own operators; that of `torch.device`,
+    # and of `torch.set_default_device`, says only where tensors are made.
+    if torch._C._len_torch_dispatch_stack() or any(
+        type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
+    ):
         return False
-    # A dispatch mode (FakeTensorMode, make_fx, FlopCounterMode) wants to see PyTorch's own operators.
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    # torch.func, and forward-mode differentiation, which carries tangents where nothing requires grad.
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:

@@ -7,15 +7,15 @@ speed of memory.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
-# Entries, of all models together. A model has about a dozen; those of models that are gone leave at the next miss.
+# Entries, of all models together. A model has about a dozen; they go with its weights.
 MAX_PACKS = 256
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,13 +34,13 @@ class Fingerprint:
 
 
 class _Entry(NamedTuple):
-    storage: Any  # a weak reference: a pack does not keep its weights alive
+    storage: weakref.ref[torch.UntypedStorage]  # a pack does not keep its weights alive
     fingerprint: Fingerprint
     pack: Any
 
 
-_entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
-_lock = threading.Lock()
+_entries: dict[tuple[Any, ...], _Entry] = {}
+_lock = threading.RLock()  # weights may die, and take their packs along, wherever a thread happens to be
 
 
 def packed(weight: torch.Tensor, kind: Callable[[torch.Tensor, torch.dtype], Any], dtype: torch.dtype) -> Any:
@@ -54,18 +54,22 @@ def packed(weight: torch.Tensor, kind: Callable[[torch.Tensor, torch.dtype], Any
     storage = weight.untyped_storage()
     key = (kind, dtype, storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
     found, now = _entries.get(key), fingerprint(weight)
-    if found is not None and found.fingerprint == now and not found.storage.expired():
+    if found is not None and found.fingerprint == now and found.storage() is storage:
         return found.pack
     with torch.inference_mode(False), torch.no_grad():
         pack = kind(weight.detach().clone() if weight.is_inference() else weight.detach(), dtype)
     with _lock:
-        for other in [other for other, entry in _entries.items() if entry.storage.expired()]:
-            del _entries[other]
-        _entries[key] = _Entry(StorageWeakRef(storage), now, pack)
-        _entries.move_to_end(key)
+        _entries.pop(key, None)
+        _entries[key] = _Entry(weakref.ref(storage, functools.partial(_forget, key)), now, pack)
         while len(_entries) > MAX_PACKS:
-            _entries.popitem(last=False)
+            _entries.pop(next(iter(_entries)), None)
     return pack
+
+
+def _forget(key: tuple[Any, ...], storage: weakref.ref[torch.UntypedStorage]) -> None:
+    entry = _entries.get(key)
+    if entry is not None and entry.storage is storage:
+        _entries.pop(key, None)
 
 
 @torch.no_grad()
@@ -119,7 +123,7 @@ def packed_bytes() -> int:
         return sum(size(part) for part in pack) if isinstance(pack, list | tuple) else 0
 
     with _lock:
-        return sum(size(entry.pack) for entry in _entries.values())
+        return sum(size(entry.pack) for entry in list(_entries.values()))
 
 
 def clear() -> None:

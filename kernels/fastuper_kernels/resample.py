@@ -20,8 +20,7 @@ class _Apply(torch.autograd.Function):
     """A linear map: what goes back is its transpose, and nothing is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool) -> torch.Tensor:
-        ctx.kind, ctx.sizes, ctx.transposed = kind, sizes, transposed
+    def forward(x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool) -> torch.Tensor:
         blocks = blocks_of(kind, sizes, x.dtype, x.device, transposed)
         x = x.contiguous()
         out = x.new_empty(x.shape[0], blocks[-1].stop, x.shape[2])
@@ -33,6 +32,16 @@ class _Apply(torch.autograd.Function):
                 else:
                     target.copy_(torch.matmul(block.matrix, source))
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, ctx.kind, ctx.sizes, ctx.transposed = inputs
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, *band: Any) -> tuple[torch.Tensor, int]:
+        """Several gradients at once, as `torch.autograd.grad(is_grads_batched=True)` takes them."""
+        x = x.movedim(in_dims[0], 0)
+        return _Apply.apply(x.flatten(0, 1), *band).unflatten(0, x.shape[:2]), 0
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

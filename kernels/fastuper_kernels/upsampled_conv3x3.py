@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from fastuper_kernels.band import BLOCK, Band, Block, bilinear_tap, bilinear_taps, blocks_of
+from fastuper_kernels.band import BLOCK, Block, bilinear_tap, bilinear_taps, blocks_of
 from fastuper_kernels.linear import linear
 from fastuper_kernels.modes import autocast, check_dtypes, is_eager, is_eager_inference, is_plain, without_autocast
 from fastuper_kernels.packs import packed
@@ -103,21 +103,20 @@ def _taps(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def _traced(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The identity in plain operators: nine products, then the columns' band, then the rows'."""
-    height, width = size
-    total = None
-    for y in range(3):
-        line = None
-        for x in range(3):
-            band = Band.bilinear(level.shape[3], width, offset=x - 1, device=level.device)
-            part = band.gather(F.conv2d(level, weight[:, :, y : y + 1, x : x + 1]), 3)
-            line = part if line is None else line + part
-        assert line is not None
-        band = Band.bilinear(level.shape[2], height, offset=y - 1, device=level.device)
-        part = band.gather(line, 2)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+    """The identity in a few of PyTorch's operators, so that a graph stays small: the columns' taps, then the rows'."""
+    channels, width = weight.shape[0], size[1]
+    lines = []
+    for x in range(3):
+        taps = weight[:, :, :, x].permute(2, 0, 1).flatten(0, 1)  # those of a row of taps together
+        products = F.conv2d(level, taps[:, :, None, None])
+        wide = F.interpolate(products, size=(level.shape[2], width), mode="bilinear", align_corners=False)
+        lines.append(F.pad(wide, (1 - x, x - 1)))
+    line = lines[0] + lines[1] + lines[2]
+    sums = []
+    for y, part in enumerate(line.split(channels, dim=1)):
+        tall = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
+        sums.append(F.pad(tall, (0, 0, 1 - y, y - 1)))
+    return sums[0] + sums[1] + sums[2]
 
 
 def _eager(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
