@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def is_eager() -> bool:
         type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
     ):
         return False
-    # torch.func's transformations, and forward-mode differentiation, which carries tangents where nothing requires grad.
+    # torch.func's transformations; forward-mode differentiation, whose tangents travel where nothing requires grad.
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
@@ -42,7 +43,7 @@ def is_eager_inference(*tensors: torch.Tensor | None) -> bool:
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """Return operands as autocast would hand them to a convolution: in its dtype where it is on, float64 left alone."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
@@ -50,4 +51,6 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 def without_autocast(x: torch.Tensor) -> Any:
     """Return a context in which operators keep the dtypes they are given."""
+    if x.device.type == "meta":  # has no autocast
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
