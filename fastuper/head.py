@@ -35,18 +35,22 @@ class ConvModule(nn.Module):
         """Map (B, C_in, H, W) to (B, C, H, W)."""
         return self.fused(x) if self.is_fusible() else self.activation(self.batch_norm(self.conv(x)))
 
-    def is_fusible(self) -> bool:
+    def is_same_conv(conv: nn.Module) -> bool:
+    """Return whether a module is a convolution that `conv_bn_relu` computes, and nobody has touched it."""
+    return (
+        is_exactly(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+        and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+    )
+
+
+def is_fusible(self) -> bool:
         """Return whether the three children are what was put there, so that `fused` is the same function."""
-        conv, norm = self.conv, self.batch_norm
         return (
-            is_exactly(conv, nn.Conv2d)
-            and is_exactly(norm, nn.BatchNorm2d)
+            is_same_conv(self.conv)
+            and self.conv.bias is None
+            and is_exactly(self.batch_norm, nn.BatchNorm2d)
             and is_exactly(self.activation, nn.ReLU)
-            and (conv.kernel_size, conv.stride, conv.dilation) in (((1, 1), (1, 1), (1, 1)), ((3, 3), (1, 1), (1, 1)))
-            and conv.padding == tuple(k // 2 for k in conv.kernel_size)
-            and conv.padding_mode == "zeros"
-            and conv.groups == 1
-            and conv.bias is None
         )
 
     def fused(
@@ -162,7 +166,7 @@ class UperNetHead(nn.Module):
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return the classes' logits (B, num_labels, H, W) of the fused levels (B, hidden_size, H, W)."""
         conv = self.classifier
-        if is_exactly(conv, nn.Conv2d) and conv.weight.shape == (conv.out_channels, x.shape[1], 1, 1):
+        if is_same_conv(conv):
             return conv_bn_relu(x, conv.weight, shift=conv.bias, relu=False)
         return conv(x)
 
@@ -204,6 +208,15 @@ class UperNetHead(nn.Module):
             logits[:, :, start:stop] = part
         assert logits is not None
         return logits
+
+
+def is_same_conv(conv: nn.Module) -> bool:
+    """Return whether a module is a convolution that `conv_bn_relu` computes, and nobody has touched it."""
+    return (
+        is_exactly(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+        and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+    )
 
 
 def is_fusible(module: Any) -> bool:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
-PARAMETERS = (torch.Tensor, nn.Parameter)
+# Under a tracer (`torch.export`, AOTAutograd) ordinary parameters are stood in for by tensors of these two classes;
+# those of a parameter's own class keep that class.
+PARAMETERS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 

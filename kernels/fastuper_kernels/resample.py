@@ -7,20 +7,29 @@ from typing import Any
 import torch
 
 from fastuper_kernels.band import Band, blocks_of, inputs_of
-from fastuper_kernels.modes import without_autocast
+from fastuper_kernels.modes import is_eager, without_autocast
 
 
 def apply(x: torch.Tensor, kind: Any, sizes: tuple[int, ...]) -> torch.Tensor:
     """Apply the band `kind(*sizes)` to the middle axis of x (A, n, B), with gradients: -> (A, m, B)."""
-    result: torch.Tensor = _Apply.apply(x, kind, sizes, False)
-    return result
+    return _apply(x, kind, sizes, False)
+
+
+def _apply(x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool) -> torch.Tensor:
+    # A backward pass may be transformed where the forward pass was not: several gradients at once, say.
+    if is_eager() and not torch._C._functorch.is_legacy_batchedtensor(x):
+        result: torch.Tensor = _Apply.apply(x, kind, sizes, transposed)
+        return result
+    band = kind(*sizes)
+    return (band.T if transposed else band).gather(x, 1)
 
 
 class _Apply(torch.autograd.Function):
     """A linear map: what goes back is its transpose, and nothing is kept for it."""
 
     @staticmethod
-    def forward(x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool) -> torch.Tensor:
+        ctx.kind, ctx.sizes, ctx.transposed = kind, sizes, transposed
         blocks = blocks_of(kind, sizes, x.dtype, x.device, transposed)
         x = x.contiguous()
         out = x.new_empty(x.shape[0], blocks[-1].stop, x.shape[2])
@@ -34,18 +43,8 @@ class _Apply(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, ctx.kind, ctx.sizes, ctx.transposed = inputs
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, *band: Any) -> tuple[torch.Tensor, int]:
-        """Several gradients at once, as `torch.autograd.grad(is_grads_batched=True)` takes them."""
-        x = x.movedim(in_dims[0], 0)
-        return _Apply.apply(x.flatten(0, 1), *band).unflatten(0, x.shape[:2]), 0
-
-    @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return _Apply.apply(grads[0], ctx.kind, ctx.sizes, not ctx.transposed), None, None, None
+        return _apply(grads[0], ctx.kind, ctx.sizes, not ctx.transposed), None, None, None
 
 
 def columns(x: torch.Tensor, kind: Any, sizes: tuple[int, int]) -> torch.Tensor:

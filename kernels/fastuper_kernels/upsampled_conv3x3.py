@@ -104,12 +104,12 @@ def _taps(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def _traced(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The identity in a few of PyTorch's operators, so that a graph stays small: the columns' taps, then the rows'."""
-    channels, width = weight.shape[0], size[1]
+    channels = weight.shape[0]
     lines = []
     for x in range(3):
         taps = weight[:, :, :, x].permute(2, 0, 1).flatten(0, 1)  # those of a row of taps together
         products = F.conv2d(level, taps[:, :, None, None])
-        wide = F.interpolate(products, size=(level.shape[2], width), mode="bilinear", align_corners=False)
+        wide = F.interpolate(products, size=(level.shape[2], size[1]), mode="bilinear", align_corners=False)
         lines.append(F.pad(wide, (1 - x, x - 1)))
     line = lines[0] + lines[1] + lines[2]
     sums = []

@@ -49,6 +49,17 @@ def feature_maps(
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
+class Listed(nn.Module):
+    """A head that takes its maps one by one, as tracers want them."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, *maps: torch.Tensor) -> torch.Tensor:
+        return self.head(maps)
+
+
 class Unfused:
     """Within it every ConvModule calls its children."""
 
