@@ -35,16 +35,7 @@ class ConvModule(nn.Module):
         """Map (B, C_in, H, W) to (B, C, H, W)."""
         return self.fused(x) if self.is_fusible() else self.activation(self.batch_norm(self.conv(x)))
 
-    def is_same_conv(conv: nn.Module) -> bool:
-    """Return whether a module is a convolution that `conv_bn_relu` computes, and nobody has touched it."""
-    return (
-        is_exactly(conv, nn.Conv2d)
-        and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
-        and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-    )
-
-
-def is_fusible(self) -> bool:
+    def is_fusible(self) -> bool:
         """Return whether the three children are what was put there, so that `fused` is the same function."""
         return (
             is_same_conv(self.conv)
@@ -177,7 +168,8 @@ class UperNetHead(nn.Module):
             is_eager_inference(x)
             and x[:, 0].numel() * self.channels * x.element_size() > STRIP_BYTES
             and all(is_fusible(module) and module.is_folding() for module in modules)
-            and _is_pointwise(self.classifier)
+            and is_same_conv(self.classifier)
+            and self.classifier.kernel_size == (1, 1)
         )
 
     def in_strips(self, x: torch.Tensor, above: torch.Tensor, levels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -222,13 +214,6 @@ def is_same_conv(conv: nn.Module) -> bool:
 def is_fusible(module: Any) -> bool:
     """Return whether a module is a `ConvModule` that nobody has touched."""
     return is_exactly(module, ConvModule) and module.is_fusible()
-
-
-def _is_pointwise(module: Any) -> bool:
-    """Return whether a module is the 1x1 convolution that was put there, which may be called for each strip alone."""
-    if not is_exactly(module, nn.Conv2d):
-        return False
-    return (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def _is_pooling_branch(branch: Any) -> bool:
