@@ -91,6 +91,7 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.slow
 def test_compiled():
     torch._dynamo.reset()
     compiled = torch.compile(pool_conv_bn_relu, fullgraph=True, backend="aot_eager", dynamic=True)
