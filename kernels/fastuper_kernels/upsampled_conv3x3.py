@@ -122,7 +122,7 @@ def _traced(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) ->
 def _eager(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The identity with gradients: what is kept for the backward pass is the level and the weight."""
     (batch, _, h, w), (height, width), channels = level.shape, size, weight.shape[0]
-    flat = level.permute(0, 2, 3, 1).reshape(batch * h * w, -1)
+    flat = level.permute(0, 2, 3, 1).reshape(batch * h * w, level.shape[1])
     total = None
     for y, taps in enumerate(_taps(weight, level.dtype)):
         products = F.linear(flat, taps).view(batch, h, w * 3 * channels)

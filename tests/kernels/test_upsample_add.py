@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastuper_kernels import upsample_add
+from tests.kernels.common import DTYPES, LAYOUTS, check_accuracy, check_every_way, laid_out, parameters_of, random, same
+
+reference = importlib.import_module("fastuper_kernels.upsample_add").reference
 
 
 def resampling_matrix(size_in: int, size_out: int) -> torch.Tensor:
@@ -28,8 +33,9 @@ def truth(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
     return lateral.double() + torch.einsum("yh,bchw,xw->bcyx", rows, x.double(), columns)
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def test_signature():
+    ordinary = "positional or keyword"
+    assert parameters_of(upsample_add) == [("x", ordinary, "required"), ("lateral", ordinary, "required")]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -82,3 +88,49 @@ def test_gradients():
 def test_batch_and_channels_must_agree(shape):
     with pytest.raises(ValueError, match=r"x \(1, 3, 2, 2\) and lateral \(.*\) must agree in batch and channels"):
         upsample_add(torch.zeros(1, 3, 2, 2), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (2, 2)], ids=str)
+def test_what_is_no_map(shape):
+    with pytest.raises(ValueError, match=r"x and lateral must be \(B, C, H, W\), got"):
+        upsample_add(torch.zeros(shape), torch.zeros(shape))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    to=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+)
+def test_every_way(size, to, layouts):
+    x, lateral = laid_out(random(2, 3, *size), layouts[0]), laid_out(random(2, 3, *to, seed=1), layouts[1])
+    check_every_way(upsample_add, reference, (x, lateral))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_accuracy(dtype):
+    def make(seed):
+        return (random(2, 16, 7, 5, seed=seed, dtype=dtype), random(2, 16, 13, 11, seed=seed + 9, dtype=dtype)), {}
+
+    check_accuracy(upsample_add, reference, make, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_autocast(dtype):
+    """The dtype that PyTorch's own operators give: the wider of the two."""
+    x, lateral = random(2, 4, 3, 4).float(), random(2, 4, 6, 8, seed=1).float()
+    with torch.autocast("cpu", dtype=dtype):
+        for a, b in ((x, lateral), (x.to(dtype), lateral), (x, lateral.to(dtype)), (x.to(dtype), lateral.to(dtype))):
+            y = upsample_add(a, b)
+            assert y.dtype == reference(a, b).dtype
+            expected = truth(a, b)
+            eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+            assert (y.double() - expected).norm() < 4 * eps * expected.norm()
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    compiled = torch.compile(upsample_add, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height in (3, 5):
+        x, lateral = random(2, 4, height, 4), random(2, 4, 2 * height, 9, seed=1)
+        same(compiled(x, lateral), truth(x, lateral))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastuper_kernels import upsample_argmax
-from tests.kernels.test_upsample_add import random, resampling_matrix
+from tests.kernels.common import LAYOUTS, elements_of_calls, laid_out, parameters_of, random, traced
+from tests.kernels.test_upsample_add import resampling_matrix
 
 # `fastuper_kernels.upsample_argmax` is the function; monkeypatch wants the module of the same name.
 upsample_argmax_module = sys.modules[upsample_argmax.__module__]
@@ -38,6 +39,15 @@ def check(logits: torch.Tensor, sizes: list[tuple[int, int]], labels: torch.Tens
     assert torch.equal(labels[certain], classes[:, 0][certain])
     assert labels.min() >= 0
     assert labels.max() < logits.shape[1]
+
+
+def test_signature():
+    ordinary = "positional or keyword"
+    assert parameters_of(upsample_argmax) == [
+        ("logits", ordinary, "required"),
+        ("sizes", ordinary, "required"),
+        ("dtype", "keyword-only", torch.int64),
+    ]
 
 
 sizes_of = st.tuples(st.integers(1, 15), st.integers(1, 15))
@@ -91,3 +101,75 @@ def test_sizes_must_be_positive(sizes):
 def test_a_type_that_does_not_hold_the_classes(dtype, classes):
     with pytest.raises(ValueError, match=f"{dtype} does not hold the labels of {classes} classes"):
         upsample_argmax(torch.zeros(1, classes, 2, 2), [(2, 2)], dtype=dtype)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    classes=st.integers(2, 6),
+    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    sizes=st.lists(sizes_of, min_size=1, max_size=3),
+    layout=st.sampled_from(LAYOUTS),
+    way=st.sampled_from(["inference", "training", "traced", "autocast"]),
+)
+def test_every_way(classes, size, sizes, layout, way):
+    logits = laid_out(random(2, classes, *size), layout)
+    before = logits.clone()
+    if way == "inference":
+        with torch.inference_mode():
+            labels = upsample_argmax(logits, sizes).clone()
+    elif way == "training":
+        labels = upsample_argmax(logits.clone().requires_grad_(), sizes)
+    elif way == "traced":
+        labels = traced(upsample_argmax, logits, sizes)
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            labels = upsample_argmax(logits, sizes)
+    check(logits, sizes, labels)
+    assert labels.is_contiguous()
+    assert not labels.requires_grad
+    assert torch.equal(before, logits)
+
+
+def test_autocast_narrows_nothing():
+    logits = random(1, 9, 6, 7).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(logits, [(31, 29)], upsample_argmax(logits, [(31, 29)]))
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    compiled = torch.compile(upsample_argmax, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height in (3, 5):
+        logits = random(2, 4, height, 4)
+        check(logits, [(2 * height, 9), (7, 7)], compiled(logits, [(2 * height, 9), (7, 7)]))
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_tensors_without_values(device):
+    logits = random(2, 3, 5, 7)
+    logits = logits.to("meta") if device == "meta" else torch._subclasses.FakeTensorMode().from_tensor(logits)
+    labels = upsample_argmax(logits, [(9, 8)], dtype=torch.uint8)
+    assert labels.shape == (2, 9, 8)
+    assert labels.dtype == torch.uint8
+
+
+def test_an_empty_batch():
+    assert upsample_argmax(torch.zeros(0, 3, 5, 7), [(9, 8)]).shape == (0, 9, 8)
+
+
+def test_resampled_logits_are_never_whole(monkeypatch):
+    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", 1 << 20)
+    logits = random(1, 60, 32, 32).float()
+    found = elements_of_calls(lambda: upsample_argmax(logits, [(128, 128), (500, 480)]))
+    assert max(found) <= max((1 << 20) // 4, 500 * 480)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (1, 0, 2, 2), (1, 3, 0, 2), (1, 3, 2, 0)], ids=str)
+def test_what_are_no_logits(shape):
+    with pytest.raises(ValueError, match=r"logits must be \(B, classes, H, W\).*got"):
+        upsample_argmax(torch.zeros(shape), [(4, 4)])
+
+
+def test_logits_of_integers():
+    with pytest.raises(ValueError, match=r"floating-point numbers, got .* of torch.int64"):
+        upsample_argmax(torch.zeros(1, 3, 2, 2, dtype=torch.int64), [(4, 4)])

@@ -1,0 +1,148 @@
+"""`pyramid_pool` against its definition, in every way that it runs."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastuper_kernels import pyramid_pool
+from tests.kernels.common import (
+    DTYPES,
+    LAYOUTS,
+    check_accuracy,
+    check_every_way,
+    elements_of_calls,
+    laid_out,
+    name_of,
+    parameters_of,
+    random,
+    same,
+)
+
+reference = importlib.import_module("fastuper_kernels.pyramid_pool").reference
+
+
+def test_signature():
+    ordinary = "positional or keyword"
+    assert parameters_of(pyramid_pool) == [("x", ordinary, "required"), ("scales", ordinary, "required")]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 5),
+    size=st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    scales=st.lists(st.integers(1, 15), min_size=1, max_size=4),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_any_shapes(batch, channels, size, scales, layout):
+    check_every_way(pyramid_pool, reference, (laid_out(random(batch, channels, *size), layout), scales))
+
+
+def test_the_order_of_the_cells():
+    """Scales in the order given, each row by row, one mean a cell."""
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    expected = [2.5, 4.5, 10.5, 12.5, 7.5, *range(16)]
+    assert pyramid_pool(x, (2, 1, 4)).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("size", [(16, 16), (33, 17)], ids=str)
+def test_accuracy(size, dtype):
+    def make(seed):
+        return (random(2, 32, *size, seed=seed, dtype=dtype) + 1, (1, 2, 3, 6)), {}
+
+    check_accuracy(pyramid_pool, reference, make, dtype)
+
+
+def test_many_large_values_in_half_precision():
+    """Added up in float32: their sum is beyond float16."""
+    x = torch.full((1, 2, 64, 64), 1000.0, dtype=torch.float16)
+    assert (pyramid_pool(x, [1, 2]) == 1000).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("given", [torch.float32, None], ids=["float32", "narrow"])
+def test_autocast(given, dtype):
+    """Of x's dtype, as `F.adaptive_avg_pool2d` is; the sums are not narrowed."""
+    x = random(2, 8, 30, 31).to(given or dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = pyramid_pool(x, (1, 3))
+        assert y.dtype == x.dtype == reference(x, (1, 3)).dtype
+    expected = reference(x.detach().double(), (1, 3))
+    assert (y.double() - expected).norm() < 4 * torch.finfo(x.dtype).eps * expected.norm()
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == x.dtype
+
+
+def test_gradients():
+    x = random(2, 2, 5, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pyramid_pool(x, (1, 3, 7)), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: pyramid_pool(x, (1, 3, 7)), (x,))
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    compiled = torch.compile(pyramid_pool, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height in (5, 12, 14):
+        x = random(2, 3, height, 7).requires_grad_()
+        y = compiled(x, (1, 2, 3))
+        same(y, reference(x, (1, 2, 3)))
+        same(*(torch.autograd.grad(result.square().sum(), x)[0] for result in (y, reference(x, (1, 2, 3)))))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_traced_by_make_fx(mode):
+    x = random(2, 3, 5, 7)
+    graph = make_fx(lambda x: pyramid_pool(x, (1, 2, 3)), tracing_mode=mode)(x)
+    same(graph(x), reference(x, (1, 2, 3)))
+
+
+def test_forward_mode_differentiation_and_maps():
+    x, tangent = random(2, 3, 5, 7), random(2, 3, 5, 7, seed=1)
+    with forward_ad.dual_level(), torch.no_grad():
+        y = pyramid_pool(forward_ad.make_dual(x, tangent), (1, 2))
+        same(forward_ad.unpack_dual(y).tangent, reference(tangent, (1, 2)))
+    same(torch.func.vmap(lambda x: pyramid_pool(x[None], (1, 2))[0])(x), reference(x, (1, 2)))
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_tensors_without_values(device):
+    x = random(2, 3, 5, 7)
+    x = x.to("meta") if device == "meta" else torch._subclasses.FakeTensorMode().from_tensor(x)
+    assert pyramid_pool(x, (1, 2)).shape == (2, 5, 3)
+
+
+def test_an_empty_batch():
+    assert pyramid_pool(torch.zeros(0, 3, 5, 7), (1, 2)).shape == (0, 5, 3)
+
+
+def test_no_tensor_grows_faster_than_the_map():
+    """A pooled map of 12 rows, and matrices of 12 rows: beside x itself nothing is as large as x."""
+    x = random(1, 16, 256, 128).float().contiguous(memory_format=torch.channels_last)
+    found = [count for count in elements_of_calls(lambda: pyramid_pool(x, (1, 2, 3, 6))) if count != x.numel()]
+    assert max(found) <= x.numel() / 16
+
+
+@pytest.mark.parametrize("scales", [[], [0], [2, -1]], ids=str)
+def test_scales_below_one(scales):
+    with pytest.raises(ValueError, match="scales must be one or more numbers from 1, got"):
+        pyramid_pool(torch.zeros(1, 3, 4, 4), scales)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 3, 0, 4), (1, 3, 4, 0), (4,)], ids=str)
+def test_what_is_no_map(shape):
+    with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\).*got"):
+        pyramid_pool(torch.zeros(shape), [1])
+
+
+def test_integers():
+    with pytest.raises(ValueError, match=r"floating-point numbers, got .* of torch.int64"):
+        pyramid_pool(torch.zeros(1, 3, 4, 4, dtype=torch.int64), [1])

@@ -1,0 +1,108 @@
+"""Winograd's convolution itself, in float64, against `F.conv2d`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from fastuper_kernels import winograd
+from tests.kernels.common import error, laid_out, random, rms
+
+
+def convolve(
+    x: torch.Tensor, weight: torch.Tensor, rows: tuple[int, int] | None = None
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Return rows of the convolution of x (C, H, W), and the (first, last) of each block that was finished."""
+    height = x.shape[1]
+    start, stop = rows or (0, height)
+    halo = (int(start > 0), int(stop < height))
+    window = x[:, start - halo[0] : stop + halo[1]].permute(1, 2, 0)
+    out = torch.empty(stop - start, x.shape[2], len(weight), dtype=x.dtype)
+    finished = []
+
+    def finish(block: torch.Tensor, first: int, last: int) -> None:
+        assert block.shape == (last - first, x.shape[2], len(weight))
+        assert block.data_ptr() == out[first:last].data_ptr()
+        assert not block.isnan().any(), "not all of the rows were written"
+        finished.append((first, last))
+        block.add_(1)
+
+    winograd.conv3x3(window, winograd.pack(weight, x.dtype), halo, finish, out)
+    return out.permute(2, 0, 1) - 1, finished
+
+
+def check(x: torch.Tensor, weight: torch.Tensor, rows: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+    before = x.clone()
+    y, finished = convolve(x, weight, rows)
+    start, stop = rows or (0, x.shape[1])
+    expected = F.conv2d(x[None], weight, padding=1)[0, :, start:stop]
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-11)
+    assert torch.equal(x, before)
+    assert [row for first, last in finished for row in range(first, last)] == list(range(stop - start))
+    return finished
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    channels=st.integers(1, 6),
+    out=st.integers(1, 6),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    layout=st.sampled_from(["contiguous", "channels-last", "strided"]),
+    weight_layout=st.sampled_from(["contiguous", "channels-last", "channels-of-more"]),
+)
+def test_any_sizes(channels, out, size, layout, weight_layout):
+    x = laid_out(random(1, channels, *size), layout)[0]
+    check(x, laid_out(random(out, channels, 3, 3, seed=1), weight_layout))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(size=st.tuples(st.integers(1, 20), st.integers(1, 5)), ends=st.tuples(st.integers(0, 19), st.integers(0, 19)))
+def test_rows_with_neighbours(size, ends):
+    start = ends[0] % size[0]
+    stop = start + 1 + ends[1] % (size[0] - start)
+    check(random(3, *size), random(2, 3, 3, 3, seed=1), (start, stop))
+
+
+@pytest.mark.parametrize("limit", [1, 3000, 10_000, 10**9])
+@pytest.mark.parametrize("height", [1, 2, 7, 24, 33])
+@pytest.mark.parametrize("cut", [0, 1], ids=["whole", "rows"])
+def test_a_few_rows_at_a_time(cut, height, limit, monkeypatch):
+    monkeypatch.setattr(winograd, "BLOCK_BYTES", limit)
+    rows = (cut, max(height - cut, cut + 1)) if height > cut else None
+    finished = check(random(3, height, 9), random(2, 3, 3, 3, seed=1), rows)
+    if limit == 10**9:
+        assert len(finished) == 1
+    elif limit == 1 and height > 6:
+        assert len(finished) > 2
+
+
+def test_a_map_without_rows_calls_nothing():
+    out = torch.empty(0, 4, 2)
+    kernels = winograd.pack(torch.zeros(2, 3, 3, 3), torch.float32)
+    winograd.conv3x3(torch.empty(0, 4, 3), kernels, (0, 0), lambda *_: pytest.fail("called"), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_packs_are_the_transform_rounded_once(dtype):
+    weight = random(4, 3, 3, 3).to(dtype)
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    expected = torch.einsum("ij,ocjk,lk->iloc", g, weight.double(), g).flatten(0, 1)
+    for ours, theirs in zip(winograd.pack(weight, dtype), expected, strict=True):
+        assert ours.dtype == dtype
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours.double(), theirs, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_as_accurate_as_a_direct_convolution():
+    ours: list[float] = []
+    theirs: dict[str, list[float]] = {"contiguous": [], "channels-last": []}
+    for seed in range(5):
+        x, weight = random(128, 20, 18, seed=seed).float(), random(64, 128, 3, 3, seed=seed + 50).float()
+        truth = F.conv2d(x[None].double(), weight.double(), padding=1)[0]
+        ours.append(error(convolve(x, weight)[0], truth))
+        for layout in theirs:
+            theirs[layout].append(error(F.conv2d(laid_out(x[None], layout), weight, padding=1)[0], truth))
+    assert rms(ours) <= max(1.25 * max(rms(errors) for errors in theirs.values()), 4 * torch.finfo(torch.float32).eps)
