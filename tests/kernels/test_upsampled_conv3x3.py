@@ -101,9 +101,9 @@ def test_strips_make_the_whole(sizes, size, cuts, way):
     same(torch.cat(parts, dim=2), reference(levels, weights, size))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 31, 1000])
-def test_any_number_of_rows_at_a_time(rows, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_ROWS", rows)
+@pytest.mark.parametrize("positions", [1, 3, 16, 31, 1000])
+def test_any_number_of_positions_at_a_time(positions, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_POSITIONS", positions)
     levels, weights = operands(2, [3, 2, 4], 5, [(20, 9), (70, 3), (1, 2)])
     with torch.no_grad():
         same(upsampled_conv3x3(levels, weights, (67, 21)), reference(levels, weights, (67, 21)))
