@@ -130,6 +130,16 @@ def test_strips_by_winograd(rows, layout, monkeypatch):
     assert (ours.double() - expected).norm() < 1e-6 * expected.norm()
 
 
+def test_winograd_in_several_blocks(monkeypatch):
+    """Each block of rows is finished with its own rows of the addend."""
+    monkeypatch.setattr(winograd, "BLOCK_BYTES", 1)
+    (x, weight), kwargs = operands(2, 64, 64, 3, (13, 11), (5, 6), {"scale", "shift", "addend", "upsampled"})
+    expected = reference(x, weight, **kwargs)
+    with torch.inference_mode():
+        ours = conv_bn_relu(x.float(), weight.float(), **{name: tensor.float() for name, tensor in kwargs.items()})
+    assert (ours.double() - expected).norm() < 1e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize(

@@ -67,6 +67,14 @@ def test_many_large_values_in_half_precision():
     assert (pyramid_pool(x, [1, 2]) == 1000).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_constant_is_its_own_mean(dtype):
+    """The weights, one part in 61 or in 63, are not rounded to half precision: all means would be off by as much."""
+    x = torch.full((1, 2, 63, 61), 1.5, dtype=dtype)
+    expected = torch.full((1, 14, 2), 1.5, dtype=dtype)
+    torch.testing.assert_close(pyramid_pool(x, [1, 2, 3]), expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("given", [torch.float32, None], ids=["float32", "narrow"])
 def test_autocast(given, dtype):

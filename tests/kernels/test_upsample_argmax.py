@@ -130,6 +130,12 @@ def test_every_way(classes, size, sizes, layout, way):
     assert torch.equal(before, logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_half_precision_is_resampled_in_float32(dtype):
+    logits = random(1, 9, 6, 7).to(dtype)
+    check(logits.float(), [(31, 29)], upsample_argmax(logits, [(31, 29)]))
+
+
 def test_autocast_narrows_nothing():
     logits = random(1, 9, 6, 7).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
