@@ -1,92 +1,300 @@
-"""Backbones through `torch.export` and `torch.compile` with sizes that vary, against eager runs at other sizes."""
+"""The PyTorch path, traced: by `torch.compile` and `torch.export`, in evaluation and training, at any size.
+
+Every graph is run at three sizes off the one that it was traced at, none of which is a multiple of the strides.
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
 
-from tests.parity.models import FAMILIES, error, images
-from tests.unit.test_fast_backbones import build
+from fastuper_kernels import packs
+from tests.unit.heads import Listed, error, feature_maps, head, randomize
+from tests.unit.test_modeling import BACKBONES
+from tests.unit.test_modeling import model as small_model
 
-# Nothing is a multiple of 32, nor of Swin's patches and windows. The traced size has two windows in the last stage of
-# a Swin: where there is one, PyTorch takes the number 1 as given.
-TRACED = (2, 3, 160, 192)
-OTHERS = [(1, 3, 177, 231), (3, 3, 229, 165), (2, 3, 161, 200)]
-
-
-class Maps(nn.Module):
-    """A backbone whose result is a list: a BackboneOutput is no pytree."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        output = self.backbone(pixel_values, output_hidden_states=True)
-        return [*output.feature_maps, *output.hidden_states]
-
-
-def model(family: str, training: bool, **values: Any) -> nn.Module:
-    backbone = build(family, **values).train(training)
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # each pass must leave the statistics as they are, to be compared with another
-    return Maps(backbone)
+# (batch, sizes): the first is the traced one. Batches of one and maps of one pixel are classes of their own to PyTorch.
+HEAD_SIZES = [
+    (2, [(16, 24), (8, 12), (4, 6), (2, 3)]),
+    (3, [(17, 20), (9, 10), (5, 5), (3, 3)]),
+    (4, [(9, 33), (5, 17), (3, 9), (2, 5)]),
+    (5, [(21, 7), (11, 4), (6, 2), (3, 2)]),
+]
+IMAGE_SIZES = [(2, 96, 128), (3, 97, 101), (2, 70, 203), (4, 131, 66)]
+# The first size alone, then all sizes at once. What is marked as dynamic beforehand needs the second of them only.
+COMPILATIONS = 2
+MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
-CASES = [pytest.param(family, {}, marks=[pytest.mark.slow] * (family == "swin"), id=family) for family in FAMILIES]
-CASES.append(
-    pytest.param(
-        "swin", {"use_absolute_embeddings": True, "image_size": 160}, marks=pytest.mark.slow, id="swin-positions"
-    )
-)
-
-
-@functools.cache
-def pooling_asks() -> bool:
-    """Return whether this PyTorch (2.11 does) takes a pooled map's size for odd, or even, as it is in the example."""
-    pool, auto = nn.MaxPool2d(3, 2, 1), torch.export.Dim.AUTO
-    pooled = torch.export.export(pool, (torch.ones(1, 1, 8, 8),), dynamic_shapes=({2: auto, 3: auto},)).module()
-    try:
-        pooled(torch.ones(1, 1, 9, 9))
-    except (AssertionError, RuntimeError):
-        return True
-    return False
-
-
-def compare(traced: Any, eager: nn.Module) -> None:
-    with torch.no_grad():
-        for shape in [TRACED, *OTHERS]:
-            pixels = images(*shape)
-            for result, expected in zip(traced(pixels), eager(pixels), strict=True):
-                assert error(result, expected) < 1e-13, shape
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(("family", "values"), CASES)
-def test_export_with_dynamic_sizes(family, values, training):
-    if family.startswith("resnet") and pooling_asks():
-        pytest.skip("this PyTorch's max pooling exports for odd sizes or for even ones")
-    eager, auto = model(family, training, **values), torch.export.Dim.AUTO
-    with torch.no_grad():
-        program = torch.export.export(eager, (images(*TRACED),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
-    compare(program.module(), eager)
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(("family", "values"), CASES)
-def test_compile_in_one_graph_for_all_sizes(family, values, training):
-    eager, graphs = model(family, training, **values), []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+@pytest.fixture(autouse=True)
+def forgotten():
     torch._dynamo.reset()
-    compare(torch.compile(eager, fullgraph=True, dynamic=True, backend=backend), eager)
-    # A batch of 1 has a graph of its own.
-    assert len(graphs) <= (4 if family.startswith("resnet") and pooling_asks() else 2)
+    packs.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def head_inputs(batch, sizes):
+    return tuple(feature_maps(batch, sizes))
+
+
+def image_inputs(batch, height, width):
+    return (torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height)),)
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values).logits
+
+
+class Labels(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model.segment(pixel_values)
+
+
+def whole(family, training=False, **values):
+    """Return a small model; without random depth, so that it can be compared in training."""
+    model = randomize(small_model(family, hidden_size=16, **values))
+    for module in model.modules():
+        if type(module).__name__ == "DropPath":
+            module.probability = module.drop_prob = 0.0
+    return model.train(training)
+
+
+def check_compiled(model, inputs, backend, training, dynamic=None, limit=COMPILATIONS):
+    """Compare a compiled module with the eager one at each input, gradients and statistics included."""
+    counter = CompileCounterWithBackend(backend)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+    for arguments in inputs:
+        with torch.set_grad_enabled(training):
+            result, expected = compiled(*arguments), eager(*arguments)
+        assert error(result, expected) < 1e-5
+        if training:
+            result.square().mean().backward()
+            expected.square().mean().backward()
+    if training:
+        for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+            if theirs.grad is not None:
+                assert (ours.grad - theirs.grad).norm() < 1e-3 * theirs.grad.norm() + 1e-6, name
+        for (name, ours), theirs in zip(model.named_buffers(), eager.buffers(), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), name
+    assert counter.frame_count <= limit
+
+
+def check_exported(model, inputs, training, strict=False):
+    """Compare an exported module with the eager one at each input. Returns the program."""
+    shapes = tuple({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO} for _ in inputs[0])
+    program = torch.export.export(model, inputs[0], dynamic_shapes=shapes, strict=strict)
+    exported = program.module()
+    for arguments in inputs:
+        assert error(exported(*arguments), copy.deepcopy(model)(*arguments)) < 1e-5
+    return program
+
+
+# The head alone ------------------------------------------------------------------------------------------------------
+
+
+@MODES
+def test_the_head_in_one_graph(training):
+    model = Listed(head()).train(training)
+    check_compiled(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], "eager", training)
+
+
+def test_batches_and_maps_of_one():
+    """Each costs a graph of its own, and no more than one."""
+    model = Listed(head())
+    sizes = [*HEAD_SIZES, (1, HEAD_SIZES[0][1]), (1, HEAD_SIZES[1][1]), (2, [(8, 8), (4, 4), (2, 2), (1, 1)])]
+    check_compiled(model, [head_inputs(*size) for size in sizes], "eager", False, limit=COMPILATIONS + 3)
+
+
+@MODES
+def test_the_heads_graph_is_small(training):
+    """Compilers take their time for each node: 1,600 of them are a head, and a graph of bands was twice that."""
+    counter = CompileCounterWithBackend("eager")
+    with torch.set_grad_enabled(training):
+        torch.compile(Listed(head()).train(training), backend=counter, fullgraph=True)(*head_inputs(*HEAD_SIZES[0]))
+    assert len(counter.graphs[0].graph.nodes) < 1000
+
+
+@MODES
+def test_the_head_exported(training):
+    model = Listed(head()).train(training)
+    program = check_exported(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], training)
+    # The path without gradients, folded; and it comes from the graph alone.
+    assert packs.packed_bytes() == 0
+    resampled = [node for node in program.graph.nodes if "upsample_bilinear2d" in str(node.target)]
+    assert len(resampled) >= 6 * 7  # six for each level that a convolution takes resampled: channels are mixed below
+
+
+def test_the_head_exported_without_gradients():
+    """BatchNorm is folded in the graph."""
+    model = Listed(head())
+    with torch.no_grad():
+        program = check_exported(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], False)
+    assert not [node for node in program.graph.nodes if "batch_norm" in str(node.target)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_the_head_exported_in_other_dtypes(dtype):
+    model = Listed(head().to(dtype))
+    inputs = [tuple(x.to(dtype) for x in head_inputs(*sizes)) for sizes in HEAD_SIZES[:2]]
+    shapes = tuple({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO} for _ in inputs[0])
+    with torch.no_grad():
+        exported = torch.export.export(model, inputs[0], dynamic_shapes=shapes).module()
+        for arguments in inputs:
+            result, expected = exported(*arguments), model(*arguments)
+            assert result.dtype == expected.dtype == dtype
+            assert error(result, expected) < 4 * torch.finfo(dtype).eps
+
+
+def test_a_touched_head_exported():
+    """A hook's work is in the graph."""
+    model = head()
+    model.fpn_convs[0].conv.register_forward_hook(lambda module, args, output: output * 1.5)
+    check_exported(Listed(model), [head_inputs(*sizes) for sizes in HEAD_SIZES[:2]], False)
+
+
+@pytest.mark.slow
+@MODES
+def test_the_head_compiled(training):
+    model = Listed(head()).train(training)
+    check_compiled(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], "inductor", training)
+
+
+@pytest.mark.slow
+@MODES
+def test_the_head_exported_strictly(training):
+    model = Listed(head()).train(training)
+    check_exported(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], training, strict=True)
+
+
+@pytest.mark.slow
+def test_the_head_compiled_under_autocast():
+    model, inputs = Listed(head()), [head_inputs(*sizes) for sizes in HEAD_SIZES[:2]]
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for arguments in inputs:
+            result, expected = compiled(*arguments), model(*arguments)
+            assert result.dtype == expected.dtype == torch.bfloat16
+            assert error(result, expected) < 0.03
+
+
+# The whole model -----------------------------------------------------------------------------------------------------
+
+
+@MODES
+@pytest.mark.parametrize("family", BACKBONES)
+def test_the_model_in_one_graph(family, training):
+    model = Logits(whole(family, training))
+    # Automatic sizes: each of batch, height and width may differ from one call to the next.
+    check_compiled(model, [image_inputs(*size) for size in IMAGE_SIZES], "eager", training, limit=COMPILATIONS + 1)
+
+
+@MODES
+@pytest.mark.parametrize("family", BACKBONES)
+def test_the_model_exported(family, training):
+    model = Logits(whole(family, training))
+    check_exported(model, [image_inputs(*size) for size in IMAGE_SIZES], training)
+
+
+def test_the_loss_in_one_graph():
+    model = whole("resnet", True)
+    other, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for batch, height, width in IMAGE_SIZES:
+        (pixels,) = image_inputs(batch, height, width)
+        labels = torch.randint(5, (batch, height, width))
+        ours, theirs = compiled(pixels, labels=labels).loss, other(pixels, labels=labels).loss
+        assert error(ours, theirs) < 1e-5
+        ours.backward()
+        theirs.backward()
+    assert counter.frame_count <= COMPILATIONS + 1
+    for parameter, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert (parameter.grad - expected.grad).norm() < 1e-3 * expected.grad.norm() + 1e-6
+
+
+def test_segment_in_one_graph():
+    """The same labels; one more graph for each number of images, as the result is a list of so many."""
+    model, counter = whole("resnet"), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model.segment, backend=counter, fullgraph=True)
+    for batch, height, width in [(2, 96, 128), (2, 97, 101), (2, 131, 66), (2, 70, 203)]:
+        (pixels,) = image_inputs(batch, height, width)
+        for ours, theirs in zip(compiled(pixels), model.segment(pixels), strict=True):
+            assert ours.dtype == torch.int64
+            assert torch.equal(ours, theirs)
+    assert counter.frame_count <= COMPILATIONS + 1
+    targets = [(50, 60), (97, 40)]
+    compiled = torch.compile(model.segment, backend="eager", fullgraph=True)
+    for ours, theirs in zip(compiled(pixels, targets), model.segment(pixels, targets), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_segment_exported():
+    model = Labels(whole("resnet"))
+    sizes = [(2, 96, 128), (2, 97, 101), (2, 131, 66), (2, 70, 203)]
+    program = torch.export.export(model, image_inputs(*sizes[0]), dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},))
+    for size in sizes:
+        (pixels,) = image_inputs(*size)
+        for ours, theirs in zip(program.module()(pixels), model(pixels), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@MODES
+@pytest.mark.parametrize("family", BACKBONES)
+def test_the_model_compiled(family, training):
+    model = Logits(whole(family, training))
+    inputs = [image_inputs(*size) for size in IMAGE_SIZES]
+    check_compiled(model, inputs, "inductor", training, limit=COMPILATIONS + 1)
+
+
+@pytest.mark.slow
+def test_the_model_compiled_for_any_size_at_once():
+    model = Logits(whole("resnet"))
+    inputs = [image_inputs(*size) for size in IMAGE_SIZES]
+    check_compiled(model, inputs, "inductor", False, dynamic=True, limit=1)
+
+
+@pytest.mark.slow
+def test_segment_compiled():
+    model = whole("resnet")
+    compiled = torch.compile(model.segment, fullgraph=True, dynamic=True)
+    for size in [(2, 96, 128), (2, 97, 101)]:
+        (pixels,) = image_inputs(*size)
+        with torch.no_grad():
+            best = model(pixels).logits.double().topk(2, dim=1).values
+        decided = best[:, 0] - best[:, 1] > 1e-5  # sums in another order may settle a tie in another way
+        for ours, theirs, certain in zip(compiled(pixels), model.segment(pixels), decided, strict=True):
+            assert torch.equal(ours[certain], theirs[certain])
+        assert decided.float().mean() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", BACKBONES)
+def test_onnx(family, tmp_path):
+    """Written with dynamic sizes, and run by ONNX Runtime at others."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, path = Logits(whole(family)), tmp_path / "model.onnx"
+    shapes = ({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)
+    with torch.no_grad():
+        torch.onnx.export(model, image_inputs(*IMAGE_SIZES[0]), path, dynamo=True, dynamic_shapes=shapes)
+        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for size in [*IMAGE_SIZES, (1, 64, 64)]:
+            (pixels,) = image_inputs(*size)
+            (logits,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+            assert error(torch.from_numpy(logits), model(pixels)) < 1e-5
