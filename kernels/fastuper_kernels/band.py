@@ -224,14 +224,14 @@ def _cached(build: Callable[..., Any]) -> Callable[..., Any]:
     What is kept is made outside inference mode, so that training can use it, and holds no reference to any model.
     """
 
-    def make(*args: Any) -> Any:
+    def make(*args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False), torch.no_grad():
-            return build(*args)
+            return build(*args, **kwargs)
 
     kept = lru_cache(maxsize=128)(make)
 
-    def call(*args: Any) -> Any:
-        return kept(*args) if is_eager() else build(*args)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return kept(*args, **kwargs) if is_eager() else build(*args, **kwargs)
 
     call.cache_info, call.cache_clear = kept.cache_info, kept.cache_clear  # type: ignore[attr-defined]
     return call
@@ -264,10 +264,11 @@ def blocks_of(
     dtype: torch.dtype,
     device: torch.device,
     transposed: bool = False,
+    size: int = BLOCK,
 ) -> list[Block]:
-    """Return `kind(*sizes)` as blocks on a device."""
+    """Return `kind(*sizes)` as blocks of `size` outputs on a device."""
     band = kind(*sizes)
-    blocks = (band.T if transposed else band).blocks(dtype)
+    blocks = (band.T if transposed else band).blocks(dtype, size)
     return [block._replace(matrix=block.matrix.to(device)) for block in blocks]
 
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from fastuper_kernels.band import bilinear_chain, blocks_of
 from fastuper_kernels.modes import is_eager, is_plain, without_autocast
 
-# Bytes of resampled logits that exist at a time.
-BLOCK_BYTES = 4 << 20
+# Columns of labels that are made at a time, and bytes of resampled logits: they stay in a core's own cache.
+COLUMNS = 128
+BLOCK_BYTES = 2 << 20
 
 
 def upsample_argmax(
@@ -19,8 +20,8 @@ def upsample_argmax(
 ) -> torch.Tensor:
     """Resample logits through each size in turn (bilinear, align_corners=False) and return the best class.
 
-    The chain of resamplings is one linear map of the rows and one of the columns: it is applied a few rows at a time,
-    in float32 at least, and no image's resampled logits are ever held whole.
+    The chain of resamplings is one linear map of the rows and one of the columns: it is applied block by block, in
+    float32 at least, and no image's resampled logits are ever held whole.
 
     Args:
         logits: (B, classes, H, W).
@@ -63,20 +64,20 @@ def reference(
 def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.Tensor) -> None:
     """Write the labels of one image (classes, H, W)."""
     classes, h, w = image.shape
-    width = sizes[-1][1]
     # The classes last: the best of neighbouring values is found several times faster than that of distant ones.
     x = image.permute(1, 2, 0).contiguous()
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
     rows = blocks_of(bilinear_chain, ((h, *(size[0] for size in sizes)),), x.dtype, x.device)
-    columns = blocks_of(bilinear_chain, ((w, *(size[1] for size in sizes)),), x.dtype, x.device)
-    step = max(1, BLOCK_BYTES // (width * classes * x.element_size()))
+    columns = blocks_of(bilinear_chain, ((w, *(size[1] for size in sizes)),), x.dtype, x.device, size=COLUMNS)
     for block in rows:
-        for start in range(block.start, block.stop, step):
-            stop = min(start + step, block.stop)
-            matrix = block.matrix[start - block.start : stop - block.start]
-            lines = (matrix @ x[block.first : block.last].flatten(1)).view(stop - start, w, classes)
-            full = lines.new_empty(stop - start, width, classes)
-            for part in columns:
-                full[:, part.start : part.stop] = torch.matmul(part.matrix, lines[:, part.first : part.last])
-            labels[start:stop] = full.argmax(dim=-1)
+        lines = x[block.first : block.last]
+        for part in columns:
+            # The columns of the few rows that the block reads, then its rows.
+            wide = torch.bmm(part.matrix.expand(len(lines), -1, -1), lines[:, part.first : part.last]).flatten(1)
+            step = max(1, BLOCK_BYTES // (wide.shape[1] * wide.element_size()))
+            for start in range(block.start, block.stop, step):
+                stop = min(start + step, block.stop)
+                full = block.matrix[start - block.start : stop - block.start] @ wide
+                best = full.view(stop - start, -1, classes).argmax(dim=-1)
+                labels[start:stop, part.start : part.stop] = best
