@@ -181,10 +181,8 @@ def _inference(
     x = x.contiguous(memory_format=torch.channels_last)
     if weight.shape[-1] == 3 and _winograd_pays(x, weight):
         y = _winograd(x, weight, scale, shift, addend, relu, rows)
-    elif scale is not None and addend is None:  # folded: the weights are fewer than the outputs
-        wide = torch.promote_types(scale.dtype, weight.dtype)
-        folded = (weight.to(wide) * scale.to(wide)[:, None, None, None]).to(x.dtype)
-        y = _convolve(x, folded, None if shift is None else shift.to(x.dtype), relu, rows)
+    elif addend is None:  # folded: the weights are fewer than the outputs
+        y = _convolve(x, _folded(weight, scale, x.dtype), None if shift is None else shift.to(x.dtype), relu, rows)
     else:
         y = _convolve(x, packed(weight, _contiguous, x.dtype), None, False, rows)
         if addend is not None:
@@ -196,6 +194,13 @@ def _inference(
     if upsampled is not None:
         add_upsampled_(y, upsampled, rows)
     return y
+
+
+def _folded(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    if scale is None:
+        return packed(weight, _contiguous, dtype)
+    wide = torch.promote_types(scale.dtype, weight.dtype)
+    return (weight.to(wide) * scale.to(wide)[:, None, None, None]).to(dtype)
 
 
 def _contiguous(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
