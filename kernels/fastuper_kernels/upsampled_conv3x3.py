@@ -21,6 +21,8 @@ from fastuper_kernels.resample import apply
 
 # Positions whose products are computed at a time: enough for a GEMM at full rate; 19 MB of float32 for 512 channels.
 CHUNK_POSITIONS = 1024
+# Columns of the result that are made at a time, of BLOCK rows: 1 MB for 512 channels.
+COLUMNS = 32
 
 
 def upsampled_conv3x3(
@@ -50,7 +52,7 @@ def upsampled_conv3x3(
     start, stop = (0, size[0]) if rows is None else rows
     if levels[0].device.type == "cpu" and is_eager_inference(*levels, *weights):
         with without_autocast(levels[0]):
-            return _inference(levels, weights, size, start, stop)
+            return UpsampledConv3x3(levels, weights, size, stop).rows(start, stop)
     weights = autocast(*weights)
     if is_eager() and not is_plain(*levels, *weights):
         return reference(levels, weights, size)[:, :, start:stop]
@@ -133,29 +135,50 @@ def _eager(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> 
     return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _inference(
-    levels: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], size: tuple[int, int], start: int, stop: int
-) -> torch.Tensor:
-    """The identity a block of rows at a time, in cache, each level's products computed once."""
-    like, (height, width), channels = levels[0], size, weights[0].shape[0]
-    packs = [packed(weight, _taps, like.dtype) for weight in weights]
-    out = like.new_empty(like.shape[0], stop - start, width, channels)
-    for image, result in enumerate(out):
-        products = [
-            _Products(level[image].permute(1, 2, 0), pack, height, stop)
-            for level, pack in zip(levels, packs, strict=True)
+class UpsampledConv3x3:
+    """`upsampled_conv3x3` for inference on a CPU, some rows after others: each level's products are computed once.
+
+    Args:
+        levels: see `upsampled_conv3x3`; of one dtype.
+        weights: see there.
+        size: (H, W) of the whole result.
+        stop: no row from this one on will be asked for.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        size: tuple[int, int],
+        stop: int | None = None,
+    ):
+        self.like, self.size, self.channels = levels[0], size, weights[0].shape[0]
+        packs = [packed(weight, _taps, self.like.dtype) for weight in weights]
+        self.images = [
+            [
+                _Products(level[image].permute(1, 2, 0), pack, size, size[0] if stop is None else stop)
+                for level, pack in zip(levels, packs, strict=True)
+            ]
+            for image in range(len(self.like))
         ]
-        for low in range(start // BLOCK * BLOCK, stop, BLOCK):
-            high = min(low + BLOCK, stop)
-            low = max(low, start)
-            target = result[low - start : high - start]
-            for i, level in enumerate(products):
-                lines = level.resampled_rows(low, high)
-                for block in blocks_of(bilinear_taps, (level.width, width), like.dtype, like.device):
-                    matrix = block.matrix.expand(high - low, -1, -1)
-                    part = target[:, block.start : block.stop]
-                    part.baddbmm_(matrix, lines[:, block.first : block.last], beta=float(i > 0))
-    return out.permute(0, 3, 1, 2)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of the result, (B, C_out, stop - start, W) in channels_last; calls go down."""
+        out = self.like.new_empty(len(self.images), stop - start, self.size[1], self.channels)
+        for result, products in zip(out, self.images, strict=True):
+            for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+                high = min(low + BLOCK, stop)
+                low = max(low, start)
+                for product in products:
+                    product.compute(low, high)
+                for left in range(0, self.size[1], COLUMNS):
+                    right = min(left + COLUMNS, self.size[1])
+                    # Added up where it stays in a core's own cache, and rounded once.
+                    block = result.new_empty(high - low, right - left, self.channels, dtype=products[0].dtype)
+                    for i, product in enumerate(products):
+                        product.add_to(block, low, left, beta=float(i > 0))
+                    result[low - start : high - start, left:right] = block
+        return out.permute(0, 3, 1, 2)
 
 
 class _Products:
@@ -164,54 +187,56 @@ class _Products:
     Args:
         x: the level, (H, W, C).
         taps: three matrices (3 C_out, C), from `_taps`.
-        size: rows of the result.
-        stop: which of them comes last.
+        size: (H, W) of the result.
+        stop: which of its rows comes last.
     """
 
-    def __init__(self, x: torch.Tensor, taps: list[torch.Tensor], size: int, stop: int):
-        self.x, self.taps, self.size = x, taps, size
-        self.limit = self.blocks(stop - 1)[-1].last
-        self.width = x.shape[1]
+    def __init__(self, x: torch.Tensor, taps: list[torch.Tensor], size: tuple[int, int], stop: int):
+        self.x, self.taps = x, taps
+        self.dtype = torch.promote_types(x.dtype, torch.float32)  # what narrower products are resampled in
+        height, width = x.shape[:2]
+        kind = (self.dtype, x.device)
+        self.rows = [blocks_of(bilinear_tap, (height, size[0], tap), *kind) for tap in (-1, 0, 1)]
+        self.columns = blocks_of(bilinear_taps, (width, size[1]), *kind, size=COLUMNS)
+        self.limit = max(blocks[(stop - 1) // BLOCK].last for blocks in self.rows)
         self.channels = taps[0].shape[0] // 3
         self.chunks: list[_Chunk] = []
 
-    def blocks(self, row: int) -> list[Block]:
-        """Return the blocks of the three bands, one a row of taps, that hold a row of the result."""
-        sizes, x = (self.x.shape[0], self.size), self.x
-        return [blocks_of(bilinear_tap, (*sizes, tap), x.dtype, x.device)[row // BLOCK] for tap in (-1, 0, 1)]
-
-    def resampled_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of the products, resampled, the three rows of taps added up.
+    def add_to(self, block: torch.Tensor, start: int, left: int, beta: float) -> None:
+        """Add a block of the result to beta times what `block` holds: the rows' three taps first, then the columns'.
 
         Args:
-            start: within the same block of the band as `stop`; calls go down the map.
-            stop: see `start`.
-
-        Returns:
-            (stop - start, W * 3, C_out): the three taps of a row take turns.
+            block: (rows, columns, C_out), from row `start` and column `left` on, inside one block of either band.
+            start: see there.
+            left: see there.
+            beta: 0 where what is there is to be overwritten.
         """
-        lines = self.x.new_empty(stop - start, self.width * 3 * self.channels)
-        blocks = self.blocks(start)
-        self.compute(min(block.first for block in blocks), max(block.last for block in blocks))
-        beta = 0.0
-        for y, block in enumerate(blocks):
-            matrix = block.matrix[start - block.start : stop - block.start]
+        column = self.columns[left // COLUMNS]
+        inputs = slice(column.first * self.channels, column.last * self.channels)
+        lines = block.new_empty(len(block), (column.last - column.first) * self.channels)
+        lines_beta = 0.0
+        for y, blocks in enumerate(self.rows):
+            row = blocks[start // BLOCK]
+            matrix = row.matrix[start - row.start : start - row.start + len(block)]
             for chunk in self.chunks:
-                a, b = max(chunk.start, block.first), min(chunk.stop, block.last)
+                a, b = max(chunk.start, row.first), min(chunk.stop, row.last)
                 if a < b:
-                    source = chunk.products[y][a - chunk.start : b - chunk.start]
-                    lines.addmm_(matrix[:, a - block.first : b - block.first], source, beta=beta)
-                    beta = 1.0
-        return lines.view(stop - start, self.width * 3, self.channels)
+                    source = chunk.products[y][a - chunk.start : b - chunk.start, inputs]
+                    lines.addmm_(matrix[:, a - row.first : b - row.first], source, beta=lines_beta)
+                    lines_beta = 1.0
+        lines = lines.view(len(block), -1, self.channels)
+        block.baddbmm_(column.matrix.expand(len(block), -1, -1), lines, beta=beta)
 
-    def compute(self, first: int, last: int) -> None:
-        """Hold the products of rows [first, last), and forget those of the rows before."""
+    def compute(self, start: int, stop: int) -> None:
+        """Hold what rows [start, stop) of the result read, and forget what only those before did."""
+        needed = [blocks[start // BLOCK] for blocks in self.rows]
+        first, last = min(row.first for row in needed), max(row.last for row in needed)
         done = self.chunks[-1].stop if self.chunks else first
         self.chunks = [chunk for chunk in self.chunks if chunk.stop > first]
-        while done < last:
-            rows = self.x[done : min(done + max(1, CHUNK_POSITIONS // self.width), self.limit)]
+        while done < min(last, self.limit):
+            rows = self.x[done : min(done + max(1, CHUNK_POSITIONS // self.x.shape[1]), self.limit)]
             flat = rows.reshape(-1, rows.shape[2])
-            products = [linear(flat, taps).view(len(rows), -1) for taps in self.taps]
+            products = [linear(flat, taps).to(self.dtype).view(len(rows), -1) for taps in self.taps]
             self.chunks.append(_Chunk(done, done + len(rows), products))
             done += len(rows)
 
