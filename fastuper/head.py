@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from fastuper.configuration import UperNetConfig
 from fastuper.plain import is_exactly
 from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, upsample_add, upsampled_conv3x3
-from fastuper_kernels.modes import is_eager_inference
+from fastuper_kernels.modes import autocast, is_eager_inference
+from fastuper_kernels.upsampled_conv3x3 import UpsampledConv3x3
 
-# Bytes of one map of hidden_size channels at stride 4, from which on the head's last steps run in strips of rows.
-STRIP_BYTES = 32 << 20
+# Bytes of a strip of rows of hidden_size channels, at stride 4: in a CPU's cache, and far below what malloc takes from
+# the system anew each time. Images whose map is larger run in strips.
+STRIP_BYTES = 8 << 20
 
 
 class ConvModule(nn.Module):
@@ -162,44 +164,68 @@ class UperNetHead(nn.Module):
         return conv(x)
 
     def runs_in_strips(self, x: torch.Tensor) -> bool:
-        """Return whether a map (B, C, H, W) is so large that the last steps are to run in strips of its rows."""
+        """Return whether the last steps for a map (B, C, H, W) are to run in strips of its rows."""
         modules: Any = (self.lateral_convs[0], self.fpn_convs[0], self.fpn_bottleneck)
         return (
             is_eager_inference(x)
-            and x[:, 0].numel() * self.channels * x.element_size() > STRIP_BYTES
+            and x.device.type == "cpu"
+            and len(x) > 0
+            and x.shape[2] * x.shape[3] * self.channels * x.element_size() > STRIP_BYTES
             and all(is_fusible(module) and module.is_folding() for module in modules)
+            and self.fpn_convs[0].conv.kernel_size == self.fpn_bottleneck.conv.kernel_size == (3, 3)
+            and self.lateral_convs[0].conv.kernel_size == (1, 1)
             and is_same_conv(self.classifier)
             and self.classifier.kernel_size == (1, 1)
         )
 
     def in_strips(self, x: torch.Tensor, above: torch.Tensor, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the logits a few rows at a time, so that maps of hidden_size channels at stride 4 are never whole.
+        """Return the logits (B, num_labels, H, W), one image and a few rows at a time.
+
+        Maps of hidden_size channels at stride 4 are never whole: a strip of them stays in cache until the classifier
+        has read it, and its memory is the next strip's. Nothing is computed twice: each step goes one row further down
+        than the one that reads it, and keeps the last two rows, which the next strip reads again.
 
         Args:
             x: the finest feature map, (B, C, H, W).
             above: the level above it, before its FPN convolution.
             levels: all levels but the finest, as the fusion takes them.
         """
+        x, above, *levels = autocast(x, above, *levels)
+        size = (len(x), self.classifier.out_channels, *x.shape[2:])
+        logits = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for image in zip(*(maps.split(1) for maps in (logits, x, above, *levels)), strict=True):
+            self._image_in_strips(*image)
+        return logits
+
+    def _image_in_strips(
+        self, logits: torch.Tensor, x: torch.Tensor, above: torch.Tensor, *levels: torch.Tensor
+    ) -> None:
         modules: Any = (self.lateral_convs[0], self.fpn_convs[0], self.fpn_bottleneck)
         lateral, fpn, fusion = modules
-        height = x.shape[2]
-        row_bytes = x[:, 0, 0].numel() * self.channels * x.element_size()
-        strip = max(STRIP_BYTES // row_bytes // 16 * 16, 16)
-        logits = None
-        for start in range(0, height, strip):
-            stop = min(start + strip, height)
-            # Each 3x3 convolution reads one row more on either side, as far as the map goes.
-            inner = (max(start - 1, 0), min(stop + 1, height), height)
-            outer = (max(start - 2, 0), min(stop + 2, height), height)
-            fine = lateral.fused(x[:, :, outer[0] : outer[1]], upsampled=above, rows=outer)
-            fine = fpn.fused(fine, rows=inner)
-            part = self.classify(fusion.fused(fine, levels, rows=(start, stop, height)))
-            if logits is None:
-                size = (part.shape[0], part.shape[1], height, part.shape[3])
-                logits = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
-            logits[:, :, start:stop] = part
-        assert logits is not None
-        return logits
+        (height, width), dim = x.shape[2:], self.channels
+        step = max(STRIP_BYTES // (width * dim * x.element_size()) // 16 * 16, 16)
+        weight, *weights = fusion.conv.weight.split(dim, dim=1)
+        coarser = UpsampledConv3x3(levels, weights, (height, width))
+        scale, shift = fold(fusion.batch_norm)
+        fine = inner = None
+        fine_end = inner_end = 0
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            first, fine_end = fine_end, min(stop + 2, height)
+            if first < fine_end:
+                rows = lateral.fused(x[:, :, first:fine_end], upsampled=above, rows=(first, fine_end, height))
+            fine = _below(fine, rows if first < fine_end else None)
+            first, inner_end = inner_end, min(stop + 1, height)
+            inner = _below(inner, fpn.fused(fine, rows=(first, inner_end, height)) if first < inner_end else None)
+            addend = coarser.rows(start, stop)
+            fused = conv_bn_relu(inner, weight, scale, shift, addend=addend, rows=(start, stop, height))
+            logits[:, :, start:stop] = self.classify(fused)
+
+
+def _below(kept: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+    """Return the last two of the rows (B, C, h, W) that were kept, and the new ones."""
+    parts = [] if kept is None else [kept[:, :, -2:]]
+    return torch.cat(parts if rows is None else [*parts, rows], dim=2)
 
 
 def is_same_conv(conv: nn.Module) -> bool:

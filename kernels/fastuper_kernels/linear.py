@@ -142,7 +142,8 @@ def _finish(out: torch.Tensor, activation: str | None, residual: torch.Tensor | 
 
 def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return the product as a 1x1 convolution of a channels_last map whose only column holds the rows."""
-    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    # Strided otherwise, the result would be strided in the same way.
+    rows = x.reshape(1, -1, 1, x.shape[-1]).contiguous().permute(0, 3, 1, 2)
     out = F.conv2d(rows, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 

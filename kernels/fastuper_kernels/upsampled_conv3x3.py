@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from fastuper_kernels.band import BLOCK, Block, bilinear_tap, bilinear_taps, blocks_of
+from fastuper_kernels.band import BLOCK, bilinear_tap, bilinear_taps, blocks_of
 from fastuper_kernels.linear import linear
 from fastuper_kernels.modes import autocast, check_dtypes, is_eager, is_eager_inference, is_plain, without_autocast
 from fastuper_kernels.packs import packed
@@ -51,8 +51,7 @@ def upsampled_conv3x3(
     levels = autocast(*levels)
     start, stop = (0, size[0]) if rows is None else rows
     if levels[0].device.type == "cpu" and is_eager_inference(*levels, *weights):
-        with without_autocast(levels[0]):
-            return UpsampledConv3x3(levels, weights, size, stop).rows(start, stop)
+        return UpsampledConv3x3(levels, weights, size, stop).rows(start, stop)
     weights = autocast(*weights)
     if is_eager() and not is_plain(*levels, *weights):
         return reference(levels, weights, size)[:, :, start:stop]
@@ -165,20 +164,24 @@ class UpsampledConv3x3:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of the result, (B, C_out, stop - start, W) in channels_last; calls go down."""
         out = self.like.new_empty(len(self.images), stop - start, self.size[1], self.channels)
-        for result, products in zip(out, self.images, strict=True):
-            for low in range(start // BLOCK * BLOCK, stop, BLOCK):
-                high = min(low + BLOCK, stop)
-                low = max(low, start)
-                for product in products:
-                    product.compute(low, high)
-                for left in range(0, self.size[1], COLUMNS):
-                    right = min(left + COLUMNS, self.size[1])
-                    # Added up where it stays in a core's own cache, and rounded once.
-                    block = result.new_empty(high - low, right - left, self.channels, dtype=products[0].dtype)
-                    for i, product in enumerate(products):
-                        product.add_to(block, low, left, beta=float(i > 0))
-                    result[low - start : high - start, left:right] = block
+        with without_autocast(out):
+            for result, products in zip(out, self.images, strict=True):
+                self._fill(result, products, start, stop)
         return out.permute(0, 3, 1, 2)
+
+    def _fill(self, result: torch.Tensor, products: list[_Products], start: int, stop: int) -> None:
+        for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+            high = min(low + BLOCK, stop)
+            low = max(low, start)
+            for product in products:
+                product.compute(low, high)
+            for left in range(0, self.size[1], COLUMNS):
+                right = min(left + COLUMNS, self.size[1])
+                # Added up where it stays in a core's own cache, and rounded once.
+                block = result.new_empty(high - low, right - left, self.channels, dtype=products[0].dtype)
+                for i, product in enumerate(products):
+                    product.add_to(block, low, left, beta=float(i > 0))
+                result[low - start : high - start, left:right] = block
 
 
 class _Products:

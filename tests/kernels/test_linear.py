@@ -61,7 +61,10 @@ def test_any_strides(monkeypatch, way):
     x = torch.randn(6, 10, 24).permute(2, 1, 0)
     with torch.no_grad():
         truth = truth_of(x, weight, bias, None, residual)
-        assert error(linear(x, weight, bias, residual=residual), truth) < 1e-6
+        result = linear(x, weight, bias, residual=residual)
+        assert error(result, truth) < 1e-6
+        assert result.is_contiguous()
+        assert linear(torch.randn(10, 50).t(), torch.randn(6, 10)).is_contiguous()
         assert error(linear(x, weight.t().contiguous().t(), bias, residual=residual), truth) < 1e-6
         turned = residual.transpose(0, 1).contiguous().transpose(0, 1)
         assert error(linear(x, weight, bias, residual=turned), truth) < 1e-6
