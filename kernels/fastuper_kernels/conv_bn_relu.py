@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from fastuper_kernels import winograd
+from fastuper_kernels.choices import Choice
 from fastuper_kernels.linear import linear
 from fastuper_kernels.modes import autocast, check_dtypes, is_eager_inference, without_autocast
 from fastuper_kernels.packs import packed
 from fastuper_kernels.resample import add_upsampled_
 
 Rows = tuple[int, int, int]
+
+CONV3X3 = Choice(
+    "conv3x3",
+    options=("winograd", "direct"),
+    default="winograd",
+    why="16 products for 36 paid from 128 channels and 64 tiles on",
+)
 
 
 def conv_bn_relu(
@@ -179,7 +190,7 @@ def _inference(
 ) -> torch.Tensor:
     """On a CPU: by GEMMs over the positions, or by Winograd's transform a few rows at a time."""
     x = x.contiguous(memory_format=torch.channels_last)
-    if weight.shape[-1] == 3 and _winograd_pays(x, weight):
+    if weight.shape[-1] == 3 and _way(x, weight) == "winograd":
         y = _winograd(x, weight, scale, shift, addend, relu, rows)
     elif addend is None:  # folded: the weights are fewer than the outputs
         y = _convolve(x, _folded(weight, scale, x.dtype), None if shift is None else shift.to(x.dtype), relu, rows)
@@ -234,10 +245,27 @@ def _scale_and_shift(y: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
     return F.batch_norm(y, zeros, ones, scale, shift, eps=0.0)  # one pass, also where the dtypes are mixed
 
 
-def _winograd_pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the transforms cost less than the products they save, in the one dtype where they lose no accuracy."""
-    tiles = x.shape[2] * x.shape[3] // 4
-    return x.dtype == torch.float32 and min(weight.shape[:2]) >= 64 and tiles >= 16
+def _way(x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Return how to compute a 3x3 convolution: Winograd's in float32 alone, where it loses no accuracy."""
+    tiles, (channels_out, channels) = (x.shape[2] + 1) // 2 * ((x.shape[3] + 1) // 2), weight.shape[:2]
+    if x.dtype != torch.float32 or min(channels, channels_out) < 128 or tiles < 64:
+        return "direct"  # the transforms would cost more than the products that they save
+    size = min(256, 1 << tiles.bit_length() - 1)
+    return CONV3X3(f"{channels} -> {channels_out} channels, {size} tiles", partial(_candidates, weight.shape, size))
+
+
+def _candidates(shape: torch.Size, tiles: int) -> dict[str, Callable[[], object]]:
+    """Return the ways as functions of no arguments, on a map of so many tiles, 2 x 2 each."""
+    height, channels = 2 * math.isqrt(tiles), shape[1]
+    width = 2 * tiles // (height // 2)
+    x = torch.linspace(-1, 1, height * width * channels, device="cpu").view(height, width, channels)
+    weight = torch.linspace(-1, 1, shape.numel(), device="cpu").view(shape)
+    kernels, out = winograd.pack(weight, weight.dtype), x.new_empty(height, width, shape[0])
+    image, wide = x.permute(2, 0, 1)[None], _contiguous(weight, weight.dtype)
+    return {
+        "winograd": lambda: winograd.conv3x3(x, kernels, (0, 0), lambda *_: None, out),
+        "direct": lambda: F.conv2d(image, wide, padding=1),
+    }
 
 
 def _winograd(
