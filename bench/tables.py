@@ -282,7 +282,7 @@ def waterfall_table(results: Results | None) -> str:
 
 
 def accuracy_of_timed_table(results: Results | None) -> str:
-    """Return the distance from float64 of the very outputs that were timed."""
+    """Return the distance from float64 of what was timed."""
     if results is None:
         return NOT_MEASURED
     rows = []

@@ -124,12 +124,12 @@ class Worlds:
 
             return build
 
-        def look(name: str, output: Any) -> dict[str, Any]:
+        def look(name: str, call: Callable[[], Any]) -> dict[str, Any]:
             if name == CONVOLUTION:
                 return {"flop": CONVOLUTION_FLOP}
             if rows[name].own_weights or not with_truth:
                 return {}
-            return truth.errors(world, task, output)
+            return truth.errors(world, task, call())
 
         rounds = self.config.getoption("--rounds") or plan.rounds
         result = alternate({name: builder(rows[name]) for name in names}, rounds, look)

@@ -118,11 +118,11 @@ def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
             raise CannotDo(f"fastuper_kernels has no {name}")
         return getattr(fastuper_kernels, name)
 
-    def look(peer: str, output: Any) -> dict[str, Any]:
+    def look(peer: str, call: Callable[[], Any]) -> dict[str, Any]:
         # The truth is the reference's in float64, of the very numbers that were given, rounded as they are.
         exact = [cast(value, torch.float64) for value in given]
         truth = reference()(*exact, **{key: cast(value, torch.float64) for key, value in options.items()})
-        return error(output, truth)
+        return error(call(), truth)
 
     return alternate({"reference": build(reference), "fastuper": build(ours)}, rounds, look)
 
