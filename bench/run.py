@@ -18,7 +18,8 @@ import torch
 
 from bench import memory
 from bench.machine import commit, machine, machine_name, now, versions
-from bench.results import FASTUPER, FOLDER, Results, conclude, summary
+from bench.names import FASTUPER
+from bench.results import FOLDER, Results, conclude, summary
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "bench"

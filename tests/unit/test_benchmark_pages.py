@@ -6,16 +6,10 @@ from pathlib import Path
 import pytest
 
 from bench import plots, tables
+from bench.names import COMPILED, EAGER, FASTUPER, ONNX, OPENVINO
 from bench.results import TARGETS, conclude, summary, verdict
 
-PEERS = [
-    "Transformers",
-    "Transformers, channels_last",
-    "OpenVINO",
-    "ONNX Runtime",
-    "Transformers, compiled",
-    "fastuper",
-]
+PEERS = [*EAGER, OPENVINO, ONNX, COMPILED, FASTUPER]
 RUN = "2030-01-02 03:04:05"
 
 
