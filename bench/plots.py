@@ -187,7 +187,7 @@ def draw(results: Results, folder: Path = DOCS) -> list[Path]:
             figure = pyplot.figure(figsize=SHAPES[plot.name], layout="constrained", facecolor="white")
             plot.draw(figure, results)
             path = folder / f"{plot.name}.svg"
-            figure.savefig(path, metadata={"Date": None, "Creator": None})
+            figure.savefig(path, metadata={"Date": None})  # its creator is matplotlib, with the version
             pyplot.close(figure)
             written.append(path)
     return written
