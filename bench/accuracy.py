@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import fastuper
+from bench.machine import commit
 from tests.parity.models import STAGES, pair
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    measured = commit()  # before it takes its time: files may change meanwhile
     rows = []
     for name, config in BACKBONES.items():
         runs = [
@@ -94,6 +96,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     result = {
         "date": date.today().isoformat(),
+        "commit": measured,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "versions": {
             "fastuper": fastuper.__version__,

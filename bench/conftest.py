@@ -35,14 +35,15 @@ class Timed:
 def alternate(
     builders: dict[str, Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]],
     rounds: int,
-    look: Callable[[str, Any], dict[str, Any]],
+    look: Callable[[str, Callable[[], Any]], dict[str, Any]],
 ) -> Timed:
     """Time calls in turns.
 
     Args:
         builders: for each peer a function that returns its call, and the call that warms it up.
         rounds: how often each is timed.
-        look: is given a peer's last output, after it was timed, and returns what the results shall say about it.
+        look: is given a peer's name and its call, and returns what the results shall say about its output; asked when
+            all rounds are over, so that nobody's turn follows a comparison instead of the peer before.
     """
     result, calls = Timed(), {}
 
@@ -59,7 +60,7 @@ def alternate(
                 calls[name] = call
             except Exception as error:  # whatever a peer fails with, the others are timed
                 give_up(name, error)
-        for i in range(rounds):
+        for _ in range(rounds):
             for name, call in list(calls.items()):
                 gc.collect()
                 time.sleep(0.02)  # threads of the one before that still wait busily fall asleep
@@ -71,12 +72,12 @@ def alternate(
                     give_up(name, error)
                     continue
                 result.seconds.setdefault(name, []).append(seconds)
-                if i == rounds - 1:
-                    try:
-                        result.facts[name] = look(name, output)
-                    except Exception as error:  # the times stand without their distance from float64
-                        result.facts[name] = {"not_compared": one_line(error)}
-                del output
+                del output  # not before: giving its memory back is not what is timed
+        for name, call in calls.items():
+            try:
+                result.facts[name] = look(name, call)
+            except Exception as error:  # the times stand without their distance from float64
+                result.facts[name] = {"not_compared": one_line(error)}
     return result
 
 

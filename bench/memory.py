@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.names import EAGER, FASTUPER, WITHOUT_AUXILIARY
+
 ROOT = Path(__file__).parent.parent
 WARM_UP = 64
 # (part, backbone, size); label maps have the image's own size.
@@ -31,7 +33,7 @@ TASKS = [
     ("logits", "swin-t", 1024),
     ("labels", "swin-t", 2048),
 ]
-PEERS = ["Transformers", "Transformers, no auxiliary head", "fastuper"]
+PEERS = [EAGER[0], WITHOUT_AUXILIARY[0], FASTUPER]
 
 
 def status(entry: str) -> int:
@@ -52,9 +54,9 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
     from tests.parity.models import images, randomize, uninitialized
 
     config = transformers.UperNetConfig(
-        backbone_config=BACKBONES[backbone](), num_labels=CLASSES, use_auxiliary_head=peer != PEERS[1]
+        backbone_config=BACKBONES[backbone](), num_labels=CLASSES, use_auxiliary_head=peer != WITHOUT_AUXILIARY[0]
     )
-    library = fastuper if peer == "fastuper" else transformers
+    library = fastuper if peer == FASTUPER else transformers
     with uninitialized():
         model = library.UperNetForSemanticSegmentation(config).eval()
     randomize(model)
@@ -65,7 +67,7 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
         if part == "logits":
             return model(x).logits
         target = (x.shape[2], x.shape[3])
-        if peer == "fastuper":
+        if peer == FASTUPER:
             return model.segment(x, target_sizes=[target])
         return post_process(model(x).logits, target)
 

@@ -22,6 +22,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.accuracy import BACKBONES as CONFIGS
+from bench.names import (
+    AUTOCAST,
+    COMPILED,
+    CONVOLUTION,
+    EAGER,
+    FASTUPER,
+    FROZEN,
+    ONNX,
+    OPENVINO,
+    OURS_COMPILED,
+    SMP,
+    TUNED,
+    WITHOUT_AUXILIARY,
+)
 from tests.parity.models import STAGES, give_attentions, images, pair
 
 CLASSES = 150
@@ -202,7 +216,7 @@ def transformers_autocast(world: World, task: Task) -> Callable[[], Any]:
     return autocast
 
 
-def transformers_compiled(mode: str) -> Any:
+def transformers_compiled(mode: str, freezing: bool) -> Any:
     def build(world: World, task: Task) -> Callable[[], Any]:
         model = world.theirs(task.dtype, CHANNELS_LAST)
         # The model is compiled once for logits and labels. Sizes are compiled in: that is its fastest way.
@@ -212,8 +226,8 @@ def transformers_compiled(mode: str) -> Any:
             make, inputs = Backbone, (world.pixels(task, CHANNELS_LAST),)
         else:
             make, inputs = Head, tuple(world.features(task, CHANNELS_LAST))
-        key = ("compiled", mode, make, task.dtype, task.size)
-        compiled = world.once(key, lambda: compile_module(make(model), mode))
+        key = ("compiled", mode, freezing, make, task.dtype, task.size)
+        compiled = world.once(key, lambda: compile_module(make(model), inputs, mode, freezing))
         if task.part == "labels":
             assert task.target is not None
             return lambda: post_process(compiled(*inputs), task.target)
@@ -222,8 +236,24 @@ def transformers_compiled(mode: str) -> Any:
     return build
 
 
-def compile_module(module: nn.Module, mode: str) -> Any:
-    return torch.compile(module, mode=mode, dynamic=False)
+def compile_module(module: nn.Module, inputs: tuple[torch.Tensor, ...], mode: str, freezing: bool) -> Any:
+    """Return a module compiled for these inputs.
+
+    Args:
+        module: a module.
+        inputs: what it will be called with.
+        mode: `torch.compile`'s.
+        freezing: whether weights become constants: then Inductor folds BatchNorm into them, and packs them for oneDNN.
+    """
+    options = {**torch._inductor.list_mode_options(mode), "freezing": freezing}
+    compiled = torch.compile(module, options=options, dynamic=False)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # As an option alone it would have no effect: Dynamo, which does not see it, makes the weights inputs of the graph.
+    with torch._inductor.config.patch(freezing=freezing):
+        compiled(*inputs)
+    if torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs:
+        raise CannotDo("torch.compile has run it uncompiled")
+    return compiled
 
 
 def smp(compiled: bool) -> Any:
@@ -253,7 +283,9 @@ def smp(compiled: bool) -> Any:
         else:
             call = model
             if compiled:
-                call = world.once(("smp compiled", task.size), lambda: compile_module(model, "default"))
+                call = world.once(
+                    ("smp compiled", task.size), lambda: compile_module(model, (pixels,), "default", True)
+                )
         if task.part == "labels":
             assert task.target is not None
             return lambda: post_process(call(pixels), task.target)
@@ -364,7 +396,8 @@ def fastuper(compiled: bool = False) -> Any:
             if task.part != "logits":
                 raise CannotDo("only full logits are timed compiled")
             call = world.once(
-                ("ours compiled", task.dtype, task.size), lambda: compile_module(Logits(model), "default")
+                ("ours compiled", task.dtype, task.size),
+                lambda: compile_module(Logits(model), (pixels,), "default", False),
             )
             return lambda: call(pixels)
         if task.part == "labels":
@@ -410,27 +443,15 @@ class Peer:
     own_weights: bool = False
 
 
-FASTUPER = "fastuper"
-CONVOLUTION = "one convolution"
-EAGER = ["Transformers", "Transformers, channels_last"]
-WITHOUT_AUXILIARY = [
-    "Transformers, no auxiliary head",
-    "Transformers, no auxiliary head, channels_last",
-]
-AUTOCAST = "Transformers, autocast, channels_last"
-COMPILED = ["Transformers, compiled", "Transformers, compiled, max-autotune"]
-SMP = ["segmentation_models_pytorch", "segmentation_models_pytorch, compiled"]
-ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
-OURS_COMPILED = "fastuper, compiled"
-
 PEERS: dict[str, Peer] = {
     EAGER[0]: Peer(transformers_eager(CONTIGUOUS)),
     EAGER[1]: Peer(transformers_eager(CHANNELS_LAST)),
     WITHOUT_AUXILIARY[0]: Peer(transformers_eager(CONTIGUOUS, auxiliary=False)),
     WITHOUT_AUXILIARY[1]: Peer(transformers_eager(CHANNELS_LAST, auxiliary=False)),
     AUTOCAST: Peer(transformers_autocast),
-    COMPILED[0]: Peer(transformers_compiled("default"), shape_bound=True),
-    COMPILED[1]: Peer(transformers_compiled("max-autotune"), shape_bound=True),
+    COMPILED: Peer(transformers_compiled("default", freezing=False), shape_bound=True),
+    FROZEN: Peer(transformers_compiled("default", freezing=True), shape_bound=True),
+    TUNED: Peer(transformers_compiled("max-autotune", freezing=True), shape_bound=True),
     SMP[0]: Peer(smp(compiled=False), own_weights=True),
     SMP[1]: Peer(smp(compiled=True), shape_bound=True, own_weights=True),
     ONNX: Peer(onnx_runtime, shape_bound=True),

@@ -8,11 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.results import CONVOLUTION, EAGER, FASTUPER, TINY, Results, best, load
+from bench.names import CONVOLUTION, EAGER, FASTUPER, OPENVINO, WITHOUT_AUXILIARY
+from bench.results import TINY, Results, best, load
 
 DOCS = Path(__file__).parent.parent / "docs"
 OURS, THEIRS, TEXT, PALE = "#d9480f", "#adb5bd", "#343a40", "#e9ecef"
-LINES = {FASTUPER: OURS, "Transformers": "#495057", "auxiliary head taken off": "#868e96", "OpenVINO": "#4c6ef5"}
+LINES = {FASTUPER: OURS, "Transformers": "#495057", "auxiliary head taken off": "#868e96", OPENVINO: "#4c6ef5"}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -85,11 +86,11 @@ def sizes(figure: Any, results: Results) -> None:
     """Time and memory against the image's side; a row a backbone."""
     found = tasks(results, "logits")
     panels = figure.subplots(len(found), 2, squeeze=False)
-    rows = {FASTUPER: [FASTUPER], "Transformers": EAGER, "OpenVINO": ["OpenVINO"]}
+    rows = {FASTUPER: [FASTUPER], "Transformers": EAGER, OPENVINO: [OPENVINO]}
     memory = {
         FASTUPER: FASTUPER,
         "Transformers": EAGER[0],
-        "auxiliary head taken off": f"{EAGER[0]}, no auxiliary head",
+        "auxiliary head taken off": WITHOUT_AUXILIARY[0],
     }
     for (time_axes, memory_axes), (key, title) in zip(
         panels, ((k, t) for k, t in TINY.items() if t in found.values()), strict=True
@@ -186,7 +187,7 @@ def draw(results: Results, folder: Path = DOCS) -> list[Path]:
             figure = pyplot.figure(figsize=SHAPES[plot.name], layout="constrained", facecolor="white")
             plot.draw(figure, results)
             path = folder / f"{plot.name}.svg"
-            figure.savefig(path, metadata={"Date": None, "Creator": None})
+            figure.savefig(path, metadata={"Date": None})  # its creator is matplotlib, with the version
             pyplot.close(figure)
             written.append(path)
     return written

@@ -1,13 +1,16 @@
 """Time everything and file it under this machine: `python -m bench.run`, or parts of it with `--only` and `-k`.
 
-Every part that is run takes the place of that part in bench/results/<machine>.json, with its own date and versions; the
-others stay. A backbone at a time, each in a process of its own: what was measured so far is kept if one fails.
+Every task that is run takes the place of that task in bench/results/<machine>.json, with its own date and versions; the
+others stay. Ratios are fair between rounds of one run alone, so tasks are filed with all of their peers or not at all:
+what times fewer of them, or otherwise, needs `--output`. A backbone at a time, each in a process of its own: what was
+measured so far is kept if one fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +21,8 @@ import torch
 
 from bench import memory
 from bench.machine import commit, machine, machine_name, now, versions
-from bench.results import FASTUPER, FOLDER, Results, conclude, summary
+from bench.names import FASTUPER
+from bench.results import FOLDER, Results, conclude, summary
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "bench"
@@ -58,11 +62,16 @@ def time_batch(sections: list[str], tests: str, arguments: argparse.Namespace) -
         return {}
     if done.returncode or not path.exists():
         return None
-    return tasks_of(json.loads(path.read_text()))
+    return tasks_of(json.loads(path.read_text()), whole=is_filed(arguments))
 
 
-def tasks_of(report: dict[str, Any]) -> dict[str, Any]:
-    """Return pytest-benchmark's report as tasks, each with its peers."""
+def is_filed(arguments: argparse.Namespace) -> bool:
+    """Return whether the results go to the machine's own file."""
+    return not (arguments.quick or arguments.output)
+
+
+def tasks_of(report: dict[str, Any], whole: bool = True) -> dict[str, Any]:
+    """Return pytest-benchmark's report as tasks, each with its peers; with `whole`, without tasks that lack some."""
     tasks: dict[str, Any] = {}
     for entry in report["benchmarks"]:
         facts = dict(entry["extra_info"])
@@ -72,19 +81,37 @@ def tasks_of(report: dict[str, Any]) -> dict[str, Any]:
     for name, peers in report["skipped"].items():
         if name in tasks:
             tasks[name]["peers"].update({peer: {"skipped": reason} for peer, reason in peers.items()})
-    for task in tasks.values():
+    for name, task in list(tasks.items()):
         task.pop("name")
-        if order := task.pop("order", None):  # the table's, and not first those that could be timed
-            task["peers"] = {peer: task["peers"][peer] for peer in order if peer in task["peers"]}
+        order = task.pop("order")  # the table's, and not first those that could be timed
+        if whole and (missing := [peer for peer in order if peer not in task["peers"]]):
+            print(f"not filed, for -k leaves out {', '.join(missing)}: {name}", flush=True)
+            del tasks[name]
+            continue
+        task["peers"] = {peer: task["peers"][peer] for peer in order if peer in task["peers"]}
     return tasks
 
 
+def selects(expression: str, name: str) -> bool:
+    """Return whether an expression of pytest's `-k` holds for a name: words in it, and, or, not, parentheses.
+
+    Raises:
+        SyntaxError: it is no expression.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+    def value(word: re.Match[str]) -> str:
+        return word[0] if word[0] in ("and", "or", "not") else str(word[0].lower() in name)
+
+    return not expression.strip() or bool(eval(re.sub(r"[^\s()]+", value, expression)))
+
+
 def measure_memory(only: str) -> dict[str, Any]:
-    """Return the peak memory of every task of bench.memory whose name holds each word of `only`."""
+    """Return the peak memory of every task of bench.memory that the expression `only` selects."""
     tasks: dict[str, Any] = {}
     for part, backbone, size in memory.TASKS:
         name = f"{part} {backbone} {size} float32"
-        if not all(word in name for word in only.split() if word != "and"):
+        if not selects(only, f"memory {name}"):
             continue
         task = tasks[name] = {"part": part, "backbone": backbone, "size": size, "peers": {}}
         for peer in memory.PEERS:
@@ -103,6 +130,12 @@ def main() -> None:
     parser.add_argument("--no-truth", action="store_true", help="leave out the comparison with float64")
     parser.add_argument("--output", type=Path, help="the file; bench/results/<machine>.json where not given")
     arguments = parser.parse_args()
+    if is_filed(arguments) and (arguments.peers or arguments.rounds or arguments.no_truth):
+        parser.error("--peers, --rounds and --no-truth need --output FILE: the machine's file has whole tasks alone")
+    try:
+        selects(arguments.k, "")
+    except SyntaxError:
+        parser.error(f"-k {arguments.k!r} is no expression of words, and, or, not, parentheses")
     sections = ["quick"] if arguments.quick else arguments.only.split(",") if arguments.only else SECTIONS
     if unknown := [section for section in sections if section not in (*SECTIONS, "quick")]:
         parser.error(f"there are no sections {unknown}; there are {SECTIONS}")
@@ -138,7 +171,7 @@ def main() -> None:
         save()
         print(f"memory: {time.monotonic() - start:.0f} s", flush=True)
     print(summary(results))
-    if not arguments.quick and not arguments.output:
+    if is_filed(arguments):
         print(f"\nfiled in {path.relative_to(ROOT)}; `python -m bench.tables` and `python -m bench.plots` draw from it")
     gone = [name for name, task in results["tasks"].items() if "skipped" in task["peers"].get(FASTUPER, {})]
     wrong = [name for name in gone if results["tasks"][name]["peers"][FASTUPER]["skipped"] != "not asked for"]

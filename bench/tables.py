@@ -10,9 +10,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.results import (
+from bench.names import (
+    AUTOCAST,
+    COMPILED,
     EAGER,
     FASTUPER,
+    FROZEN,
+    ONNX,
+    OPENVINO,
+    OURS_COMPILED,
+    SMP,
+    TUNED,
+    WITHOUT_AUXILIARY,
+)
+from bench.results import (
     FOLDER,
     TINY,
     TITLES,
@@ -28,8 +39,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 NOT_MEASURED = "Not measured yet: `make bench`."
-BARE = ("Transformers, no auxiliary head", "Transformers, no auxiliary head, channels_last")
-MEMORY_PEERS = ("Transformers", "Transformers, no auxiliary head", FASTUPER)
+MEMORY_PEERS = (EAGER[0], WITHOUT_AUXILIARY[0], FASTUPER)
 
 
 def scientific(value: float) -> str:
@@ -115,19 +125,20 @@ def source(results: Results, names: Sequence[str], kind: str = "tasks") -> str:
 
 SPEED_ROWS: dict[str, Sequence[str]] = {
     FASTUPER: [FASTUPER],
-    "fastuper, compiled": ["fastuper, compiled"],
+    "fastuper, `torch.compile`": [OURS_COMPILED],
     "Transformers": EAGER,
-    "Transformers, auxiliary head taken off": BARE,
-    "Transformers, `torch.compile`": ["Transformers, compiled"],
-    "Transformers, `torch.compile`, max-autotune": ["Transformers, compiled, max-autotune"],
-    "segmentation_models_pytorch": ["segmentation_models_pytorch"],
-    "segmentation_models_pytorch, `torch.compile`": ["segmentation_models_pytorch, compiled"],
-    "ONNX Runtime": ["ONNX Runtime"],
-    "OpenVINO": ["OpenVINO"],
+    "Transformers, auxiliary head taken off": WITHOUT_AUXILIARY,
+    "Transformers, `torch.compile`": [COMPILED],
+    "Transformers, `torch.compile`, freezing": [FROZEN],
+    "Transformers, `torch.compile`, freezing, max-autotune": [TUNED],
+    "segmentation_models_pytorch": [SMP[0]],
+    "segmentation_models_pytorch, `torch.compile`, freezing": [SMP[1]],
+    "ONNX Runtime": [ONNX],
+    "OpenVINO": [OPENVINO],
 }
 BFLOAT16_ROWS = {
     **SPEED_ROWS,
-    "Transformers, autocast": ["Transformers, autocast, channels_last"],
+    "Transformers, autocast": [AUTOCAST],
 }
 
 
@@ -282,7 +293,7 @@ def waterfall_table(results: Results | None) -> str:
 
 
 def accuracy_of_timed_table(results: Results | None) -> str:
-    """Return the distance from float64 of the very outputs that were timed."""
+    """Return the distance from float64 of what was timed."""
     if results is None:
         return NOT_MEASURED
     rows = []

@@ -11,10 +11,12 @@ import torch
 
 import fastuper_kernels
 from bench.conftest import Timed, alternate, readable
+from bench.names import FASTUPER
 from bench.peers import CHANNELS_LAST, CannotDo
 
 pytestmark = pytest.mark.timeout(0)
 DTYPES = ("float32", "bfloat16")
+PEERS = ["reference", FASTUPER]
 
 
 def maps(generator: torch.Generator, channels: int, size: int) -> torch.Tensor:
@@ -118,22 +120,29 @@ def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
             raise CannotDo(f"fastuper_kernels has no {name}")
         return getattr(fastuper_kernels, name)
 
-    def look(peer: str, output: Any) -> dict[str, Any]:
+    def look(peer: str, call: Callable[[], Any]) -> dict[str, Any]:
         # The truth is the reference's in float64, of the very numbers that were given, rounded as they are.
         exact = [cast(value, torch.float64) for value in given]
         truth = reference()(*exact, **{key: cast(value, torch.float64) for key, value in options.items()})
-        return error(output, truth)
+        return error(call(), truth)
 
-    return alternate({"reference": build(reference), "fastuper": build(ours)}, rounds, look)
+    return alternate({"reference": build(reference), FASTUPER: build(ours)}, rounds, look)
 
 
 @pytest.mark.section("operations")
-@pytest.mark.parametrize("peer", ["reference", "fastuper"])
+@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "use"), list(OPERATIONS), ids=lambda part: readable(part))
 def test_operation(name: str, use: str, dtype: str, peer: str, results: dict[Any, Timed], request: Any, report: Any):
     key = (name, use, dtype)
     if key not in results:
         results[key] = timed(name, use, dtype, request.config.getoption("--rounds") or 15)
-    task = {"name": f"{name}: {use}, {dtype}", "section": "operations", "part": name, "use": use, "dtype": dtype}
+    task = {
+        "name": f"{name}: {use}, {dtype}",
+        "section": "operations",
+        "order": PEERS,
+        "part": name,
+        "use": use,
+        "dtype": dtype,
+    }
     report(task, peer, results[key])

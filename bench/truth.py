@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,25 @@ def exact(world: World) -> Any:
     return world.once("float64", make)
 
 
+def checksum(tensors: Iterable[torch.Tensor]) -> str:
+    """Return a checksum of the contents of tensors."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(x.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def stride_4_logits(world: World, task: Task) -> torch.Tensor:
-    """Return the float64 logits before they are upsampled; kept in .cache, for at 2048 they take minutes."""
+    """Return the float64 logits before they are upsampled; kept in .cache, for at 2048 they take minutes.
+
+    The file's name tells what they were computed from: the weights' and the pixels' contents, and the libraries.
+    """
 
     def make() -> torch.Tensor:
         libraries = f"torch-{torch.__version__}-transformers-{transformers.__version__}"
-        path = CACHE / f"{world.backbone}-{task.size}-{libraries}.pt"
+        weights = world.once("checksum", lambda: checksum(world._theirs.state_dict().values()))
+        pixels = checksum([world.pixels(task, dtype="float32")])
+        path = CACHE / f"{world.backbone}-{task.size}-weights-{weights}-pixels-{pixels}-{libraries}.pt"
         if path.exists():
             return torch.load(path)
         model = exact(world)

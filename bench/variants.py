@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.peers import CHANNELS_LAST, CONTIGUOUS, CannotDo, Peer, Task, World, transformers_eager
+from fastuper.head import fold
 
 
 def operation(name: str) -> Any:
@@ -58,7 +59,7 @@ class StepwiseHead(nn.Module):
         head = self.head
         scales = [scale if isinstance(scale, int) else scale[0] for scale in head.pool_scales]
         convs = [branch.layers[1] for branch in head.psp_modules.blocks]
-        scale, shift = zip(*(scale_and_shift(conv.batch_norm) for conv in convs), strict=True)
+        scale, shift = zip(*(fold(conv.batch_norm) for conv in convs), strict=True)
         rows = operation("pool_conv_bn_relu")(x, scales, [conv.conv.weight for conv in convs], list(scale), list(shift))
         cells = [
             part.transpose(1, 2).unflatten(2, (scale, scale))
@@ -71,27 +72,19 @@ class StepwiseHead(nn.Module):
         weights = module.conv.weight.split([x.shape[1], *(part.shape[1] for part in coarser)], dim=1)
         addend = operation("upsampled_conv3x3")(coarser, list(weights[1:]), tuple(x.shape[2:]))
         if self.convolutions:
-            scale, shift = scale_and_shift(module.batch_norm)
-            return operation("conv_bn_relu")(x, weights[0].contiguous(), scale, shift, addend=addend)
+            scale, shift = fold(module.batch_norm)
+            return operation("conv_bn_relu")(x, weights[0], scale, shift, addend=addend)
         return module.activation(module.batch_norm(F.conv2d(x, weights[0], padding=1) + addend))
 
     def convolve(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         if not self.convolutions:
             return module(x)
-        scale, shift = scale_and_shift(module.batch_norm)
+        scale, shift = fold(module.batch_norm)
         return operation("conv_bn_relu")(x, module.conv.weight, scale, shift)
 
 
 def _resize(x: torch.Tensor, size: Any) -> torch.Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a BatchNorm in evaluation as a factor and a summand for each channel."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return scale, norm.bias - norm.running_mean * scale
 
 
 def _with(change: Callable[[Any, World, Task], None]) -> Callable[[World, Task], Callable[[], Any]]:

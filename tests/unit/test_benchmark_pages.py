@@ -1,21 +1,16 @@
 """What `make bench` writes becomes tables, pictures and verdicts, the same each time."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 
 from bench import plots, tables
-from bench.results import TARGETS, conclude, summary, verdict
+from bench.names import COMPILED, EAGER, FASTUPER, ONNX, OPENVINO
+from bench.results import TARGETS, Results, conclude, load, summary, verdict
 
-PEERS = [
-    "Transformers",
-    "Transformers, channels_last",
-    "OpenVINO",
-    "ONNX Runtime",
-    "Transformers, compiled",
-    "fastuper",
-]
+PEERS = [*EAGER, OPENVINO, ONNX, COMPILED, FASTUPER]
 RUN = "2030-01-02 03:04:05"
 
 
@@ -119,3 +114,37 @@ def test_pictures_are_the_same_each_time(results, tmp_path: Path):
         assert [path.stem for path in written] == [plot.name for plot in plots.PLOTS]
     for path in written:
         assert path.read_bytes() == (folders[0] / path.name).read_bytes()
+
+
+def check_pictures(results: Results | None, committed: Path, folder: Path) -> None:
+    """Compare pictures with those drawn anew: their bytes, or their texts where another matplotlib drew them."""
+    drawn = plots.draw(results, folder) if results is not None else []
+    names = [path.name for path in drawn]
+    assert sorted(names) == sorted(path.name for path in committed.glob("bench-*.svg")), "run `python -m bench.plots`"
+    for path in drawn:
+        new, old = path.read_text(), (committed / path.name).read_text()
+        creators = [re.findall("Matplotlib v[0-9.]+", text) for text in (new, old)]
+        assert creators[0], "a picture says what drew it"
+        if creators[0] != creators[1]:
+            new, old = (re.findall("<text[^>]*>(.*?)</text>", text, re.DOTALL) for text in (new, old))
+        assert new == old, "run `python -m bench.plots`"
+
+
+def test_pictures_show_the_committed_results(tmp_path: Path):
+    check_pictures(load(), plots.DOCS, tmp_path)
+
+
+def test_pictures_of_other_results_are_found(results, tmp_path: Path):
+    committed, again = tmp_path / "committed", tmp_path / "again"
+    committed.mkdir()
+    again.mkdir()
+    paths = plots.draw(results, committed)
+    check_pictures(results, committed, again)
+    for path in paths:
+        path.write_text(re.sub("Matplotlib v[0-9.]+", "Matplotlib v0.1", path.read_text()))
+    check_pictures(results, committed, again)
+    results["tasks"]["waterfall swin-t 512 float32"]["peers"]["fastuper"]["rounds"] = [7.0]
+    with pytest.raises(AssertionError, match="run `python"):
+        check_pictures(results, committed, again)
+    with pytest.raises(AssertionError, match="run `python"):
+        check_pictures(None, committed, again)
