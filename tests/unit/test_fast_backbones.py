@@ -101,6 +101,20 @@ def test_the_same_function(family, batch, size, mlps):
     assert len(mlps) == (8 if family in FAST else 0)
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "swin"])  # attention does not take it
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_an_empty_batch(family, scale, mlps):
+    """What the modules take, the quick ways take too."""
+    model = build(family, **({"layer_scale_init_value": scale} if family == "convnext" else {}))
+    pixels = images(2, 3, 70, 99)[:0]
+    with torch.enable_grad():
+        expected = model(pixels).feature_maps
+    result = maps(model, pixels)[: len(expected)]
+    assert [x.shape for x in result] == [x.shape for x in expected]
+    assert [x.dtype for x in result] == [x.dtype for x in expected]
+    assert mlps or family not in FAST
+
+
 @pytest.mark.parametrize("kind", ["strided", "expanded"])
 @pytest.mark.parametrize(("family", "path"), PATHS)
 def test_biases_of_any_strides(family, path, kind, mlps):
