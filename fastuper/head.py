@@ -38,13 +38,8 @@ class ConvModule(nn.Module):
         return self.fused(x) if self.is_fusible() else self.activation(self.batch_norm(self.conv(x)))
 
     def is_fusible(self) -> bool:
-        """Return whether the three children are what was put there, so that `fused` is the same function."""
-        return (
-            is_same_conv(self.conv)
-            and self.conv.bias is None
-            and is_exactly(self.batch_norm, nn.BatchNorm2d)
-            and is_exactly(self.activation, nn.ReLU)
-        )
+        """Return whether `fused` is the same function: a matter of the convolution, as it calls the other two."""
+        return is_same_conv(self.conv) and self.conv.bias is None
 
     def fused(
         self,
@@ -76,8 +71,13 @@ class ConvModule(nn.Module):
         return y if upsampled is None else upsample_add(upsampled, y)
 
     def is_folding(self) -> bool:
-        """Return whether BatchNorm is a fixed scale and shift here: in evaluation, with gradients off."""
+        """Return whether the norm is a fixed scale and shift here and the activation ReLU, so that none is called.
+
+        The norm is one in evaluation with gradients off, where it is a BatchNorm that nobody has touched.
+        """
         norm = self.batch_norm
+        if not (is_exactly(norm, nn.BatchNorm2d) and is_exactly(self.activation, nn.ReLU)):
+            return False
         return not (norm.training or norm.running_var is None or torch.is_grad_enabled())
 
 
@@ -120,7 +120,15 @@ class UperNetHead(nn.Module):
 
         Args:
             feature_maps: (B, C_l, H_l, W_l) for each level, finest first; at strides 4, 8, 16, 32 of the image.
+
+        Raises:
+            ValueError: the maps are not as many as `in_channels`, or of other channels.
         """
+        if [x.shape[1] if x.ndim == 4 else None for x in feature_maps] != self.in_channels:
+            raise ValueError(
+                f"the head takes maps (B, C, H, W) of in_channels={self.in_channels} channels, finest first, "
+                f"got {[tuple(x.shape) for x in feature_maps]}"
+            )
         *lower, top = feature_maps
         above = self.pyramid_pooling(top)
         levels = [above]
@@ -144,6 +152,8 @@ class UperNetHead(nn.Module):
         if not branches or not all(_is_pooling_branch(branch) and branch[1].is_folding() for branch in branches):
             return [branch(x) for branch in branches]
         scales, modules = [branch[0].output_size for branch in branches], [branch[1] for branch in branches]
+        if len({module.conv.out_channels for module in modules}) > 1:
+            return [branch(x) for branch in branches]
         norms = [fold(module.batch_norm) for module in modules]
         weights = [module.conv.weight for module in modules]
         cells = pool_conv_bn_relu(x, scales, weights, [scale for scale, _ in norms], [shift for _, shift in norms])
@@ -166,14 +176,17 @@ class UperNetHead(nn.Module):
     def runs_in_strips(self, x: torch.Tensor) -> bool:
         """Return whether the last steps for a map (B, C, H, W) are to run in strips of its rows."""
         modules: Any = (self.lateral_convs[0], self.fpn_convs[0], self.fpn_bottleneck)
+        # A strip's rows are counted for these kernels.
+        kernels = ((1, 1), (3, 3), (3, 3))
         return (
             is_eager_inference(x)
             and x.device.type == "cpu"
             and len(x) > 0
             and x.shape[2] * x.shape[3] * self.channels * x.element_size() > STRIP_BYTES
-            and all(is_fusible(module) and module.is_folding() for module in modules)
-            and self.fpn_convs[0].conv.kernel_size == self.fpn_bottleneck.conv.kernel_size == (3, 3)
-            and self.lateral_convs[0].conv.kernel_size == (1, 1)
+            and all(
+                is_fusible(module, kernel) and module.is_folding()
+                for module, kernel in zip(modules, kernels, strict=True)
+            )
             and is_same_conv(self.classifier)
             and self.classifier.kernel_size == (1, 1)
         )
@@ -237,9 +250,10 @@ def is_same_conv(conv: nn.Module) -> bool:
     )
 
 
-def is_fusible(module: Any) -> bool:
-    """Return whether a module is a `ConvModule` that nobody has touched."""
-    return is_exactly(module, ConvModule) and module.is_fusible()
+def is_fusible(module: Any, kernel_size: tuple[int, int] | None = None) -> bool:
+    """Return whether a module is a `ConvModule` that may be `fused`, and its kernel of the size that is given."""
+    fusible = is_exactly(module, ConvModule) and module.is_fusible()
+    return fusible and kernel_size in (None, module.conv.kernel_size)
 
 
 def _is_pooling_branch(branch: Any) -> bool:
@@ -248,13 +262,13 @@ def _is_pooling_branch(branch: Any) -> bool:
         and len(branch) == 2
         and is_exactly(branch[0], nn.AdaptiveAvgPool2d)
         and isinstance(branch[0].output_size, int)
-        and is_fusible(branch[1])
+        and is_fusible(branch[1], (1, 1))
     )
 
 
 def convolve_levels(module: Any, levels: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return a module's result for its levels, resampled to the size of the first and concatenated."""
-    if is_fusible(module):
+    if is_fusible(module, (3, 3)):
         return module.fused(levels[0], levels[1:])
     return module(concatenate_at_first_size(levels))
 

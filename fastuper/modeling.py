@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -138,7 +139,8 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             B label maps, each (height, width), int64.
 
         Raises:
-            ValueError: `target_sizes` are not as many as the images, or pixels or logits are not finite.
+            ValueError: `target_sizes` are not as many as the images, or not pairs of integers from 1; pixels or
+                logits are not finite.
         """
         pixel_values = self._check_pixels(pixel_values)
         size = (pixel_values.shape[2], pixel_values.shape[3])
@@ -146,9 +148,13 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             targets = [size] * len(pixel_values)
         else:
             try:
-                targets = [(int(height), int(width)) for height, width in target_sizes]
+                targets = [(operator.index(height), operator.index(width)) for height, width in target_sizes]
             except (TypeError, ValueError):
-                raise ValueError(f"target_sizes must be a (height, width) for each image, got {target_sizes}") from None
+                targets = [(0, 0)]
+            if any(height < 1 or width < 1 for height, width in targets):
+                raise ValueError(
+                    f"target_sizes must be a (height, width) for each image, integers from 1, got {target_sizes}"
+                )
         if len(targets) != len(pixel_values):
             raise ValueError(
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"

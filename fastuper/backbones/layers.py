@@ -200,10 +200,11 @@ def residual_mlp(
     channels = x.shape[-1]
     rows, others = x.reshape(-1, channels), residual.reshape(-1, channels)
     name = fused_activation(act)
-    blocks = -(-len(rows) * first.out_features * x.element_size() // HIDDEN_BYTES)
-    block = -(-len(rows) // blocks)
+    # A map without rows is one block of none, which PyTorch's operators take.
+    blocks = max(1, -(-len(rows) * first.out_features * x.element_size() // HIDDEN_BYTES))
+    block = max(1, -(-len(rows) // blocks))
     results: torch.Tensor | None = None
-    for start in range(0, len(rows), block):
+    for start in range(0, max(1, len(rows)), block):
         part, other = rows[start : start + block], others[start : start + block]
         hidden = F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         hidden = linear(hidden, first.weight, first.bias, activation=name)

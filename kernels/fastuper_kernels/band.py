@@ -74,7 +74,12 @@ class Band:
             offset: row i of the result is row i + offset of the map, and zero where there is no such row: a shift
                 after the resampling, as a convolution's tap with zero padding reads it.
             device: of the tensors.
+
+        Raises:
+            ValueError: a size is below 1.
         """
+        if size_in < 1 or size_out < 1:
+            raise ValueError(f"sizes must be 1 at least, got {size_in} and {size_out}")
         i = torch.arange(size_out, device=device) + offset
         if align_corners:
             position = i.double() * ((size_in - 1) / max(size_out - 1, 1))
@@ -137,10 +142,6 @@ class Band:
         source = self.first[:, None] + torch.arange(self.weights.shape[1], device=self.first.device)
         rows = torch.arange(self.size_out, device=self.first.device)[:, None].expand_as(source)
         return _from_entries(source, rows, self.weights, self.size_in, self.size_out)
-
-    def rows(self, start: int, stop: int) -> Band:
-        """Return the map to output positions [start, stop) alone."""
-        return Band(self.first[start:stop], self.weights[start:stop], self.size_in)
 
     @staticmethod
     def interleaved(bands: Sequence[Band]) -> Band:

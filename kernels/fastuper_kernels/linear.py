@@ -4,6 +4,8 @@ On the CPU the same product takes different times through MKL (`F.linear`), thro
 `F.conv2d`) and through oneDNN's own linear layer, which also applies the activation or adds the residual while the
 result is in registers. Which is the fastest is measured once (`fastuper_kernels.choices`). All of them read the live
 weights: nothing is packed, and nothing can go stale.
+
+A way that cannot take the operands gives way to "plain", also where `FASTUPER_CHOICES` forces it: `LIMITS` says which.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ LINEAR = Choice(
     why="one call of oneDNN with the activation in it was the fastest on AVX-512",
 )
 
+# Where an option, forced or not, is not what is taken; `python -m fastuper_kernels` prints it.
+LIMITS = (
+    "linear: float32 is for float16 operands on a processor without instructions for them, conv and onednn are for",
+    "  float32, and for bfloat16 and float16 where oneDNN computes in them, with contiguous weights; all else is plain",
+)
+
 
 def linear(
     x: torch.Tensor,
@@ -56,6 +64,7 @@ def linear(
 
     Raises:
         ValueError: the activation is not known.
+        RuntimeError: shapes or dtypes do not fit; `F.linear`'s own.
     """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
@@ -79,6 +88,10 @@ def _way(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> st
     dtype = x.dtype
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         return "plain"  # PyTorch's own error
+    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        return "plain"  # likewise
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return "plain"  # an error, or a bias that PyTorch broadcasts
     if dtype == torch.float16 and not _onednn_has(dtype):
         way = LINEAR("float16 without instructions for it", partial(_candidates, dtype, ("plain", "float32")))
         return way if way == "float32" else "plain"
@@ -156,6 +169,7 @@ def _onednn(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    bias = None if bias is None else bias.contiguous()  # oneDNN's operator does not look at its strides
     shape = (*x.shape[:-1], len(weight))
     fuses = activation is None and residual is not None and residual.dtype == x.dtype and residual.shape == shape
     if fuses:

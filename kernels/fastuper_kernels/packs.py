@@ -18,6 +18,9 @@ import torch
 # Entries, of all models together. A model has about a dozen; they go with its weights.
 MAX_PACKS = 256
 
+# Values of a narrow weight that are converted at a time.
+CONVERTED = 1 << 18
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -77,15 +80,21 @@ def fingerprint(weight: torch.Tensor) -> Fingerprint:
     """Return sums over the contents of a weight (O, ...).
 
     Of its bits, as integers, one a row and one a column: any one changed bit shows, and so do two values that changed
-    places. Integers are summed modulo 2^64, in which an even number of flipped signs cancels: so each row is also
-    multiplied, as the numbers that it holds, by numbers drawn at random.
+    places. Integers are summed modulo 2^64, in which an even number of flipped signs cancels, and values that trade
+    places in several rows do not show: so each row is also multiplied, as the numbers that it holds, by numbers drawn
+    at random, in float32 at least. In bfloat16 many of those would be the same number.
     """
     # In the order of memory, so that all goes at its speed: a slice of channels_last weights has runs of channels.
-    if weight.ndim == 4 and weight.stride(1) == 1:
-        weight = weight.detach().permute(0, 2, 3, 1)
+    weight = weight.detach()
+    lines = weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
+    if lines.is_contiguous():
+        weight = lines.flatten(1)
+        parts = [weight]
+    elif weight.ndim == 4 and weight.stride(1) == 1 and weight.shape[2:] != (1, 1):
+        weight = lines
         parts = [part for line in weight.unbind(1) for part in line.unbind(1)]
     else:
-        weight = weight.detach().flatten(1)
+        weight = weight.flatten(1)
         parts = [weight]
     size = weight.element_size()
     bits = weight.view(_INTEGERS[size])
@@ -95,9 +104,18 @@ def fingerprint(weight: torch.Tensor) -> Fingerprint:
         bits = bits.view(torch.int64)
     rows = bits.sum(dim=tuple(range(1, bits.ndim)), dtype=bits.dtype if size >= 4 else torch.int64)
     columns = bits.sum(dim=0, dtype=rows.dtype)
-    keys = _keys_for(weight.dtype, weight[0].numel()).split([part.shape[1] for part in parts])
-    products = torch.stack([torch.mv(part, key) for part, key in zip(parts, keys, strict=True)])
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    keys = _keys_for(dtype, weight.shape[1:].numel()).split([part.shape[1] for part in parts])
+    products = torch.stack([_product(part, key) for part, key in zip(parts, keys, strict=True)])
     return Fingerprint(rows, columns, products)
+
+
+def _product(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return x @ key in key's dtype, with no more of x converted to it at a time than stays in a core's cache."""
+    if x.dtype == key.dtype:
+        return torch.mv(x, key)
+    step = max(1, CONVERTED // max(1, x.shape[1]))
+    return torch.cat([torch.mv(rows.to(key.dtype), key) for rows in x.split(step)])
 
 
 _all_keys: dict[torch.dtype, torch.Tensor] = {}

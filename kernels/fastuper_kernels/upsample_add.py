@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from fastuper_kernels.modes import check_dtypes
+
 
 def upsample_add(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
     """Return `lateral + bilinear(x to lateral's size)`, align_corners=False.
@@ -17,12 +19,16 @@ def upsample_add(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
         (B, C, H, W).
 
     Raises:
-        ValueError: the two are no maps, or have different batches or channels.
+        ValueError: the two are no maps, or empty ones, or differ in batch, channels or dtype (which, under autocast,
+            they may: the sum is then of the wider one).
     """
     if not x.ndim == lateral.ndim == 4:
         raise ValueError(f"x and lateral must be (B, C, H, W), got {tuple(x.shape)} and {tuple(lateral.shape)}")
     if x.shape[:2] != lateral.shape[:2]:
         raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must agree in batch and channels")
+    if min(*x.shape[2:], *lateral.shape[2:]) < 1:
+        raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must not be empty")
+    check_dtypes(x=x, lateral=lateral)
     return reference(x, lateral)
 
 

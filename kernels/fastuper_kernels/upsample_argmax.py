@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -29,20 +31,24 @@ def upsample_argmax(
         dtype: an integer type that holds the classes.
 
     Returns:
-        Labels (B, height, width). Where classes tie, the first of them.
+        Labels (B, height, width). Where classes tie, the first of them. Infinite logits count as half of the dtype's
+        largest number, with their sign, and NaN, as `argmax` has it, as infinity: a class that is -inf everywhere is
+        the label nowhere, and what is not finite tells on the pixels alone that are resampled from it. (In PyTorch an
+        infinity times a weight of zero is NaN, at the border say, and NaN is the best.)
 
     Raises:
-        ValueError: no logits, no sizes, an empty size, or a dtype that is no integer or too small for the classes.
+        ValueError: no logits, no sizes, sizes that are not pairs of integers from 1, or a dtype that is no integer or
+            too small for the classes.
     """
     if logits.ndim != 4 or min(logits.shape[1:]) < 1 or not logits.is_floating_point():
         raise ValueError(
             f"logits must be (B, classes, H, W) of floating-point numbers, got {tuple(logits.shape)} of {logits.dtype}"
         )
-    if not sizes or any(height < 1 or width < 1 for height, width in sizes):
-        raise ValueError(f"sizes must be one or more positive (height, width), got {list(sizes)}")
+    sizes = _check_sizes(sizes)
     integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     if not integer or torch.iinfo(dtype).max < logits.shape[1] - 1:
         raise ValueError(f"{dtype} does not hold the labels of {logits.shape[1]} classes")
+    logits = _finite(logits)
     if not is_eager() or not is_plain(logits):
         return reference(logits, sizes, dtype=dtype)
     labels = logits.new_empty((len(logits), *sizes[-1]), dtype=dtype)
@@ -55,10 +61,41 @@ def upsample_argmax(
 def reference(
     logits: torch.Tensor, sizes: Sequence[tuple[int, int]], *, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
-    """The definition of `upsample_argmax`."""
+    """The definition of `upsample_argmax`, for finite logits."""
     for size in sizes:
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
     return logits.argmax(dim=1).to(dtype)
+
+
+def _check_sizes(sizes: Any) -> list[tuple[int, int]]:
+    """Return the sizes; those of a tracer as they are.
+
+    Raises:
+        ValueError: they are not pairs of integers from 1.
+    """
+    try:
+        pairs = [(_integer(height), _integer(width)) for height, width in sizes]
+    except (TypeError, ValueError):  # no pairs, or not of integers
+        pairs = []
+    if not pairs or any(height < 1 or width < 1 for height, width in pairs):
+        raise ValueError(f"sizes must be one or more positive (height, width), got {sizes}")
+    return pairs
+
+
+def _integer(value: Any) -> Any:
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits with numbers in the place of infinities and NaN: zero times those would be NaN."""
+    if is_eager() and is_plain(logits) and logits.device.type == "cpu":
+        # Looked at before they are copied: a sum takes next to no time, and one that overflows costs the copy alone.
+        total = logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32))
+        if total.isfinite():
+            return logits
+    # Half, so that weights that add up to a little more than one do not make infinities of them again.
+    limit = torch.finfo(logits.dtype).max / 2
+    return logits.nan_to_num(nan=limit, posinf=limit, neginf=-limit)
 
 
 def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.Tensor) -> None:

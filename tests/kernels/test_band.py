@@ -201,14 +201,6 @@ def test_a_transpose_is_what_autograd_goes_back_by(n, m, align_corners):
 
 
 @many
-@given(band=bands(), ends=st.tuples(st.integers(0, 39), st.integers(1, 40)))
-def test_rows(band, ends):
-    start = ends[0] % band.size_out
-    stop = start + 1 + ends[1] % (band.size_out - start)
-    close(band.rows(start, stop).dense(), band.dense()[start:stop])
-
-
-@many
 @given(n=sizes, data=st.data())
 def test_interleaved(n, data):
     first = data.draw(bands(size_in=n))
@@ -428,6 +420,14 @@ def test_nothing_is_kept_while_something_traces():
     assert counts() == before
     close(use(x), expected)
     assert counts() != before
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0), (-1, 4)], ids=str)
+def test_sizes_below_one(sizes):
+    with pytest.raises(ValueError, match=f"sizes must be 1 at least, got {sizes[0]} and {sizes[1]}"):
+        Band.bilinear(*sizes)
+    with pytest.raises(ValueError, match="sizes must be 1 at least"):
+        bilinear_chain((5, *sizes))
 
 
 def test_bands_can_be_built_of_symbolic_sizes():

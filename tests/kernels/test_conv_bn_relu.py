@@ -299,6 +299,24 @@ def test_layout_and_dtype_of_the_result(layout, k, channels, dtype):
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=name_of)
+@pytest.mark.parametrize("channels", [8, 64])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("given", [("shift",), ("scale", "shift"), ("scale", "shift", "addend")], ids="+".join)
+@pytest.mark.parametrize("kind", ["strided", "expanded"])
+def test_scales_and_shifts_of_any_strides(kind, given, k, channels, dtype):
+    (x, weight), kwargs = operands(2, channels, channels, k, (9, 8), (3, 3), given, dtype=dtype)
+    weight /= channels**0.5 * k
+    for name in ("scale", "shift"):
+        if name in kwargs:
+            vector = kwargs[name]
+            kwargs[name] = vector.repeat_interleave(2)[::2] if kind == "strided" else vector[:1].expand(channels)
+    truth = reference(x.double(), weight.double(), **{name: tensor.double() for name, tensor in kwargs.items()})
+    with torch.no_grad():
+        y = conv_bn_relu(x, weight, **kwargs)
+    assert (y.double() - truth).norm() <= 8 * torch.finfo(dtype).eps * truth.norm()
+
+
 def test_an_empty_batch():
     for k in (1, 3):
         (x, weight), kwargs = operands(0, 64, 64, k, (9, 8), (3, 3), {"scale", "shift", "addend", "upsampled"})

@@ -70,6 +70,29 @@ def test_any_strides(monkeypatch, way):
         assert error(linear(x, weight, bias, residual=turned), truth) < 1e-6
 
 
+BIASES = {
+    "strided": lambda bias: bias.repeat_interleave(2)[::2],
+    "a column": lambda bias: torch.stack([bias, -bias], dim=1)[:, 0],
+    "expanded": lambda bias: bias[:1].expand(len(bias)),
+    "one": lambda bias: bias[:1],
+    "scalar": lambda bias: bias[0],
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_any_bias_that_pytorch_takes(monkeypatch, way, dtype, kind):
+    monkeypatch.setenv("FASTUPER_CHOICES", f"linear={way}")
+    x, weight, bias, residual = operands(6, 24, dtype=DTYPES[dtype])
+    bias = BIASES[kind](bias)
+    with torch.no_grad():
+        for activation, given in ((None, None), ("gelu", None), (None, residual)):
+            truth = truth_of(x, weight, bias, activation, given)
+            result = linear(x, weight, bias, activation=activation, residual=given)
+            assert error(result, truth) <= 2 * torch.finfo(x.dtype).eps
+
+
 def test_a_residual_that_broadcasts():
     x, weight, bias, _ = operands(4, 5, 24)
     residual = torch.randn(5, 40)
@@ -145,6 +168,29 @@ def test_errors():
         linear(torch.randn(2, 3), torch.randn(4, 5))
     with torch.no_grad(), pytest.raises(RuntimeError):
         linear(torch.randn(2, 3), torch.randn(4, 3).double())
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((3, 4), (5, 6)),
+        ((3, 4), (5, 6), (5,)),
+        ((3, 4), (5,)),
+        ((3, 4), (5, 4, 1)),
+        ((3, 4), (5, 4), (4,)),
+        ((), (5, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_shapes_that_do_not_fit_are_errors_of_pytorch(monkeypatch, way, shapes):
+    monkeypatch.setenv("FASTUPER_CHOICES", f"linear={way}")
+    tensors = [torch.ones(shape) for shape in shapes]
+    with pytest.raises(RuntimeError) as expected:
+        F.linear(*tensors)
+    with torch.no_grad(), pytest.raises(RuntimeError) as error:
+        linear(*tensors)
+    assert str(error.value) == str(expected.value)
 
 
 def test_the_choice_has_these_ways():

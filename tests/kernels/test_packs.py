@@ -161,6 +161,64 @@ def test_permutations_and_signs_are_noticed(weights, sizes, layout, dtype):
     assert fingerprint(buffer) == kept
 
 
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=name_of)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "channels-of-more"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_rows_of_one_value_that_swap_are_noticed(k, layout, dtype):
+    """Their sums are the same, those of the columns too: what differs is where the value is, for every two places."""
+    count = 512
+    weight = torch.zeros(count, count, k, k, dtype=dtype)
+    weight[:, :, 0, 0].fill_diagonal_(1.0)
+    weight = laid_out(weight, layout)
+    products = fingerprint(weight).sums[-1].view(-1, count)
+    assert len(products.unique(dim=1).t()) == count
+    kept = fingerprint(weight)
+    for i, j in ((0, 1), (6, 11), (100, 500)):
+        weight[[i, j]] = weight[[j, i]]
+        assert fingerprint(weight) != kept
+        weight[[i, j]] = weight[[j, i]]
+    assert fingerprint(weight) == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_an_operation_notices_rows_that_swap(dtype):
+    weight, x = torch.zeros(512, 512, 1, 1, dtype=dtype), random(1, 512, 3, 3, dtype=dtype)
+    weight[0, 6] = weight[1, 11] = 1
+    with torch.no_grad():
+        before = conv_bn_relu(x, weight, relu=False)
+        weight.data[[0, 1]] = weight.data[[1, 0]]
+        after = conv_bn_relu(x, weight, relu=False)
+    assert torch.equal(after[:, :2], before[:, [1, 0]])
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=name_of)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "channels-of-more"])
+def test_the_number_of_threads_makes_no_difference(layout, dtype):
+    weight, threads = laid_out(random(130, 96, 3, 3, dtype=dtype), layout), torch.get_num_threads()
+    kept = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            kept.append(fingerprint(weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert kept[0] == kept[1] == kept[2]
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(0, 8, 3, 3), (8, 0, 3, 3), (0, 8, 1, 1), (0, 0, 1, 1)], ids=str)
+def test_weights_without_values(shape, dtype):
+    for layout in ("contiguous", "channels-last", "transposed"):
+        check(laid_out(torch.zeros(shape, dtype=dtype), layout))
+
+
+def test_an_operation_without_outputs():
+    with torch.no_grad():
+        assert conv_bn_relu(torch.ones(1, 8, 5, 5), torch.ones(0, 8, 1, 1)).shape == (1, 0, 5, 5)
+        with pytest.raises(RuntimeError, match="expected weight to be at least 1"):  # PyTorch's own word on it
+            conv_bn_relu(torch.ones(1, 8, 5, 5), torch.ones(0, 8, 3, 3))
+
+
 @many
 @given(
     shape=st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 3])),

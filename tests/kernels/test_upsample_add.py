@@ -96,6 +96,19 @@ def test_what_is_no_map(shape):
         upsample_add(torch.zeros(shape), torch.zeros(shape))
 
 
+@pytest.mark.parametrize("shapes", [((1, 3, 0, 2), (1, 3, 4, 4)), ((1, 3, 2, 2), (1, 3, 4, 0))], ids=str)
+def test_empty_maps(shapes):
+    with pytest.raises(ValueError, match=r"x \(1, 3, .*\) and lateral \(1, 3, .*\) must not be empty"):
+        upsample_add(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
+def test_dtypes_that_differ(dtypes):
+    for first, second in (dtypes, dtypes[::-1]):
+        with pytest.raises(ValueError, match=r"operands must be of one dtype, got .*x.*lateral"):
+            upsample_add(torch.zeros(1, 3, 2, 2, dtype=first), torch.zeros(1, 3, 4, 4, dtype=second))
+
+
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,10 +92,86 @@ def test_types_of_labels(dtype):
     check(random(1, 256, 2, 3), [(4, 5)], labels)
 
 
-@pytest.mark.parametrize("sizes", [[], [(0, 3)], [(4, 4), (3, 0)], [(-1, 2)]], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [],
+        [(0, 3)],
+        [(4, 4), (3, 0)],
+        [(-1, 2)],
+        [5, 5],
+        (5, 5),
+        [(5.0, 5.0)],
+        [(5, 5, 5)],
+        [(5,)],
+        [("5", "5")],
+        5,
+        None,
+    ],
+    ids=str,
+)
 def test_sizes_must_be_positive(sizes):
     with pytest.raises(ValueError, match=r"sizes must be one or more positive \(height, width\), got"):
         upsample_argmax(torch.zeros(1, 3, 2, 2), sizes)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor], ids=lambda kind: kind.__name__)
+def test_sizes_of_other_integers(kind):
+    logits = random(1, 3, 2, 4)
+    assert torch.equal(upsample_argmax(logits, [(kind(5), kind(9))]), upsample_argmax(logits, [(5, 9)]))
+
+
+# What is not finite ---------------------------------------------------------------------------------------------------
+
+
+def compiled(*args):
+    torch._dynamo.reset()
+    return torch.compile(upsample_argmax, fullgraph=True, backend="eager")(*args)
+
+
+WAYS = {"eager": upsample_argmax, "traced": lambda *args: traced(upsample_argmax, *args), "compiled": compiled}
+CHAINS = [[(5, 7)], [(10, 14)], [(23, 31)], [(3, 2)], [(10, 14), (33, 17)]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sizes", CHAINS, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
+def test_a_class_that_is_masked_is_nowhere_the_label(dtype, sizes, way):
+    logits = random(2, 6, 5, 7).to(dtype)
+    masked = logits.clone()
+    masked[:, [0, 3]] = -float("inf")
+    before = masked.clone()
+    labels = WAYS[way](masked, sizes)
+    others = torch.tensor([1, 2, 4, 5])
+    assert torch.equal(labels, others[WAYS[way](logits[:, others], sizes)])
+    assert torch.equal(masked, before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf")], ids=str)
+def test_what_is_not_finite_tells_on_its_neighbours_alone(value, way):
+    logits = random(1, 4, 40, 40).float()
+    logits[0, 2, 20, 10] = logits[0, 2].max() + 1
+    broken = logits.clone()
+    broken[0, 2, 20, 10] = value
+    before, after = (WAYS[way](x, [(80, 80)])[0] for x in (logits, broken))
+    near = torch.zeros(80, 80, dtype=torch.bool)
+    near[39:43, 19:23] = True  # the pixels that are resampled from it
+    assert torch.equal(before[~near], after[~near])
+    assert (after[near] != 2).all() if value < 0 else (after[near] == 2).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_classes_masked(way):
+    assert not WAYS[way](torch.full((1, 4, 3, 3), -float("inf")), [(7, 7)]).any()
+
+
+def test_a_large_sum_of_finite_logits():
+    logits = torch.full((1, 3, 8, 8), 1e38)
+    logits[:, 1] = 2e38
+    assert (upsample_argmax(logits, [(20, 20)]) == 1).all()
 
 
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 3), (torch.uint8, 257), (torch.int8, 129)], ids=str)

@@ -214,4 +214,5 @@ def test_the_command():
     command = [sys.executable, "-m", "fastuper_kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
     assert "linear: plain | conv | onednn | float32" in done.stdout
+    assert "linear: float32 is for float16 operands" in done.stdout  # where what is forced is not what is taken
     assert not done.stderr

@@ -101,6 +101,33 @@ def test_the_same_function(family, batch, size, mlps):
     assert len(mlps) == (8 if family in FAST else 0)
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "swin"])  # attention does not take it
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_an_empty_batch(family, scale, mlps):
+    """What the modules take, the quick ways take too."""
+    model = build(family, **({"layer_scale_init_value": scale} if family == "convnext" else {}))
+    pixels = images(2, 3, 70, 99)[:0]
+    with torch.enable_grad():
+        expected = model(pixels).feature_maps
+    result = maps(model, pixels)[: len(expected)]
+    assert [x.shape for x in result] == [x.shape for x in expected]
+    assert [x.dtype for x in result] == [x.dtype for x in expected]
+    assert mlps or family not in FAST
+
+
+@pytest.mark.parametrize("kind", ["strided", "expanded"])
+@pytest.mark.parametrize(("family", "path"), PATHS)
+def test_biases_of_any_strides(family, path, kind, mlps):
+    model = build(family, torch.float32)
+    layer = model.get_submodule(path)
+    values = torch.linspace(-1, 1, 2 * layer.out_features)
+    values = values[::2] if kind == "strided" else values[:1].expand(layer.out_features)
+    layer.bias = nn.Parameter(values)
+    assert layer.bias.stride() == values.stride() != (1,)
+    check(model, images(2, 3, 70, 99).float(), 1e-5)
+    assert mlps
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "quick_gelu"])
 @pytest.mark.parametrize("family", FAST)
 def test_any_activation(family, act, mlps):

@@ -34,6 +34,26 @@ def test_logits_have_the_finest_maps_size():
     assert head(maps).shape == (2, 4, 13, 17)
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(1, 3, 8, 8), (1, 5, 4, 4)],
+        [(1, 3, 8, 8), (1, 5, 4, 4), (1, 7, 2, 2), (1, 9, 1, 1)],
+        [(1, 3, 8, 8), (1, 5, 4, 4), (1, 8, 2, 2)],
+        [(1, 7, 2, 2), (1, 5, 4, 4), (1, 3, 8, 8)],
+        [(3, 8, 8), (5, 4, 4), (7, 2, 2)],
+        [],
+    ],
+    ids=["too-few", "too-many", "channels", "coarsest-first", "no-batch", "none"],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_maps_that_do_not_fit(training, shapes):
+    head = UperNetHead(config(), [3, 5, 7]).train(training)
+    with pytest.raises(ValueError, match=r"in_channels=\[3, 5, 7\] channels, finest first, got \[") as error:
+        head([torch.zeros(shape) for shape in shapes])
+    assert all(str(shape) in str(error.value) for shape in shapes)
+
+
 def test_any_number_of_levels():
     for channels in ([5], [3, 5], [3, 5, 7, 9, 11]):
         head = UperNetHead(config(pool_scales=[2]), channels).eval()

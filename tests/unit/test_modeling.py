@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,13 +122,34 @@ def test_labels_of_weights_that_are_not_finite(network):
         ([(8, 8)] * 3, "3 target_sizes for a batch of 2 images"),
         ((8, 8), "target_sizes must be a .height, width. for each image"),
         ([(8, 8, 3)] * 2, "target_sizes must be a .height, width. for each image"),
-        ([(8, 8), (0, 8)], r"positive \(height, width\), got \[\(32, 32\), \(0, 8\)\]"),
+        ([(8, 8), (0, 8)], r"target_sizes must be .*integers from 1, got \[\(8, 8\), \(0, 8\)\]"),
+        ([(8, 8), (8, -1)], r"target_sizes must be .*integers from 1, got"),
+        ([(8, 8), (5.7, 8)], r"target_sizes must be .*integers from 1, got \[\(8, 8\), \(5.7, 8\)\]"),
+        (torch.tensor([[8.0, 8.0]] * 2), r"target_sizes must be .*integers from 1, got"),
+        ([("8", "8")] * 2, r"target_sizes must be .*integers from 1, got"),
+        (8, r"target_sizes must be .*integers from 1, got 8"),
     ],
-    ids=["one", "none", "three", "one-pair", "triples", "empty"],
+    ids=["one", "none", "three", "one-pair", "triples", "empty", "negative", "fraction", "floats", "text", "number"],
 )
-def test_target_sizes(network, sizes, message):
+def test_target_sizes(network, sizes, message, monkeypatch):
+    monkeypatch.setattr(network.backbone, "forward", lambda *_, **__: pytest.fail("the network has run"))
     with pytest.raises(ValueError, match=message):
         network.segment(torch.zeros(2, 3, 32, 32), target_sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [[8, 9], [10, 11]],
+        torch.tensor([[8, 9], [10, 11]]),
+        np.array([[8, 9], [10, 11]]),
+        [(torch.tensor(8), np.int32(9)), (np.uint8(10), 11)],
+    ],
+    ids=["lists", "tensor", "array", "mixed"],
+)
+def test_target_sizes_of_any_integers(network, sizes):
+    labels = network.segment(torch.zeros(2, 3, 32, 32), target_sizes=sizes)
+    assert [tuple(x.shape) for x in labels] == [(8, 9), (10, 11)]
 
 
 def test_a_refused_call_leaves_the_model_as_it_was(network):

@@ -58,7 +58,8 @@ def place(model, name, module):
 def is_taken(model):
     """Return whether the hand-written path is taken for every convolution of a head."""
     modules = [module for module in model.modules() if isinstance(module, fastuper.head.ConvModule)]
-    return all(fastuper.head.is_fusible(module) for module in modules)
+    with torch.no_grad():
+        return all(fastuper.head.is_fusible(module) and module.is_folding() for module in modules)
 
 
 def test_an_untouched_head(strips):
@@ -224,13 +225,17 @@ NORMS = {
     "no-statistics": lambda n: nn.BatchNorm2d(12, track_running_stats=False),
     "not-affine": lambda n: nn.BatchNorm2d(12, affine=False),
     "cumulative": lambda n: nn.BatchNorm2d(12, momentum=None),
+    "subclass": lambda n: Centred(12),
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "training"),
-    [(kind, training) for kind in NORMS for training in (False, True) if not (kind == "sync" and training)],
-)  # SyncBatchNorm trains on a GPU alone
+class Centred(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) - 0.25
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("training", [False, True])
 def test_other_norms(kind, training, strips):
     model = head().train(training)
     for module in list(model.modules()):
@@ -246,6 +251,7 @@ def test_other_norms(kind, training, strips):
 def test_convert_sync_batchnorm(strips):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(head())
     assert not is_taken(model)
+    assert all(fastuper.head.is_fusible(module) for module in model.lateral_convs)
     assert error(check(model), check(head())) < 2e-6
 
 
@@ -282,6 +288,29 @@ def test_other_blocks(name, strips):
     old = model.get_submodule(name).conv
     place(model, name, nn.Sequential(randomize(nn.Conv2d(old.in_channels, 12, 3, padding=1)), nn.GELU()))
     check(model, original)
+
+
+BLOCKS = ["fpn_bottleneck", "bottleneck", "lateral_convs.0", "lateral_convs.1", "fpn_convs.0", "fpn_convs.1"]
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, "psp_modules.2.1"])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_blocks_of_other_kernels(name, kernel_size, strips):
+    model, original = head(), head()
+    new = fastuper.head.ConvModule(model.get_submodule(name).conv.in_channels, 12, kernel_size)
+    place(model, name, randomize(new, seed=1).eval())
+    check(model, original)
+    maps, other = feature_maps(), copy.deepcopy(model.train())
+    model(maps).square().mean().backward()
+    as_written(other, maps).square().mean().backward()
+    assert error(new.conv.weight.grad, other.get_submodule(name).conv.weight.grad) < 1e-4
+
+
+def test_branches_of_several_widths(strips):
+    model = head()
+    model.psp_modules[1][1] = randomize(fastuper.head.ConvModule(24, 7, 1)).eval()
+    model.bottleneck = randomize(fastuper.head.ConvModule(24 + 3 * 12 + 7, 12, 3)).eval()
+    check(model)
 
 
 def test_other_pooling(strips):

@@ -70,7 +70,7 @@ def whole(family, training=False, **values):
     model = randomize(small_model(family, hidden_size=16, **values))
     for module in model.modules():
         if type(module).__name__ == "DropPath":
-            module.probability = module.drop_prob = 0.0
+            module.drop_prob = 0.0
     return model.train(training)
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -68,6 +69,54 @@ def test_training(dtype):
     with Shapes() as seen:
         model(maps).square().mean().backward()
     assert_narrow(seen.shapes, 2)
+
+
+class Frozen(nn.Module):
+    """As detectron2 and torchvision have it."""
+
+    def __init__(self, count):
+        super().__init__()
+        for name, value in {"scale": 1.5, "shift": 0.1}.items():
+            self.register_buffer(name, torch.full((1, count, 1, 1), value))
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+class Subclass(nn.BatchNorm2d):
+    pass
+
+
+NORMS = {
+    "sync": nn.SyncBatchNorm,
+    "subclass": Subclass,
+    "group": lambda count: nn.GroupNorm(4, count),
+    "frozen": Frozen,
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_other_norms(kind, training):
+    """What follows a convolution is called as it stands, and decides nothing about the convolution."""
+    model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
+    for module in list(model.modules()):
+        if isinstance(module, fastuper.head.ConvModule):
+            module.batch_norm, module.activation = randomize(NORMS[kind](HIDDEN)), nn.LeakyReLU(0.1)
+    other = copy.deepcopy(model.train(training)).double()
+    with torch.set_grad_enabled(training), Shapes() as seen:
+        result = model(maps)
+        if training:
+            result.square().mean().backward()
+    assert_narrow(seen.shapes, 2)
+    truth = as_written(other, [x.double() for x in maps])
+    assert error(result, truth) < 1e-5
+    if training:
+        truth.square().mean().backward()
+        for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+            assert error(ours.grad, theirs.grad) < 1e-3, name
+        for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
+            assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6), name
 
 
 def test_training_without_a_mode():
@@ -307,7 +356,7 @@ def test_autocast_changes_nothing_for_later_calls():
 def test_autocast_of_a_wide_model():
     """float64 is left alone by autocast."""
     model, maps = head(12).double(), feature_maps(dtype=torch.float64)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=True):
         assert model(maps).dtype == torch.float64
 
 
