@@ -192,9 +192,10 @@ def _inference(
     x = x.contiguous(memory_format=torch.channels_last)
     if weight.shape[-1] == 3 and _way(x, weight) == "winograd":
         y = _winograd(x, weight, scale, shift, addend, relu, rows)
-    elif addend is None:  # folded: the weights are fewer than the outputs
-        y = _convolve(x, _folded(weight, scale, x.dtype), None if shift is None else shift.to(x.dtype), relu, rows)
-    else:
+    elif addend is None and (scale is None or x.dtype != torch.float16):
+        kernel = packed(weight, _contiguous, x.dtype) if scale is None else packed(weight, _folded, x.dtype, scale)
+        y = _convolve(x, kernel, None if shift is None else shift.to(x.dtype), relu, rows)
+    else:  # weights of float16 times a scale could be too small for the type
         y = _convolve(x, packed(weight, _contiguous, x.dtype), None, False, rows)
         if addend is not None:
             y.add_(addend)
@@ -207,11 +208,15 @@ def _inference(
     return y
 
 
-def _folded(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    if scale is None:
-        return packed(weight, _contiguous, dtype)
+def _folded(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(scale.dtype, weight.dtype)
-    return (weight.to(wide) * scale.to(wide)[:, None, None, None]).to(dtype)
+    folded = weight.to(wide) * scale.to(wide)[:, None, None, None]
+    return folded.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _winograd_folded(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> list[torch.Tensor]:
+    wide = torch.promote_types(scale.dtype, weight.dtype)
+    return winograd.pack(weight.to(wide) * scale.to(wide)[:, None, None, None], dtype)
 
 
 def _contiguous(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -278,7 +283,10 @@ def _winograd(
     rows: Rows,
 ) -> torch.Tensor:
     start, stop, height = rows
-    kernels = packed(weight, winograd.pack, x.dtype)
+    if addend is None and scale is not None:
+        kernels, scale = packed(weight, _winograd_folded, x.dtype, scale), None
+    else:
+        kernels = packed(weight, winograd.pack, x.dtype)
     out = x.new_empty(x.shape[0], stop - start, x.shape[3], weight.shape[0])
     halo = (int(start > 0), int(stop < height))
     scale, shift = (None if vector is None else vector.to(x.dtype) for vector in (scale, shift))

@@ -39,6 +39,7 @@ class Fingerprint:
 class _Entry(NamedTuple):
     storage: weakref.ref[torch.UntypedStorage]  # a pack does not keep its weights alive
     fingerprint: Fingerprint
+    vector: torch.Tensor | None
     pack: Any
 
 
@@ -46,24 +47,35 @@ _entries: dict[tuple[Any, ...], _Entry] = {}
 _lock = threading.RLock()  # weights may die, and take their packs along, wherever a thread happens to be
 
 
-def packed(weight: torch.Tensor, kind: Callable[[torch.Tensor, torch.dtype], Any], dtype: torch.dtype) -> Any:
+def packed(
+    weight: torch.Tensor, kind: Callable[..., Any], dtype: torch.dtype, vector: torch.Tensor | None = None
+) -> Any:
     """Return `kind(weight, dtype)`, from an earlier call where the weight's contents are still the same.
 
     Args:
         weight: an ordinary tensor, or a view of one.
         kind: what rearranges it; it must return new tensors.
         dtype: of the result.
+        vector: if given, the result is `kind(weight, dtype, vector)`, and the vector's contents count too.
     """
     storage = weight.untyped_storage()
     key = (kind, dtype, storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
+    key = (*key, None if vector is None else vector.dtype)
     found, now = _entries.get(key), fingerprint(weight)
-    if found is not None and found.fingerprint == now and found.storage() is storage:
+    if (
+        found is not None
+        and found.fingerprint == now
+        and found.storage() is storage
+        and (vector is found.vector if vector is None or found.vector is None else torch.equal(vector, found.vector))
+    ):
         return found.pack
     with torch.inference_mode(False), torch.no_grad():
-        pack = kind(weight.detach().clone() if weight.is_inference() else weight.detach(), dtype)
+        plain = weight.detach().clone() if weight.is_inference() else weight.detach()
+        kept = None if vector is None else vector.detach().clone()
+        pack = kind(plain, dtype) if kept is None else kind(plain, dtype, kept)
     with _lock:
         _entries.pop(key, None)
-        _entries[key] = _Entry(weakref.ref(storage, functools.partial(_forget, key)), now, pack)
+        _entries[key] = _Entry(weakref.ref(storage, functools.partial(_forget, key)), now, kept, pack)
         while len(_entries) > MAX_PACKS:
             _entries.pop(next(iter(_entries)), None)
     return pack

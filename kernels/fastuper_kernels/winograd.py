@@ -81,19 +81,16 @@ def _differences(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Ten
 
 def _products(padded: torch.Tensor, kernels: list[torch.Tensor], rows: int, columns: int) -> list[list[torch.Tensor]]:
     """Return A^T applied along the rows to the 16 products: [output row of the tile][tile column]."""
-    lines = _differences(*(padded[k : k + 2 * rows : 2] for k in range(4)))
+    a, b, c, d = (padded[k : k + 2 * rows : 2] for k in range(4))
+    lines = (a - c, b + c, c - b, d - b)  # the last of them negative, for its product to be added to others
+
+    def product(i: int, j: int, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(tiles[i][j].view(rows * columns, -1), kernels[4 * i + j], residual=residual)
+
+    tiles = [_differences(*(line[:, k : k + 2 * columns : 2] for k in range(4))) for line in lines]
     sums: list[list[torch.Tensor]] = [[], []]
-    products: list[list[torch.Tensor]] = []
-    for i, line in enumerate(lines):
-        tiles = _differences(*(line[:, k : k + 2 * columns : 2] for k in range(4)))
-        products.append(
-            [
-                linear(tile.reshape(rows * columns, -1), kernels[4 * i + j]).view(rows, columns, -1)
-                for j, tile in enumerate(tiles)
-            ]
-        )
     for j in range(4):
-        p = [products[i][j] for i in range(4)]
-        sums[0].append(p[0].add_(p[1]).add_(p[2]))
-        sums[1].append(p[1].sub_(p[2]).sub_(p[3]))
+        second, third = product(1, j), product(2, j)
+        sums[0].append(product(0, j, residual=second + third).view(rows, columns, -1))
+        sums[1].append(product(3, j, residual=second.sub_(third)).view(rows, columns, -1))
     return sums
