@@ -17,11 +17,12 @@ from fastuper.configuration import UperNetConfig
 from fastuper.plain import is_exactly
 from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, upsample_add, upsampled_conv3x3
 from fastuper_kernels.modes import autocast, is_eager_inference
+from fastuper_kernels.packs import looked_at_once
 from fastuper_kernels.upsampled_conv3x3 import UpsampledConv3x3
 
 # Bytes of a strip of rows of hidden_size channels, at stride 4: in a CPU's cache, and far below what malloc takes from
 # the system anew each time. Images whose map is larger run in strips.
-STRIP_BYTES = 8 << 20
+STRIP_BYTES = 16 << 20
 
 
 class ConvModule(nn.Module):
@@ -206,8 +207,9 @@ class UperNetHead(nn.Module):
         x, above, *levels = autocast(x, above, *levels)
         size = (len(x), self.classifier.out_channels, *x.shape[2:])
         logits = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for image in zip(*(maps.split(1) for maps in (logits, x, above, *levels)), strict=True):
-            self._image_in_strips(*image)
+        with looked_at_once():
+            for image in zip(*(maps.split(1) for maps in (logits, x, above, *levels)), strict=True):
+                self._image_in_strips(*image)
         return logits
 
     def _image_in_strips(

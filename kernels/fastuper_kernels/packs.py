@@ -7,10 +7,11 @@ speed of memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,12 @@ class _Entry(NamedTuple):
     pack: Any
 
 
+class _Seen(threading.local):
+    keys: set[tuple[Any, ...]] | None = None
+
+
 _entries: dict[tuple[Any, ...], _Entry] = {}
+_seen = _Seen()
 _lock = threading.RLock()  # weights may die, and take their packs along, wherever a thread happens to be
 
 
@@ -61,14 +67,15 @@ def packed(
     storage = weight.untyped_storage()
     key = (kind, dtype, storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
     key = (*key, None if vector is None else vector.dtype)
-    found, now = _entries.get(key), fingerprint(weight)
-    if (
-        found is not None
-        and found.fingerprint == now
-        and found.storage() is storage
-        and (vector is found.vector if vector is None or found.vector is None else torch.equal(vector, found.vector))
-    ):
+    found, seen, now = _entries.get(key), _seen.keys, None
+    fits = found is not None and found.storage() is storage and _same(vector, found.vector)
+    if not fits or seen is None or key not in seen:
+        now = fingerprint(weight)
+    if seen is not None:
+        seen.add(key)
+    if found is not None and fits and (now is None or found.fingerprint == now):
         return found.pack
+    assert now is not None
     with torch.inference_mode(False), torch.no_grad():
         plain = weight.detach().clone() if weight.is_inference() else weight.detach()
         kept = None if vector is None else vector.detach().clone()
@@ -79,6 +86,20 @@ def packed(
         while len(_entries) > MAX_PACKS:
             _entries.pop(next(iter(_entries)), None)
     return pack
+
+
+@contextlib.contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Within it, this thread takes a weight that it has looked at to stay as it is: for a loop over parts of a map."""
+    outer, _seen.keys = _seen.keys, set()
+    try:
+        yield
+    finally:
+        _seen.keys = outer
+
+
+def _same(vector: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return vector is other if vector is None or other is None else torch.equal(vector, other)
 
 
 def _forget(key: tuple[Any, ...], storage: weakref.ref[torch.UntypedStorage]) -> None:

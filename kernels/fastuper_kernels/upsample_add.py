@@ -26,7 +26,7 @@ def upsample_add(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"x and lateral must be (B, C, H, W), got {tuple(x.shape)} and {tuple(lateral.shape)}")
     if x.shape[:2] != lateral.shape[:2]:
         raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must agree in batch and channels")
-    if min(*x.shape[2:], *lateral.shape[2:]) < 1:
+    if 0 in x.shape[2:] or 0 in lateral.shape[2:]:  # the least of all would be another graph for each order of sizes
         raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must not be empty")
     check_dtypes(x=x, lateral=lateral)
     return reference(x, lateral)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastuper.head
 import fastuper_kernels.packs as packs
 from fastuper.head import UperNetHead
 from tests.unit.heads import as_written, error, feature_maps, head, randomize
@@ -274,3 +275,19 @@ def test_frozen_norms_train_with_their_statistics():
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         assert error(ours.grad, theirs.grad) < 1e-4, name
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
+
+
+def test_strips_look_at_a_weight_once_a_call(monkeypatch):
+    """Many times for each strip would be many times the weights' bytes; and the next call looks again."""
+    model, maps = head(64), feature_maps(2, [(40, 48), (20, 24), (10, 12), (5, 6)])
+    monkeypatch.setattr(fastuper.head, "STRIP_BYTES", 1)
+    looked = []
+    fingerprint = packs.fingerprint
+    monkeypatch.setattr(packs, "fingerprint", lambda weight: looked.append(weight.data_ptr()) or fingerprint(weight))
+    with torch.no_grad():
+        model(maps)
+        looked.clear()
+        before = model(maps)
+        assert len(looked) == len(set(looked)) > 3
+        model.fpn_convs[0].conv.weight.data.mul_(2)
+        assert not torch.equal(model(maps), before)
