@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TRANSFORMERS4 := .cache/transformers-4.56.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-transformers4 test-minimum accuracy bench bench-quick lint format types clean
+.PHONY: help setup demo test test-exhaustive test-fast test-transformers4 test-minimum accuracy bench bench-quick lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -23,11 +23,14 @@ setup: $(STAMP) ## build the virtual environment in .venv (a few minutes, once)
 demo: $(STAMP) ## segment a photograph, and compare the label map with Transformers'
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## run every test that needs no GPU
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests that need no GPU (a quarter of an hour)
+	$(BIN)/python -m pytest -m "not exhaustive"
+
+test-exhaustive: $(STAMP) ## run what `make test` leaves out: every backbone through Inductor, export and ONNX
+	$(BIN)/python -m pytest -m exhaustive
 
 test-fast: $(STAMP) ## run the tests that take a moment
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not exhaustive"
 
 $(TRANSFORMERS4)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --target $(TRANSFORMERS4) transformers==4.56.2
@@ -39,7 +42,7 @@ test-transformers4: $(TRANSFORMERS4)/.installed ## run the comparisons with Tran
 test-minimum: ## run every test with the oldest versions that pyproject.toml allows, in a virtual environment of their own
 	$(PYTHON) -m venv .cache/minimum
 	.cache/minimum/bin/python -m pip install --quiet --constraint tests/minimum-versions.txt --editable '.[dev]'
-	.cache/minimum/bin/python -m pytest
+	.cache/minimum/bin/python -m pytest -m "not exhaustive"
 
 accuracy: $(STAMP) ## measure the distance from float64 beside Transformers, and redraw README's table
 	$(BIN)/python -m bench.accuracy

@@ -65,8 +65,8 @@ def packed(
         vector: if given, the result is `kind(weight, dtype, vector)`, and the vector's contents count too.
     """
     storage = weight.untyped_storage()
-    key = (kind, dtype, storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
-    key = (*key, None if vector is None else vector.dtype)
+    place = (storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
+    key = (kind, dtype, *place, None if vector is None else vector.dtype)
     found, seen, now = _entries.get(key), _seen.keys, None
     fits = found is not None and found.storage() is storage and _same(vector, found.vector)
     if not fits or seen is None or key not in seen:

@@ -257,14 +257,18 @@ def test_strips_give_the_same_logits(dtype, sizes, hidden_size, monkeypatch):
     with torch.no_grad():
         truth = as_written(copy.deepcopy(model).double(), [x.double() for x in maps])
         model, maps = model.to(dtype), [x.to(dtype) for x in maps]
-        whole, written = model(maps), as_written(model, maps)
+        # The reference in either layout: its float32 convolutions err twice as much in one of them.
+        wide = {"memory_format": torch.channels_last}
+        others = as_written(copy.deepcopy(model).to(**wide), [x.to(**wide) for x in maps])
+        written = max(error(other, truth) for other in (as_written(model, maps), others))
+        whole = model(maps)
         monkeypatch.setattr(fastuper.head, "STRIP_BYTES", 0)
         assert model.runs_in_strips(maps[0])
         result = model(maps)
     assert result.dtype == whole.dtype == dtype
     eps = torch.finfo(dtype).eps
     # float64 is the truth itself, but for its rounding.
-    limit = 1e-13 if dtype == torch.float64 else max(1.25 * error(written, truth), 4 * eps)
+    limit = 1e-13 if dtype == torch.float64 else max(1.25 * written, 4 * eps)
     assert error(whole, truth) <= limit
     assert error(result, truth) <= limit
     assert error(result, whole) <= 4 * limit
