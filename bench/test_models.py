@@ -57,7 +57,7 @@ def _plans() -> list[Plan]:
     for backbone in ("convnext-t", "swin-t"):
         # One backbone after the other, for its exported and compiled models stay in memory.
         add("512", Task("logits", backbone, 512), ALL, 5)
-        labels = [*EAGER, WITHOUT_AUXILIARY[1], FROZEN, SMP[0], ONNX, OPENVINO, FASTUPER]
+        labels = [*EAGER, *WITHOUT_AUXILIARY, FROZEN, SMP[0], ONNX, OPENVINO, FASTUPER]
         add("512", Task("labels", backbone, 512, target=TARGET), labels, 4)
         parts = [*EAGER, FROZEN, SMP[0], ONNX, OPENVINO, FASTUPER]
         add("512", Task("head", backbone, 512), parts, 4)
@@ -65,7 +65,7 @@ def _plans() -> list[Plan]:
         add("waterfall", Task("waterfall", backbone, 512), list(variants.VARIANTS), 4)
         add("bfloat16", Task("logits", backbone, 512, "bfloat16"), BFLOAT16, 5)
         # The larger the image, the fewer peers and rounds: at 2048 one of Transformers' runs takes most of a minute.
-        add("1024", Task("logits", backbone, 1024), [*EAGER, WITHOUT_AUXILIARY[1], OPENVINO, FASTUPER], 3)
+        add("1024", Task("logits", backbone, 1024), [*EAGER, *WITHOUT_AUXILIARY, OPENVINO, FASTUPER], 3)
         add("2048", Task("logits", backbone, 2048), [EAGER[1], OPENVINO, FASTUPER], 2)
         # Some of these tasks once more, for `make bench-quick`: under three minutes on two cores, where a turn of all
         # three takes 7 s at the whole model.
