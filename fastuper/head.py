@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastuper.configuration import UperNetConfig
 from fastuper.plain import is_exactly
-from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, upsample_add, upsampled_conv3x3
+from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, pyramid_pool, upsample_add, upsampled_conv3x3
 from fastuper_kernels.modes import autocast, is_eager_inference
 from fastuper_kernels.packs import looked_at_once
 from fastuper_kernels.upsampled_conv3x3 import UpsampledConv3x3
@@ -150,16 +150,17 @@ class UperNetHead(nn.Module):
     def pooled(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the branches of the pyramid pooling, each (B, hidden_size, s, s)."""
         branches: Any = list(self.psp_modules)
-        if not branches or not all(_is_pooling_branch(branch) and branch[1].is_folding() for branch in branches):
+        if not branches or not all(_is_pooling_branch(branch) for branch in branches):
             return [branch(x) for branch in branches]
         scales, modules = [branch[0].output_size for branch in branches], [branch[1] for branch in branches]
-        if len({module.conv.out_channels for module in modules}) > 1:
-            return [branch(x) for branch in branches]
+        widths = {module.conv.out_channels for module in modules}
+        if not all(module.is_folding() for module in modules) or len(widths) > 1:
+            grids = _grids(pyramid_pool(x, scales), scales)
+            return [module(grid) for module, grid in zip(modules, grids, strict=True)]
         norms = [fold(module.batch_norm) for module in modules]
         weights = [module.conv.weight for module in modules]
         cells = pool_conv_bn_relu(x, scales, weights, [scale for scale, _ in norms], [shift for _, shift in norms])
-        grids = cells.transpose(1, 2).split([scale * scale for scale in scales], dim=2)
-        return [grid.unflatten(2, (scale, scale)) for grid, scale in zip(grids, scales, strict=True)]
+        return _grids(cells, scales)
 
     def add_lateral(self, module: Any, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """Return a level (B, hidden_size, H, W) of the top-down path: its lateral conv, plus the level above it."""
@@ -256,6 +257,12 @@ def is_fusible(module: Any, kernel_size: tuple[int, int] | None = None) -> bool:
     """Return whether a module is a `ConvModule` that may be `fused`, and its kernel of the size that is given."""
     fusible = is_exactly(module, ConvModule) and module.is_fusible()
     return fusible and kernel_size in (None, module.conv.kernel_size)
+
+
+def _grids(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
+    """Return a map (B, C, s, s) for each scale s of cells (B, sum of s * s, C)."""
+    parts = cells.transpose(1, 2).split([scale * scale for scale in scales], dim=2)
+    return [part.unflatten(2, (scale, scale)) for part, scale in zip(parts, scales, strict=True)]
 
 
 def _is_pooling_branch(branch: Any) -> bool:

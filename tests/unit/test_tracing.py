@@ -19,10 +19,11 @@ from tests.unit.test_modeling import BACKBONES
 from tests.unit.test_modeling import model as small_model
 
 # (batch, sizes): the first is the traced one. Batches of one and maps of one pixel are classes of their own to PyTorch,
-# and so are sizes that are equal in the second, which the graph for all sizes is made from.
+# and so are sizes that are equal in the second, which the graph for all sizes is made from. To Inductor, sums of more
+# than 4096 pixels are such a class as well.
 HEAD_SIZES = [
     (2, [(20, 28), (10, 14), (5, 7), (3, 4)]),
-    (6, [(34, 42), (17, 21), (9, 11), (5, 7)]),
+    (3, [(34, 38), (17, 19), (9, 10), (5, 6)]),
     (4, [(9, 33), (5, 17), (3, 9), (2, 5)]),
     (5, [(21, 7), (11, 4), (6, 2), (3, 2)]),
 ]
@@ -280,7 +281,9 @@ def test_the_model_compiled(family, training):
 def test_the_model_compiled_for_any_size_at_once():
     model = Logits(whole("resnet"))
     inputs = [image_inputs(*size) for size in IMAGE_SIZES]
-    check_compiled(model, inputs, "inductor", False, dynamic=True, limit=1)
+    # PyTorch may give Inductor the first graph twice, the second time with the norms' epsilons as constants.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        check_compiled(model, inputs, "inductor", False, dynamic=True, limit=2)
 
 
 @pytest.mark.exhaustive

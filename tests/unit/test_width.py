@@ -103,7 +103,8 @@ def test_other_norms(kind, training):
     for module in list(model.modules()):
         if isinstance(module, fastuper.head.ConvModule):
             module.batch_norm, module.activation = randomize(NORMS[kind](HIDDEN)), nn.LeakyReLU(0.1)
-    other = copy.deepcopy(model.train(training)).double()
+    single = copy.deepcopy(model.train(training))
+    other = copy.deepcopy(model).double()
     with torch.set_grad_enabled(training), Shapes() as seen:
         result = model(maps)
         if training:
@@ -113,8 +114,11 @@ def test_other_norms(kind, training):
     assert error(result, truth) < 1e-5
     if training:
         truth.square().mean().backward()
-        for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-            assert error(ours.grad, theirs.grad) < 1e-3, name
+        as_written(single, maps).square().mean().backward()
+        triples = zip(model.named_parameters(), single.parameters(), other.parameters(), strict=True)
+        for (name, ours), written, theirs in triples:
+            # Statistics over the two values of a 1 x 1 grid leave gradients that any rounding shows in.
+            assert error(ours.grad, theirs.grad) < max(2 * error(written.grad, theirs.grad), 2e-4), name
         for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
             assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6), name
 
