@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The last Transformers whose names and defaults the Hub's UPerNet checkpoints were made with, beside the newest.
 TRANSFORMERS4 := .cache/transformers-4.56.2
+# One worker for each core; whoever is ready takes tests from the others.
+PARALLEL := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-exhaustive test-fast test-transformers4 test-minimum accuracy bench bench-quick lint format types clean
@@ -23,11 +25,11 @@ setup: $(STAMP) ## build the virtual environment in .venv (a few minutes, once)
 demo: $(STAMP) ## segment a photograph, and compare the label map with Transformers'
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## run the tests that need no GPU (a quarter of an hour)
-	$(BIN)/python -m pytest -m "not exhaustive"
+test: $(STAMP) ## run the tests that need no GPU (ten minutes on two cores)
+	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)
 
 test-exhaustive: $(STAMP) ## run what `make test` leaves out: every backbone through Inductor, export and ONNX
-	$(BIN)/python -m pytest -m exhaustive
+	$(BIN)/python -m pytest -m exhaustive $(PARALLEL)
 
 test-fast: $(STAMP) ## run the tests that take a moment
 	$(BIN)/python -m pytest -m "not slow and not exhaustive"
@@ -37,12 +39,12 @@ $(TRANSFORMERS4)/.installed: $(STAMP)
 	@touch $@
 
 test-transformers4: $(TRANSFORMERS4)/.installed ## run the comparisons with Transformers against 4.56.2 as well
-	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity
+	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity $(PARALLEL)
 
 test-minimum: ## run every test with the oldest versions that pyproject.toml allows, in a virtual environment of their own
 	$(PYTHON) -m venv .cache/minimum
 	.cache/minimum/bin/python -m pip install --quiet --constraint tests/minimum-versions.txt --editable '.[dev]'
-	.cache/minimum/bin/python -m pytest -m "not exhaustive"
+	.cache/minimum/bin/python -m pytest -m "not exhaustive" $(PARALLEL)
 
 accuracy: $(STAMP) ## measure the distance from float64 beside Transformers, and redraw README's table
 	$(BIN)/python -m bench.accuracy

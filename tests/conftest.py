@@ -1,10 +1,15 @@
-"""What every test has: a cache of measured choices of its own session, and not the user's."""
+"""What every test has: a cache of measured choices of its own session, not the user's, and its share of the cores."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
+    # Before PyTorch is imported: workers that wait for one another's threads are slower than one worker alone.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

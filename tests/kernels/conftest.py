@@ -22,6 +22,8 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 @pytest.fixture(autouse=True, scope="module")
 def poisoned_memory() -> Iterator[None]:
     """Fill what `torch.empty` and its kin return with NaN: an element that is read before it is written shows."""
+    with torch.device("cpu"):
+        torch.empty(0)  # PyTorch keeps the functions that `torch.device` acts on: not the ones below
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
