@@ -247,7 +247,8 @@ def _scale_and_shift(y: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
     scale, shift = (
         default if vector is None else vector.to(dtype) for vector, default in ((scale, ones), (shift, zeros))
     )
-    return F.batch_norm(y, zeros, ones, scale, shift, eps=0.0)  # one pass, also where the dtypes are mixed
+    # One pass, also where the dtypes are mixed; F.batch_norm of PyTorch 2.11 refuses an epsilon of 0.
+    return torch.batch_norm(y, scale, shift, zeros, ones, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
 
 def _way(x: torch.Tensor, weight: torch.Tensor) -> str:

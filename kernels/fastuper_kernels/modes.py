@@ -55,8 +55,12 @@ def check_dtypes(**tensors: torch.Tensor | None) -> None:
 
 
 def _is_autocast(device: str) -> bool:
-    # Of a device that autocast does not know, such as meta, one may not even ask.
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def _has_autocast(device: str) -> bool:
+    # Of a device without it one may not even ask; PyTorch 2.11 cannot trace torch.amp.is_autocast_available.
+    return device != "meta"
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
@@ -71,4 +75,4 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 def without_autocast(x: torch.Tensor) -> Any:
     """Return a context in which operators keep the dtypes they are given."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()

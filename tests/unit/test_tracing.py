@@ -216,8 +216,10 @@ def test_the_head_compiled_under_autocast():
 @FAMILIES
 def test_the_model_in_one_graph(family, training):
     model = Logits(whole(family, training))
-    # Automatic sizes: each of batch, height and width may differ from one call to the next.
-    check_compiled(model, images_for(family), "eager", training, limit=COMPILATIONS + 1)
+    # Automatic sizes: each of batch, height and width may differ from one call to the next. Until some version after
+    # 2.11, PyTorch's max pool had a graph for each of odd and even sides.
+    parities = 3 if family == "resnet" and torch.__version__ < (2, 15) else 0
+    check_compiled(model, images_for(family), "eager", training, limit=COMPILATIONS + 1 + parities)
 
 
 @MODES
