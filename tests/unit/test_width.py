@@ -98,11 +98,14 @@ NORMS = {
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("kind", NORMS)
 def test_other_norms(kind, training):
-    """What follows a convolution is called as it stands, and decides nothing about the convolution."""
+    """What follows a convolution is called as it stands, and decides nothing about the convolution.
+
+    The activation is a smooth one: of a ReLU's, a rounding error at 0 would change whole gradients.
+    """
     model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
     for module in list(model.modules()):
         if isinstance(module, fastuper.head.ConvModule):
-            module.batch_norm, module.activation = randomize(NORMS[kind](HIDDEN)), nn.LeakyReLU(0.1)
+            module.batch_norm, module.activation = randomize(NORMS[kind](HIDDEN)), nn.SiLU()
     single = copy.deepcopy(model.train(training))
     other = copy.deepcopy(model).double()
     with torch.set_grad_enabled(training), Shapes() as seen:
@@ -117,8 +120,7 @@ def test_other_norms(kind, training):
         as_written(single, maps).square().mean().backward()
         triples = zip(model.named_parameters(), single.parameters(), other.parameters(), strict=True)
         for (name, ours), written, theirs in triples:
-            # Statistics over the two values of a 1 x 1 grid leave gradients that any rounding shows in.
-            assert error(ours.grad, theirs.grad) < max(2 * error(written.grad, theirs.grad), 2e-4), name
+            assert error(ours.grad, theirs.grad) < max(2 * error(written.grad, theirs.grad), 1e-5), name
         for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
             assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6), name
 
