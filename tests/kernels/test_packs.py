@@ -301,7 +301,7 @@ def test_other_dtypes_and_ways_are_other_packs():
     check(weight, torch.float32)
     check(weight, torch.bfloat16)
     check(weight, torch.float64)
-    assert len(packed(weight, winograd.pack, torch.float32)) == 16
+    assert len(packed(weight, winograd.pack, torch.float32)) == 2 * 24
     check(weight, torch.float32, count=3)
 
 
@@ -362,7 +362,7 @@ def test_packed_bytes_and_clear():
     check(weights[0], torch.float32)
     check(weights[0], torch.bfloat16)
     packed(weights[1], winograd.pack, torch.float32)
-    assert packs.packed_bytes() == 8 * 8 * (9 * 4 + 9 * 2 + 16 * 4)
+    assert packs.packed_bytes() == 8 * 8 * (9 * 4 + 9 * 2 + 24 * 4)
     packs.clear()
     assert packs.packed_bytes() == 0
     check(weights[0], count=3)

@@ -32,7 +32,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def head(hidden_size: int = 12, seed: int = 0, channels: Sequence[int] = CHANNELS, **values: Any) -> Any:
-    """Return a head in evaluation. From a hidden_size of 64 on its 3x3 convolutions take Winograd's way in float32."""
+    """Return a head in evaluation."""
     config = UperNetConfig(**{"hidden_size": hidden_size, "num_labels": 5, **values})
     return randomize(UperNetHead(config, channels), seed).eval()
 

@@ -6,6 +6,7 @@ Neither a tensor's identity, its address nor its version tells of all of these c
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -14,11 +15,21 @@ from torch import nn
 import fastuper.head
 import fastuper_kernels.packs as packs
 from fastuper.head import UperNetHead
+from fastuper_kernels import winograd
 from tests.unit.heads import as_written, error, feature_maps, head, randomize
 
-# Winograd's way needs 64 channels and 16 tiles: the two finest levels have them, and the packs are really made.
 WIDE = 64
 SIZES = [(18, 20), (9, 10), (5, 5), (3, 3)]
+
+
+@pytest.fixture(autouse=True)
+def all_packs(monkeypatch):
+    """However small the maps, Winograd's packs are made too."""
+    operation = importlib.import_module("fastuper_kernels.conv_bn_relu")
+    monkeypatch.setattr(operation, "_way", lambda x, _: "winograd" if x.dtype == torch.float32 else "direct")
+    calls, convolve = [], winograd.conv3x3
+    monkeypatch.setattr(winograd, "conv3x3", lambda *arguments: calls.append(1) or convolve(*arguments))
+    return calls
 
 
 def fresh(model, dtype=torch.float32):
@@ -193,7 +204,7 @@ def test_a_change_shows(change, inference_mode):
         assert error(after, as_written(copy.deepcopy(model).double(), [x.double() for x in maps])) < 5e-6
 
 
-def test_every_tensor_counts():
+def test_every_tensor_counts(all_packs):
     model, maps = head(WIDE), feature_maps(1, sizes=SIZES)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if "num_batches" not in name}
     with torch.no_grad():
@@ -203,6 +214,7 @@ def test_every_tensor_counts():
             after = model(maps)
             assert not torch.equal(before, after), name
             assert error(after, fresh(model)(maps)) < 1e-6, name
+    assert all_packs, "Winograd's transform was not used"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=lambda d: str(d)[6:])
