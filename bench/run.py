@@ -2,8 +2,8 @@
 
 Every task that is run takes the place of that task in bench/results/<machine>.json, with its own date and versions; the
 others stay. Ratios are fair between rounds of one run alone, so tasks are filed with all of their peers or not at all:
-what times fewer of them, or otherwise, needs `--output`. A backbone at a time, each in a process of its own: what was
-measured so far is kept if one fails.
+what times fewer of them, or otherwise, needs `--output`. Each section of each backbone is a process of its own, for
+exported and compiled models stay in its memory; what was measured so far is kept if one fails.
 """
 
 from __future__ import annotations
@@ -30,27 +30,25 @@ TIMED = ["512", "waterfall", "bfloat16", "1024", "2048"]
 SECTIONS = ["operations", *TIMED, "larger", "memory"]
 
 
-def batches(sections: list[str]) -> list[tuple[list[str], str]]:
-    """Return the sections that run in one process together, and the tests of each process."""
-    found: list[tuple[list[str], str]] = []
-    if "operations" in sections:
-        found.append((["operations"], ""))
-    timed = [section for section in sections if section in (*TIMED, "quick")]
-    if timed:
-        found += [(timed, backbone) for backbone in ("convnext-t", "swin-t")]
-    if "larger" in sections:
-        found += [(["larger"], backbone) for backbone in ("convnext-b", "swin-b", "convnext-l", "swin-l")]
+def batches(sections: list[str]) -> list[tuple[str, str]]:
+    """Return the section and the tests of each process."""
+    found = [("operations", "")] if "operations" in sections else []
+    for section in sections:
+        if section in (*TIMED, "quick"):
+            found += [(section, backbone) for backbone in ("convnext-t", "swin-t")]
+        elif section == "larger":
+            found += [(section, backbone) for backbone in ("convnext-b", "swin-b", "convnext-l", "swin-l")]
     return found
 
 
-def time_batch(sections: list[str], tests: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
+def time_batch(section: str, tests: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Run one process of pytest-benchmark, and return its tasks."""
     CACHE.mkdir(parents=True, exist_ok=True)
     path = CACHE / "pytest-benchmark.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--timeout=0", "-p", "no:cacheprovider"]
     command += ["--tb=short", "--benchmark-quiet", f"--benchmark-json={path}"]
-    command += [f"--sections={','.join(sections)}", f"--peers={arguments.peers}"]
+    command += [f"--sections={section}", f"--peers={arguments.peers}"]
     if expression := " and ".join(f"({part})" for part in (tests, arguments.k) if part):
         command += ["-k", expression]
     if arguments.rounds:
@@ -156,14 +154,14 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
 
-    for together, tests in batches(sections):
+    for section, tests in batches(sections):
         start = time.monotonic()
-        tasks = time_batch(together, tests, arguments)
+        tasks = time_batch(section, tests, arguments)
         failed |= tasks is None
         if tasks:
             results["tasks"].update({name: {"run": run, **task} for name, task in tasks.items()})
             save()
-        print(f"{', '.join(together)} {tests}: {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{section} {tests}: {time.monotonic() - start:.0f} s", flush=True)
     if "memory" in sections:
         start = time.monotonic()
         found = measure_memory(arguments.k)

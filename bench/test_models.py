@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from bench import truth, variants
 from bench.arithmetic import operations
@@ -129,6 +130,9 @@ class Worlds:
                 return {}
             return truth.errors(world, task, call())
 
+        if with_truth and task.part in ("logits", "labels"):
+            with torch.inference_mode():
+                truth.stride_4_logits(world, task)  # before the peers take the memory that it needs
         rounds = self.config.getoption("--rounds") or plan.rounds
         result = alternate({name: builder(rows[name]) for name in names}, rounds, look)
         for name in plan.peers:
