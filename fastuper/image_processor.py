@@ -361,7 +361,7 @@ class UperNetImageProcessor:
             wins.
 
         Raises:
-            ValueError: there are not as many target sizes as images.
+            ValueError: the target sizes are not as many as the images, or not pairs of integers from 1.
         """
         logits = outputs.logits
         if target_sizes is None:
@@ -373,8 +373,7 @@ class UperNetImageProcessor:
                 f"{len(target_sizes)} target_sizes for {len(logits)} images; give one (height, width) an image"
             )
         return [
-            upsample_argmax(logits[index : index + 1], [(int(height), int(width))])[0]
-            for index, (height, width) in enumerate(target_sizes)
+            upsample_argmax(logits[index : index + 1], [size])[0] for index, size in enumerate(target_sizes)
         ]
 
     def _options(self) -> dict[str, Any]:

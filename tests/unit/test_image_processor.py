@@ -379,6 +379,9 @@ def test_post_processing():
     assert torch.equal(torch.stack(own), torch.stack([torch.tensor([1, 1, 2, 2]).expand(4, 4), torch.full((4, 4), 2)]))
     with pytest.raises(ValueError, match="1 target_sizes for 2 images"):
         processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), [(8, 8)])
+    for wrong in ([(8.5, 8), (8, 8)], [(8, 8), (0, 8)], [8, 8]):
+        with pytest.raises(ValueError, match="sizes must be"):
+            processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), wrong)
 
 
 # Bad input: one line, which names the input and what would do
