@@ -372,9 +372,7 @@ class UperNetImageProcessor:
             raise ValueError(
                 f"{len(target_sizes)} target_sizes for {len(logits)} images; give one (height, width) an image"
             )
-        return [
-            upsample_argmax(logits[index : index + 1], [size])[0] for index, size in enumerate(target_sizes)
-        ]
+        return [upsample_argmax(logits[index : index + 1], [size])[0] for index, size in enumerate(target_sizes)]
 
     def _options(self) -> dict[str, Any]:
         """Return the constructor arguments that this processor has now."""

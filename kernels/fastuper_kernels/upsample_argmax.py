@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from fastuper_kernels.band import bilinear_chain, blocks_of
 from fastuper_kernels.modes import is_eager, is_plain, without_autocast
 
-# Columns of labels that are made at a time, and bytes of resampled logits: they stay in a core's own cache.
-COLUMNS = 128
+# Rows and columns of labels that are made at a time, and bytes of resampled logits: they stay in a core's own cache.
+ROWS, COLUMNS = 64, 64
 BLOCK_BYTES = 2 << 20
 
 
@@ -23,7 +23,8 @@ def upsample_argmax(
     """Resample logits through each size in turn (bilinear, align_corners=False) and return the best class.
 
     The chain of resamplings is one linear map of the rows and one of the columns: it is applied block by block, in
-    float32 at least, and no image's resampled logits are ever held whole.
+    float32 at least, and no image's resampled logits are ever held whole. Each block leaves out the classes that can be
+    the best nowhere in it.
 
     Args:
         logits: (B, classes, H, W).
@@ -105,16 +106,34 @@ def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.
     x = image.permute(1, 2, 0).contiguous()
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    rows = blocks_of(bilinear_chain, ((h, *(size[0] for size in sizes)),), x.dtype, x.device)
+    rows = blocks_of(bilinear_chain, ((h, *(size[0] for size in sizes)),), x.dtype, x.device, size=ROWS)
     columns = blocks_of(bilinear_chain, ((w, *(size[1] for size in sizes)),), x.dtype, x.device, size=COLUMNS)
+    everyone = torch.arange(classes, device=x.device)
     for block in rows:
         lines = x[block.first : block.last]
         for part in columns:
             # The columns of the few rows that the block reads, then its rows.
-            wide = torch.bmm(part.matrix.expand(len(lines), -1, -1), lines[:, part.first : part.last]).flatten(1)
+            source = lines[:, part.first : part.last]
+            # On a GPU the host would have to wait for how many they are.
+            rivals = _rivals(source) if x.device.type == "cpu" else everyone
+            if len(rivals) < classes:
+                source = source.index_select(2, rivals)
+            wide = torch.bmm(part.matrix.expand(len(lines), -1, -1), source).flatten(1)
             step = max(1, BLOCK_BYTES // (wide.shape[1] * wide.element_size()))
             for start in range(block.start, block.stop, step):
                 stop = min(start + step, block.stop)
                 full = block.matrix[start - block.start : stop - block.start] @ wide
-                best = full.view(stop - start, -1, classes).argmax(dim=-1)
-                labels[start:stop, part.start : part.stop] = best
+                best = full.view(stop - start, -1, len(rivals)).argmax(dim=-1)
+                labels[start:stop, part.start : part.stop] = rivals[best]
+
+
+def _rivals(source: torch.Tensor) -> torch.Tensor:
+    """Return, in order, the classes that may be the best somewhere between the pixels of `source` (H, W, classes).
+
+    What is resampled bilinearly is a mean of these pixels: a class that is below another one's least value in all of
+    them is the best nowhere. What rounding may change is left to be decided as it is.
+    """
+    pixels = source.flatten(0, 1)
+    most, least = pixels.amax(0), pixels.amin(0)
+    rounding = 32 * torch.finfo(source.dtype).eps * torch.maximum(most.max().abs(), least.min().abs())
+    return (most >= least.max() - rounding).nonzero().squeeze(1)

@@ -85,6 +85,20 @@ def test_the_first_of_equal_classes_wins(limit, monkeypatch):
     assert (upsample_argmax(logits, [(7, 7)]) == 2).all()
 
 
+@pytest.mark.parametrize("sizes", [[(150, 170)], [(60, 70), (150, 99)]], ids=str)
+def test_classes_that_are_the_best_nowhere_are_left_out(sizes, monkeypatch):
+    """The labels are those of all classes, also where a class is behind another by less than rounding errs."""
+    logits = torch.nn.functional.interpolate(random(2, 40, 4, 5), size=(30, 34), mode="bilinear").float()
+    logits[:, 30:] = logits[:, :10] * (1 - torch.finfo(torch.float32).eps)
+    rivals, counts = upsample_argmax_module._rivals, []
+    monkeypatch.setattr(upsample_argmax_module, "_rivals", lambda x: counts.append(len(rivals(x))) or rivals(x))
+    labels = upsample_argmax(logits, sizes)
+    check(logits, sizes, labels)
+    assert min(counts) < 20
+    monkeypatch.setattr(upsample_argmax_module, "_rivals", lambda x: torch.arange(x.shape[2]))
+    assert torch.equal(labels, upsample_argmax(logits, sizes))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=lambda d: str(d)[6:])
 def test_types_of_labels(dtype):
     labels = upsample_argmax(random(1, 256, 2, 3), [(4, 5)], dtype=dtype)
