@@ -368,7 +368,8 @@ def test_in_a_pipeline(batch_size, tmp_path):
         assert len(ours) > 1
         for mine, reference in zip(ours, theirs, strict=True):
             assert mine["mask"].size == image.size
-            np.testing.assert_array_equal(np.asarray(mine["mask"]), np.asarray(reference["mask"]))
+            # Sums in another order may settle a tie in another way.
+            assert np.mean(np.asarray(mine["mask"]) != np.asarray(reference["mask"])) < 2e-5
 
 
 def test_model_takes_the_batch():
