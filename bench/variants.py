@@ -34,8 +34,7 @@ class StepwiseHead(nn.Module):
         head: Transformers' `UperNetHead`.
         fusion: whether the fusion convolution mixes channels before its levels are upsampled.
         pooling: whether pyramid pooling works on its 50 cells instead of maps.
-        convolutions: whether convolutions, BatchNorm and ReLU are one operation (3x3: by Winograd where that
-            pays).
+        convolutions: whether convolutions, BatchNorm and ReLU are one operation (3x3: by Winograd where that pays).
     """
 
     def __init__(self, head: Any, *, fusion: bool = False, pooling: bool = False, convolutions: bool = False):

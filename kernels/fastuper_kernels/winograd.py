@@ -39,7 +39,7 @@ def pack(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     rows = torch.einsum("ij,ocjk->iock", down, wide)
     return [
         torch.einsum("ock,k->oc", row, g).to(dtype).contiguous()
-        for half in _halves(rows, 2)
+        for half in _halves(rows)
         for row in half
         for g in along
     ]
@@ -87,17 +87,17 @@ def _padded(x: torch.Tensor, top: int, height: int, width: int) -> torch.Tensor:
     return padded
 
 
-def _halves(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-    """Return the halves of the input channels, which the products take one after the other.
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the halves of the input channels, the third dimension, which the products take one after the other.
 
     A GEMM adds up one term after the other, and with twice as many would lose what the transform must not.
     """
-    return x.split(-(-x.shape[dim] // 2), dim)
+    return x.split(-(-x.shape[2] // 2), dim=2)
 
 
 def _products(padded: torch.Tensor, kernels: list[torch.Tensor], rows: int, columns: int) -> list[list[torch.Tensor]]:
     """Return the products, with A^T applied along the rows: for each point down the columns, each column of a tile."""
-    parts = _halves(padded, 2)
+    parts = _halves(padded)
     lines = [_down(*(part[k : k + HEIGHT * rows : HEIGHT] for k in range(HEIGHT + 2))) for part in parts]
     sums = []
     for i in range(len(DOWN)):
