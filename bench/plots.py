@@ -31,15 +31,20 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture: its file's name, what it shows, what it needs of the results, and what draws it."""
+    """A picture: its file's name, what it shows, what it needs of the results, and what draws it.
+
+    One `of_sizes` needs larger images and memory too: a point alone is no curve.
+    """
 
     name: str
     caption: str
     section: str
     draw: Callable[[Any, Results], None]
+    of_sizes: bool = False
 
     def drawable(self, results: Results) -> bool:
-        return bool(tasks(results, self.section))
+        larger = any(f"{self.section} {key} 1024 float32" in results["tasks"] for key in TINY)
+        return bool(tasks(results, self.section)) and (not self.of_sizes or bool(larger and results["memory"]))
 
 
 def tasks(results: Results, part: str) -> dict[str, str]:
@@ -166,7 +171,13 @@ PLOTS = [
         "logits",
         peers,
     ),
-    Plot("bench-sizes", "Time and peak memory against the size of the image (dotted: label maps)", "logits", sizes),
+    Plot(
+        "bench-sizes",
+        "Time and peak memory against the size of the image (dotted: label maps)",
+        "logits",
+        sizes,
+        of_sizes=True,
+    ),
     Plot("bench-waterfall", "Which idea brought what: each step keeps those above it", "waterfall", waterfall),
 ]
 SHAPES = {"bench-peers": (10, 3.8), "bench-sizes": (9, 6.4), "bench-waterfall": (11, 3.8)}
