@@ -56,7 +56,6 @@ def _plans() -> list[Plan]:
         plans.append(Plan(section, task, tuple(peers), rounds))
 
     for backbone in ("convnext-t", "swin-t"):
-        # One backbone after the other, for its exported and compiled models stay in memory.
         add("512", Task("logits", backbone, 512), ALL, 5)
         labels = [*EAGER, *WITHOUT_AUXILIARY, FROZEN, SMP[0], ONNX, OPENVINO, FASTUPER]
         add("512", Task("labels", backbone, 512, target=TARGET), labels, 4)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from bench.peers import CHANNELS_LAST, CONTIGUOUS, CannotDo, Peer, Task, World, transformers_eager
 from fastuper.head import fold
+from fastuper_kernels.pyramid_pool import grids
 
 
 def operation(name: str) -> Any:
@@ -63,11 +64,7 @@ class StepwiseHead(nn.Module):
         convs = [branch.layers[1] for branch in head.psp_modules.blocks]
         scale, shift = zip(*(fold(conv.batch_norm) for conv in convs), strict=True)
         rows = operation("pool_conv_bn_relu")(x, scales, [conv.conv.weight for conv in convs], list(scale), list(shift))
-        cells = [
-            part.transpose(1, 2).unflatten(2, (scale, scale))
-            for part, scale in zip(rows.split([scale * scale for scale in scales], dim=1), scales, strict=True)
-        ]
-        return self.convolve_parts(head.bottleneck, x, cells)
+        return self.convolve_parts(head.bottleneck, x, grids(rows, scales))
 
     def convolve_parts(self, module: Any, x: torch.Tensor, coarser: list[torch.Tensor]) -> torch.Tensor:
         """Return `module` of x beside coarser maps, resampled to its size; the coarser ones are mixed as they are."""

@@ -18,11 +18,13 @@ from fastuper.plain import is_exactly
 from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, pyramid_pool, upsample_add, upsampled_conv3x3
 from fastuper_kernels.modes import autocast, is_eager_inference
 from fastuper_kernels.packs import looked_at_once
+from fastuper_kernels.pyramid_pool import grids
 from fastuper_kernels.upsampled_conv3x3 import UpsampledConv3x3
 
-# Bytes of a strip of rows of hidden_size channels, at stride 4: in a CPU's cache, and far below what malloc takes from
-# the system anew each time. Images whose map is larger run in strips.
-STRIP_BYTES = 16 << 20
+# Bytes of a strip of rows of hidden_size channels, at stride 4: in a CPU's cache, and so little that malloc gives the
+# same memory to the next strip (with 16 MB it went back to the system in between, and each page cost a fault). Images
+# whose map is larger run in strips.
+STRIP_BYTES = 8 << 20
 
 
 class ConvModule(nn.Module):
@@ -155,12 +157,12 @@ class UperNetHead(nn.Module):
         scales, modules = [branch[0].output_size for branch in branches], [branch[1] for branch in branches]
         widths = {module.conv.out_channels for module in modules}
         if not all(module.is_folding() for module in modules) or len(widths) > 1:
-            grids = _grids(pyramid_pool(x, scales), scales)
-            return [module(grid) for module, grid in zip(modules, grids, strict=True)]
+            means = grids(pyramid_pool(x, scales), scales)
+            return [module(grid) for module, grid in zip(modules, means, strict=True)]
         norms = [fold(module.batch_norm) for module in modules]
         weights = [module.conv.weight for module in modules]
         cells = pool_conv_bn_relu(x, scales, weights, [scale for scale, _ in norms], [shift for _, shift in norms])
-        return _grids(cells, scales)
+        return grids(cells, scales)
 
     def add_lateral(self, module: Any, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """Return a level (B, hidden_size, H, W) of the top-down path: its lateral conv, plus the level above it."""
@@ -257,12 +259,6 @@ def is_fusible(module: Any, kernel_size: tuple[int, int] | None = None) -> bool:
     """Return whether a module is a `ConvModule` that may be `fused`, and its kernel of the size that is given."""
     fusible = is_exactly(module, ConvModule) and module.is_fusible()
     return fusible and kernel_size in (None, module.conv.kernel_size)
-
-
-def _grids(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
-    """Return a map (B, C, s, s) for each scale s of cells (B, sum of s * s, C)."""
-    parts = cells.transpose(1, 2).split([scale * scale for scale in scales], dim=2)
-    return [part.unflatten(2, (scale, scale)) for part, scale in zip(parts, scales, strict=True)]
 
 
 def _is_pooling_branch(branch: Any) -> bool:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastuper_kernels.conv_bn_relu import conv_bn_relu
 from fastuper_kernels.modes import autocast
-from fastuper_kernels.pyramid_pool import pyramid_pool
+from fastuper_kernels.pyramid_pool import grids, pyramid_pool
 
 
 def pool_conv_bn_relu(
@@ -42,12 +42,9 @@ def pool_conv_bn_relu(
     if shape is not None and any(weight.shape != shape for weight in weights):
         raise ValueError(f"weights must all be {tuple(shape)}, got {[tuple(weight.shape) for weight in weights]}")
     (x,) = autocast(x)
-    cells = pyramid_pool(x, scales).split([s * s for s in scales], dim=1)
-    branches = []
-    for s, pooled, weight, a, b in zip(scales, cells, weights, scale, shift, strict=True):
-        grid = pooled.transpose(1, 2).unflatten(2, (s, s))
-        branches.append(conv_bn_relu(grid, weight, a, b).flatten(2).transpose(1, 2))
-    return torch.cat(branches, dim=1)
+    means = grids(pyramid_pool(x, scales), scales)
+    maps = [conv_bn_relu(grid, *branch) for grid, *branch in zip(means, weights, scale, shift, strict=True)]
+    return torch.cat([y.flatten(2).transpose(1, 2) for y in maps], dim=1)
 
 
 def reference(

@@ -44,6 +44,12 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
     return torch.cat(cells, dim=1).to(x.dtype)
 
 
+def grids(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
+    """Return `pyramid_pool`'s cells (B, sum of s * s, C) as a map (B, C, s, s) for each scale s; views of them."""
+    parts = cells.transpose(1, 2).split([scale * scale for scale in scales], dim=2)
+    return [part.unflatten(2, (scale, scale)) for part, scale in zip(parts, scales, strict=True)]
+
+
 def reference(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
     """The definition of `pyramid_pool`."""
     return torch.cat([F.adaptive_avg_pool2d(x, scale).flatten(2).transpose(1, 2) for scale in scales], dim=1)
