@@ -127,15 +127,14 @@ class ConvNextBackbone(Backbone):
             ValueError: the image has another number of channels than the configuration.
         """
         self.check_channels(pixel_values)
-        hidden_states = [self.embeddings(pixel_values)]
-        for stage in self.encoder.stages:
-            hidden_states.append(stage(hidden_states[-1]))
-        feature_maps = tuple(
-            self.hidden_states_norms[name](x)
-            for name, x in zip(self.stage_names, hidden_states, strict=True)
-            if name in self.out_features
-        )
-        return BackboneOutput(feature_maps, tuple(hidden_states) if output_hidden_states else None)
+        x, feature_maps, hidden_states = pixel_values, [], []
+        for name, step in zip(self.stage_names, [self.embeddings, *self.encoder.stages], strict=True):
+            x = step(x)
+            if name in self.out_features:
+                feature_maps.append(self.hidden_states_norms[name](x))
+            if output_hidden_states:  # else nothing keeps a map once the next stage has read it
+                hidden_states.append(x)
+        return BackboneOutput(tuple(feature_maps), tuple(hidden_states) if output_hidden_states else None)
 
     def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Fill one parameter with its initial value."""

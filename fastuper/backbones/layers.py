@@ -164,9 +164,9 @@ def fused_activation(module: nn.Module) -> str | None:
     return "relu" if type(module) is nn.ReLU else None
 
 
-HIDDEN_BYTES = 2**24
-"""What of an MLP's hidden rows is in memory at once, however large the map. Smaller blocks, which would stay in a
-second-level cache, were slower: the products are shorter, and threads wait for each other more often."""
+HIDDEN_BYTES = 2**22
+"""What of an MLP's hidden rows, or of attention's queries, is in memory at once, however large the map: in a cache, and
+so little that malloc gives the same memory to the next block."""
 
 
 def is_plain_mlp(norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module) -> bool:

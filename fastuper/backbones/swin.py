@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.backbones.layers import (
+    HIDDEN_BYTES,
     Backbone,
     activation,
     channels_last,
@@ -252,21 +253,29 @@ class SwinSelfAttention(nn.Module):
         return out.transpose(1, 2).reshape(count, length, channels), weights
 
     def attend_in_groups(self, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
-        """Attend as `forward` does in evaluation, within a plan's windows (windows, L, C), each group with its mask."""
-        count, length, channels = windows.shape
-        projected = [
-            linear(windows, layer.weight, layer.bias).view(count, length, self.heads, -1).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        ]
-        bias = (self.bias() + plan.mask).to(projected[0].dtype)
-        groups = zip(bias.split(1), *(part.split(plan.groups) for part in projected), strict=True)
-        attended = [
-            F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
-            for mask, query, key, value in groups
-            if len(query)
-        ]
-        return (attended[0] if len(attended) == 1 else torch.cat(attended)).reshape(count, length, channels)
+        """Attend as `forward` does in evaluation, within a plan's windows (windows, L, C), each group with its mask.
 
+        Some windows at a time: their queries, keys and values are in the cache.
+        """
+        _, length, channels = windows.shape
+        step = max(1, HIDDEN_BYTES // (length * channels * windows.element_size()))
+        bias, out = self.bias() + plan.mask, None
+        start = 0
+        for mask, size in zip(bias.split(1), plan.groups, strict=True):
+            for first in range(start, start + size, step):
+                last = min(first + step, start + size)
+                query, key, value = (
+                    linear(windows[first:last], layer.weight, layer.bias)
+                    .view(last - first, length, self.heads, -1)
+                    .transpose(1, 2)
+                    for layer in (self.query, self.key, self.value)
+                )
+                if out is None:
+                    out = windows.new_empty(windows.shape, dtype=query.dtype)
+                attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
+                out[first:last] = attended.transpose(1, 2).reshape(last - first, length, channels)
+            start += size
+        return windows if out is None else out
 
 class SwinDense(nn.Module):
     """A linear layer and dropout, under the name that checkpoints give it."""
@@ -354,8 +363,9 @@ class SwinLayer(nn.Module):
         """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
         batch, height, width, channels = x.shape
         plan = window_plan(batch, height, width, self.window, self.shift, x.dtype)
-        normed = self.layernorm_before(x)
-        windows = F.embedding(plan.gather, normed.reshape(-1, channels))  # index_select, in parallel
+        rows = self.layernorm_before(x).reshape(-1, channels)
+        windows = F.embedding(plan.gather, rows)  # index_select, in parallel
+        del rows
         if plan.padding.numel():
             windows.index_fill_(0, plan.padding, 0.0)
         attention = self.attention.self
@@ -441,20 +451,24 @@ class SwinBackbone(Backbone):
             ValueError: the image has another number of channels than the configuration.
         """
         self.check_channels(pixel_values)
+        feature_maps, hidden_states, attentions = [], [], []
+
+        def add(name: str, out: torch.Tensor) -> None:
+            if name in self.out_features:
+                feature_maps.append(self.hidden_states_norms[name](out).permute(0, 3, 1, 2))
+            if output_hidden_states:  # else nothing keeps a map once the next stage has read it
+                hidden_states.append(out.permute(0, 3, 1, 2).contiguous())
+
+        stem, *names = self.stage_names
         x = self.embeddings(pixel_values)
-        maps, attentions = [x], []
-        for stage in self.encoder.layers:
+        add(stem, x)
+        for name, stage in zip(names, self.encoder.layers, strict=True):
             out, x, weights = stage(x, output_attentions)
-            maps.append(out)
+            add(name, out)
             attentions.append(weights)
-        feature_maps = tuple(
-            self.hidden_states_norms[name](x).permute(0, 3, 1, 2)
-            for name, x in zip(self.stage_names, maps, strict=True)
-            if name in self.out_features
-        )
         return BackboneOutput(
-            feature_maps,
-            tuple(x.permute(0, 3, 1, 2).contiguous() for x in maps) if output_hidden_states else None,
+            tuple(feature_maps),
+            tuple(hidden_states) if output_hidden_states else None,
             tuple(attentions) if output_attentions else None,
         )
 

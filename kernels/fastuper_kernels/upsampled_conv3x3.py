@@ -19,8 +19,8 @@ from fastuper_kernels.modes import autocast, check_dtypes, is_eager, is_eager_in
 from fastuper_kernels.packs import packed
 from fastuper_kernels.resample import apply
 
-# Positions whose products are computed at a time: enough for a GEMM at full rate; 19 MB of float32 for 512 channels.
-CHUNK_POSITIONS = 1024
+# Positions whose products are computed at a time: enough for a GEMM at full rate; 5 MB of float32 for 512 channels.
+CHUNK_POSITIONS = 256
 # Columns of the result that are made at a time, of BLOCK rows: 1 MB for 512 channels.
 COLUMNS = 32
 

@@ -36,13 +36,16 @@ def pack(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """
     wide = weight if weight.dtype == torch.float64 else weight.float()
     down, along = (torch.tensor(g, dtype=wide.dtype, device=weight.device) for g in (DOWN, ALONG))
-    rows = torch.einsum("ij,ocjk->iock", down, wide)
-    return [
-        torch.einsum("ock,k->oc", row, g).to(dtype).contiguous()
-        for half in _halves(rows)
-        for row in half
-        for g in along
-    ]
+    matrices: list[torch.Tensor] = []
+    for half in _halves(wide, 1):
+        # In one piece, and from a point's line at a time: small blocks that stay between large ones that go would leave
+        # holes in memory.
+        pack = half.new_empty(len(DOWN) * len(ALONG), *half.shape[:2], dtype=dtype)
+        for i, g in enumerate(down):
+            line = torch.einsum("j,ocjk->ock", g, half)
+            pack[i * len(ALONG) : (i + 1) * len(ALONG)] = torch.einsum("jk,ock->joc", along, line)
+        matrices += pack.unbind()
+    return matrices
 
 
 def conv3x3(
@@ -87,17 +90,17 @@ def _padded(x: torch.Tensor, top: int, height: int, width: int) -> torch.Tensor:
     return padded
 
 
-def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the halves of the input channels, the third dimension, which the products take one after the other.
+def _halves(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+    """Return the halves of the input channels, a dimension of x, which the products take one after the other.
 
     A GEMM adds up one term after the other, and with twice as many would lose what the transform must not.
     """
-    return x.split(-(-x.shape[2] // 2), dim=2)
+    return x.split(-(-x.shape[dim] // 2), dim=dim)
 
 
 def _products(padded: torch.Tensor, kernels: list[torch.Tensor], rows: int, columns: int) -> list[list[torch.Tensor]]:
     """Return the products, with A^T applied along the rows: for each point down the columns, each column of a tile."""
-    parts = _halves(padded)
+    parts = _halves(padded, 2)
     lines = [_down(*(part[k : k + HEIGHT * rows : HEIGHT] for k in range(HEIGHT + 2))) for part in parts]
     sums = []
     for i in range(len(DOWN)):
