@@ -277,6 +277,7 @@ class SwinSelfAttention(nn.Module):
             start += size
         return windows if out is None else out
 
+
 class SwinDense(nn.Module):
     """A linear layer and dropout, under the name that checkpoints give it."""
 
