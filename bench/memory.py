@@ -1,10 +1,10 @@
 """The peak memory of one run over the weights, each peer in a fresh process: `python -m bench.memory --help`.
 
 What is measured: the model is built and its weights are in place; the heap's free pages are given back; the process's
-resident memory (VmRSS) is the baseline. A warm-up at 64 x 64 then wakes the threads and packs weights where a peer does
-so. The kernel's high-water mark (VmHWM) is set back to the memory now in use, the task runs once, and the mark is read
-again. `peak` is the mark less the baseline: it holds activations, outputs, and packed weights, which are a number of
-their own too. The input image is part of the baseline.
+resident memory (VmRSS) is the baseline. The kernel's high-water mark (VmHWM) is set back to it, the task runs once, for
+the first time, and the mark is read again. `peak` is the mark less the baseline: it holds activations, outputs, what
+libraries load and make as they first run, and packed weights, which are a number of their own too. The input image is
+part of the baseline.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 from bench.names import EAGER, FASTUPER, WITHOUT_AUXILIARY
 
 ROOT = Path(__file__).parent.parent
-WARM_UP = 64
 # (part, backbone, size); label maps have the image's own size.
 TASKS = [
     ("logits", "convnext-t", 512),
@@ -51,6 +50,7 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
 
     import fastuper
     from bench.peers import BACKBONES, CLASSES, post_process
+    from fastuper_kernels.packs import packed_bytes
     from tests.parity.models import images, randomize, uninitialized
 
     config = transformers.UperNetConfig(
@@ -61,7 +61,6 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
         model = library.UperNetForSemanticSegmentation(config).eval()
     randomize(model)
     pixels = images(1, 3, size, size, dtype=torch.float32)
-    small = pixels[:, :, :WARM_UP, :WARM_UP].contiguous()
 
     def run(x: torch.Tensor) -> Any:
         if part == "logits":
@@ -74,15 +73,13 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     baseline = status("VmRSS")
+    # Not everywhere may a process do this; then the mark since its start counts, which building does not reach.
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        mark = "reset before the run"
+    except OSError:
+        mark = "since the start"
     with torch.inference_mode():
-        run(small)
-        gc.collect()
-        # Not everywhere may a process do this; then the mark since its start counts, which building does not reach.
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            mark = "reset before the run"
-        except OSError:
-            mark = "since the start"
         start = time.perf_counter()
         output = run(pixels)
         seconds = time.perf_counter() - start
@@ -97,21 +94,13 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
     }
 
 
-def packed_bytes() -> int:
-    """Return the bytes of packed weights that our operations keep, 0 where they keep none."""
-    try:
-        from fastuper_kernels import packs
-    except ImportError:
-        return 0
-    return packs.packed_bytes()
-
-
 def in_fresh_process(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.memory", "--run", part, backbone, str(size), peer]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        return {"skipped": f"exit status {done.returncode}: {lines[-1][:200]}"}
+        words = (done.stderr.strip().splitlines() or ["no message"])[-1].split()
+        message = " ".join("..." if "/" in word else word for word in words)  # no paths of this machine
+        return {"skipped": f"exit status {done.returncode}: {message[:200]}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -24,6 +24,7 @@ from bench.names import (
     ONNX,
     OPENVINO,
     OURS_COMPILED,
+    SMALLER,
     SMP,
     TUNED,
     WITHOUT_AUXILIARY,
@@ -65,8 +66,12 @@ def _plans() -> list[Plan]:
         add("waterfall", Task("waterfall", backbone, 512), list(variants.VARIANTS), 4)
         add("bfloat16", Task("logits", backbone, 512, "bfloat16"), BFLOAT16, 5)
         # The larger the image, the fewer peers and rounds: at 2048 one of Transformers' runs takes most of a minute.
-        add("1024", Task("logits", backbone, 1024), [*EAGER, *WITHOUT_AUXILIARY, OPENVINO, FASTUPER], 3)
-        add("2048", Task("logits", backbone, 2048), [EAGER[1], OPENVINO, FASTUPER], 2)
+        all_but_tuned = [*EAGER, *WITHOUT_AUXILIARY, FROZEN, SMP[0], ONNX, OPENVINO, FASTUPER]
+        add("1024", Task("logits", backbone, 1024), all_but_tuned, 3)
+        for part, target in (("labels", (2 * TARGET[0], 2 * TARGET[1])), ("head", None), ("backbone", None)):
+            add("1024", Task(part, backbone, 1024, target=target), [*EAGER, OPENVINO, FASTUPER], 3)
+        add("2048", Task("logits", backbone, 2048), [EAGER[0], OPENVINO, FASTUPER, SMALLER], 3)
+        add("2048", Task("labels", backbone, 2048, target=(4 * TARGET[0], 4 * TARGET[1])), [EAGER[0], FASTUPER], 2)
         # Some of these tasks once more, for `make bench-quick`: under three minutes on two cores, where a turn of all
         # three takes 7 s at the whole model.
         add("quick", Task("logits", backbone, 512), QUICK, 3)
@@ -78,7 +83,7 @@ def _plans() -> list[Plan]:
     return plans
 
 
-BFLOAT16 = [*EAGER, AUTOCAST, FROZEN, OPENVINO, FASTUPER, CONVOLUTION]
+BFLOAT16 = [*EAGER, *WITHOUT_AUXILIARY, AUTOCAST, FROZEN, TUNED, OPENVINO, FASTUPER, CONVOLUTION]
 PLANS = _plans()
 CASES = [
     pytest.param(plan, peer, id=readable(plan.section, plan.task.name, peer), marks=pytest.mark.section(plan.section))
@@ -125,7 +130,7 @@ class Worlds:
         def look(name: str, call: Callable[[], Any]) -> dict[str, Any]:
             if name == CONVOLUTION:
                 return {"flop": CONVOLUTION_FLOP}
-            if rows[name].own_weights or not with_truth:
+            if not rows[name].compared or not with_truth:
                 return {}
             return truth.errors(world, task, call())
 

@@ -11,12 +11,12 @@ import torch
 
 import fastuper_kernels
 from bench.conftest import Timed, alternate, readable
-from bench.names import FASTUPER
-from bench.peers import CHANNELS_LAST, CannotDo
+from bench.names import FASTUPER, REFERENCE
+from bench.peers import CHANNELS_LAST
 
 pytestmark = pytest.mark.timeout(0)
 DTYPES = ("float32", "bfloat16")
-PEERS = ["reference", FASTUPER]
+PEERS = [*REFERENCE, FASTUPER]
 
 
 def maps(generator: torch.Generator, channels: int, size: int) -> torch.Tensor:
@@ -81,6 +81,12 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return [cast(item, dtype) for item in value] if isinstance(value, list) else value
 
 
+def contiguous(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.contiguous()
+    return [contiguous(item) for item in value] if isinstance(value, list) else value
+
+
 def error(output: torch.Tensor, truth: torch.Tensor) -> dict[str, Any]:
     if not output.is_floating_point():
         return {"differ": int((output != truth).sum()), "pixels": output.numel()}
@@ -97,36 +103,28 @@ def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
     given = [cast(value, getattr(torch, dtype)) for value in args]
     options = {key: cast(value, getattr(torch, dtype)) for key, value in kwargs.items()}
 
-    def reference() -> Callable[..., Any]:
-        # By its path: the function of the same name hides the module in the package.
-        try:
-            return importlib.import_module(f"fastuper_kernels.{name}").reference
-        except (ImportError, AttributeError) as missing:
-            raise CannotDo(f"fastuper_kernels.{name} has no reference") from missing
+    # By its path: the function of the same name hides the module in the package.
+    reference = importlib.import_module(f"fastuper_kernels.{name}").reference
+    ours = getattr(fastuper_kernels, name)
 
-    def build(find: Callable[[], Callable[..., Any]]) -> Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]:
-        def build() -> tuple[Callable[[], Any], Callable[[], Any]]:
-            function = find()
+    def build(
+        function: Callable[..., Any], change: Callable[[Any], Any] = lambda value: value
+    ) -> Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]:
+        changed, changed_options = change(given), {key: change(value) for key, value in options.items()}
 
-            def call() -> Any:
-                return function(*given, **options)
+        def call() -> Any:
+            return function(*changed, **changed_options)
 
-            return call, call
-
-        return build
-
-    def ours() -> Callable[..., Any]:
-        if not hasattr(fastuper_kernels, name):
-            raise CannotDo(f"fastuper_kernels has no {name}")
-        return getattr(fastuper_kernels, name)
+        return lambda: (call, call)
 
     def look(peer: str, call: Callable[[], Any]) -> dict[str, Any]:
         # The truth is the reference's in float64, of the very numbers that were given, rounded as they are.
         exact = [cast(value, torch.float64) for value in given]
-        truth = reference()(*exact, **{key: cast(value, torch.float64) for key, value in options.items()})
+        truth = reference(*exact, **{key: cast(value, torch.float64) for key, value in options.items()})
         return error(call(), truth)
 
-    return alternate({"reference": build(reference), FASTUPER: build(ours)}, rounds, look)
+    calls = (build(reference, contiguous), build(reference), build(ours))
+    return alternate(dict(zip(PEERS, calls, strict=True)), rounds, look)
 
 
 @pytest.mark.section("operations")

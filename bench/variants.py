@@ -15,17 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.peers import CHANNELS_LAST, CONTIGUOUS, CannotDo, Peer, Task, World, transformers_eager
-from fastuper.head import fold
+from bench.peers import CHANNELS_LAST, CONTIGUOUS, Peer, Task, World, transformers_eager
+from fastuper.plain import fold
+from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, upsampled_conv3x3
 from fastuper_kernels.pyramid_pool import grids
-
-
-def operation(name: str) -> Any:
-    import fastuper_kernels
-
-    if not hasattr(fastuper_kernels, name):
-        raise CannotDo(f"fastuper_kernels has no {name}")
-    return getattr(fastuper_kernels, name)
 
 
 class StepwiseHead(nn.Module):
@@ -63,23 +56,23 @@ class StepwiseHead(nn.Module):
         scales = [scale if isinstance(scale, int) else scale[0] for scale in head.pool_scales]
         convs = [branch.layers[1] for branch in head.psp_modules.blocks]
         scale, shift = zip(*(fold(conv.batch_norm) for conv in convs), strict=True)
-        rows = operation("pool_conv_bn_relu")(x, scales, [conv.conv.weight for conv in convs], list(scale), list(shift))
+        rows = pool_conv_bn_relu(x, scales, [conv.conv.weight for conv in convs], list(scale), list(shift))
         return self.convolve_parts(head.bottleneck, x, grids(rows, scales))
 
     def convolve_parts(self, module: Any, x: torch.Tensor, coarser: list[torch.Tensor]) -> torch.Tensor:
         """Return `module` of x beside coarser maps, resampled to its size; the coarser ones are mixed as they are."""
         weights = module.conv.weight.split([x.shape[1], *(part.shape[1] for part in coarser)], dim=1)
-        addend = operation("upsampled_conv3x3")(coarser, list(weights[1:]), tuple(x.shape[2:]))
+        addend = upsampled_conv3x3(coarser, list(weights[1:]), tuple(x.shape[2:]))
         if self.convolutions:
             scale, shift = fold(module.batch_norm)
-            return operation("conv_bn_relu")(x, weights[0], scale, shift, addend=addend)
+            return conv_bn_relu(x, weights[0], scale, shift, addend=addend)
         return module.activation(module.batch_norm(F.conv2d(x, weights[0], padding=1) + addend))
 
     def convolve(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         if not self.convolutions:
             return module(x)
         scale, shift = fold(module.batch_norm)
-        return operation("conv_bn_relu")(x, module.conv.weight, scale, shift)
+        return conv_bn_relu(x, module.conv.weight, scale, shift)
 
 
 def _resize(x: torch.Tensor, size: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.configuration import UperNetConfig
-from fastuper.plain import is_exactly
+from fastuper.plain import fold, is_exactly, is_fixed_norm, is_same_conv
 from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, pyramid_pool, upsample_add, upsampled_conv3x3
 from fastuper_kernels.modes import autocast, is_eager_inference
 from fastuper_kernels.packs import looked_at_once
@@ -78,22 +78,7 @@ class ConvModule(nn.Module):
 
         The norm is one in evaluation with gradients off, where it is a BatchNorm that nobody has touched.
         """
-        norm = self.batch_norm
-        if not (is_exactly(norm, nn.BatchNorm2d) and is_exactly(self.activation, nn.ReLU)):
-            return False
-        return not (norm.training or norm.running_var is None or torch.is_grad_enabled())
-
-
-def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a BatchNorm's scale and shift (C,) in evaluation, in float32 at least; computed at every call."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
-    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(dtype)
-    shift = -norm.running_mean.to(dtype) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
+        return is_fixed_norm(self.batch_norm) and is_exactly(self.activation, nn.ReLU)
 
 
 class UperNetHead(nn.Module):
@@ -208,7 +193,7 @@ class UperNetHead(nn.Module):
             levels: all levels but the finest, as the fusion takes them.
         """
         x, above, *levels = autocast(x, above, *levels)
-        size = (len(x), self.classifier.out_channels, *x.shape[2:])
+        size = (len(x), self.classifier.weight.shape[0], *x.shape[2:])
         logits = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         with looked_at_once():
             for image in zip(*(maps.split(1) for maps in (logits, x, above, *levels)), strict=True):
@@ -222,7 +207,8 @@ class UperNetHead(nn.Module):
         lateral, fpn, fusion = modules
         (height, width), dim = x.shape[2:], self.channels
         step = max(STRIP_BYTES // (width * dim * x.element_size()) // 16 * 16, 16)
-        weight, *weights = fusion.conv.weight.split(dim, dim=1)
+        channels = [fpn.conv.weight.shape[0], *(level.shape[1] for level in levels)]
+        weight, *weights = fusion.conv.weight.split(channels, dim=1)
         coarser = UpsampledConv3x3(levels, weights, (height, width))
         scale, shift = fold(fusion.batch_norm)
         fine = inner = None
@@ -244,15 +230,6 @@ def _below(kept: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor
     """Return the last two of the rows (B, C, h, W) that were kept, and the new ones."""
     parts = [] if kept is None else [kept[:, :, -2:]]
     return torch.cat(parts if rows is None else [*parts, rows], dim=2)
-
-
-def is_same_conv(conv: nn.Module) -> bool:
-    """Return whether a module is a convolution that `conv_bn_relu` computes, and nobody has touched it."""
-    return (
-        is_exactly(conv, nn.Conv2d)
-        and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
-        and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-    )
 
 
 def is_fusible(module: Any, kernel_size: tuple[int, int] | None = None) -> bool:

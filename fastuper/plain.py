@@ -49,3 +49,34 @@ def _is_replaced(module: nn.Module) -> bool:
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a module is plain and of this very class, not of a subclass."""
     return type(module) is kind and is_plain(module)
+
+
+def is_same_conv(conv: nn.Module) -> bool:
+    """Return whether a module is a convolution that `conv_bn_relu` computes, and nobody has touched it."""
+    return (
+        is_exactly(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+        and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+    )
+
+
+def is_fixed_norm(norm: nn.Module) -> bool:
+    """Return whether a module is a BatchNorm that is a fixed scale and shift here, and nobody has touched it.
+
+    It is one in evaluation with gradients off.
+    """
+    if not is_exactly(norm, nn.BatchNorm2d):
+        return False
+    return not (norm.training or norm.running_var is None or torch.is_grad_enabled())
+
+
+def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a BatchNorm's scale and shift (C,) in evaluation, in float32 at least; computed at every call."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastuper.backbones.layers import Backbone, activation, channels_last
+from fastuper.backbones.layers import Backbone, activation, channels_last, on_cpu_without_gradients
 from fastuper.configuration import ResNetConfig
 from fastuper.outputs import BackboneOutput
+from fastuper.plain import fold, is_exactly, is_fixed_norm, is_same_conv
+from fastuper_kernels import conv_bn_relu
 
 
 class ResNetConvLayer(nn.Module):
@@ -21,7 +23,21 @@ class ResNetConvLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
+        if self._is_plain(x):
+            relu = isinstance(self.activation, nn.ReLU)
+            return conv_bn_relu(x, self.convolution.weight, *fold(self.normalization), relu=relu)
         return self.activation(self.normalization(self.convolution(x)))
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        """Return whether `conv_bn_relu` is the same function, so that the norm and ReLU take no time of their own."""
+        act = self.activation
+        return (
+            is_same_conv(self.convolution)
+            and self.convolution.bias is None
+            and is_fixed_norm(self.normalization)
+            and (is_exactly(act, nn.ReLU) or is_exactly(act, nn.Identity))
+            and on_cpu_without_gradients(x, self.convolution)
+        )
 
 
 class ResNetEmbeddings(nn.Module):
@@ -106,15 +122,14 @@ class ResNetBackbone(Backbone):
             ValueError: the image has another number of channels than the configuration.
         """
         self.check_channels(pixel_values)
-        hidden_states = [self.embedder(pixel_values)]
-        for stage in self.encoder.stages:
-            hidden_states.append(stage(hidden_states[-1]))
-        feature_maps = tuple(
-            x for name, x in zip(self.stage_names, hidden_states, strict=True) if name in self.out_features
-        )
-        # They leave, and callers reshape them as they do the reference's.
-        states = tuple(x.contiguous() for x in hidden_states) if output_hidden_states else None
-        return BackboneOutput(feature_maps, states)
+        x, feature_maps, hidden_states = pixel_values, [], []
+        for name, step in zip(self.stage_names, [self.embedder, *self.encoder.stages], strict=True):
+            x = step(x)
+            if name in self.out_features:
+                feature_maps.append(x)
+            if output_hidden_states:  # they leave, and callers reshape them as they do the reference's
+                hidden_states.append(x.contiguous())
+        return BackboneOutput(tuple(feature_maps), tuple(hidden_states) if output_hidden_states else None)
 
     def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Fill one parameter or buffer with its initial value."""

@@ -337,11 +337,14 @@ class SwinLayer(nn.Module):
     def forward(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map (B, H, W, C) to the same shape, with the attention weights where they are asked for."""
         if not output_attentions and self._is_plain(x):
+            weights = None
             x = self.attend_in_plan(x)
-            mlp = self.layernorm_after, self.intermediate.dense, self.intermediate.intermediate_act_fn
-            return residual_mlp(x, x, *mlp, self.output.dense), None
-        attended, weights = self.attend(self.layernorm_before(x), output_attentions)
-        x = x + self.drop_path(attended)
+            if not x.requires_grad:  # the first norm, which is called, may bring a gradient
+                mlp = self.layernorm_after, self.intermediate.dense, self.intermediate.intermediate_act_fn
+                return residual_mlp(x, x, *mlp, self.output.dense), None
+        else:
+            attended, weights = self.attend(self.layernorm_before(x), output_attentions)
+            x = x + self.drop_path(attended)
         # As the reference has it, stochastic depth drops the attention and never the MLP.
         return x + self.output(self.intermediate(self.layernorm_after(x))), weights
 

@@ -252,7 +252,7 @@ def _scale_and_shift(y: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
 
 
 def _way(x: torch.Tensor, weight: torch.Tensor) -> str:
-    """Return how to compute a 3x3 convolution: Winograd's in float32 alone, where it loses no accuracy."""
+    """Return how to compute a 3x3 convolution: Winograd's in float32 alone, where it errs as little."""
     (channels_out, channels), (height, width) = weight.shape[:2], x.shape[2:]
     tiles = -(-height // winograd.HEIGHT) * -(-width // winograd.WIDTH)
     if x.dtype != torch.float32 or min(channels, channels_out) < 128 or tiles < 32:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Entries, of all models together. A model has about a dozen; they go with its weights.
+# Entries, of all models together. A model has about twenty; they go with its weights.
 MAX_PACKS = 256
 
 # Values of a narrow weight that are converted at a time.

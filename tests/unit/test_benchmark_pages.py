@@ -72,6 +72,8 @@ def test_medians_ratios_and_targets(results):
     assert (head["value"], head["met"], verdict(head)) == (1.5, False, "missed by a factor of 1.47")
     memory = by_name["ConvNeXt-T, peak memory of logits at 1024"]
     assert (memory["value"], memory["met"]) == (0.5, True), "of Transformers' least"
+    apart = by_name["ConvNeXt-T, peak memory of logits at 1024, packed weights apart"]
+    assert apart["value"] == pytest.approx(0.45)
     assert by_name["Swin-T, peak memory of logits at 1024"]["met"] is None
     assert by_name["tasks at which the accuracy rule is broken"]["value"] == 1
     (limit,) = results["limits"]

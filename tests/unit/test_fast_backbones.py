@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from fastuper.backbones import convnext, layers, swin
+from fastuper.backbones import convnext, layers, resnet, swin
 from tests.parity.models import BACKBONES, FAMILIES, backbone_config, error, images, randomize
 
 FAST = ["convnext", "swin"]
@@ -71,7 +71,7 @@ def maps(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
 def slow_maps(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
     """Return what the modules themselves compute, one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (convnext, swin):
+        for module in (convnext, resnet, swin):
             patch.setattr(module, "on_cpu_without_gradients", lambda *_: False)
         return maps(model, pixels)
 
@@ -151,8 +151,31 @@ def test_without_layer_scale(mlps):
 @pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize("family", FAST)
 def test_the_size_of_the_blocks_is_no_matter(family, rows, monkeypatch):
-    monkeypatch.setattr(layers, "HIDDEN_BYTES", rows * 64 * 8)
+    for module in (layers, swin):
+        monkeypatch.setattr(module, "HIDDEN_BYTES", rows * 64 * 8)
     check(build(family))
+
+
+@pytest.mark.parametrize("rows", [7, 10**6])
+@pytest.mark.parametrize("way", ["parameter", "hook"])
+def test_a_gradient_from_the_norm_that_is_called(way, rows, monkeypatch):
+    """Of a Swin block only the first norm may be the user's own: the quick way goes on, as far as it can."""
+    for module in (layers, swin):
+        monkeypatch.setattr(module, "HIDDEN_BYTES", rows * 64 * 8)
+    model, pixels = build("swin").requires_grad_(False), images(1, 3, 64, 64)
+    norm = model.encoder.layers[0].blocks[1].layernorm_before
+    leaf = norm.weight.requires_grad_() if way == "parameter" else torch.ones_like(norm.weight).requires_grad_()
+    if way == "hook":
+        norm.register_forward_hook(lambda module, args, output: output * leaf)
+    gradients = []
+    for quick in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not quick:
+                patch.setattr(swin, "on_cpu_without_gradients", lambda *_: False)
+            loss = sum(x.square().mean() for x in model(pixels).feature_maps[:2])
+            gradients += torch.autograd.grad(loss, leaf)
+    assert gradients[1].norm() > 0
+    assert error(*gradients) < 1e-12
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -369,6 +392,71 @@ def test_flops_are_counted(mlps):
         counts.append(counter.get_total_flops())
     assert not mlps
     assert min(counts) > 1e6
+
+
+# ResNet's convolutions with their norms ------------------------------------------------------------------------------
+
+RESNET_PARTS = ["convolution", "normalization", "activation"]
+
+
+def resnet_layer(model: nn.Module) -> Any:
+    return model.encoder.stages[0].layers[0].layer[0]
+
+
+@pytest.mark.parametrize("family", ["resnet-basic", "resnet-bottleneck"])
+def test_resnets_convolutions_take_their_norms_along(family, monkeypatch):
+    model, calls, quick = build(family), [], resnet.conv_bn_relu
+    monkeypatch.setattr(resnet, "conv_bn_relu", lambda *a, **k: calls.append(1) or quick(*a, **k))
+    maps(model, images(1, 3, 64, 64))
+    convolutions = [m for m in model.modules() if isinstance(m, resnet.ResNetConvLayer)]
+    strided = [m for m in convolutions if m.convolution.stride != (1, 1)]
+    assert len(calls) == len(convolutions) - len(strided) > 2
+    model(images(1, 3, 64, 64))
+    assert len(calls) == len(convolutions) - len(strided), "gradients flow"
+
+
+@pytest.mark.parametrize("part", RESNET_PARTS)
+@pytest.mark.parametrize("touch", ["hook", "pre-hook", "forward", "replaced"])
+def test_touched_parts_of_a_resnet_are_called(part, touch):
+    model = build("resnet-bottleneck")
+    layer = resnet_layer(model)
+    module = getattr(layer, part)
+    before = maps(model, images(2, 3, 70, 99))
+    if touch == "hook":
+        module.register_forward_hook(lambda module, args, output: output + 1)
+    elif touch == "pre-hook":
+        module.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    elif touch == "forward":
+        wrapped(model, "encoder.stages.0.layers.0.layer.0." + part)
+    else:
+        setattr(layer, part, nn.Sequential(module, Doubled()))
+    check(model)
+    assert error(maps(model, images(2, 3, 70, 99))[-1], before[-1]) > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["parametrized", "other activation", "bias", "training", "no statistics"])
+def test_other_resnets(kind):
+    model = build("resnet-bottleneck", **({"hidden_act": "gelu"} if kind == "other activation" else {}))
+    layer = resnet_layer(model)
+    if kind == "parametrized":
+        parametrized(model, "encoder.stages.0.layers.0.layer.0.convolution")
+    elif kind == "bias":
+        layer.convolution.bias = nn.Parameter(torch.randn(layer.convolution.out_channels, dtype=torch.float64))
+    elif kind == "training":
+        layer.normalization.train()
+        layer.normalization.momentum = 0.0
+    elif kind == "no statistics":
+        layer.normalization.running_mean = layer.normalization.running_var = None
+    check(model)
+
+
+def test_a_resnets_statistics_that_changed_are_used():
+    model = build("resnet-bottleneck")
+    before = maps(model, images(2, 3, 70, 99))
+    resnet_layer(model).normalization.running_mean.add_(0.3)
+    assert error(maps(model, images(2, 3, 70, 99))[-1], before[-1]) > 1e-6
+    resnet_layer(model).convolution.weight.data.mul_(2)
+    check(model)
 
 
 def test_the_families_that_are_tested_here():

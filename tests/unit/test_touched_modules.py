@@ -313,6 +313,13 @@ def test_branches_of_several_widths(strips):
     check(model)
 
 
+def test_levels_of_several_widths(strips):
+    model = head()
+    model.fpn_convs[0] = randomize(fastuper.head.ConvModule(12, 9, 3)).eval()
+    model.fpn_bottleneck = randomize(fastuper.head.ConvModule(9 + 36, 12, 3)).eval()
+    check(model)
+
+
 def test_other_pooling(strips):
     model, original = head(), head()
     model.psp_modules[1] = nn.Sequential(nn.AdaptiveMaxPool2d(2), model.psp_modules[1][1])
