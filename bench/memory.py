@@ -24,13 +24,10 @@ from bench.names import EAGER, FASTUPER, WITHOUT_AUXILIARY
 ROOT = Path(__file__).parent.parent
 # (part, backbone, size); label maps have the image's own size.
 TASKS = [
-    ("logits", "convnext-t", 512),
-    ("logits", "convnext-t", 1024),
-    ("logits", "convnext-t", 2048),
-    ("labels", "convnext-t", 1024),
-    ("labels", "convnext-t", 2048),
-    ("logits", "swin-t", 1024),
-    ("labels", "swin-t", 2048),
+    (part, backbone, size)
+    for backbone in ("convnext-t", "swin-t")
+    for part, sizes in (("logits", (512, 1024, 2048)), ("labels", (1024, 2048)))
+    for size in sizes
 ]
 PEERS = [EAGER[0], WITHOUT_AUXILIARY[0], FASTUPER]
 

@@ -43,7 +43,7 @@ class Plot:
     of_sizes: bool = False
 
     def drawable(self, results: Results) -> bool:
-        larger = any(f"{self.section} {key} 1024 float32" in results["tasks"] for key in TINY)
+        larger = all(f"{self.section} {key} 1024 float32" in results["tasks"] for key in TINY)
         return bool(tasks(results, self.section)) and (not self.of_sizes or bool(larger and results["memory"]))
 
 
@@ -89,6 +89,8 @@ def peers(figure: Any, results: Results) -> None:
 
 def sizes(figure: Any, results: Results) -> None:
     """Time and memory against the image's side; a row a backbone."""
+    from matplotlib import ticker
+
     found = tasks(results, "logits")
     panels = figure.subplots(len(found), 2, squeeze=False)
     rows = {FASTUPER: [FASTUPER], "Transformers": EAGER, OPENVINO: [OPENVINO]}
@@ -120,8 +122,11 @@ def sizes(figure: Any, results: Results) -> None:
             axes.set(xscale="log", yscale="log", ylabel=unit, xlabel="side of the image")
             axes.set_xticks([512, 1024, 2048], ["512", "1024", "2048"])
             axes.set_xticks([], minor=True)
+            axes.set_xlim(460, 2280)
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.grid(axis="y", which="both", color=PALE, linewidth=0.6)
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+            axes.grid(axis="y", color=PALE, linewidth=0.6)
             axes.set_title(title, fontsize=10)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=7.5, loc="upper left")
