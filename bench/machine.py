@@ -26,6 +26,11 @@ GENERATIONS = [
 PACKAGES = ["transformers", "timm", "segmentation_models_pytorch", "onnx", "onnxscript", "onnxruntime", "openvino"]
 
 
+def without_paths(text: str) -> str:
+    """Return words in one line, those that may be paths of this machine left out."""
+    return " ".join("..." if "/" in word else word for word in text.split())
+
+
 def processor() -> dict[str, str]:
     """Return the first processor's entries of /proc/cpuinfo, or nothing where there is no such file."""
     try:

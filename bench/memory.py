@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.machine import without_paths
 from bench.names import EAGER, FASTUPER, WITHOUT_AUXILIARY
 
 ROOT = Path(__file__).parent.parent
@@ -95,9 +96,8 @@ def in_fresh_process(part: str, backbone: str, size: int, peer: str) -> dict[str
     command = [sys.executable, "-m", "bench.memory", "--run", part, backbone, str(size), peer]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        words = (done.stderr.strip().splitlines() or ["no message"])[-1].split()
-        message = " ".join("..." if "/" in word else word for word in words)  # no paths of this machine
-        return {"skipped": f"exit status {done.returncode}: {message[:200]}"}
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return {"skipped": f"exit status {done.returncode}: {without_paths(lines[-1])[:200]}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 

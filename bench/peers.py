@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.accuracy import BACKBONES as CONFIGS
+from bench.machine import without_paths
 from bench.names import (
     AUTOCAST,
     COMPILED,
@@ -443,7 +444,7 @@ def one_line(error: BaseException) -> str:
     """Return an error in one line, without the paths of this machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    return " ".join("..." if "/" in word else word for word in text.split())[:200]
+    return without_paths(text)[:200]
 
 
 @dataclass(frozen=True)

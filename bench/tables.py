@@ -254,10 +254,10 @@ def operations_table(results: Results | None) -> str:
         return NOT_MEASURED
     rows = []
     for name, entry in entries.items():
-        theirs, ours = best(results, name, REFERENCE), seconds(results, name, FASTUPER)
+        faster = min(REFERENCE, key=lambda peer: seconds(results, name, peer) or math.inf)
+        theirs, ours = seconds(results, name, faster), seconds(results, name, FASTUPER)
         if theirs is None or ours is None:
             continue
-        faster = min(REFERENCE, key=lambda peer: seconds(results, name, peer) or math.inf)
         errors = [
             scientific(row["error"]) if "error" in row else f"{row.get('differ', 0):,} differ"
             for row in (entry["peers"][FASTUPER], entry["peers"][faster])

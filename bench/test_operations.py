@@ -75,16 +75,16 @@ def logits(generator: torch.Generator) -> torch.Tensor:
     return drawn.contiguous(memory_format=CHANNELS_LAST)
 
 
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype)
-    return [cast(item, dtype) for item in value] if isinstance(value, list) else value
+def changed(arguments: Arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
+    """Return arguments with a change of every tensor, those in lists too."""
 
+    def of(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        return [of(item) for item in value] if isinstance(value, list) else value
 
-def contiguous(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.contiguous()
-    return [contiguous(item) for item in value] if isinstance(value, list) else value
+    args, kwargs = arguments
+    return [of(value) for value in args], {key: of(value) for key, value in kwargs.items()}
 
 
 def error(output: torch.Tensor, truth: torch.Tensor) -> dict[str, Any]:
@@ -99,31 +99,28 @@ def results() -> dict[Any, Timed]:
 
 
 def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
-    args, kwargs = OPERATIONS[name, use](torch.Generator().manual_seed(0))
-    given = [cast(value, getattr(torch, dtype)) for value in args]
-    options = {key: cast(value, getattr(torch, dtype)) for key, value in kwargs.items()}
-
+    drawn = OPERATIONS[name, use](torch.Generator().manual_seed(0))
+    given = changed(drawn, lambda x: x.to(getattr(torch, dtype)))
     # By its path: the function of the same name hides the module in the package.
     reference = importlib.import_module(f"fastuper_kernels.{name}").reference
     ours = getattr(fastuper_kernels, name)
 
     def build(
-        function: Callable[..., Any], change: Callable[[Any], Any] = lambda value: value
+        function: Callable[..., Any], arguments: Arguments
     ) -> Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]:
-        changed, changed_options = change(given), {key: change(value) for key, value in options.items()}
+        args, kwargs = arguments
 
         def call() -> Any:
-            return function(*changed, **changed_options)
+            return function(*args, **kwargs)
 
         return lambda: (call, call)
 
     def look(peer: str, call: Callable[[], Any]) -> dict[str, Any]:
         # The truth is the reference's in float64, of the very numbers that were given, rounded as they are.
-        exact = [cast(value, torch.float64) for value in given]
-        truth = reference(*exact, **{key: cast(value, torch.float64) for key, value in options.items()})
-        return error(call(), truth)
+        args, kwargs = changed(given, torch.Tensor.double)
+        return error(call(), reference(*args, **kwargs))
 
-    calls = (build(reference, contiguous), build(reference), build(ours))
+    calls = (build(reference, changed(given, torch.Tensor.contiguous)), build(reference, given), build(ours, given))
     return alternate(dict(zip(PEERS, calls, strict=True)), rounds, look)
 
 

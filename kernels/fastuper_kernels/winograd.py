@@ -40,11 +40,11 @@ def pack(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     for half in _halves(wide, 1):
         # In one piece, and from a point's line at a time: small blocks that stay between large ones that go would leave
         # holes in memory.
-        pack = half.new_empty(len(DOWN) * len(ALONG), *half.shape[:2], dtype=dtype)
+        block = half.new_empty(len(DOWN) * len(ALONG), *half.shape[:2], dtype=dtype)
         for i, g in enumerate(down):
             line = torch.einsum("j,ocjk->ock", g, half)
-            pack[i * len(ALONG) : (i + 1) * len(ALONG)] = torch.einsum("jk,ock->joc", along, line)
-        matrices += pack.unbind()
+            block[i * len(ALONG) : (i + 1) * len(ALONG)] = torch.einsum("jk,ock->joc", along, line)
+        matrices += block.unbind()
     return matrices
 
 
