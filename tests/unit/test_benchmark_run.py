@@ -30,8 +30,8 @@ def test_expressions_select_as_with_pytest(expression: str, expected: bool):
 
 def test_memory_takes_the_expression(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "in_fresh_process", lambda *args: {"peak": 1})
-    found = run.measure_memory("swin and (logits or labels)")
-    assert list(found) == ["logits swin-t 1024 float32", "labels swin-t 2048 float32"]
+    found = run.measure_memory("swin and (512 or labels and 2048)")
+    assert list(found) == ["logits swin-t 512 float32", "labels swin-t 2048 float32"]
     assert all(list(task["peers"]) == memory.PEERS for task in found.values())
 
 
