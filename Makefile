@@ -54,7 +54,7 @@ $(VENV)/.bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
 	@touch $@
 
-bench: $(VENV)/.bench ## time everything beside the peers: the best part of an hour on an idle machine
+bench: $(VENV)/.bench ## time everything beside the peers: two hours and more on an idle machine
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.plots

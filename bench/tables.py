@@ -221,7 +221,8 @@ def targets_table(results: Results | None) -> str:
         bound = f"at least {target['bound']:g} x" if target["kind"] == "speedup" else f"at most {target['bound']:g}"
         value = "" if target["value"] is None else f"{target['value']:.2f}"
         if target["kind"] == "accuracy" and target["value"] is not None:
-            value = str(int(target["value"]))
+            rules = [accuracy(entry) for entry in results["tasks"].values()]
+            value = f"{int(target['value'])} of {sum(rule is not None for rule in rules)}"
         verdict_ = verdict(target)
         rows.append([target["name"], bound, value, verdict_ if target["met"] else f"**{verdict_}**"])
     return "\n".join(table(["", "to reach", "measured", ""], rows))

@@ -247,6 +247,12 @@ def bilinear_chain(sizes: tuple[int, ...]) -> Band:
     return band
 
 
+@_cached
+def pool_matrix(size: int, scale: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the matrix (scale, size) of means of adaptive average pooling; its few rows may be dense."""
+    return Band.adaptive_avg_pool(size, scale, device=device).dense().to(dtype)
+
+
 def bilinear_tap(size_in: int, size_out: int, offset: int) -> Band:
     """Return `Band.bilinear` with an offset, by position."""
     return Band.bilinear(size_in, size_out, offset=offset)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from fastuper_kernels.band import Band
+from fastuper_kernels.band import pool_matrix
 from fastuper_kernels.modes import is_eager, is_plain, without_autocast
 
 
@@ -35,11 +35,11 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
     batch, channels, height, width = x.shape
     wide = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32))
     with without_autocast(x):  # a mean in bfloat16 weights would be off by the same share everywhere
-        rows = torch.cat([_means(height, scale, wide) for scale in scales])
+        rows = torch.cat([pool_matrix(height, scale, wide.dtype, wide.device) for scale in scales])
         pooled = rows @ wide.reshape(batch, height, width * channels)
         cells = []
         for line, scale in zip(pooled.split(list(scales), dim=1), scales, strict=True):
-            columns = _means(width, scale, wide)
+            columns = pool_matrix(width, scale, wide.dtype, wide.device)
             cells.append((columns @ line.reshape(batch * scale, width, channels)).view(batch, scale * scale, channels))
     return torch.cat(cells, dim=1).to(x.dtype)
 
@@ -53,8 +53,3 @@ def grids(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
 def reference(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
     """The definition of `pyramid_pool`."""
     return torch.cat([F.adaptive_avg_pool2d(x, scale).flatten(2).transpose(1, 2) for scale in scales], dim=1)
-
-
-def _means(size: int, scale: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the matrix (scale, size) of means; its few rows may be dense."""
-    return Band.adaptive_avg_pool(size, scale, device=like.device).dense().to(like.dtype)
