@@ -150,6 +150,8 @@ def main() -> None:
         used = {task["run"] for task in [*results["tasks"].values(), *results["memory"].values()]} | {run}
         results["runs"] = {key: value for key, value in sorted(results["runs"].items()) if key in used}
         results["runs"][run]["seconds"] = round(time.monotonic() - begun)
+        order = [f"{part} {backbone} {size} float32" for part, backbone, size in memory.TASKS]
+        results["memory"] = {name: results["memory"][name] for name in order if name in results["memory"]}
         conclude(results)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
