@@ -23,13 +23,13 @@ from bench.machine import without_paths
 from bench.names import EAGER, FASTUPER, WITHOUT_AUXILIARY
 
 ROOT = Path(__file__).parent.parent
-# (part, backbone, size); label maps have the image's own size.
-TASKS = [
-    (part, backbone, size)
+# {name: (part, backbone, size)}; label maps have the image's own size.
+TASKS = {
+    f"{part} {backbone} {size} float32": (part, backbone, size)
     for backbone in ("convnext-t", "swin-t")
     for part, sizes in (("logits", (512, 1024, 2048)), ("labels", (1024, 2048)))
     for size in sizes
-]
+}
 PEERS = [EAGER[0], WITHOUT_AUXILIARY[0], FASTUPER]
 
 
@@ -109,7 +109,7 @@ def main() -> None:
         part, backbone, size, peer = arguments.run
         print(json.dumps(measure(part, backbone, int(size), peer)))
         return
-    for part, backbone, size in TASKS:
+    for part, backbone, size in TASKS.values():
         for peer in PEERS:
             print(part, backbone, size, peer, in_fresh_process(part, backbone, size, peer), flush=True)
 

@@ -78,6 +78,11 @@ def accuracy(entry: dict[str, Any]) -> dict[str, Any] | None:
     return {"error": ours["error"], "allowed": allowed, "met": ours["error"] <= allowed}
 
 
+def rules(results: Results) -> list[dict[str, Any]]:
+    """Return what the accuracy rule says, of every task that it says something about."""
+    return [rule for entry in results["tasks"].values() if (rule := accuracy(entry)) is not None]
+
+
 @dataclass(frozen=True)
 class Target:
     """Something to reach: a value computed from results (see `value`), and its bound.
@@ -106,8 +111,8 @@ class Target:
         if self.kind == "growth":
             large, small = (seconds(results, self.task, peer) for peer in (FASTUPER, SMALLER))
             return large / small if large is not None and small is not None else None
-        rules = [rule for entry in results["tasks"].values() if (rule := accuracy(entry)) is not None]
-        return sum(not rule["met"] for rule in rules) if rules else None
+        found = rules(results)
+        return sum(not rule["met"] for rule in found) if found else None
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.kind == "speedup" else value <= self.bound

@@ -107,8 +107,7 @@ def selects(expression: str, name: str) -> bool:
 def measure_memory(only: str) -> dict[str, Any]:
     """Return the peak memory of every task of bench.memory that the expression `only` selects."""
     tasks: dict[str, Any] = {}
-    for part, backbone, size in memory.TASKS:
-        name = f"{part} {backbone} {size} float32"
+    for name, (part, backbone, size) in memory.TASKS.items():
         if not selects(only, f"memory {name}"):
             continue
         task = tasks[name] = {"part": part, "backbone": backbone, "size": size, "peers": {}}
@@ -150,8 +149,7 @@ def main() -> None:
         used = {task["run"] for task in [*results["tasks"].values(), *results["memory"].values()]} | {run}
         results["runs"] = {key: value for key, value in sorted(results["runs"].items()) if key in used}
         results["runs"][run]["seconds"] = round(time.monotonic() - begun)
-        order = [f"{part} {backbone} {size} float32" for part, backbone, size in memory.TASKS]
-        results["memory"] = {name: results["memory"][name] for name in order if name in results["memory"]}
+        results["memory"] = {name: results["memory"][name] for name in memory.TASKS if name in results["memory"]}
         conclude(results)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -33,6 +33,7 @@ from bench.results import (
     accuracy,
     best,
     load,
+    rules,
     seconds,
     verdict,
 )
@@ -221,8 +222,7 @@ def targets_table(results: Results | None) -> str:
         bound = f"at least {target['bound']:g} x" if target["kind"] == "speedup" else f"at most {target['bound']:g}"
         value = "" if target["value"] is None else f"{target['value']:.2f}"
         if target["kind"] == "accuracy" and target["value"] is not None:
-            rules = [accuracy(entry) for entry in results["tasks"].values()]
-            value = f"{int(target['value'])} of {sum(rule is not None for rule in rules)}"
+            value = f"{int(target['value'])} of {len(rules(results))}"
         verdict_ = verdict(target)
         rows.append([target["name"], bound, value, verdict_ if target["met"] else f"**{verdict_}**"])
     return "\n".join(table(["", "to reach", "measured", ""], rows))
