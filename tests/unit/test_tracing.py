@@ -93,7 +93,8 @@ def check_compiled(model, inputs, backend, training, dynamic=None, limit=COMPILA
     for arguments in inputs:
         with torch.set_grad_enabled(training):
             result, expected = compiled(*arguments), eager(*arguments)
-        assert error(result, expected) < 1e-5
+        # Statistics of a few pixels magnify rounding: ResNet's eager result differs by 1e-5 from float64's itself.
+        assert error(result, expected) < (5e-5 if training else 1e-5)
         if training:
             result.square().mean().backward()
             expected.square().mean().backward()
@@ -272,6 +273,7 @@ def test_segment_exported():
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1800)  # Inductor's C++ compiler takes its time, the more so for the backward pass
 @MODES
 @pytest.mark.parametrize("family", BACKBONES)
 def test_the_model_compiled(family, training):
