@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.parity.models import FAMILIES, error, images
+from tests.unit.pooling import pooling_asks
 from tests.unit.test_fast_backbones import build
 
 # Nothing is a multiple of 32, nor of Swin's patches and windows. The traced size has two windows in the last stage of
@@ -44,18 +44,6 @@ CASES.append(
         "swin", {"use_absolute_embeddings": True, "image_size": 160}, marks=pytest.mark.slow, id="swin-positions"
     )
 )
-
-
-@functools.cache
-def pooling_asks() -> bool:
-    """Return whether this PyTorch (2.11 does) takes a pooled map's size for odd, or even, as it is in the example."""
-    pool, auto = nn.MaxPool2d(3, 2, 1), torch.export.Dim.AUTO
-    pooled = torch.export.export(pool, (torch.ones(1, 1, 8, 8),), dynamic_shapes=({2: auto, 3: auto},)).module()
-    try:
-        pooled(torch.ones(1, 1, 9, 9))
-    except (AssertionError, RuntimeError):
-        return True
-    return False
 
 
 def compare(traced: Any, eager: nn.Module) -> None:
