@@ -203,7 +203,9 @@ def test_a_touched_head_exported():
 @MODES
 def test_the_head_compiled(training):
     model = Listed(head()).train(training)
-    check_compiled(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], "inductor", training)
+    # In PyTorch 2.11 Inductor takes the sizes of every convolution's backward pass as given.
+    limit = len(HEAD_SIZES) if training and torch.__version__ < (2, 12) else COMPILATIONS
+    check_compiled(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], "inductor", training, limit=limit)
 
 
 @pytest.mark.exhaustive
