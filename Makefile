@@ -9,7 +9,7 @@ TRANSFORMERS4 := .cache/transformers-4.56.2
 PARALLEL := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-exhaustive test-fast test-transformers4 test-minimum accuracy bench bench-quick lint format types clean
+.PHONY: help setup demo test test-exhaustive test-fast test-transformers4 test-minimum accuracy bench bench-quick compiled gpu-check lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -27,6 +27,7 @@ demo: $(STAMP) ## segment a photograph, and compare the label map with Transform
 
 test: $(STAMP) ## run the tests that need no GPU (ten minutes on two cores)
 	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(PARALLEL)
 
 test-exhaustive: $(STAMP) ## run what `make test` leaves out: every backbone through Inductor, export and ONNX
 	$(BIN)/python -m pytest -m exhaustive $(PARALLEL)
@@ -45,6 +46,7 @@ test-minimum: ## run every test with the oldest versions that pyproject.toml all
 	$(PYTHON) -m venv .cache/minimum
 	.cache/minimum/bin/python -m pip install --quiet --constraint tests/minimum-versions.txt --editable '.[dev]'
 	.cache/minimum/bin/python -m pytest -m "not exhaustive" $(PARALLEL)
+	TRITON_INTERPRET=1 .cache/minimum/bin/python -m pytest tests/interpreted $(PARALLEL)
 
 accuracy: $(STAMP) ## measure the distance from float64 beside Transformers, and redraw README's table
 	$(BIN)/python -m bench.accuracy
@@ -61,6 +63,12 @@ bench: $(VENV)/.bench ## time everything beside the peers: two hours and more on
 
 bench-quick: $(VENV)/.bench ## print the essential ratios, in under 3 minutes
 	$(BIN)/python -m bench.run --quick
+
+compiled: $(STAMP) ## compile every Triton kernel for GPUs that are not here, and rewrite the table of what became of it
+	$(BIN)/python -m bench.compiled
+
+gpu-check: $(STAMP) ## on a machine with a GPU: test the kernels, and time them beside PyTorch and Transformers (10 minutes)
+	$(BIN)/python -m bench.gpu
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

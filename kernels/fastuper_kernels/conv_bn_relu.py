@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from fastuper_kernels import winograd
+from fastuper_kernels.backend import takes_triton
 from fastuper_kernels.choices import Choice
 from fastuper_kernels.linear import linear
 from fastuper_kernels.modes import autocast, check_dtypes, is_eager_inference, without_autocast
@@ -25,6 +26,12 @@ CONV3X3 = Choice(
     default="winograd",
     why="24 products for 72 paid from 128 channels and 32 tiles on",
 )
+CONV = Choice(
+    "conv",
+    options=("triton", "cudnn"),
+    default="triton",
+    why="on a GPU, one kernel with all that follows; cuDNN needs a second one",
+)
 
 
 def conv_bn_relu(
@@ -37,6 +44,7 @@ def conv_bn_relu(
     upsampled: torch.Tensor | None = None,
     relu: bool = True,
     rows: Rows | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Return `relu((conv(x) + addend) * scale + shift) + bilinear(upsampled to the output's size)`.
 
@@ -51,17 +59,25 @@ def conv_bn_relu(
         upsampled: (B, C_out, h, w), resampled (bilinear, align_corners=False) and added at the end.
         relu: whether negative values become zero, before `upsampled` is added.
         rows: (start, stop, height): compute rows [start, stop) of a map of that height alone. x then holds these rows
-            and, for k = 3, the neighbouring ones inside the map; `addend` holds these rows; `upsampled` is whole.
+            and, for k = 3, the neighbouring ones inside the map; `addend` holds these rows; `upsampled` is whole. This
+            takes PyTorch's operators alone.
+        backend: "auto", "triton" or "torch"; see `fastuper_kernels.backend`.
 
     Returns:
         (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), of x's dtype (under autocast: of its dtype). In
         channels_last memory; where gradients flow or something traces, as PyTorch's own convolution leaves it.
 
     Raises:
-        ValueError: shapes that do not fit, empty maps, or x, weight, addend and upsampled of several dtypes.
+        ValueError: shapes that do not fit, empty maps, x, weight, addend and upsampled of several dtypes, or a backend
+            that cannot take them.
     """
+    whole = rows is None
     rows = _check(x, weight, scale, shift, addend, upsampled, rows)
     x, addend, upsampled = autocast(x, addend, upsampled)
+    if whole and takes_triton(backend, x, weight, scale, shift, addend, upsampled):
+        from fastuper_kernels.gpu.conv_bn_relu import conv_bn_relu as kernel
+
+        return kernel(x, *autocast(weight), scale, shift, addend, upsampled, relu)
     if x.device.type == "cpu" and is_eager_inference(x, weight, scale, shift, addend, upsampled):
         with without_autocast(x):
             return _inference(x, weight, scale, shift, addend, upsampled, relu, rows)

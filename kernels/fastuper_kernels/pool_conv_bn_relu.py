@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from fastuper_kernels.backend import takes_triton
 from fastuper_kernels.conv_bn_relu import conv_bn_relu
-from fastuper_kernels.modes import autocast
+from fastuper_kernels.modes import autocast, check_dtypes
 from fastuper_kernels.pyramid_pool import grids, pyramid_pool
 
 
@@ -18,6 +19,8 @@ def pool_conv_bn_relu(
     weights: Sequence[torch.Tensor],
     scale: Sequence[torch.Tensor],
     shift: Sequence[torch.Tensor],
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Return `relu(conv1x1(mean over s x s cells) * scale + shift)` for each branch.
 
@@ -27,13 +30,14 @@ def pool_conv_bn_relu(
         weights: (C_out, C, 1, 1), one a branch.
         scale: (C_out,), one a branch: with `shift` a BatchNorm in evaluation.
         shift: (C_out,), one a branch.
+        backend: "auto", "triton" or "torch"; see `fastuper_kernels.backend`.
 
     Returns:
         (B, sum of s * s, C_out): for each branch in turn its cells, row by row.
 
     Raises:
         ValueError: the branches' weights are not as many as the scales, shapes do not fit, or x and the weights are
-            of several dtypes.
+            of several dtypes; or a backend that cannot take them.
     """
     if not len(scales) == len(weights) == len(scale) == len(shift):
         counts = (len(scales), len(weights), len(scale), len(shift))
@@ -42,8 +46,16 @@ def pool_conv_bn_relu(
     if shape is not None and any(weight.shape != shape for weight in weights):
         raise ValueError(f"weights must all be {tuple(shape)}, got {[tuple(weight.shape) for weight in weights]}")
     (x,) = autocast(x)
-    means = grids(pyramid_pool(x, scales), scales)
-    maps = [conv_bn_relu(grid, *branch) for grid, *branch in zip(means, weights, scale, shift, strict=True)]
+    if takes_triton(backend, x, *weights, *scale, *shift):
+        from fastuper_kernels.gpu.pool_conv_bn_relu import pool_conv_bn_relu as kernel
+
+        weights = autocast(*weights)
+        check_dtypes(x=x, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
+        return kernel(x, list(scales), list(weights), list(scale), list(shift))
+    means = grids(pyramid_pool(x, scales, backend=backend), scales)
+    maps = [
+        conv_bn_relu(grid, *branch, backend=backend) for grid, *branch in zip(means, weights, scale, shift, strict=True)
+    ]
     return torch.cat([y.flatten(2).transpose(1, 2) for y in maps], dim=1)
 
 

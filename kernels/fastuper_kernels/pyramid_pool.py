@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from fastuper_kernels.backend import takes_triton
 from fastuper_kernels.band import pool_matrix
 from fastuper_kernels.modes import is_eager, is_plain, without_autocast
 
 
-def pyramid_pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
+def pyramid_pool(x: torch.Tensor, scales: Sequence[int], *, backend: str = "auto") -> torch.Tensor:
     """Return the means of a map over s x s cells for each scale s, as `F.adaptive_avg_pool2d` divides it.
 
     The rows of all scales are pooled in one read of the map, by one small matrix.
@@ -19,17 +20,22 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
     Args:
         x: (B, C, H, W).
         scales: cells along each side.
+        backend: "auto", "triton" or "torch"; see `fastuper_kernels.backend`.
 
     Returns:
         (B, sum of s * s, C): for each scale in turn its cells, row by row; of x's dtype, added up in float32 at least.
 
     Raises:
-        ValueError: no scales, or one below 1; x is no map, or an empty one.
+        ValueError: no scales, or one below 1; x is no map, or an empty one; a backend that cannot take it.
     """
     if not scales or min(scales) < 1:
         raise ValueError(f"scales must be one or more numbers from 1, got {list(scales)}")
     if x.ndim != 4 or min(x.shape[2:]) < 1 or not x.is_floating_point():
         raise ValueError(f"x must be (B, C, H, W) of floating-point numbers, got {tuple(x.shape)} of {x.dtype}")
+    if takes_triton(backend, x):
+        from fastuper_kernels.gpu.pyramid_pool import pyramid_pool as kernel
+
+        return kernel(x, list(scales))
     if is_eager() and not is_plain(x):
         return reference(x, scales)
     batch, channels, height, width = x.shape

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fastuper_kernels.backend import takes_triton
 from fastuper_kernels.band import bilinear_chain, blocks_of
 from fastuper_kernels.modes import is_eager, is_plain, without_autocast
 
@@ -18,7 +19,11 @@ BLOCK_BYTES = 2 << 20
 
 
 def upsample_argmax(
-    logits: torch.Tensor, sizes: Sequence[tuple[int, int]], *, dtype: torch.dtype = torch.int64
+    logits: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    dtype: torch.dtype = torch.int64,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Resample logits through each size in turn (bilinear, align_corners=False) and return the best class.
 
@@ -30,6 +35,7 @@ def upsample_argmax(
         logits: (B, classes, H, W).
         sizes: [(height, width), ...], applied in turn; the labels have the last.
         dtype: an integer type that holds the classes.
+        backend: "auto", "triton" or "torch"; see `fastuper_kernels.backend`.
 
     Returns:
         Labels (B, height, width). Where classes tie, the first of them. Infinite logits count as half of the dtype's
@@ -39,7 +45,7 @@ def upsample_argmax(
 
     Raises:
         ValueError: no logits, no sizes, sizes that are not pairs of integers from 1, or a dtype that is no integer or
-            too small for the classes.
+            too small for the classes; or a backend that cannot take them.
     """
     if logits.ndim != 4 or min(logits.shape[1:]) < 1 or not logits.is_floating_point():
         raise ValueError(
@@ -49,6 +55,11 @@ def upsample_argmax(
     integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     if not integer or torch.iinfo(dtype).max < logits.shape[1] - 1:
         raise ValueError(f"{dtype} does not hold the labels of {logits.shape[1]} classes")
+    if takes_triton(backend, logits):
+        from fastuper_kernels.gpu.upsample_argmax import upsample_argmax as kernel
+
+        heights, widths = (list(side) for side in zip(*sizes, strict=True))
+        return kernel(logits, heights, widths, dtype)
     logits = _finite(logits)
     if not is_eager() or not is_plain(logits):
         return reference(logits, sizes, dtype=dtype)

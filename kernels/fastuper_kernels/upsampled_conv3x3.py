@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from fastuper_kernels.backend import takes_triton
 from fastuper_kernels.band import BLOCK, bilinear_tap, bilinear_taps, blocks_of
 from fastuper_kernels.linear import linear
 from fastuper_kernels.modes import autocast, check_dtypes, is_eager, is_eager_inference, is_plain, without_autocast
@@ -31,6 +32,7 @@ def upsampled_conv3x3(
     size: tuple[int, int],
     *,
     rows: tuple[int, int] | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Return `sum_l conv3x3(bilinear(levels[l] to size), weights[l])`, zero padding, align_corners=False.
 
@@ -39,17 +41,23 @@ def upsampled_conv3x3(
         weights: (C_out, C_l, 3, 3) for each level; slices of one weight will do.
         size: (H, W) of the result.
         rows: (start, stop): compute these rows of the result alone.
+        backend: "auto", "triton" or "torch"; see `fastuper_kernels.backend`.
 
     Returns:
         (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), of the levels' dtype (under autocast: of its
         dtype). In channels_last memory; where something traces, as PyTorch's own convolution leaves it.
 
     Raises:
-        ValueError: no levels, shapes that do not fit, empty maps, or several dtypes.
+        ValueError: no levels, shapes that do not fit, empty maps, several dtypes, or a backend that cannot take them.
     """
     _check(levels, weights, size, rows)
     levels = autocast(*levels)
     start, stop = (0, size[0]) if rows is None else rows
+    if takes_triton(backend, *levels, *weights):
+        from fastuper_kernels.gpu.upsampled_conv3x3 import upsampled_conv3x3 as kernel
+
+        whole: torch.Tensor = kernel(list(levels), list(autocast(*weights)), *size)
+        return whole if rows is None else whole[:, :, start:stop]
     if levels[0].device.type == "cpu" and is_eager_inference(*levels, *weights):
         return UpsampledConv3x3(levels, weights, size, stop).rows(start, stop)
     weights = autocast(*weights)

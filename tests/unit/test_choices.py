@@ -84,7 +84,7 @@ def test_forced(choice, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run=quick", r"no choice 'run'; known are conv3x3, linear, .*walk"),
+        ("run=quick", r"no choice 'run'; known are conv, conv3x3, linear, .*walk"),
         ("walk=fast", "walk is one of slow, quick, absent, not 'fast'"),
         ("walk", "not ''"),
     ],

@@ -1,0 +1,1 @@
+"""The operations' Triton kernels, one file an operation. Imported where the first of them is called."""

@@ -1,0 +1,218 @@
+"""Which configuration of a kernel runs: forced, or measured on this GPU, or else a heuristic's.
+
+What was tuned on a GPU that was really used is in tuned.json, under the device's name; what `python -m
+fastuper_kernels.tune` measures is in the user's cache (see `fastuper_kernels.choices`). For every other device and
+shape a heuristic picks one, labelled as such by `python -m fastuper_kernels.tune --show`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastuper_kernels.choices import cache_file, forced
+from fastuper_kernels.conv_bn_relu import CONV
+
+SHIPPED = Path(__file__).parent / "tuned.json"
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """How `conv_bn_relu` runs.
+
+    Args:
+        way: "tma" (tensor descriptors), "pointers", or "cudnn" with its epilogue in a kernel of its own.
+        rows: of a tile of pixels: a box of an image for 3x3 with TMA, and else `rows * columns` in a row.
+        columns: see there.
+        channels: output channels of a tile.
+        depth: bytes of input channels of a step.
+        split: into how many parts the inner dimension goes.
+        warps: of a program.
+        stages: of the loads' pipeline.
+        persistent: whether there are as many programs as multiprocessors, which take tiles in turn.
+    """
+
+    way: str
+    rows: int = 8
+    columns: int = 16
+    channels: int = 128
+    depth: int = 128
+    split: int = 1
+    warps: int = 8
+    stages: int = 3
+    persistent: bool = False
+
+    def depth_of(self, dtype: torch.dtype) -> int:
+        """Return the input channels of a step."""
+        return self.depth // dtype.itemsize
+
+    def fits(self, dtype: torch.dtype, upsampled: bool) -> bool:
+        """Return whether a tile, and what is added to it, stay in registers (`bench/results/compiled.json`)."""
+        if self.split > 1:  # the epilogue is another kernel's
+            return True
+        limit = 4096 // (dtype.itemsize // 2) // (1 + upsampled * (1 if self.way == "tma" else 3))
+        return self.rows * self.columns * self.channels // self.warps <= limit
+
+    def split_of(self, channels: int, taps: int, dtype: torch.dtype) -> int:
+        """Return into how many equal parts the steps of this inner dimension go: `split`, or the next fewer."""
+        steps = taps * -(-channels // self.depth_of(dtype))
+        return max(n for n in range(1, self.split + 1) if steps % n == 0)
+
+    def box_of(self, taps: int) -> tuple[int, int]:
+        """Return rows and columns of a tile's box of pixels."""
+        return (self.rows, self.columns) if self.way == "tma" and taps == 9 else (1, self.rows * self.columns)
+
+    def tiles_of(self, batch: int, height: int, width: int, channels: int, taps: int) -> int:
+        """Return how many tiles there are."""
+        rows, columns = self.box_of(taps)
+        boxes = batch * -(-height // rows) * -(-width // columns)
+        return (boxes if rows > 1 else -(-batch * height * width // columns)) * -(-channels // self.channels)
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """How the products of several maps' channels run; see `ConvConfig`."""
+
+    rows: int
+    channels: int
+    depth: int = 128
+    warps: int = 4
+    stages: int = 4
+
+    def depth_of(self, dtype: torch.dtype) -> int:
+        """Return the input channels of a step."""
+        return self.depth // dtype.itemsize
+
+
+# What the tuner tries, and what is compiled ahead of time for every target that can take it.
+CONV_CONFIGS = (
+    ConvConfig("tma", 16, 16, 128, warps=8, stages=3),
+    ConvConfig("tma", 16, 16, 128, warps=8, stages=4),
+    ConvConfig("tma", 16, 16, 128, warps=8, stages=3, persistent=True),
+    ConvConfig("tma", 8, 16, 128, warps=8, stages=4),
+    ConvConfig("tma", 8, 16, 128, warps=4, stages=4),
+    ConvConfig("tma", 8, 16, 128, split=4, warps=4, stages=4),
+    ConvConfig("tma", 8, 8, 128, split=8, warps=4, stages=4),
+    ConvConfig("pointers", 8, 16, 128, warps=8, stages=3),
+    ConvConfig("pointers", 8, 16, 64, warps=4, stages=3),
+    ConvConfig("pointers", 8, 8, 64, warps=4, stages=3),
+    ConvConfig("pointers", 8, 8, 64, split=4, warps=4, stages=3),
+    ConvConfig("pointers", 4, 8, 64, split=8, warps=4, stages=3),
+)
+GROUP_CONFIGS = (
+    GroupConfig(128, 128, warps=8, stages=3),
+    GroupConfig(64, 64, warps=4, stages=4),
+    GroupConfig(16, 64, warps=4, stages=4),
+)
+
+
+def conv_key(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool) -> str:
+    """Return the name under which a convolution's configuration is kept."""
+    shape, kernel = "x".join(map(str, x.shape)), "3x3" if taps == 9 else "1x1"
+    added = ", a coarser map added" if upsampled else ""
+    return f"{kernel} {shape} -> {channels_out} {str(x.dtype)[len('torch.') :]}{added}"
+
+
+def conv_config(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, candidates: Any = None) -> ConvConfig:
+    """Return the configuration for x (B, C, H, W) and a weight (channels_out, C, k, k) of so many taps.
+
+    Args:
+        x: see there.
+        channels_out: see there.
+        taps: see there.
+        upsampled: whether a coarser map is added in the epilogue.
+        candidates: makes, for a configuration, the functions {"triton": ..., "cudnn": ...} to be measured.
+    """
+    key, way = conv_key(x, channels_out, taps, upsampled), forced().get(CONV.name)
+    found = tuned(x.device).get(key)
+    if way is None and found is not None:
+        return ConvConfig(**found["config"])
+    config = heuristic(x, channels_out, taps, upsampled)
+    if x.is_cuda and candidates is not None and config.way != "cudnn":
+        name = torch.cuda.get_device_name(x.device)
+        way = CONV(f"{key} on {name}", functools.partial(candidates, config))
+    return ConvConfig("cudnn") if way == "cudnn" else config
+
+
+def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool) -> ConvConfig:
+    """Return a configuration without a measurement: large tiles where they fill the GPU, else more and smaller ones."""
+    batch, channels, height, width = x.shape
+    if x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) == "ieee":
+        return ConvConfig("cudnn")  # no tensor cores: PyTorch's own way has nothing to lose
+    way = "tma" if has_tma(x.device) and channels * x.element_size() % 16 == 0 else "pointers"
+    programs = multiprocessors(x.device)
+    candidates = [
+        candidate for candidate in CONV_CONFIGS if candidate.way == way and candidate.fits(x.dtype, upsampled)
+    ]
+    for config in candidates:
+        if (
+            not config.persistent
+            and config.tiles_of(batch, height, width, channels_out, taps) * config.split >= programs
+        ):
+            return config
+    return candidates[-1]
+
+
+def pointers_config(dtype: torch.dtype, upsampled: bool) -> ConvConfig:
+    """Return a configuration for operands that no descriptor can say: slices, or rows, of odd numbers of bytes."""
+    fitting = (config for config in CONV_CONFIGS if config.way == "pointers" and config.fits(dtype, upsampled))
+    return next(fitting)
+
+
+def group_config(x: torch.Tensor, pixels: int) -> GroupConfig:
+    """Return the configuration for maps of at most so many pixels."""
+    return next((config for config in GROUP_CONFIGS if pixels >= 32 * config.rows), GROUP_CONFIGS[-1])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how the tensor cores may take float32: as in cuDNN's convolutions, which these kernels stand for."""
+    if dtype != torch.float32:
+        return "tf32"  # says nothing about other types
+    backends: Any = torch.backends
+    settings = (backends.cudnn.conv.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision)
+    said = next((setting for setting in settings if setting != "none"), "ieee")  # "none" leaves it to the next one
+    return "tf32" if said == "tf32" else "ieee"
+
+
+@functools.cache
+def has_tma(device: torch.device) -> bool:
+    """Return whether tensor descriptors are moved by hardware."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many programs run at once, at least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def user_file() -> Path | None:
+    """Return where this user's tuned configurations are kept; None where there is no home."""
+    path = cache_file()
+    return None if path is None else path.with_name("tuned.json")
+
+
+@functools.cache
+def tuned(device: torch.device) -> Mapping[str, Any]:
+    """Return the configurations that were measured on GPUs of this name, the user's before those of the package."""
+    if device.type != "cuda":
+        return {}
+    found: dict[str, Any] = {}
+    for path in (SHIPPED, user_file()):
+        with contextlib.suppress(OSError, ValueError):
+            if path is not None:
+                entries = json.loads(path.read_text(encoding="utf-8"))
+                found.update(entries.get(torch.cuda.get_device_name(device), {}))
+    return found
+
+
+def as_json(config: ConvConfig) -> dict[str, Any]:
+    """Return what `tuned` reads."""
+    return asdict(config)

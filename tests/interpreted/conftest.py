@@ -1,0 +1,75 @@
+"""Triton's kernels, on a GPU where there is one, and else by Triton's interpreter: `TRITON_INTERPRET=1 pytest ...`.
+
+The interpreter has to be chosen before Triton is imported, so that these tests run in processes of their own; in others
+they are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastuper_kernels.backend import interpreted
+from tests.kernels.conftest import _poisoned
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    if torch.cuda.is_available() or interpreted():
+        return
+    for item in items:
+        if item.path.parent.name == "interpreted":
+            item.add_marker(pytest.mark.skip(reason="no GPU, and TRITON_INTERPRET=1 is not set"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def mended_interpreter() -> None:
+    """Have the interpreter multiply bfloat16 numbers, where it multiplies their 16 bits as integers; and be quicker."""
+    if not interpreted():
+        return
+    from triton.language import bfloat16, core
+    from triton.runtime import interpreter
+
+    def wide(handle: Any) -> Any:
+        if handle.dtype.scalar != bfloat16:
+            return handle.data.astype(np.float32)
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        return interpreter.TensorHandle(np.matmul(wide(a), wide(b)) + d.data, d.dtype.scalar)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if core.is_builtin(core.arange):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    # It prepares the language at every call of a helper, most of its time: once is enough.
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.InterpretedFunction.run = with_room(interpreter.InterpretedFunction.run)
+
+
+def with_room(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with space for its calls on Python's stack.
+
+    The stack grows by pieces of 16 KB, and a piece is given back as soon as it is empty: a call at the edge of one,
+    over and over, takes three times as long.
+    """
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    wrapper.__code__ = wrapper.__code__.replace(co_stacksize=1 << 16)
+    return wrapper
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """Fill what is allocated with NaN: an element that is read before it is written shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield

@@ -1,0 +1,63 @@
+"""The whole network with Triton's kernels beside Transformers'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity.models import config, error, images, pair, segmentation_labels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTUPER_BACKEND", "triton")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Return the names of the operators that were called, filled as they are."""
+    from fastuper_kernels.gpu import conv_bn_relu, pyramid_pool, upsampled_conv3x3
+
+    names: set[str] = set()
+    for module, name in ((conv_bn_relu, "conv"), (pyramid_pool, "pool"), (upsampled_conv3x3, "products_of")):
+        original = getattr(module, name)
+
+        def seen(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            names.add(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, seen)
+    return names
+
+
+def test_evaluation(launched: set[str]) -> None:
+    theirs, ours = (model.to(DEVICE) for model in pair(config("convnext"), dtype=torch.float32))
+    pixels = images(2, 3, 64, 96, dtype=torch.float32).to(DEVICE)
+    with torch.no_grad():
+        truth = theirs.double()(pixels.double()).logits
+        logits = ours(pixels).logits
+        labels = ours.segment(pixels, target_sizes=[(50, 70)] * 2)
+    assert launched == {"conv", "pool", "products_of"}
+    assert error(logits, truth) <= 1e-5
+    wanted = torch.nn.functional.interpolate(truth, size=(50, 70), mode="bilinear", align_corners=False)
+    chosen = wanted.gather(1, torch.stack(labels)[:, None])[:, 0]
+    assert (wanted.amax(1) - chosen).max() <= 1e-4
+
+
+def test_training(launched: set[str]) -> None:
+    theirs, ours = (model.to(DEVICE) for model in pair(config("convnext"), dtype=torch.float32, train=True))
+    theirs = theirs.double()
+    pixels, labels = images(4, 3, 64, 96, dtype=torch.float32), segmentation_labels(4, 64, 96).to(DEVICE)
+    expected = theirs(pixels.double().to(DEVICE), labels=labels).loss
+    expected.backward()
+    loss = ours(pixels.to(DEVICE), labels=labels).loss
+    loss.backward()
+    assert "products_of" in launched
+    assert abs(loss.item() - expected.item()) <= 1e-4 * expected.item()
+    exact = dict(theirs.named_parameters())
+    errors = sorted(error(p.grad, exact[name].grad) for name, p in ours.named_parameters() if p.grad is not None)
+    assert errors[len(errors) // 2] <= 1e-3

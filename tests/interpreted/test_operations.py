@@ -1,0 +1,321 @@
+"""Each operation's kernels against its reference in float64: shapes, dtypes, layouts and edges drawn at random."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
+
+import fastuper_kernels as ops
+from fastuper_kernels import (
+    conv_bn_relu,
+    pool_conv_bn_relu,
+    pyramid_pool,
+    upsample_add,
+    upsample_argmax,
+    upsampled_conv3x3,
+)
+from tests.kernels.common import LAYOUTS, error, gradients, laid_out, name_of, random
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+sizes = st.integers(1, 12)
+seeds = st.integers(0, 999)
+
+
+def reference_of(operation: Any) -> Any:
+    import importlib
+
+    return importlib.import_module(f"fastuper_kernels.{operation.__name__}").reference
+
+
+def on_device(tree: Any, dtype: torch.dtype) -> Any:
+    """Return the tensors of a tree of float64, those of one dimension (scales, shifts) in float32."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(DEVICE, torch.float32 if value.ndim == 1 else dtype)
+
+    return tree_map(convert, tree)
+
+
+def check(operation: Any, args: Any, kwargs: Any, dtype: torch.dtype, grads: bool = True) -> None:
+    """Compare the result and, with `grads`, every gradient with the reference's in float64 on the same values."""
+    args, kwargs = on_device(args, dtype), on_device(kwargs, dtype)
+    exact = tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) else t, (args, kwargs))
+    tolerance = tolerance_of(dtype)
+
+    def ours(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor = operation(*args, **kwargs, backend="triton")
+        return result
+
+    reference = reference_of(operation)
+    with torch.no_grad():
+        result, truth = ours(*args, **kwargs), reference(*exact[0], **exact[1])
+    assert result.dtype == dtype
+    assert result.shape == truth.shape
+    close(result, truth, tolerance)
+    if grads:
+        theirs = gradients(reference, *exact)[1:]
+        for mine, other in zip(gradients(ours, args, kwargs)[1:], theirs, strict=True):
+            close(mine, other, 4 * tolerance)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the relative error that is allowed: two roundings where the interpreter cuts off and a GPU rounds."""
+    return {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}[dtype] * torch.finfo(dtype).eps
+
+
+def close(ours: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
+    assert ours.isfinite().all(), "something was read before it was written"
+    if truth.norm() > 0:
+        assert error(ours, truth) <= tolerance
+    else:
+        assert not ours.count_nonzero()
+
+
+layouts = st.sampled_from(LAYOUTS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_conv_bn_relu(dtype: torch.dtype, data: Any) -> None:
+    draw = data.draw
+    batch, channels, channels_out = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    height, width, k, seed = draw(sizes), draw(sizes), draw(st.sampled_from([1, 3])), draw(seeds)
+    x = laid_out(random(batch, channels, height, width, seed=seed), draw(layouts))
+    weight = laid_out(random(channels_out, channels, k, k, seed=seed + 1) / (channels * k * k) ** 0.5, draw(layouts))
+    scale = random(channels_out, seed=seed + 2) if draw(st.booleans()) else None
+    shift = random(channels_out, seed=seed + 3) if draw(st.booleans()) else None
+    addend = random(batch, channels_out, height, width, seed=seed + 4) if draw(st.booleans()) else None
+    upsampled = random(batch, channels_out, draw(sizes), draw(sizes), seed=seed + 5) if draw(st.booleans()) else None
+    kwargs = {"addend": addend, "upsampled": upsampled, "relu": draw(st.booleans())}
+    check(ops.conv_bn_relu, (x, weight, scale, shift), kwargs, dtype, grads=dtype == torch.float32)
+
+
+def _configs() -> list[Any]:
+    from fastuper_kernels.gpu.configs import CONV_CONFIGS
+
+    return [config for config in CONV_CONFIGS if config.way == "pointers" or DEVICE == "cpu" or _has_tma()]
+
+
+def _has_tma() -> bool:
+    from fastuper_kernels.gpu.configs import has_tma
+
+    return has_tma(torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("k", [1, 3])
+def test_every_configuration(number: int, k: int, dtype: torch.dtype) -> None:
+    from fastuper_kernels.gpu.conv_bn_relu import conv
+
+    configs = _configs()
+    if number >= len(configs):
+        pytest.skip("no such configuration here")
+    x, weight = random(2, 72, 9, 11, seed=1), random(136, 72, k, k, seed=2) / (72 * k * k) ** 0.5
+    scale, shift = random(136, seed=3), random(136, seed=4)
+    addend, upsampled = random(2, 136, 9, 11, seed=5), random(2, 136, 5, 7, seed=6)
+    args = on_device((x, weight, scale, shift, addend, upsampled), dtype)
+    exact = [t.double() for t in args]
+    truth = conv_bn_relu_reference(*exact, relu=True)
+    close(conv(*args, True, configs[number]), truth, tolerance_of(dtype))
+
+
+def test_what_no_descriptor_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of weights that begins in the middle of 16 bytes is read by pointers."""
+    from fastuper_kernels.gpu import conv_bn_relu as module
+    from fastuper_kernels.gpu.configs import CONV_CONFIGS
+
+    asked: list[bool] = []
+    fallback = module.pointers_config
+    monkeypatch.setattr(module, "pointers_config", lambda *args: asked.append(True) or fallback(*args))
+    x, whole = random(1, 8, 5, 6, seed=1).to(DEVICE, torch.float16), random(6, 17, 3, 3, seed=2)
+    whole = whole.to(DEVICE, torch.float16).contiguous(memory_format=torch.channels_last)
+    for first in (0, 3):
+        weight = whole[:, first : first + 8]
+        result = module.conv(x, weight, None, None, None, None, False, CONV_CONFIGS[0])
+        close(result, torch.nn.functional.conv2d(x.double(), weight.double(), padding=1), tolerance_of(torch.float16))
+    assert asked == [True, True]  # 17 channels a row are no multiple of 16 bytes either
+
+
+def conv_bn_relu_reference(x: Any, weight: Any, scale: Any, shift: Any, addend: Any, upsampled: Any, relu: bool) -> Any:
+    return reference_of(ops.conv_bn_relu)(x, weight, scale, shift, addend=addend, upsampled=upsampled, relu=relu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_upsampled_conv3x3(dtype: torch.dtype, data: Any) -> None:
+    draw = data.draw
+    batch, channels_out, seed = draw(st.integers(1, 2)), draw(st.integers(1, 40)), draw(seeds)
+    count, size = draw(st.integers(1, 4)), (draw(sizes), draw(sizes))
+    alike = draw(st.booleans())
+    widths = [draw(st.integers(1, 40))] * count if alike else [draw(st.integers(1, 40)) for _ in range(count)]
+    levels = [
+        laid_out(random(batch, c, draw(sizes), draw(sizes), seed=seed + i), draw(layouts)) for i, c in enumerate(widths)
+    ]
+    whole = random(channels_out, sum(widths), 3, 3, seed=seed + 9) / (9 * sum(widths)) ** 0.5
+    weights = list(laid_out(whole, draw(layouts)).split(widths, dim=1))
+    check(ops.upsampled_conv3x3, (levels, weights, size), {}, dtype, grads=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_pyramid_pool(dtype: torch.dtype, data: Any) -> None:
+    draw = data.draw
+    x = random(draw(st.integers(1, 2)), draw(st.integers(1, 40)), draw(sizes), draw(sizes), seed=draw(seeds))
+    scales = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    check(ops.pyramid_pool, (laid_out(x, draw(layouts)), scales), {}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_pool_conv_bn_relu(dtype: torch.dtype, data: Any) -> None:
+    draw = data.draw
+    channels, channels_out, seed = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(seeds)
+    x = laid_out(random(draw(st.integers(1, 2)), channels, draw(sizes), draw(sizes), seed=seed), draw(layouts))
+    scales = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    weights = [random(channels_out, channels, 1, 1, seed=seed + i) / channels**0.5 for i, _ in enumerate(scales)]
+    scale = [random(channels_out, seed=seed + 10 + i) for i, _ in enumerate(scales)]
+    shift = [random(channels_out, seed=seed + 20 + i) for i, _ in enumerate(scales)]
+    check(ops.pool_conv_bn_relu, (x, scales, weights, scale, shift), {}, dtype, grads=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_upsample_add(dtype: torch.dtype, data: Any) -> None:
+    draw = data.draw
+    batch, channels, seed = draw(st.integers(1, 2)), draw(st.integers(1, 40)), draw(seeds)
+    x = laid_out(random(batch, channels, draw(sizes), draw(sizes), seed=seed), draw(layouts))
+    lateral = laid_out(random(batch, channels, draw(sizes), draw(sizes), seed=seed + 1), draw(layouts))
+    check(ops.upsample_add, (x, lateral), {}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@given(data=st.data())
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_upsample_argmax(dtype: torch.dtype, data: Any) -> None:
+    draw = data.draw
+    classes, seed = draw(st.integers(1, 70)), draw(seeds)
+    logits = random(draw(st.integers(1, 2)), classes, draw(sizes), draw(sizes), seed=seed)
+    if draw(st.booleans()):  # few rivals
+        logits = logits + 5 * random(1, classes, 1, 1, seed=seed + 1)
+    logits = laid_out(logits, draw(layouts)).to(DEVICE, dtype)
+    chain = draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=2))
+    kind = draw(st.sampled_from([torch.int64, torch.int32, torch.uint8]))
+    labels = ops.upsample_argmax(logits, chain, dtype=kind, backend="triton")
+    full = logits.double()
+    for size in chain:
+        full = torch.nn.functional.interpolate(full, size=size, mode="bilinear", align_corners=False)
+    assert labels.dtype == kind
+    assert labels.shape == (len(logits), *chain[-1])
+    chosen = full.gather(1, labels.long()[:, None])[:, 0]
+    slack = 8 * torch.finfo(torch.float32).eps * logits.abs().max().double()
+    assert (full.amax(1) - chosen <= slack).all()
+
+
+def test_argmax_of_what_is_not_finite() -> None:
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[0.0, nan, -inf], [1.0, 2.0, -inf], [0.5, inf, 3.0]], device=DEVICE)[None, :, None, :]
+    labels = ops.upsample_argmax(logits, [(1, 3)], backend="triton")
+    assert labels.tolist() == ops.upsample_argmax(logits, [(1, 3)], backend="torch").tolist() == [[[1, 0, 2]]]
+
+
+def test_ties_go_to_the_first_class() -> None:
+    logits = torch.zeros(1, 70, 3, 3, device=DEVICE)
+    assert not ops.upsample_argmax(logits, [(7, 5)], backend="triton").any()
+    logits[:, 40:] = 1
+    assert (ops.upsample_argmax(logits, [(7, 5)], backend="triton") == 40).all()
+
+
+# How they are registered ----------------------------------------------------------------------------------------------
+
+
+def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
+    def tensor(*shape: int, grad: bool = True) -> torch.Tensor:
+        return random(*shape, dtype=torch.float32).to(DEVICE).requires_grad_(grad)
+
+    fastuper = torch.ops.fastuper
+    return {
+        "conv_bn_relu": lambda: (
+            fastuper.conv_bn_relu,
+            (
+                tensor(1, 5, 4, 6),
+                tensor(7, 5, 3, 3),
+                tensor(7),
+                tensor(7),
+                tensor(1, 7, 4, 6),
+                tensor(1, 7, 2, 3),
+                True,
+            ),
+        ),
+        "conv_bn_relu without": lambda: (
+            fastuper.conv_bn_relu,
+            (tensor(1, 5, 4, 6), tensor(7, 5, 1, 1), None, None, None, None, False),
+        ),
+        "upsampled_conv3x3": lambda: (
+            fastuper.upsampled_conv3x3,
+            ([tensor(1, 5, 3, 3), tensor(1, 5, 2, 2)], [tensor(4, 5, 3, 3), tensor(4, 5, 3, 3)], 6, 7),
+        ),
+        "pyramid_pool": lambda: (fastuper.pyramid_pool, (tensor(1, 5, 4, 6), [1, 2])),
+        "pool_conv_bn_relu": lambda: (
+            fastuper.pool_conv_bn_relu,
+            (tensor(1, 5, 4, 6), [1, 2], [tensor(3, 5, 1, 1)] * 2, [tensor(3)] * 2, [tensor(3)] * 2),
+        ),
+        "upsample_add": lambda: (fastuper.upsample_add, (tensor(1, 5, 2, 3), tensor(1, 5, 4, 6))),
+        "upsample_argmax": lambda: (
+            fastuper.upsample_argmax,
+            (tensor(1, 5, 2, 3, grad=False), [4], [6], torch.int64),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(_opchecks()))
+def test_opcheck(name: str) -> None:
+    for operation in (
+        conv_bn_relu, upsampled_conv3x3, pool_conv_bn_relu, pyramid_pool, upsample_add, upsample_argmax
+    ):  # fmt: skip
+        __import__(f"fastuper_kernels.gpu.{operation.__name__}")
+    operator, args = _opchecks()[name]()
+    torch.library.opcheck(operator, args)
+
+
+def test_compiled_whole() -> None:
+    """Nothing breaks the graph, and sizes may change."""
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+
+    @torch.compile(fullgraph=True, backend=backend, dynamic=True)
+    def function(x: torch.Tensor, weight: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+        levels = [coarse, ops.conv_bn_relu(coarse, weight, backend="triton")]
+        addend = ops.upsampled_conv3x3(levels, [weight, weight], x.shape[2:], backend="triton")
+        y = ops.conv_bn_relu(x, weight, addend=addend, backend="triton")
+        return ops.upsample_argmax(ops.upsample_add(coarse, y, backend="triton"), [(9, 8)], backend="triton")
+
+    for height, width in ((4, 6), (7, 5)):
+        x, weight = random(1, 6, height, width).float().to(DEVICE), random(6, 6, 3, 3).float().to(DEVICE)
+        coarse = random(1, 6, 3, 2).float().to(DEVICE)
+        levels = [coarse, reference_of(ops.conv_bn_relu)(coarse, weight)]
+        addend = reference_of(ops.upsampled_conv3x3)(levels, [weight, weight], (height, width))
+        y = reference_of(ops.conv_bn_relu)(x, weight, addend=addend)
+        expected = reference_of(ops.upsample_argmax)(reference_of(ops.upsample_add)(coarse, y), [(9, 8)])
+        assert (function(x, weight, coarse) == expected).float().mean() > 0.98
+
+
+def test_configurations_are_data() -> None:
+    from fastuper_kernels.gpu.configs import CONV_CONFIGS, ConvConfig, as_json
+
+    assert all(ConvConfig(**as_json(config)) == config for config in CONV_CONFIGS)
+    assert len({dataclasses.astuple(config) for config in CONV_CONFIGS}) == len(CONV_CONFIGS)
