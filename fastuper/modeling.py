@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastuper.backbones import Backbone, build_backbone
 from fastuper.backbones.layers import initialize_tensor
+from fastuper.capture import Captured
 from fastuper.checkpoints import (
     CheckpointError,
     PretrainedMixin,
@@ -169,6 +170,30 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             upsample_argmax(image, [size] if target == size else [size, target])[0]
             for image, target in zip(logits.split(1), targets, strict=True)
         ]
+
+    def capture(self, pixel_values: torch.Tensor, target_size: tuple[int, int] | None = None) -> Captured:
+        """Return a function of images of this very shape that replays the model's work as a CUDA graph.
+
+        Args:
+            pixel_values: (B, C, H, W) on a GPU: an example of what will be given.
+            target_size: (height, width): the function gives label maps (B, height, width), int64, of this size, and
+                logits (B, num_labels, H, W) where None.
+
+        Raises:
+            ValueError: `pixel_values` are not on a GPU, or of a wrong shape or type.
+        """
+        pixel_values = self._check_pixels(pixel_values)
+        size = (pixel_values.shape[2], pixel_values.shape[3])
+
+        def logits(x: torch.Tensor) -> torch.Tensor:
+            return self(x, return_dict=True).logits
+
+        def labels(x: torch.Tensor) -> torch.Tensor:
+            assert target_size is not None
+            coarse = self.decode_head(self._features(x, False, False)[0])
+            return upsample_argmax(coarse, [size] if tuple(target_size) == size else [size, target_size])
+
+        return Captured(self, logits if target_size is None else labels, pixel_values)
 
     def _load_backbone(self, config: UperNetConfig) -> None:
         """Load the weights of the backbone that a configuration names: those of a classifier, most often."""
