@@ -48,7 +48,8 @@ def transposed_kernel(
         for k in range(columns):
             x = left + k
             mask = (x < W)[:, None] & channels
-            value = tl.load(image + ((y * W + x) * C)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            at = image + ((tl.cast(y, tl.int64) * W + x) * C)[:, None] + c[None, :]
+            value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             here += value * hat(x, j, w, W)[:, None]
             if TAPS == 3:
                 before += value * hat(x - 1, j, w, W)[:, None]

@@ -73,7 +73,7 @@ def products_kernel(
     channels = n0 + tl.arange(0, BN)
     inside = channels < C_OUT
     k = tl.arange(0, BK)
-    x += (b.to(tl.int64) * stride + p * C_IN)[:, None] + k[None, :]
+    x += (b.to(tl.int64) * stride + p.to(tl.int64) * C_IN)[:, None] + k[None, :]
     weight += tap * weight_stride_tap + (channels.to(tl.int64) * weight_stride_n)[:, None] + k[None, :]
     # Weights times pixels, so that a few pixels do for the tensor cores, which want 64 rows of the left factor.
     acc = tl.zeros((BN, BM), dtype=tl.float32)
@@ -88,7 +88,7 @@ def products_kernel(
         acc += tl.load(shift + level * C_OUT + channels, mask=inside, other=0.0)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)
-    at = b.to(tl.int64) * out_stride + (start + p) * (TAPS * C_OUT) + tap * C_OUT
+    at = b.to(tl.int64) * out_stride + (start + p).to(tl.int64) * (TAPS * C_OUT) + tap * C_OUT
     mask = ok[:, None] & inside[None, :]
     tl.store(out + at[:, None] + channels[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
@@ -133,7 +133,7 @@ def gather_kernel(
                     inside = (x + dx >= 1) & (x + dx <= W)
                     along = tl.where(inside, along, 0.0)
                     against = tl.where(inside, 1.0 - along, 0.0)
-                    at = image + (r * w * 9 + dy * 3 + dx) * C
+                    at = image + (tl.cast(r, tl.int64) * w * 9 + dy * 3 + dx) * C
                     one = tl.load(at + (left * (9 * C))[:, None] + c[None, :], mask=mask, other=0.0)
                     two = tl.load(at + (right * (9 * C))[:, None] + c[None, :], mask=mask, other=0.0)
                     line += one.to(tl.float32) * against[:, None] + two.to(tl.float32) * along[:, None]
