@@ -167,7 +167,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
                 wrong = "pixel_values hold NaN or infinity"
             raise ValueError(f"the logits are not finite, so that labels would mean nothing: {wrong}")
         return [
-            upsample_argmax(image, [size] if target == size else [size, target])[0]
+            upsample_argmax(image, _chain(size, target))[0]
             for image, target in zip(logits.split(1), targets, strict=True)
         ]
 
@@ -191,7 +191,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         def labels(x: torch.Tensor) -> torch.Tensor:
             assert target_size is not None
             coarse = self.decode_head(self._features(x, False, False)[0])
-            return upsample_argmax(coarse, [size] if tuple(target_size) == size else [size, target_size])
+            return upsample_argmax(coarse, _chain(size, (target_size[0], target_size[1])))
 
         return Captured(self, logits if target_size is None else labels, pixel_values)
 
@@ -301,6 +301,11 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
     def can_generate(self) -> bool:
         """Return False: pipelines ask whether a model generates text."""
         return False
+
+
+def _chain(size: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return the sizes that logits are resampled through: the images', then the label map's where it is another."""
+    return [size] if target == size else [size, target]
 
 
 def _resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:

@@ -184,20 +184,29 @@ def read_cache() -> dict[str, Any]:
 
 
 def write_cache(entry: str, result: dict[str, Any]) -> None:
-    """Add a result to the file, in one step that no reader sees half done. A read-only home is tolerated."""
+    """Add a result to the file. A read-only home is tolerated."""
     path = cache_file()
     if path is None:
         return
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix="choices", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({**read_cache(), entry: result}, file, indent=1)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        replace_json(path, {**read_cache(), entry: result})
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Write a value to a file, in one step that no reader sees half done.
+
+    Raises:
+        OSError: it cannot be written; the file is then as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def _is_result(value: Any, options: tuple[str, ...]) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from fastuper_kernels.choices import replace_json
 
 
 class Layer(NamedTuple):
@@ -81,15 +81,10 @@ def measure(layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def write(path: Path, device: str, entries: dict[str, Any]) -> None:
-    """Add what was measured on a device to a file, in one step that no reader sees half done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Add what was measured on a device to a file."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found[device] = {**found.get(device, {}), **entries}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(found, file, indent=1)
-        file.write("\n")
-    os.replace(name, path)
+    replace_json(path, found)
 
 
 def show() -> Iterator[str]:

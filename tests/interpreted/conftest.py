@@ -6,7 +6,7 @@ they are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastuper_kernels.backend import interpreted
-from tests.kernels.conftest import _poisoned
+from tests.kernels.conftest import poisoned_memory as poisoned_memory  # what is allocated is filled with NaN here too
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
@@ -64,12 +64,3 @@ def with_room(function: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper.__code__ = wrapper.__code__.replace(co_stacksize=1 << 16)
     return wrapper
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory() -> Iterator[None]:
-    """Fill what is allocated with NaN: an element that is read before it is written shows."""
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
-        yield
