@@ -63,13 +63,19 @@ def _why_not(tensors: list[torch.Tensor]) -> str | None:
         return reason
     if first.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {first.dtype}"
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return "an exported graph holds PyTorch's own operators alone"
     if torch.compiler.is_compiling():
         return None
     if not is_eager():
         return "PyTorch's own operators are what is traced, transformed or counted here"
     return None if is_plain(*tensors) else "an operand is a subclass of Tensor, or not strided"
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    # Dynamo of PyTorch 2.11 takes torch.compiler.is_exporting() for true wherever it traces: so it is not let in here.
+    return torch.compiler.is_exporting()
 
 
 @functools.cache

@@ -48,3 +48,15 @@ def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             takes_triton("triton", *tensors)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_graph(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    class Pool(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return pyramid_pool(x, [1], backend="triton")
+
+    with pytest.raises(Exception, match="own operators alone"):
+        torch.export.export(Pool(), (X,), strict=strict)
