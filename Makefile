@@ -67,8 +67,10 @@ bench-quick: $(VENV)/.bench ## print the essential ratios, in under 3 minutes
 compiled: $(STAMP) ## compile every Triton kernel for GPUs that are not here, and rewrite the table of what became of it
 	$(BIN)/python -m bench.compiled
 
-gpu-check: $(STAMP) ## on a machine with a GPU: test the kernels, and time them beside PyTorch and Transformers (10 minutes)
-	$(BIN)/python -m bench.gpu
+# With a PyTorch of the machine's own, where it has what is needed: it is the one that fits its driver.
+gpu-check: ## on a machine with a GPU: test the kernels, and time them beside PyTorch and Transformers (10 minutes)
+	@if $(PYTHON) -c "import hypothesis, matplotlib, pytest_timeout, timm, torch, transformers, triton" 2> /dev/null; \
+	then PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu; else $(MAKE) setup && $(BIN)/python -m bench.gpu; fi
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

@@ -1,21 +1,27 @@
 """Everything that needs a GPU, in one command and under one folder: `make gpu-check`, or `python -m bench.gpu`.
 
-Tests of the kernels first; then the rates that this GPU really has, of copies and of matrix products; then each
-operation beside PyTorch's, eager and compiled; then whole models beside Transformers'. Times are medians over rounds
-in which everyone takes turns, between CUDA events, with inputs that take turns too, so that none is found in cache.
-What is measured is written after every step: a run that is cut short leaves what it has.
+Tests first; then the rates that this GPU really has, of copies and of matrix products; then how far each operation is
+from float64, ours and PyTorch's; then whole models beside Transformers', and each operation beside PyTorch's, eager and
+compiled. Times are medians over rounds in which everyone takes turns, between CUDA events, each call a CUDA graph, on
+inputs that take turns too, so that none is found in cache. What is measured is written after every step. Compiling the
+peers takes most of the time: where ten minutes do not do for all shapes, run it again, and it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import gc
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,180 +29,298 @@ import torch
 from torch.nn import functional as F
 
 import fastuper_kernels as ops
-from bench.machine import commit, now, versions
+from bench.machine import commit, now, versions, without_paths
 from bench.roofline import Gpu, Shapes, head
+from fastuper_kernels import tune
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU is for the test of this file
 OURS, EAGER, COMPILED = "fastuper", "PyTorch", "PyTorch, compiled"
+TESTS = [
+    "tests/interpreted",
+    "tests/unit/test_capture.py",
+    *(f"tests/parity/test_{name}.py" for name in ("forward", "gradients", "accuracy", "segment")),
+]
+# Of images and heads, those first that are asked about most.
+SHAPES = tuple(Shapes(*sizes) for sizes in ((1, 512), (16, 512), (8, 512), (1, 1024), (8, 1024), (16, 1024)))
+CACHE = 2 * 60 * 2**20  # bytes, twice an H200's
+GMAC = 129  # of a UPerNet-ConvNeXt-T for an image of 512 x 512, with the head's arithmetic as it is here
 Call = Callable[[], Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / ".cache" / "gpu-check", help="the folder")
-    parser.add_argument("--seconds", type=float, default=540, help="no new measurement begins after so long")
+    parser.add_argument("--seconds", type=float, default=480, help="no new measurement begins after so long")
     parser.add_argument("--no-tests", action="store_true", help="measure alone")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if DEVICE != "cuda":
         parser.error("there is no GPU here: `make test` runs the kernels in Triton's interpreter")
-    arguments.output.mkdir(parents=True, exist_ok=True)
     check = Check(arguments.output, time.monotonic() + arguments.seconds)
     if not arguments.no_tests:
         check.tests()
-    check.rates()
-    check.operations()
-    check.models()
-    print(table(check.results))
-    plot(check.results, arguments.output / "gpu.svg")
-    (arguments.output / "gpu.md").write_text(table(check.results), encoding="utf-8")
+    check.measure()
     sys.exit(0 if check.results.get("tests", {}).get("passed", True) else 1)
 
 
 class Check:
-    """The steps, and their results so far."""
+    """The steps, and their results so far: those of an earlier run of the same commit on the same GPU among them.
 
-    def __init__(self, folder: Path, end: float):
-        self.folder, self.end = folder, end
+    Args:
+        folder: where `gpu.json`, `gpu.md`, `gpu.svg` and `tests.log` go.
+        end: of `time.monotonic()`, after which nothing new begins.
+        compiled: whether peers are compiled too.
+        rounds: of each measurement.
+        copies: of the inputs, at most, which take turns.
+    """
+
+    def __init__(self, folder: Path, end: float, compiled: bool = True, rounds: int = 15, copies: int = 64):
         import triton
 
+        self.folder, self.end, self.compiled, self.rounds, self.copies = folder, end, compiled, rounds, copies
+        self._world: Any = None
         self.results: dict[str, Any] = {
-            "device": torch.cuda.get_device_name(),
-            "date": now(),
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU",
             "commit": commit(),
             "versions": {**versions(), "triton": triton.__version__, "cuda": torch.version.cuda},
-            "operations": [],
-            "models": [],
+            "date": now(),
         }
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
+            if all(before.get(key) == self.results[key] for key in ("device", "commit", "versions")):
+                self.results = before
 
     def save(self) -> None:
-        path = self.folder / "gpu.json"
-        path.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.results, indent=1) + "\n"
+        (self.folder / "gpu.json").write_text(text, encoding="utf-8")
 
-    def tests(self) -> None:
-        """Run the kernels' tests on the GPU."""
-        command = [sys.executable, "-m", "pytest", "tests/interpreted", "-q", "-p", "no:cacheprovider", "-x", "-rfE"]
-        with (self.folder / "tests.log").open("w") as log:
-            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
-        tail = (self.folder / "tests.log").read_text().strip().splitlines()[-1:]
-        self.results["tests"] = {"passed": done.returncode == 0, "summary": tail}
-        print("tests:", *tail, flush=True)
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() > self.end
+
+    def tests(self, seconds: float = 240) -> None:
+        """Run the tests of the kernels, and the comparisons with Transformers, on the GPU."""
+        workers = []
+        if importlib.util.find_spec("xdist"):  # what takes time is compiling kernels, on the host
+            workers = ["-n", str(min(12, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
+        command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-p", "no:cacheprovider", "-rfE", *workers]
+        # The kernels are what is tested, wherever cuDNN is measured to be faster.
+        environment = {**os.environ, "FASTUPER_TEST_DEVICE": "cuda", "FASTUPER_CHOICES": "conv=triton"}
+        passed, begin = False, time.monotonic()
+        with (
+            (self.folder / "tests.log").open("w", encoding="utf-8") as log,
+            contextlib.suppress(subprocess.TimeoutExpired),
+        ):
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=seconds
+            )
+            passed = done.returncode == 0
+        lines = (self.folder / "tests.log").read_text(encoding="utf-8").splitlines()
+        self.results["tests"] = {
+            "passed": passed,
+            "seconds": round(time.monotonic() - begin),
+            "summary": lines[-1].strip("= ") if lines else "",
+            "failures": [without_paths(line)[:300] for line in lines if line.startswith(("FAILED", "ERROR"))],
+        }
+        print("tests:", self.results["tests"]["summary"], flush=True)
         self.save()
+
+    def measure(self, shapes: Sequence[Shapes] = SHAPES, world: Any = None) -> None:
+        """Measure everything that there is time for, and write the table and the plot.
+
+        Args:
+            shapes: of images and heads; accuracy is a matter of the first.
+            world: what `models` takes.
+        """
+        torch.backends.cudnn.benchmark = True
+        if "rates" not in self.results:
+            self.rates()
+        self.results["configurations"] = list(tune.show())
+        self.accuracy(shapes[0])
+        for each in shapes:
+            self.models(each, world)
+            self.operations(each)
+        self.results["complete"] = not self.is_late
+        self.save()
+        text = table(self.results)
+        (self.folder / "gpu.md").write_text(text, encoding="utf-8")
+        plot(self.results, self.folder / "gpu.svg")
+        print(text)
 
     def rates(self) -> None:
         """Measure what this GPU's memory and its tensor cores do at best."""
-        copy_rate = self._copy_rate()
-        matrices = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-        out = torch.empty_like(matrices[0])
-        (seconds,) = alternate({"mm": [lambda: torch.mm(*matrices[:2], out=out)]}, rounds=10).values()
-        self.results["rates"] = {"copy": copy_rate, "matmul": 2 * 8192**3 / seconds["median"]}
+        size, count = (8192, 2**32) if DEVICE == "cuda" else (64, 2**16)
+        source = torch.randint(255, (count,), dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+        one, two = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        out = torch.empty_like(one)
+        found = alternate(
+            {"copy": [lambda: target.copy_(source)], "matmul": [lambda: torch.mm(one, two, out=out)]}, self.rounds
+        )
+        self.results["rates"] = {
+            "copy": 2 * count / found["copy"]["median"],
+            "matmul": 2 * size**3 / found["matmul"]["median"],
+        }
         print("rates:", self.results["rates"], flush=True)
         self.save()
 
-    def _copy_rate(self) -> float:
-        source = torch.randint(255, (2**32,), dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        (seconds,) = alternate({"copy": [lambda: target.copy_(source)]}, rounds=10).values()
-        return 2 * source.numel() / float(seconds["median"])
-
-    def operations(self) -> None:
-        gpu = Gpu(self.results["rates"]["matmul"], self.results["rates"]["copy"])
-        for batch, size in ((1, 512), (16, 512), (8, 512), (1, 1024), (8, 1024)):
-            floors = {work.name: work for work in head(Shapes(batch=batch, size=size))}
-            for name, works, make in OPERATIONS:
-                if time.monotonic() > self.end:
-                    self.results["stopped"] = "out of time"
-                    return
-                copies = max(1, min(4, int(2e9 // (batch * size * size * 150))))
-                peers = make(batch, size, copies)
-                floor = sum(floors[work].floor(gpu) for work in works)
-                row = {"name": name, "batch": batch, "size": size, "floor": floor, "peers": alternate(peers, rounds=15)}
-                self.results["operations"].append(row)
-                print(line(row), flush=True)
+    def accuracy(self, shapes: Shapes) -> None:
+        """Measure how far each operation is from float64 on the same operands, ours and PyTorch's."""
+        rows = self.results.setdefault("accuracy", [])
+        done = {(row["name"], row["dtype"]) for row in rows}
+        for operation in OPERATIONS:
+            for kind, dtype in DTYPES.items():
+                if (operation.name, kind) in done or self.is_late:
+                    continue
+                with float32_as(kind), torch.no_grad():
+                    given = operation.operands(Draw(dtype, seed=1), shapes)
+                    ours, theirs = operation.ours(*given), operation.theirs(*operation.prepared(*given))
+                    exact = operation.operands(Draw(dtype, seed=1, cast=torch.float64), shapes)
+                    truth = operation.comparable(operation.theirs(*operation.prepared(*exact)))
+                errors = {OURS: distance(ours, truth), EAGER: distance(operation.comparable(theirs), truth)}
+                rows.append({"name": operation.name, "dtype": kind, "errors": errors})
+                print(f"{operation.name}, {kind}: {errors}", flush=True)
                 self.save()
-                torch._dynamo.reset()
 
-    def models(self) -> None:
-        from bench.peers import World
+    def operations(self, shapes: Shapes) -> None:
+        """Time each operation beside PyTorch's."""
+        rates = self.results["rates"]
+        gpu = Gpu(rates["matmul"], rates["copy"])
+        floors = {work.name: work.floor(gpu) for work in head(shapes)}
+        for operation in OPERATIONS:
+            if self._has("operations", operation.name, shapes) or self.is_late:
+                continue
+            given = [operation.operands(Draw(torch.bfloat16, seed=0), shapes)]
+            # So many inputs that each of them has left the cache when its turn comes again.
+            size = sum(operand.nbytes for operand in given[0])
+            copies = min(self.copies, 1 + CACHE // size)
+            given += [operation.operands(Draw(torch.bfloat16, seed=n), shapes) for n in range(1, copies)]
+            prepared = [operation.prepared(*operands) for operands in given]
+            builders = {
+                OURS: lambda operation=operation, given=given: calls(operation.ours, given),
+                EAGER: lambda operation=operation, given=prepared: calls(operation.theirs, given),
+                COMPILED: lambda operation=operation, given=prepared: calls(compiled(operation.theirs), given),
+            }
+            floor = sum(floors[work] for work in operation.works)
+            self._row("operations", operation.name, shapes, floor, builders, operation.comparable)
 
-        for batch, size in ((1, 512), (16, 512), (8, 512), (1, 1024), (8, 1024)):
-            if time.monotonic() > self.end:
-                self.results["stopped"] = "out of time"
+    def models(self, shapes: Shapes, world: Any = None) -> None:
+        """Time whole models in bfloat16, from images to logits.
+
+        Args:
+            shapes: of the images.
+            world: where the models come from, one of `bench.peers.World`; a UPerNet-ConvNeXt-T's where None.
+        """
+        name = "ConvNeXt-T, logits"
+        if self._has("models", name, shapes) or self.is_late:
+            return
+        if world is None:
+            from bench.peers import World
+
+            world = World("convnext-t")
+        pixels = [
+            Draw(torch.bfloat16, seed=n)(shapes.batch, 3, shapes.size, shapes.size) for n in range(min(2, self.copies))
+        ]
+
+        def prepared(model: Any) -> Any:
+            model = copy.deepcopy(model).eval().to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+            return model.requires_grad_(False)
+
+        def builder(make: Callable[[], Any], wrap: Callable[[Any], Any] = lambda model: model) -> Callable[[], Any]:
+            return lambda: replays(wrap(prepared(make())), pixels)
+
+        floor = 2e9 * GMAC * shapes.batch * (shapes.size / 512) ** 2 / self.results["rates"]["matmul"]
+        builders = {
+            OURS: builder(lambda: world.ours("float32")),
+            "fastuper, compiled": builder(lambda: world.ours("float32"), compiled),
+            "Transformers": builder(lambda: world.theirs("float32")),
+            "Transformers, without its auxiliary head": builder(lambda: world.theirs("float32", auxiliary=False)),
+            "Transformers, compiled": builder(lambda: world.theirs("float32"), compiled),  # leaves that head out itself
+        }
+        self._row("models", name, shapes, floor, builders)
+
+    def _has(self, kind: str, name: str, shapes: Shapes) -> bool:
+        rows = self.results.setdefault(kind, [])
+        return any((row["name"], row["batch"], row["size"]) == (name, shapes.batch, shapes.size) for row in rows)
+
+    def _row(
+        self,
+        kind: str,
+        name: str,
+        shapes: Shapes,
+        floor: float,
+        builders: dict[str, Callable[[], list[Call]]],
+        comparable: Callable[[Any], torch.Tensor] = lambda result: result,
+    ) -> None:
+        """Measure peers in turns, and keep the row; a peer that fails is a result too."""
+        peers: dict[str, list[Call]] = {}
+        found: dict[str, dict[str, Any]] = {}
+        for peer, build in builders.items():
+            if "compiled" in peer and not self.compiled:
+                continue
+            if self.is_late:  # the row is the next run's
                 return
-            floor = 2 * 129e9 * batch * (size / 512) ** 2 / self.results["rates"]["matmul"]
-            row = {"name": "ConvNeXt-T, logits", "batch": batch, "size": size, "floor": floor, "peers": {}}
-            for peer, build in model_peers(World("convnext-t"), batch, size).items():
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                try:
-                    calls = build()
-                    found = alternate({peer: calls}, rounds=15)[peer]
-                    found["peak_bytes"] = torch.cuda.max_memory_allocated()
-                except Exception as error:  # a peer that cannot do it is a result
-                    found = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-                row["peers"][peer] = found
-                torch._dynamo.reset()
-            self.results["models"].append(row)
-            print(line(row), flush=True)
-            self.save()
+            try:
+                peers[peer], peak = built(build)
+                seconds_of(peers[peer], 1)
+                found[peer] = {"peak_bytes": peak}
+            except Exception as error:
+                peers.pop(peer, None)
+                found[peer] = {"failed": without_paths(f"{type(error).__name__}: {error}")[:300]}
+        row = {"name": name, "batch": shapes.batch, "size": shapes.size, "floor": floor, "peers": found}
+        try:
+            for peer, times in alternate(peers, self.rounds).items():
+                found[peer].update(times)
+            eager = next((peer for peer in (EAGER, "Transformers") if peer in peers), None)
+            if OURS in peers and eager is not None:
+                row["difference"] = distance(peers[OURS][0](), comparable(peers[eager][0]()))
+        except Exception as error:  # after an illegal access nothing runs any more
+            self.end, self.results["broken"] = 0.0, without_paths(f"{name}: {type(error).__name__}: {error}")[:300]
+        self.results[kind].append(row)
+        print(line(row), flush=True)
+        self.save()
+        peers.clear()
+        torch._dynamo.reset()
 
 
-def alternate(peers: dict[str, Sequence[Call]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Return each peer's seconds a call: `rounds` turns of all, each of them over all of a peer's inputs."""
-    counts = {}
-    for name, calls in peers.items():
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        # So many turns of the inputs that a measurement takes some milliseconds, and launches are hidden.
-        counts[name] = max(1, min(50, int(0.005 / max(time.perf_counter() - start, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, calls in peers.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(counts[name]):
-                for call in calls:
-                    call()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end) / 1e3 / counts[name] / len(calls))
-    return {name: {"median": statistics.median(found), "rounds": found} for name, found in times.items()}
+def peers_world() -> Any:
+    """Return Transformers' UPerNet-ConvNeXt-T and ours, with the same random weights."""
+    from bench.peers import World
+
+    return World("convnext-t")
 
 
-# The operations, each as several calls on inputs of its own -----------------------------------------------------------
-
-
-def tensor(*shape: int) -> torch.Tensor:
-    x = torch.randn(*shape, device="cuda").to(torch.bfloat16)
-    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+# How calls are made, and timed ----------------------------------------------------------------------------------------
 
 
 def calls(function: Callable[..., Any], inputs: Sequence[Sequence[Any]]) -> list[Call]:
-    return [lambda given=given: function(*given) for given in inputs]
+    """Return a replay of the function for each set of inputs."""
+    return [captured(lambda given=given: function(*given)) for given in inputs]
 
 
-def peers_of(
-    ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Sequence[Any], given: Sequence[Any] | None = None
-) -> dict[str, list[Call]]:
-    """Return us, PyTorch and PyTorch compiled; `given` are their inputs where they are others."""
-    compiled = torch.compile(theirs, fullgraph=True, mode="max-autotune-no-cudagraphs")
-    found = {OURS: calls(ours, inputs)}
-    for name, function in ((EAGER, theirs), (COMPILED, compiled)):
-        found[name] = calls(function, inputs if given is None else given)
-    return {name: [captured(call) for call in found[name]] for name in found}
+def replays(model: Any, inputs: Sequence[torch.Tensor]) -> list[Call]:
+    """Return calls of a model, one for each image batch: a replay on a static input that is written before."""
+    static = inputs[0].clone()
+    replay = captured(lambda: model(static).logits)
+    return [lambda given=given: (static.copy_(given), replay())[1] for given in inputs]
+
+
+def compiled(function: Any) -> Any:
+    """Return what torch.compile makes of it at its best; the CUDA graph is made as for everyone else."""
+    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
 def captured(call: Call) -> Call:
     """Return a replay of the call as a CUDA graph: launches cost everyone alike, next to nothing."""
+    if DEVICE != "cuda":
+        _without_gradients(call)
+        return lambda: _without_gradients(call)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
         for _ in range(3):
-            call()
+            _without_gradients(call)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
@@ -204,172 +328,314 @@ def captured(call: Call) -> Call:
     return lambda: (graph.replay(), kept)[1]
 
 
+def _without_gradients(call: Call) -> Any:
+    with torch.no_grad():
+        return call()
+
+
+def built(build: Callable[[], list[Call]]) -> tuple[list[Call], int]:
+    """Return the calls that are built, and the most memory that the GPU held meanwhile for them."""
+    if DEVICE != "cuda":
+        return build(), 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = build()
+    torch.cuda.synchronize()
+    return found, torch.cuda.max_memory_allocated() - before
+
+
+def alternate(peers: dict[str, list[Call]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Return each peer's seconds a call: `rounds` turns of all, each of them over all of a peer's inputs."""
+    counts = {}
+    for name, each in peers.items():
+        seconds_of(each, 1)
+        # So many turns of the inputs that a measurement takes some milliseconds, and launches are hidden.
+        counts[name] = max(1, min(50, int(0.005 / max(seconds_of(each, 1), 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, each in peers.items():
+            times[name].append(seconds_of(each, counts[name]) / counts[name] / len(each))
+    return {name: {"median": statistics.median(found), "rounds": found} for name, found in times.items()}
+
+
+def seconds_of(each: Sequence[Call], count: int) -> float:
+    """Return the seconds that so many turns of the calls take, on the GPU's own clock where there is one."""
+    if DEVICE != "cuda":
+        start = time.perf_counter()
+        for _ in range(count):
+            for call in each:
+                call()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(count):
+        for call in each:
+            call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+# The operations -------------------------------------------------------------------------------------------------------
+
+SCALES = Shapes().scales
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "tf32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+@contextlib.contextmanager
+def float32_as(kind: str) -> Iterator[None]:
+    """Have convolutions take float32 as TF32, or as it is: PyTorch's default on a GPU is the first."""
+    conv: Any = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+class Draw:
+    """Random operands, the same for the same seed: of a dtype, and given in another one where `cast` says so."""
+
+    def __init__(self, dtype: torch.dtype, seed: int, cast: torch.dtype | None = None):
+        self.dtype, self.cast = dtype, cast
+        self.generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """Return normal numbers times `scale`: maps and weights in channels_last, vectors in float32."""
+        x = torch.randn(*shape, generator=self.generator, device=DEVICE) * scale
+        if len(shape) != 4:
+            return x.to(self.cast or torch.float32)
+        return x.to(self.dtype).to(self.cast or self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One of ours, and the same of PyTorch's operators.
+
+    Args:
+        name: for the table.
+        works: the names of what it does in `bench.roofline.head`.
+        operands: (draw, shapes) -> what `ours` takes.
+        ours: the operation.
+        theirs: PyTorch's, of what `prepared` gives.
+        prepared: what PyTorch's is given without its time counting: neither upsampling nor concatenation does.
+        comparable: brings the other's result to the form of ours.
+    """
+
+    name: str
+    works: tuple[str, ...]
+    operands: Callable[[Draw, Shapes], tuple[torch.Tensor, ...]]
+    ours: Callable[..., torch.Tensor]
+    theirs: Callable[..., Any]
+    prepared: Callable[..., tuple[torch.Tensor, ...]] = lambda *operands: operands
+    comparable: Callable[[Any], torch.Tensor] = lambda result: result
+
+
+def distance(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return ||result - truth|| / ||truth||; of labels, the share of those that differ."""
+    if not truth.is_floating_point():
+        return float((result != truth).double().mean())
+    return float((result.double() - truth).norm() / truth.norm())
+
+
 def norm(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return F.relu(y * scale[:, None, None].to(y.dtype) + shift[:, None, None].to(y.dtype))
 
 
-def _conv3x3(batch: int, size: int, copies: int) -> Any:
-    weight = tensor(512, 512, 3, 3) / 68
-    scale, shift = torch.rand(2, 512, device="cuda").unbind()
-    inputs = [(tensor(batch, 512, size // 4, size // 4),) for _ in range(copies)]
-    return peers_of(
-        lambda x: ops.conv_bn_relu(x, weight, scale, shift),
-        lambda x: norm(F.conv2d(x, weight, padding=1), scale, shift),
-        inputs,
-    )
+def _upsampled(x: torch.Tensor, size: Any) -> torch.Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _fusion(batch: int, size: int, copies: int) -> Any:
-    weight = tensor(512, 2048, 3, 3) / 136
-    scale, shift = torch.rand(2, 512, device="cuda").unbind()
-    parts = list(weight.split(512, dim=1))
-    inputs = [[tensor(batch, 512, size // s, size // s) for s in (4, 8, 16, 32)] for _ in range(copies)]
-
-    def ours(x: torch.Tensor, *levels: torch.Tensor) -> torch.Tensor:
-        addend = ops.upsampled_conv3x3(levels, parts[1:], x.shape[2:])
-        return ops.conv_bn_relu(x, parts[0], scale, shift, addend=addend)
-
-    # The others are given what they convolve: neither upsampling nor concatenation counts.
-    whole = [
-        (torch.cat([F.interpolate(x, size=levels[0].shape[2:], mode="bilinear") for x in levels], dim=1),)
-        for levels in inputs
-    ]
-    return peers_of(ours, lambda x: norm(F.conv2d(x, weight, padding=1), scale, shift), inputs, whole)
+def _fusion(weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *levels: torch.Tensor) -> torch.Tensor:
+    first, *others = weight.split(levels[0].shape[1], dim=1)
+    addend = ops.upsampled_conv3x3(levels[1:], others, levels[0].shape[2:])
+    return ops.conv_bn_relu(levels[0], first, scale, shift, addend=addend)
 
 
-def _lateral(batch: int, size: int, copies: int) -> Any:
-    weight, (scale, shift) = tensor(512, 96, 1, 1) / 10, torch.rand(2, 512, device="cuda").unbind()
-    inputs = [
-        (tensor(batch, 96, size // 4, size // 4), tensor(batch, 512, size // 8, size // 8)) for _ in range(copies)
-    ]
-
-    def theirs(x: torch.Tensor, coarser: torch.Tensor) -> torch.Tensor:
-        y = norm(F.conv2d(x, weight), scale, shift)
-        return y + F.interpolate(coarser, size=y.shape[2:], mode="bilinear")
-
-    return peers_of(lambda x, c: ops.conv_bn_relu(x, weight, scale, shift, upsampled=c), theirs, inputs)
+def _concatenated(
+    weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *levels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    whole = torch.cat([_upsampled(x, levels[0].shape[2:]) for x in levels], dim=1)
+    return weight, scale, shift, whole.contiguous(memory_format=torch.channels_last)
 
 
-def _pool(batch: int, size: int, copies: int) -> Any:
-    inputs = [(tensor(batch, 768, size // 32, size // 32),) for _ in range(copies)]
-    scales = (1, 2, 3, 6)
-    return peers_of(
-        lambda x: ops.pyramid_pool(x, scales), lambda x: [F.adaptive_avg_pool2d(x, scale) for scale in scales], inputs
-    )
+def _branches(x: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
+    pooled = [F.adaptive_avg_pool2d(x, scale) for scale in SCALES]
+    return [norm(F.conv2d(cells, w), a, b) for cells, w, a, b in zip(pooled, *_by_kind(parameters), strict=True)]
 
 
-def _argmax(batch: int, size: int, copies: int) -> Any:
+def _by_kind(parameters: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
+    """Return the weights, the scales and the shifts of all branches."""
+    n = len(SCALES)
+    return [parameters[:n], parameters[n : 2 * n], parameters[2 * n :]]
+
+
+def _rows(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
+
+
+def _smooth_logits(draw: Draw, s: Shapes) -> tuple[torch.Tensor, ...]:
     # Smooth, as logits are: the classes of neighbouring pixels are much alike.
-    inputs = [
-        (F.interpolate(3 * tensor(batch, 150, 16, 16), size=(size // 4, size // 4), mode="bicubic"),)
-        for _ in range(copies)
-    ]
-    inputs = [(x.contiguous(memory_format=torch.channels_last),) for (x,) in inputs]
-    return peers_of(
-        lambda x: ops.upsample_argmax(x, [(size, size)]),
-        lambda x: F.interpolate(x, size=(size, size), mode="bilinear").argmax(1),
-        inputs,
-    )
+    coarse = draw(s.batch, s.classes, 16, 16, scale=3.0).float()
+    smooth = F.interpolate(coarse, size=(s.size // 4, s.size // 4), mode="bicubic")
+    smooth = smooth.to(draw.dtype).to(draw.cast or draw.dtype)
+    return (smooth.contiguous(memory_format=torch.channels_last),)
 
 
-OPERATIONS: list[tuple[str, list[str], Callable[[int, int, int], Any]]] = [
-    ("fusion, with its coarser levels", ["fusion", "fusion, products and sum of the taps"], _fusion),
-    ("3x3 convolution at stride 4", ["FPN, stride 4"], _conv3x3),
-    ("lateral at stride 4, and the coarser level", ["lateral, stride 4"], _lateral),
-    ("upsample_argmax", ["upsample_argmax"], _argmax),
-    ("pyramid_pool", ["pyramid_pool"], _pool),
-]
+OPERATIONS = (
+    Operation(
+        "fusion, with its coarser levels",
+        ("fusion", "fusion, products and sum of the taps"),
+        lambda draw, s: (
+            draw(s.dim, 4 * s.dim, 3, 3, scale=s.dim**-0.5 / 6),
+            draw(s.dim),
+            draw(s.dim),
+            *(draw(s.batch, s.dim, s.size // stride, s.size // stride) for stride in (4, 8, 16, 32)),
+        ),
+        _fusion,
+        lambda weight, scale, shift, x: norm(F.conv2d(x, weight, padding=1), scale, shift),
+        _concatenated,
+    ),
+    Operation(
+        "3x3 convolution at stride 4",
+        ("FPN, stride 4",),
+        lambda draw, s: (
+            draw(s.batch, s.dim, s.size // 4, s.size // 4),
+            draw(s.dim, s.dim, 3, 3, scale=s.dim**-0.5 / 3),
+            draw(s.dim),
+            draw(s.dim),
+        ),
+        ops.conv_bn_relu,
+        lambda x, weight, scale, shift: norm(F.conv2d(x, weight, padding=1), scale, shift),
+    ),
+    Operation(
+        "lateral at stride 4, and the coarser level",
+        ("lateral, stride 4",),
+        lambda draw, s: (
+            draw(s.batch, s.channels[0], s.size // 4, s.size // 4),
+            draw(s.dim, s.channels[0], 1, 1, scale=s.channels[0] ** -0.5),
+            draw(s.dim),
+            draw(s.dim),
+            draw(s.batch, s.dim, s.size // 8, s.size // 8),
+        ),
+        lambda x, weight, scale, shift, coarser: ops.conv_bn_relu(x, weight, scale, shift, upsampled=coarser),
+        lambda x, weight, scale, shift, coarser: (
+            norm(F.conv2d(x, weight), scale, shift) + _upsampled(coarser, x.shape[2:])
+        ),
+    ),
+    Operation(
+        "upsample_argmax",
+        ("upsample_argmax",),
+        _smooth_logits,
+        lambda x: ops.upsample_argmax(x, [(4 * x.shape[2], 4 * x.shape[3])]),
+        lambda x: _upsampled(x, (4 * x.shape[2], 4 * x.shape[3])).argmax(1),
+    ),
+    Operation(
+        "pyramid_pool",
+        ("pyramid_pool",),
+        lambda draw, s: (draw(s.batch, s.channels[-1], s.size // 32, s.size // 32),),
+        lambda x: ops.pyramid_pool(x, SCALES),
+        lambda x: [F.adaptive_avg_pool2d(x, scale) for scale in SCALES],
+        comparable=_rows,
+    ),
+    Operation(
+        "pool_conv_bn_relu",
+        ("pyramid_pool", "branches of the pyramid"),
+        lambda draw, s: (
+            draw(s.batch, s.channels[-1], s.size // 32, s.size // 32),
+            *(draw(s.dim, s.channels[-1], 1, 1, scale=s.channels[-1] ** -0.5) for _ in SCALES),
+            *(draw(s.dim) for _ in range(2 * len(SCALES))),
+        ),
+        lambda x, *parameters: ops.pool_conv_bn_relu(x, SCALES, *_by_kind(parameters)),
+        _branches,
+        comparable=_rows,
+    ),
+)
 
 
-def model_peers(world: Any, batch: int, size: int) -> dict[str, Callable[[], list[Call]]]:
-    """Return whole models in bfloat16: builders of calls, each a replay of a CUDA graph where that is possible."""
-    pixels = [tensor(batch, 3, size, size) for _ in range(2)]
-
-    def prepared(model: Any) -> Any:
-        model = copy.deepcopy(model).eval().to("cuda", torch.bfloat16, memory_format=torch.channels_last)
-        return model.requires_grad_(False)
-
-    def eager(model: Any) -> Callable[[], list[Call]]:
-        def build() -> list[Call]:
-            ready = prepared(model)
-            return [captured(lambda x=x: ready(x).logits) for x in pixels]
-
-        return build
-
-    def compiled() -> list[Call]:
-        ready = torch.compile(prepared(world.theirs("float32")), mode="max-autotune-no-cudagraphs")
-        return [captured(lambda x=x: ready(x).logits) for x in pixels]
-
-    def ours() -> list[Call]:
-        replay = prepared(world.ours("float32")).capture(pixels[0])
-        return [lambda x=x: replay(x) for x in pixels]
-
-    return {
-        "Transformers": eager(world.theirs("float32")),
-        "Transformers, compiled, max-autotune": compiled,
-        OURS: ours,
-    }
-
-
-# What comes out ---------------------------------------------------------------------------------------------------
+# What comes out -------------------------------------------------------------------------------------------------------
 
 
 def line(row: dict[str, Any]) -> str:
     peers = ", ".join(
-        f"{name} {1e6 * peer['median']:.1f} us" if "median" in peer else f"{name} failed"
+        f"{name} {1e6 * peer['median']:.1f} us" if "median" in peer else f"{name} {peer.get('failed', 'failed')}"
         for name, peer in row["peers"].items()
     )
-    return f"{row['name']}, batch {row['batch']}, {row['size']}: floor {1e6 * row['floor']:.1f} us; {peers}"
+    floor, apart = f"floor {1e6 * row['floor']:.1f} us", f"apart {row.get('difference', float('nan')):.1e}"
+    return f"{row['name']}, batch {row['batch']}, {row['size']}: {floor}, {apart}; {peers}"
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as a Markdown table."""
-    rates = results["rates"]
+    """Return the results as Markdown tables."""
+    rates, version = results["rates"], results["versions"]
     lines = [
-        f"{results['device']}, {results['date']}; PyTorch {results['versions']['torch']}, Triton "
-        f"{results['versions']['triton']}; copies {rates['copy'] / 1e12:.2f} TB/s, bf16 products "
-        f"{rates['matmul'] / 1e12:.0f} TFLOP/s.",
+        f"{results['device']}, {results['date']}, commit {results['commit']}; PyTorch {version['torch']}, Triton "
+        f"{version['triton']}, Transformers {version['transformers']}; copies {rates['copy'] / 1e12:.2f} TB/s, bf16 "
+        f"products {rates['matmul'] / 1e12:.0f} TFLOP/s. Tests: {results.get('tests', {}).get('summary', 'not run')}.",
         "",
-        "| | batch | size | floor, us | ours, us | share of the floor | the others' times over ours |",
-        "|---|---|---|---|---|---|---|",
+        "| bfloat16 | batch | size | floor, us | ours, us | share of the floor | the others' times over ours "
+        "| our memory over the others' |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in [*results["operations"], *results["models"]]:
-        ours = row["peers"].get(OURS, {}).get("median")
-        if ours is None:
-            lines.append(f"| {row['name']} | {row['batch']} | {row['size']} | {1e6 * row['floor']:.1f} | failed | | |")
-            continue
-        others = ", ".join(
-            f"{name} {peer['median'] / ours:.2f} x" if "median" in peer else f"{name} failed"
-            for name, peer in row["peers"].items()
-            if name != OURS
-        )
-        lines.append(
-            f"| {row['name']} | {row['batch']} | {row['size']} | {1e6 * row['floor']:.1f} | {1e6 * ours:.1f} | "
-            f"{row['floor'] / ours:.0%} | {others} |"
-        )
+    for row in [*results.get("models", []), *results.get("operations", [])]:
+        ours = row["peers"].get(OURS, {})
+        cells = [row["name"], row["batch"], row["size"], f"{1e6 * row['floor']:.1f}"]
+        if "median" not in ours:
+            cells += [f"failed: {ours.get('failed', '')}", "", "", ""]
+        else:
+            others = {name: peer for name, peer in row["peers"].items() if name != OURS}
+            times = [
+                f"{name} {peer['median'] / ours['median']:.2f}" if "median" in peer else f"{name} failed"
+                for name, peer in others.items()
+            ]
+            memory = [
+                f"{name} {ours['peak_bytes'] / peer['peak_bytes']:.2f}"
+                for name, peer in others.items()
+                if peer.get("peak_bytes")
+            ]
+            share = row["floor"] / ours["median"]
+            cells += [f"{1e6 * ours['median']:.1f}", f"{share:.0%}", ", ".join(times), ", ".join(memory)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "| distance from float64 | | ours | PyTorch's |", "|---|---|---|---|"]
+    for row in results.get("accuracy", []):
+        errors = row["errors"]
+        lines.append(f"| {row['name']} | {row['dtype']} | {errors[OURS]:.2e} | {errors[EAGER]:.2e} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw each operation's share of its floor, ours and the others'."""
+    """Draw each row's share of its floor, everyone's."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [*results["operations"], *results["models"]]
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.5))
-    for offset, name in enumerate((OURS, EAGER, COMPILED)):
-        for place, row in enumerate(rows):
-            peer = row["peers"].get(name) or row["peers"].get(name.replace("PyTorch", "Transformers"), {})
-            if "median" in peer:
-                axes.barh(place + 0.27 * (offset - 1), row["floor"] / peer["median"], 0.25, color=f"C{offset}")
+    rows = [*results.get("models", []), *results.get("operations", [])]
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    width = 0.8 / max(len(names), 1)
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.5))
+    for n, name in enumerate(names):
+        found = [(place, row) for place, row in enumerate(rows) if "median" in row["peers"].get(name, {})]
+        places = [place + width * (n - len(names) / 2) for place, _ in found]
+        shares = [row["floor"] / row["peers"][name]["median"] for _, row in found]
+        axes.barh(places, shares, width, label=name)
     axes.set_yticks(range(len(rows)), [f"{row['name']}, {row['batch']} x {row['size']}" for row in rows], fontsize=7)
     axes.set_xlabel("share of the floor: 1 is as fast as this GPU's memory and tensor cores allow")
-    axes.set_xlim(0, 1)
     axes.invert_yaxis()
+    if names:
+        axes.legend(fontsize=7)
+    figure.suptitle(results["device"])
     figure.tight_layout()
     figure.savefig(path)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

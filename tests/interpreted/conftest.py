@@ -6,13 +6,14 @@ they are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bench.gpu import float32_as
 from fastuper_kernels.backend import interpreted
 from tests.kernels.conftest import poisoned_memory as poisoned_memory  # what is allocated is filled with NaN here too
 
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         if item.path.parent.name == "interpreted":
             item.add_marker(pytest.mark.skip(reason="no GPU, and TRITON_INTERPRET=1 is not set"))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """Have a GPU take float32 as it is: PyTorch's own default for convolutions is TF32."""
+    with float32_as("ieee"):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 
 import fastuper_kernels as ops
+from bench.gpu import float32_as
 from fastuper_kernels import (
     conv_bn_relu,
     pool_conv_bn_relu,
@@ -146,6 +147,26 @@ def test_what_no_descriptor_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
         result = module.conv(x, weight, None, None, None, None, False, CONV_CONFIGS[0])
         close(result, torch.nn.functional.conv2d(x.double(), weight.double(), padding=1), tolerance_of(torch.float16))
     assert asked == [True, True]  # 17 channels a row are no multiple of 16 bytes either
+
+
+def test_float32_as_tf32() -> None:
+    """A GPU's tensor cores take 10 bits of float32's mantissa where PyTorch's convolutions may, and there alone."""
+    from fastuper_kernels.gpu.conv_bn_relu import conv
+
+    x, weight = random(1, 64, 9, 11, seed=1), random(48, 64, 3, 3, seed=2) / 24
+    truth = torch.nn.functional.conv2d(x, weight, padding=1).to(DEVICE)
+    args = on_device((x, weight), torch.float32)
+    errors = {}
+    for precision in ("tf32", "ieee"):
+        with float32_as(precision):
+            errors[precision] = [
+                error(conv(*args, None, None, None, None, False, _configs()[0]), truth),
+                error(ops.upsampled_conv3x3(args[:1], args[1:], (9, 11), backend="triton"), truth),
+            ]
+    assert max(errors["ieee"]) <= tolerance_of(torch.float32)
+    assert max(errors["tf32"]) <= 2**-9
+    if DEVICE == "cuda":
+        assert min(errors["tf32"]) >= 2**-14
 
 
 def conv_bn_relu_reference(x: Any, weight: Any, scale: Any, shift: Any, addend: Any, upsampled: Any, relu: bool) -> Any:

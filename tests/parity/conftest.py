@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from bench.gpu import float32_as
+
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
@@ -15,7 +17,8 @@ def repeatable() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
+    with float32_as("ieee"):
+        yield
     torch.set_num_threads(threads)
     assert torch.get_default_dtype() == torch.float32
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 
 import fastuper
 
+# Where models and images are: `make gpu-check` runs some of these tests on a GPU.
+DEVICE = os.environ.get("FASTUPER_TEST_DEVICE", "cpu")
 VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -155,7 +158,7 @@ def pair(
         if name.endswith("num_batches_tracked"):
             buffer.zero_()
     load(ours, theirs, assign=share)
-    return theirs.train(train), ours.train(train)
+    return theirs.train(train).to(DEVICE), ours.train(train).to(DEVICE)
 
 
 def load(ours: nn.Module, theirs: nn.Module, assign: bool = False) -> None:
@@ -165,7 +168,7 @@ def load(ours: nn.Module, theirs: nn.Module, assign: bool = False) -> None:
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Return (B, C, H, W) of a normalised photo's magnitude."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def segmentation_labels(
@@ -175,7 +178,7 @@ def segmentation_labels(
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (batch, height, width), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = ignore
-    return labels
+    return labels.to(DEVICE)
 
 
 def error(result: torch.Tensor, truth: torch.Tensor) -> float:
