@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastuper.plain import HOOKS
+
 
 class Captured:
     """What a function of a model does with one tensor of a fixed shape, recorded.
 
     The kernels read the model's parameters where they are, so that weights changed in place (by an optimizer, by
-    `load_state_dict`) count at the next call. Parameters that were moved, replaced or converted, and modules whose mode
-    has changed, are noticed before a replay: the work is then recorded anew.
+    `load_state_dict`) count at the next call. Parameters that were moved, replaced or converted, modules that were
+    replaced or hooked, and modes that have changed are noticed before a replay: the work is then recorded anew. (A hook
+    that is there already runs while the work is recorded, and not at a replay.)
 
     Args:
         model: whose weights are looked at.
@@ -41,25 +44,55 @@ class Captured:
         mine, given = ((t.shape, t.dtype, t.device) for t in (self.input, pixel_values))
         if mine != given:
             raise ValueError(f"this was recorded for {mine}, got {given}: capture once more for another shape")
-        if self._state() != self.state:
+        if not self.seen.is_current():
             self._record()
         self.input.copy_(pixel_values)
         self.graph.replay()
         return self.output
 
     def _record(self) -> None:
-        stream = torch.cuda.Stream(self.input.device)
-        stream.wait_stream(torch.cuda.current_stream(self.input.device))
-        with torch.cuda.device(self.input.device), torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(3):  # kernels are compiled, choices measured and bands built before
-                self.function(self.input)
-        torch.cuda.current_stream(self.input.device).wait_stream(stream)
-        self.state = self._state()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.output = self.function(self.input)
+        with torch.cuda.device(self.input.device), torch.no_grad():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # kernels are compiled, and choices measured, before
+                    self.function(self.input)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.seen = Seen(self.model)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.function(self.input)
 
-    def _state(self) -> list[Any]:
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        modes = [module.training for module in self.model.modules()]
-        return [*((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors), *modes]
+
+class Seen:
+    """What a recorded graph depends on: the modules, and where their tensors are.
+
+    As flat lists: that a replay looks at them takes less time than the replay.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self.attributes = [module.__dict__ for module in modules]
+        self.hooks = [getattr(module, name) for module in modules for name in HOOKS]
+        self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self.tensors = [
+            (owner, name, tensor, tensor.data_ptr(), tensor.dtype)
+            for module in modules
+            for owner in (module._parameters, module._buffers)
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+        self.state = self._state()
+
+    def is_current(self) -> bool:
+        """Return whether all of that is as it was."""
+        for owner, name, tensor, place, dtype in self.tensors:
+            if owner.get(name) is not tensor or tensor.data_ptr() != place or tensor.dtype is not dtype:
+                return False
+        for modules, name, child in self.children:
+            if modules.get(name) is not child:
+                return False
+        return self._state() == self.state
+
+    def _state(self) -> tuple[int, list[bool]]:
+        return sum(map(len, self.hooks)), [attributes["training"] for attributes in self.attributes]

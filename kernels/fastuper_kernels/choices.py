@@ -31,6 +31,7 @@ MARGIN = 0.95  # another option than the default has to take less than this much
 CHOICES: dict[str, Choice] = {}
 
 Candidates = Callable[[], Mapping[str, Callable[[], object]]]
+Clock = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class Choice:
             raise ValueError(f"there is a choice {self.name!r} already")
         CHOICES[self.name] = self
 
-    def __call__(self, key: str, candidates: Candidates) -> str:
+    def __call__(self, key: str, candidates: Candidates, clock: Clock | None = None) -> str:
         """Return the option to take.
 
         Args:
             key: what the answer depends on beside the machine: a dtype, a class of shapes.
             candidates: makes a function for each option that can run here, on a representative shape of a millisecond
                 or so; called only where something is measured. It must draw from no global random numbers.
+            clock: what times them, in seconds a call; `time_each` where not given.
 
         Raises:
             ValueError: `FASTUPER_CHOICES` names a choice or an option that is not known.
@@ -74,22 +76,26 @@ class Choice:
         if not may_measure():
             return self.default
         state = (key, torch.get_num_threads())
-        return self._decided.get(state) or self._decide(state, candidates)
+        if (decided := self._decided.get(state)) is not None:
+            return decided
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # a CUDA graph
+            return self.default
+        return self._decide(state, candidates, clock or time_each)
 
-    def _decide(self, state: tuple[str, int], candidates: Candidates) -> str:
+    def _decide(self, state: tuple[str, int], candidates: Candidates, clock: Clock) -> str:
         with _lock:  # two threads that measure at once would disturb each other
             if state not in self._decided:
                 entry = f"{self.name} | {state[0]} | {machine()} | {state[1]} threads"
                 result: dict[str, Any] = read_cache().get(entry)  # type: ignore[assignment]
                 if not _is_result(result, self.options):
-                    result = self._measure(candidates)
+                    result = self._measure(candidates, clock)
                     write_cache(entry, result)
                 self._decided[state] = result["option"]
             return self._decided[state]
 
-    def _measure(self, candidates: Candidates) -> dict[str, Any]:
+    def _measure(self, candidates: Candidates, clock: Clock) -> dict[str, Any]:
         with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
-            seconds = time_each(candidates())
+            seconds = clock(candidates())
         best = min(seconds, key=seconds.__getitem__)
         if self.default in seconds and seconds[best] > MARGIN * seconds[self.default]:
             best = self.default
@@ -107,14 +113,12 @@ def may_measure() -> bool:
     """Return whether a measured choice may decide here.
 
     Not while tracing; not in deterministic mode, whose results must not depend on a stopwatch; not where several
-    ranks would have to agree; not during the capture of a CUDA graph.
+    ranks would have to agree. (During the capture of a CUDA graph what was measured before decides, and nothing is.)
     """
     if not is_eager() or torch.are_deterministic_algorithms_enabled():
         return False
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return False
-    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
 def forced() -> dict[str, str]:

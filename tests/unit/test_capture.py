@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
+from fastuper.capture import Seen
 from tests.unit.test_modeling import model
 
 
@@ -29,3 +33,32 @@ def test_a_replay_sees_new_images_and_new_weights() -> None:
             parameter.mul_(1.5) if step == 0 else setattr(parameter, "data", parameter.data * 0.5)
     with pytest.raises(ValueError, match="capture once more for another shape"):
         replay(first[:, :, :32])
+
+
+def changes() -> dict[str, Callable[[Any], Any]]:
+    def parameter(network: Any) -> Any:
+        return network.decode_head.classifier.weight
+
+    return {
+        "moved": lambda network: setattr(parameter(network), "data", parameter(network).data.clone()),
+        "replaced": lambda network: setattr(
+            network.decode_head.classifier, "weight", torch.nn.Parameter(parameter(network).clone())
+        ),
+        "converted": lambda network: network.double(),
+        "a module": lambda network: setattr(network.decode_head, "classifier", torch.nn.Identity()),
+        "a hook": lambda network: network.decode_head.fpn_convs[0].register_forward_hook(lambda *_: None),
+        "a mode": lambda network: network.decode_head.bottleneck.batch_norm.train(),
+        "a buffer": lambda network: network.decode_head.bottleneck.batch_norm.register_buffer("running_mean", None),
+    }
+
+
+@pytest.mark.parametrize("change", changes())
+def test_what_a_recorded_graph_depends_on(change: str) -> None:
+    network = model("convnext").eval().requires_grad_(False)
+    seen = Seen(network)
+    network.decode_head.classifier.weight.mul_(2)  # where it is: the graph reads it there
+    network.load_state_dict(network.state_dict())
+    assert seen.is_current()
+    changes()[change](network)
+    assert not seen.is_current()
+    assert Seen(network).is_current()

@@ -55,6 +55,21 @@ def test_measured_once_and_kept(choice, tmp_path):
     assert len(json.loads((tmp_path / "choices.json").read_text())) == 2
 
 
+def test_the_capture_of_a_cuda_graph_takes_what_was_measured_and_measures_nothing(choice, monkeypatch):
+    candidates = Candidates()
+    choice("before", candidates)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert (choice("before", candidates), choice("meanwhile", candidates)) == ("quick", "slow")
+    assert candidates.asked == 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choice("meanwhile", candidates) == "quick"
+
+
+def test_another_clock(choice):
+    assert choice("", Candidates(), clock=lambda functions: {"slow": 1.0, "quick": 2.0}) == "slow"
+
+
 def test_each_number_of_threads_is_measured(choice):
     candidates, before = Candidates(), torch.get_num_threads()
     choice("", candidates)

@@ -295,10 +295,7 @@ def _candidates(x: torch.Tensor, weight: torch.Tensor, after: Epilogue, config: 
     """Return the kernel and cuDNN as functions of no arguments, on these operands."""
     addend, upsampled = (None if given is None else from_nhwc(given) for given in (after.addend, after.upsampled))
 
-    def run(config: ConvConfig) -> None:
-        conv(x, weight, after.scale, after.shift, addend, upsampled, after.relu, config)
-        torch.cuda.synchronize(x.device)
-
+    run = partial(conv, x, weight, after.scale, after.shift, addend, upsampled, after.relu)
     return {"triton": partial(run, config), "cudnn": partial(run, ConvConfig("cudnn"))}
 
 
