@@ -157,8 +157,10 @@ def cases() -> list[Case]:
     def pool_back(dtype: torch.dtype) -> Any:
         pyramid_pool.pool_backward(meta(1, 50, 768, dtype=dtype), [1, 2, 3, 6], 16, 16)
 
-    def argmax(dtype: torch.dtype) -> Any:
-        upsample_argmax.argmax(meta(1, 150, 128, 128, dtype=dtype), [512, 683], [512, 1024], torch.int64)
+    def argmax(heights: list[int], widths: list[int]) -> Callable[[torch.dtype], Any]:
+        return lambda dtype: upsample_argmax.argmax(
+            meta(1, 150, 128, 128, dtype=dtype), heights, widths, torch.int64
+        )
 
     found += [
         Case("sum of the taps", "", sum_of_taps),
@@ -166,7 +168,8 @@ def cases() -> list[Case]:
         Case("upsample_add, backward", "", back(1)),
         Case("pyramid_pool", "", pool),
         Case("pyramid_pool, backward", "", pool_back),
-        Case("upsample_argmax", "", argmax),
+        Case("upsample_argmax", "", argmax([512], [512])),
+        Case("upsample_argmax, two sizes", "", argmax([512, 683], [512, 1024])),
     ]
     return found
 

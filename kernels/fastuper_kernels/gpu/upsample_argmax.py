@@ -1,7 +1,8 @@
-"""`upsample_argmax` on a GPU: each program resamples the logits of a tile of pixels, and keeps the best class.
+"""`upsample_argmax` on a GPU: each program finds the best class of a tile of pixels, among those that may be it there.
 
-The classes go by in blocks. What is resampled bilinearly is a mean of the logits that it reads, so that a block none of
-whose classes reaches, anywhere in what the tile reads, the largest of the classes' least values is left out.
+What is resampled bilinearly is a mean of the logits that it reads. A class whose largest logit, of all that the tile
+reads, is less than another class's least one is the best nowhere in the tile: most classes are left out so, at one read
+of the tile's logits, and the few that remain are resampled one by one.
 """
 
 from __future__ import annotations
@@ -12,119 +13,159 @@ import torch
 import triton
 import triton.language as tl
 
-from fastuper_kernels.band import bilinear_chain_on
 from fastuper_kernels.gpu.layout import nhwc, on_its_device
+from fastuper_kernels.gpu.tiles import bilinear
 
 
 @triton.jit
 def _finite(value, LIMIT: tl.constexpr):
     """Return numbers in the place of NaN (the largest, as argmax has it) and infinities."""
-    value = value.to(tl.float32)
-    return tl.where(value != value, LIMIT, tl.minimum(tl.maximum(value, -LIMIT), LIMIT))
+    return tl.maximum(tl.minimum(value.to(tl.float32), LIMIT), -LIMIT)  # `minimum` prefers a number to NaN
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _path(i, sizes, N: tl.constexpr, TURNS: tl.constexpr):
+    """Return (input, weight) at the end of one of the ways from outputs i through N resamplings, last one first.
+
+    Each reads two neighbours; the bits of TURNS say where the way goes by the higher one.
+    """
+    weight = tl.full(i.shape, 1.0, tl.float32)
+    for n in tl.static_range(N):
+        low, high, along = bilinear(i, sizes[N - 1 - n], sizes[N - n])
+        if (TURNS >> n) % 2 == 1:
+            i = high
+            weight *= along
+        else:
+            i = low
+            weight *= 1.0 - along
+    return i, weight
+
+
+@triton.jit
+def _band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
+    """Return (first inputs, positions, weights) of outputs i: tuples of TAPS inputs that follow each other."""
+    first, _ = _path(i, sizes, N, 0)
+    positions = ()
+    weights = ()
+    for tap in tl.static_range(TAPS):
+        weight = tl.zeros(i.shape, dtype=tl.float32)
+        for turns in tl.static_range(1 << N):
+            position, part = _path(i, sizes, N, turns)
+            weight += tl.where(position == first + tap, part, 0.0)
+        positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)
+        weights = weights + (weight,)
+    return first, positions, weights
 
 
 @triton.jit
 def argmax_kernel(
     logits,
     labels,
-    row_first,
-    row_weights,
-    column_first,
-    column_weights,
-    h,
-    w,
-    H,
-    W,
+    heights,
+    widths,
     CLASSES: tl.constexpr,
+    N: tl.constexpr,
     ROW_TAPS: tl.constexpr,
     COLUMN_TAPS: tl.constexpr,
     BY: tl.constexpr,
     BX: tl.constexpr,
+    BP: tl.constexpr,
     BC: tl.constexpr,
     LIMIT: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
-    """Write labels (B, H, W) of logits (B, h, w, CLASSES) through bands of the rows and of the columns."""
-    y0, x0 = tl.program_id(1) * BY, tl.program_id(0) * BX
-    i = tl.arange(0, BY * BX)
-    y, x = y0 + i // BX, x0 + i % BX
-    ok = (y < H) & (x < W)
-    y, x = tl.minimum(y, H - 1), tl.minimum(x, W - 1)
+    """Write labels (B, heights[N], widths[N]) of logits (B, heights[0], widths[0], CLASSES)."""
+    h, w, H, W = heights[0], widths[0], heights[N], widths[N]
+    y, x = tl.program_id(1) * BY + tl.arange(0, BY), tl.program_id(0) * BX + tl.arange(0, BX)
+    ok = (y < H)[:, None] & (x < W)[None, :]
+    first_row, rows, row_weights = _band(tl.minimum(y, H - 1), heights, N, ROW_TAPS)
+    first_column, columns, column_weights = _band(tl.minimum(x, W - 1), widths, N, COLUMN_TAPS)
     image = logits + tl.program_id(2).to(tl.int64) * h * w * CLASSES
-    c = tl.arange(0, BC)
-    first_row, first_column = tl.load(row_first + y), tl.load(column_first + x)
-    # Every pixel that the tile reads.
-    top, bottom = tl.min(first_row), tl.minimum(tl.max(first_row) + ROW_TAPS, h)
-    left, right = tl.min(first_column), tl.minimum(tl.max(first_column) + COLUMN_TAPS, w)
-    count = (bottom - top) * (right - left)
+    # The box of logits that the tile reads.
+    top, left = tl.min(first_row), tl.min(first_column)
+    down = tl.minimum(tl.max(first_row) + ROW_TAPS, h) - top
+    across = tl.minimum(tl.max(first_column) + COLUMN_TAPS, w) - left
+    p, c = tl.arange(0, BP), tl.arange(0, BC)
 
-    bar = -LIMIT
+    bars = tl.full((BC,), -LIMIT, dtype=tl.float32)
     for start in range(0, CLASSES, BC):
-        least = tl.full((BC,), LIMIT, dtype=tl.float32)
-        for k in range(count):
-            at = image + ((top + k // (right - left)) * w + left + k % (right - left)) * CLASSES
-            value = _finite(tl.load(at + start + c, mask=start + c < CLASSES, other=-LIMIT), LIMIT)
-            least = tl.minimum(least, value)
-        bar = tl.maximum(bar, tl.max(least))
+        least = tl.full((BP, BC), float("inf"), dtype=tl.float32)
+        for pixel in range(0, down * across, BP):
+            place = (top + (pixel + p) // across).to(tl.int64) * w + left + (pixel + p) % across
+            mask = (pixel + p < down * across)[:, None] & (start + c < CLASSES)[None, :]
+            value = tl.load(image + place[:, None] * CLASSES + (start + c)[None, :], mask=mask, other=float("inf"))
+            least = tl.minimum(least, value.to(tl.float32))
+        least = _finite(tl.min(least, 0), LIMIT)
+        bars = tl.maximum(bars, tl.where(start + c < CLASSES, least, -LIMIT))
+    bar = tl.max(bars)
 
-    best = tl.full((BY * BX,), -float("inf"), dtype=tl.float32)
-    label = tl.zeros((BY * BX,), dtype=tl.int32)
+    best = tl.full((BY, BX), -float("inf"), dtype=tl.float32)
+    label = tl.zeros((BY, BX), dtype=tl.int32)
     for start in range(0, CLASSES, BC):
-        some = start + c < CLASSES
-        most = -LIMIT + bar * 0
-        for k in range(count):
-            at = image + ((top + k // (right - left)) * w + left + k % (right - left)) * CLASSES
-            value = _finite(tl.load(at + start + c, mask=some, other=-LIMIT), LIMIT)
-            most = tl.maximum(most, tl.max(value))
-        if most >= bar - EPSILON * tl.maximum(tl.abs(most), tl.abs(bar)):
-            acc = tl.zeros((BY * BX, BC), dtype=tl.float32)
-            for ky in range(ROW_TAPS):
-                down = tl.load(row_weights + y * ROW_TAPS + ky)
-                row = tl.minimum(first_row + ky, h - 1) * w
-                for kx in range(COLUMN_TAPS):
-                    along = tl.load(column_weights + x * COLUMN_TAPS + kx)
-                    column = tl.minimum(first_column + kx, w - 1)
-                    at = image + ((row + column) * CLASSES)[:, None] + (start + c)[None, :]
-                    value = _finite(tl.load(at, mask=some[None, :], other=-LIMIT), LIMIT)
-                    acc += value * (down * along)[:, None]
-            acc = tl.where(some[None, :], acc, -float("inf"))
-            value, place = tl.max(acc, axis=1, return_indices=True)
-            label = tl.where(value > best, start + place, label)
-            best = tl.maximum(best, value)
-    at = (tl.program_id(2).to(tl.int64) * H + y) * W + x
+        most = tl.full((BP, BC), -float("inf"), dtype=tl.float32)
+        for pixel in range(0, down * across, BP):
+            place = (top + (pixel + p) // across).to(tl.int64) * w + left + (pixel + p) % across
+            mask = (pixel + p < down * across)[:, None] & (start + c < CLASSES)[None, :]
+            value = tl.load(image + place[:, None] * CLASSES + (start + c)[None, :], mask=mask, other=-float("inf"))
+            most = _larger(most, value.to(tl.float32))
+        most = _finite(tl.reduce(most, 0, _larger), LIMIT)
+        rival = (start + c < CLASSES) & (most >= bar - EPSILON * tl.maximum(tl.abs(most), tl.abs(bar)))
+        for _ in range(tl.sum(rival.to(tl.int32))):
+            k = tl.min(tl.where(rival, c, BC))
+            rival = rival & (c != k)
+            acc = tl.zeros((BY, BX), dtype=tl.float32)
+            for i in tl.static_range(ROW_TAPS):
+                for j in tl.static_range(COLUMN_TAPS):
+                    place = rows[i].to(tl.int64)[:, None] * w + columns[j][None, :]
+                    value = _finite(tl.load(image + place * CLASSES + (start + k)), LIMIT)
+                    acc += value * (row_weights[i][:, None] * column_weights[j][None, :])
+            label = tl.where(acc > best, start + k, label)
+            best = tl.maximum(best, acc)
+    at = (tl.program_id(2).to(tl.int64) * H + y)[:, None] * W + x[None, :]
     tl.store(labels + at, label.to(labels.dtype.element_ty), mask=ok)
+
+
+def taps_of(sizes: Sequence[int]) -> int:
+    """Return how many inputs, that follow each other, an output reads through a chain of sizes."""
+    apart = 1  # from the first of them to the last
+    for size_in, size_out in zip(reversed(sizes[:-2]), reversed(sizes[1:-1]), strict=True):
+        apart = 1 + -(-apart * size_in // size_out)
+    return 1 + min(apart, sizes[0] - 1)
 
 
 @on_its_device
 def argmax(logits: torch.Tensor, heights: Sequence[int], widths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return labels (B, height, width) of logits (B, classes, H, W) resampled through sizes (height, width)."""
     batch, classes, h, w = logits.shape
-    labels = logits.new_empty(batch, heights[-1], widths[-1], dtype=dtype)
+    height, width = heights[-1], widths[-1]
+    labels = logits.new_empty(batch, height, width, dtype=dtype)
     if labels.numel() == 0:
         return labels
-    rows = bilinear_chain_on((h, *heights), logits.device)
-    columns = bilinear_chain_on((w, *widths), logits.device)
-    by, bx = 4, 16
-    argmax_kernel[(triton.cdiv(widths[-1], bx), triton.cdiv(heights[-1], by), batch)](
+    row_taps, column_taps = taps_of([h, *heights]), taps_of([w, *widths])
+    by, bx = 16, 32
+    # Pixels of the box that most tiles read.
+    box = (-(-by * h // height) + row_taps) * (-(-bx * w // width) + column_taps)
+    argmax_kernel[(triton.cdiv(width, bx), triton.cdiv(height, by), batch)](
         nhwc(logits),
         labels,
-        rows.first,
-        rows.weights,
-        columns.first,
-        columns.weights,
-        h,
-        w,
-        heights[-1],
-        widths[-1],
+        (h, *heights),
+        (w, *widths),
         CLASSES=classes,
-        ROW_TAPS=rows.weights.shape[1],
-        COLUMN_TAPS=columns.weights.shape[1],
+        N=len(heights),
+        ROW_TAPS=row_taps,
+        COLUMN_TAPS=column_taps,
         BY=by,
         BX=bx,
+        BP=max(16, min(triton.next_power_of_2(box), 64)),
         BC=min(triton.next_power_of_2(classes), 32),
-        LIMIT=torch.finfo(logits.dtype).max / 2,
+        LIMIT=torch.finfo(torch.float32).max / 2,
         EPSILON=32 * torch.finfo(torch.float32).eps,
-        num_warps=4,
+        num_warps=8,
     )
     return labels
 

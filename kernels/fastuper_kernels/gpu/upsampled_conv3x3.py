@@ -112,12 +112,14 @@ def gather_kernel(
 
     products: pointers to (B, heights[l], widths[l], 9, C), dense inside an image, `image_strides` between images.
     """
-    x = tl.program_id(0) % tl.cdiv(W, BX) * BX + tl.arange(0, BX)
-    y = tl.program_id(0) // tl.cdiv(W, BX) * BY + tl.arange(0, BY)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    b = tl.program_id(2)
-    mask = (x < W)[:, None] & (c < C)[None, :]
     top = tl.program_id(0) // tl.cdiv(W, BX) * BY
+    # Of three dimensions from the start: a row of products is in the threads that add it up, and goes through no
+    # shared memory.
+    y = (top + tl.arange(0, BY))[:, None, None]
+    x = (tl.program_id(0) % tl.cdiv(W, BX) * BX + tl.arange(0, BX))[None, :, None]
+    c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, None, :]
+    b = tl.program_id(2)
+    mask = (x < W) & (c < C)
     acc = tl.zeros((BY, BX, BC), dtype=tl.float32)
     for level in tl.static_range(LEVELS):
         h, w = heights[level], widths[level]
@@ -127,20 +129,19 @@ def gather_kernel(
         _, high, _ = bilinear(tl.minimum(top + BY, H - 1), h, H)
         for r in range(low, high + 1):
             for dy in tl.static_range(3):
-                line = tl.zeros((BX, BC), dtype=tl.float32)
+                line = tl.zeros((1, BX, BC), dtype=tl.float32)
                 for dx in tl.static_range(3):
                     left, right, along = bilinear(x + dx - 1, w, W)
                     inside = (x + dx >= 1) & (x + dx <= W)
                     along = tl.where(inside, along, 0.0)
                     against = tl.where(inside, 1.0 - along, 0.0)
                     at = image + (tl.cast(r, tl.int64) * w * 9 + dy * 3 + dx) * C
-                    one = tl.load(at + (left * (9 * C))[:, None] + c[None, :], mask=mask, other=0.0)
-                    two = tl.load(at + (right * (9 * C))[:, None] + c[None, :], mask=mask, other=0.0)
-                    line += one.to(tl.float32) * against[:, None] + two.to(tl.float32) * along[:, None]
-                acc += hat(y + dy - 1, r, h, H)[:, None, None] * line[None, :, :]
-    at = ((tl.cast(b, tl.int64) * H + y) * W)[:, None, None] + x[None, :, None]
-    mask = (y < H)[:, None, None] & mask[None, :, :]
-    tl.store(out + at * C + c[None, None, :], acc.to(out.dtype.element_ty), mask=mask)
+                    one = tl.load(at + left * (9 * C) + c, mask=mask, other=0.0)
+                    two = tl.load(at + right * (9 * C) + c, mask=mask, other=0.0)
+                    line += one.to(tl.float32) * against + two.to(tl.float32) * along
+                acc += hat(y + dy - 1, r, h, H) * line
+    at = out + ((tl.cast(b, tl.int64) * H + y) * W + x) * C + c
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(y < H) & mask)
 
 
 @on_its_device
