@@ -89,7 +89,7 @@ def _tile(
     for step in range(begin, begin + count):
         tap, c = step // steps, step % steps * BK
         if TMA:
-            weights = weight.load([tap, n0, c]).reshape(BN, BK)
+            weights = weight.load([n0, tap * weight_stride_tap + c])
             if TAPS == 9:
                 pixels = x.load([image, top + tap // 3 - 1, left + tap % 3 - 1, c]).reshape(BM, BK)
             else:
@@ -160,7 +160,7 @@ def conv_kernel(
     """Write out (B, H, W, C_OUT), or with SPLIT > 1 float32 sums (SPLIT, B, H, W, C_OUT).
 
     x and weight are tensor descriptors with TMA: of (B, H, W, C_IN), or (1, 1, B * H * W, C_IN) for one tap, and of
-    (taps, C_OUT, C_IN); else pointers. What is left out is any pointer.
+    (C_OUT, taps * C_IN); else pointers. What is left out is any pointer.
     """
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -307,9 +307,11 @@ def _descriptors(image: torch.Tensor, taps: torch.Tensor, config: ConvConfig) ->
         batch, height, width = 1, 1, batch * height * width
     strides = [height * width * channels, width * channels, channels, 1]
     pixels = TensorDescriptor(image, [batch, height, width, channels], strides, [1, *config.box_of(count), depth])
-    # The stride of a dimension of one element says nothing, and need not be a multiple of 16 bytes.
-    strides = [taps.stride(dim) if taps.shape[dim] > 1 else channels for dim in (1, 0)] + [1]
-    weights = TensorDescriptor(taps, [count, channels_out, channels], strides, [1, config.channels, depth])
+    # The taps of an output channel side by side in a row. What a box reads beyond the channels of a tap meets zeros: the
+    # pixels have none there.
+    width = (count - 1) * taps.stride(1) + channels
+    row = taps.stride(0) if channels_out > 1 else width  # the stride of a single row says nothing
+    weights = TensorDescriptor(taps, [channels_out, width], [row, 1], [config.channels, depth])
     return pixels, weights
 
 
