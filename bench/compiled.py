@@ -132,10 +132,10 @@ def cases() -> list[Case]:
     found = []
     for config in CONV_CONFIGS:
         text = " ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items())
-        for k, channels, after in ((3, 512, "addend"), (1, 384, "upsampled")):
+        for k, channels, after in ((3, 512, "addend"), (1, 384, "upsampled"), (1, 96, "upsampled")):
             size = 128 if config.split == 1 else 32
             found.append(
-                Case(f"conv{k}x{k}, {after}", text, _conv(size, k, channels, after, config), _fits(config, after))
+                Case(f"conv{k}x{k} of {channels}, {after}", text, _conv(size, k, channels, after, config), _fits(config, after))
             )
     for group in GROUP_CONFIGS:
         text = " ".join(f"{key}={value}" for key, value in dataclasses.asdict(group).items())

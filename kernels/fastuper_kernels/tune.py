@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastuper_kernels.choices import replace_json
+from fastuper_kernels.choices import may_measure, replace_json
 
 
 class Layer(NamedTuple):
@@ -66,7 +66,7 @@ def measure(layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
     for config in (ConvConfig("cudnn"), *CONV_CONFIGS):
         if config.way != "cudnn" and not config.fits(dtype, layer.upsampled):
             continue
-        if config.way == "tma" and not has_tma(x.device):
+        if (config.way == "tma" and not has_tma(x.device)) or not config.fits_in(x.device):
             continue
         try:
             milliseconds = do_bench(
@@ -96,7 +96,7 @@ def show() -> Iterator[str]:
         return
     device = torch.device("cuda", torch.cuda.current_device())
     yield torch.cuda.get_device_name(device)
-    found = tuned(device)
+    found = tuned(device, may_measure())
     for layer in layers([512, 1024], [1, 8, 16]):
         x = torch.empty((), dtype=torch.bfloat16, device=device).expand(layer.shape)
         key = conv_key(x, *layer[1:])

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastuper_kernels.choices import cache_file, forced
+from fastuper_kernels.choices import cache_file, forced, may_measure
 from fastuper_kernels.conv_bn_relu import CONV
 
 SHIPPED = Path(__file__).parent / "tuned.json"
@@ -60,10 +60,23 @@ class ConvConfig:
         limit = 4096 // (dtype.itemsize // 2) // (1 + upsampled * (1 if self.way == "tma" else 3))
         return self.rows * self.columns * self.channels // self.warps <= limit
 
+    def fits_in(self, device: torch.device) -> bool:
+        """Return whether the steps that are loaded ahead fit in a multiprocessor's shared memory."""
+        return self.stages * (self.rows * self.columns + self.channels) * self.depth < shared_memory(device)
+
+    def steps_of(self, channels: int, taps: int, dtype: torch.dtype) -> int:
+        """Return the steps that this inner dimension takes."""
+        return taps * -(-channels // self.depth_of(dtype))
+
     def split_of(self, channels: int, taps: int, dtype: torch.dtype) -> int:
-        """Return into how many equal parts the steps of this inner dimension go: `split`, or the next fewer."""
-        steps = taps * -(-channels // self.depth_of(dtype))
+        """Return into how many equal parts those steps go: `split`, or the next fewer."""
+        steps = self.steps_of(channels, taps, dtype)
         return max(n for n in range(1, self.split + 1) if steps % n == 0)
+
+    def stages_of(self, channels: int, taps: int, dtype: torch.dtype) -> int:
+        """Return `stages`, or fewer where there are not as many steps to load ahead."""
+        steps = self.steps_of(channels, taps, dtype) // self.split_of(channels, taps, dtype)
+        return max(2, min(self.stages, steps))
 
     def box_of(self, taps: int) -> tuple[int, int]:
         """Return rows and columns of a tile's box of pixels."""
@@ -91,7 +104,7 @@ class GroupConfig:
         return self.depth // dtype.itemsize
 
 
-# What the tuner tries, and what is compiled ahead of time for every target that can take it.
+# What the tuner tries, in the heuristic's order, large tiles first; and what is compiled ahead of time for every target that can take it.
 CONV_CONFIGS = (
     ConvConfig("tma", 16, 16, 128, warps=8, stages=3),
     ConvConfig("tma", 16, 16, 128, warps=8, stages=4),
@@ -100,6 +113,8 @@ CONV_CONFIGS = (
     ConvConfig("tma", 8, 16, 128, warps=4, stages=4),
     ConvConfig("tma", 8, 16, 128, split=4, warps=4, stages=4),
     ConvConfig("tma", 8, 8, 128, split=8, warps=4, stages=4),
+    ConvConfig("tma", 8, 8, 128, warps=4, stages=4),
+    ConvConfig("tma", 8, 8, 64, warps=4, stages=4),
     ConvConfig("pointers", 8, 16, 128, warps=8, stages=3),
     ConvConfig("pointers", 8, 16, 64, warps=4, stages=3),
     ConvConfig("pointers", 8, 8, 64, warps=4, stages=3),
@@ -111,6 +126,9 @@ GROUP_CONFIGS = (
     GroupConfig(64, 64, warps=4, stages=4),
     GroupConfig(16, 64, warps=4, stages=4),
 )
+
+SPLIT_STEPS = 16  # of each part of a split inner dimension, at least
+NEARLY = 0.9  # of the multiprocessors: a few that wait cost less than smaller tiles
 
 
 def conv_key(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool) -> str:
@@ -131,7 +149,7 @@ def conv_config(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, 
         candidates: makes, for a configuration, the functions {"triton": ..., "cudnn": ...} to be measured.
     """
     key, way = conv_key(x, channels_out, taps, upsampled), forced().get(CONV.name)
-    found = tuned(x.device).get(key)
+    found = tuned(x.device, may_measure()).get(key)
     if way is None and found is not None:
         return ConvConfig(**found["config"])
     config = heuristic(x, channels_out, taps, upsampled)
@@ -150,33 +168,47 @@ def _time_each(functions: Mapping[str, Callable[[], object]]) -> dict[str, float
 
 
 def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool) -> ConvConfig:
-    """Return a configuration without a measurement: large tiles where they fill the GPU, else more and smaller ones."""
+    """Return a configuration without a measurement: the first that nearly fills the GPU, or else the most programs.
+
+    The inner dimension is split only where each part is long: adding up the parts costs as much as some steps.
+    """
     batch, channels, height, width = x.shape
     if x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) == "ieee":
         return ConvConfig("cudnn")  # no tensor cores: PyTorch's own way has nothing to lose
     way = "tma" if has_tma(x.device) and channels * x.element_size() % 16 == 0 else "pointers"
-    programs = multiprocessors(x.device)
-    candidates = [
-        candidate for candidate in CONV_CONFIGS if candidate.way == way and candidate.fits(x.dtype, upsampled)
-    ]
-    for config in candidates:
-        if (
-            not config.persistent
-            and config.tiles_of(batch, height, width, channels_out, taps) * config.split >= programs
-        ):
-            return config
-    return candidates[-1]
+    programs = {}
+    for config in CONV_CONFIGS:
+        split = config.split_of(channels, taps, x.dtype)
+        long_enough = split == 1 or config.steps_of(channels, taps, x.dtype) // split >= SPLIT_STEPS
+        if config.way != way or config.persistent or not long_enough or (config.split > 1 and split == 1):
+            continue
+        if config.fits(x.dtype, upsampled) and config.fits_in(x.device):
+            programs[config] = config.tiles_of(batch, height, width, channels_out, taps) * split
+    enough = NEARLY * multiprocessors(x.device)
+    full = (config for config, count in programs.items() if count >= enough)
+    return next(full, max(programs, key=programs.__getitem__, default=ConvConfig("cudnn")))
 
 
-def pointers_config(dtype: torch.dtype, upsampled: bool) -> ConvConfig:
+def pointers_config(x: torch.Tensor, upsampled: bool) -> ConvConfig:
     """Return a configuration for operands that no descriptor can say: slices, or rows, of odd numbers of bytes."""
-    fitting = (config for config in CONV_CONFIGS if config.way == "pointers" and config.fits(dtype, upsampled))
-    return next(fitting)
+    return next(
+        (
+            config
+            for config in CONV_CONFIGS
+            if config.way == "pointers" and config.fits(x.dtype, upsampled) and config.fits_in(x.device)
+        ),
+        ConvConfig("cudnn"),
+    )
 
 
 def group_config(x: torch.Tensor, pixels: int) -> GroupConfig:
     """Return the configuration for maps of at most so many pixels."""
-    return next((config for config in GROUP_CONFIGS if pixels >= 32 * config.rows), GROUP_CONFIGS[-1])
+    fitting = [
+        config
+        for config in GROUP_CONFIGS
+        if config.stages * (config.rows + config.channels) * config.depth < shared_memory(x.device)
+    ]
+    return next((config for config in fitting if pixels >= 32 * config.rows), GROUP_CONFIGS[-1])
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -201,6 +233,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes that a program can have of a multiprocessor's fast memory; without a GPU, a Hopper's."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
+
+
 def user_file() -> Path | None:
     """Return where this user's tuned configurations are kept; None where there is no home."""
     path = cache_file()
@@ -208,12 +246,17 @@ def user_file() -> Path | None:
 
 
 @functools.cache
-def tuned(device: torch.device) -> Mapping[str, Any]:
-    """Return the configurations that were measured on GPUs of this name, the user's before those of the package."""
+def tuned(device: torch.device, by_user: bool) -> Mapping[str, Any]:
+    """Return the configurations that were measured on GPUs of this name, the user's before those of the package.
+
+    Args:
+        device: the GPU.
+        by_user: whether the user's count: not where ranks have to agree, whose users' files may not.
+    """
     if device.type != "cuda":
         return {}
     found: dict[str, Any] = {}
-    for path in (SHIPPED, user_file()):
+    for path in (SHIPPED, user_file() if by_user else None):
         with contextlib.suppress(OSError, ValueError):
             if path is not None:
                 entries = json.loads(path.read_text(encoding="utf-8"))

@@ -249,12 +249,12 @@ def conv(
     if config is None:
         has_upsampled = upsampled is not None
         config = conv_config(x, channels_out, size * size, has_upsampled, partial(_candidates, x, weight, after))
-    if config.way == "cudnn":
-        sums = F.conv2d(from_nhwc(nhwc(x)), weight, padding=size // 2)
-        return from_nhwc(nhwc(sums)) if after.is_nothing else from_nhwc(finish(nhwc(sums)[None], out, after))
     image, taps = nhwc(x), taps_of(weight)
     if config.way == "tma" and not (has_descriptor(image) and has_descriptor(taps)):
-        config = pointers_config(x.dtype, upsampled is not None)
+        config = pointers_config(x, upsampled is not None)
+    if config.way == "cudnn":
+        sums = F.conv2d(from_nhwc(image), weight, padding=size // 2)
+        return from_nhwc(nhwc(sums)) if after.is_nothing else from_nhwc(finish(nhwc(sums)[None], out, after))
     split, box = config.split_of(channels, size * size, x.dtype), config.box_of(size * size)
     sums = out if split == 1 else out.new_empty(split, *out.shape, dtype=torch.float32)
     tiles = config.tiles_of(batch, height, width, channels_out, size * size)
@@ -286,7 +286,7 @@ def conv(
         PRECISION=precision(x.dtype),
         **after.flags(split == 1),
         num_warps=config.warps,
-        num_stages=config.stages,
+        num_stages=config.stages_of(channels, size * size, x.dtype),
     )
     return from_nhwc(out if split == 1 else finish(sums, out, after))
 
