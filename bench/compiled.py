@@ -29,7 +29,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bench.results import FOLDER
-from fastuper_kernels.gpu import conv_bn_relu, pyramid_pool, upsample_argmax, upsampled_conv3x3
+from fastuper_kernels.gpu import conv_bn_relu, fold_norm, pyramid_pool, upsample_argmax, upsampled_conv3x3
 from fastuper_kernels.gpu.configs import CONV_CONFIGS, GROUP_CONFIGS
 from fastuper_kernels.gpu.resample import transposed
 
@@ -135,7 +135,12 @@ def cases() -> list[Case]:
         for k, channels, after in ((3, 512, "addend"), (1, 384, "upsampled"), (1, 96, "upsampled")):
             size = 128 if config.split == 1 else 32
             found.append(
-                Case(f"conv{k}x{k} of {channels}, {after}", text, _conv(size, k, channels, after, config), _fits(config, after))
+                Case(
+                    f"conv{k}x{k} of {channels}, {after}",
+                    text,
+                    _conv(size, k, channels, after, config),
+                    _fits(config, after),
+                )
             )
     for group in GROUP_CONFIGS:
         text = " ".join(f"{key}={value}" for key, value in dataclasses.asdict(group).items())
@@ -157,10 +162,11 @@ def cases() -> list[Case]:
     def pool_back(dtype: torch.dtype) -> Any:
         pyramid_pool.pool_backward(meta(1, 50, 768, dtype=dtype), [1, 2, 3, 6], 16, 16)
 
+    def fold(dtype: torch.dtype) -> Any:
+        fold_norm.fold(*(meta(512, dtype=dtype) for _ in range(4)), 1e-5)
+
     def argmax(heights: list[int], widths: list[int]) -> Callable[[torch.dtype], Any]:
-        return lambda dtype: upsample_argmax.argmax(
-            meta(1, 150, 128, 128, dtype=dtype), heights, widths, torch.int64
-        )
+        return lambda dtype: upsample_argmax.argmax(meta(1, 150, 128, 128, dtype=dtype), heights, widths, torch.int64)
 
     found += [
         Case("sum of the taps", "", sum_of_taps),
@@ -168,6 +174,7 @@ def cases() -> list[Case]:
         Case("upsample_add, backward", "", back(1)),
         Case("pyramid_pool", "", pool),
         Case("pyramid_pool, backward", "", pool_back),
+        Case("fold_norm", "", fold),
         Case("upsample_argmax", "", argmax([512], [512])),
         Case("upsample_argmax, two sizes", "", argmax([512, 683], [512, 1024])),
     ]

@@ -161,15 +161,20 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"
             )
         logits = self.decode_head(self._features(pixel_values, False, False)[0])
+        if all(target == targets[0] for target in targets):  # one launch on a GPU
+            labels = list(upsample_argmax(logits, _chain(size, targets[0])))
+        else:
+            labels = [
+                upsample_argmax(image, _chain(size, target))[0]
+                for image, target in zip(logits.split(1), targets, strict=True)
+            ]
+        # Looked at last: on a GPU the host waits here, and everything has been launched by then.
         if not torch.compiler.is_compiling() and not logits.isfinite().all():
             wrong = "the weights are not, or they overflow " + str(logits.dtype)
             if not pixel_values.isfinite().all():
                 wrong = "pixel_values hold NaN or infinity"
             raise ValueError(f"the logits are not finite, so that labels would mean nothing: {wrong}")
-        return [
-            upsample_argmax(image, _chain(size, target))[0]
-            for image, target in zip(logits.split(1), targets, strict=True)
-        ]
+        return labels
 
     def capture(self, pixel_values: torch.Tensor, target_size: tuple[int, int] | None = None) -> Captured:
         """Return a function of images of this very shape that replays the model's work as a CUDA graph.

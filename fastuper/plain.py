@@ -12,6 +12,8 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
+from fastuper_kernels import fold_norm
+
 # Under a tracer (`torch.export`, AOTAutograd) ordinary parameters are stood in for by tensors of these two classes;
 # those of a parameter's own class keep that class.
 PARAMETERS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -74,9 +76,4 @@ def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a BatchNorm's scale and shift (C,) in evaluation, in float32 at least; computed at every call."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
-    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(dtype)
-    shift = -norm.running_mean.to(dtype) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
+    return fold_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)

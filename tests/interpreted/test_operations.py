@@ -16,6 +16,7 @@ import fastuper_kernels as ops
 from bench.gpu import float32_as
 from fastuper_kernels import (
     conv_bn_relu,
+    fold_norm,
     pool_conv_bn_relu,
     pyramid_pool,
     upsample_add,
@@ -226,6 +227,23 @@ def test_upsample_add(dtype: torch.dtype, data: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("given_too", ["weight and bias", "weight", "bias", "neither"])
+def test_fold_norm(given_too: str, dtype: torch.dtype) -> None:
+    for channels in (1, 200):
+        mean, var, weight, bias = (random(channels, seed=seed).to(DEVICE, dtype) for seed in range(4))
+        var = var.abs()
+        args = (mean, var, weight if "weight" in given_too else None, bias if "bias" in given_too else None)
+        if given_too == "neither":
+            args = (mean, var, None, None)
+        exact = [None if vector is None else vector.double() for vector in args]
+        for ours, truth in zip(
+            ops.fold_norm(*args, 1e-3, backend="triton"), reference_of(ops.fold_norm)(*exact, 1e-3), strict=True
+        ):
+            assert ours.dtype == torch.float32
+            close(ours, truth, tolerance_of(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @given(data=st.data())
 @settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
 def test_upsample_argmax(dtype: torch.dtype, data: Any) -> None:
@@ -287,6 +305,11 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
             fastuper.conv_bn_relu,
             (tensor(1, 5, 4, 6), tensor(7, 5, 1, 1), None, None, None, None, False),
         ),
+        "fold_norm": lambda: (fastuper.fold_norm, (*(tensor(5, grad=False).abs() for _ in range(4)), 1e-5)),
+        "fold_norm without": lambda: (
+            fastuper.fold_norm,
+            (tensor(5, grad=False), tensor(5, grad=False).abs(), None, None, 1e-5),
+        ),
         "upsampled_conv3x3": lambda: (
             fastuper.upsampled_conv3x3,
             ([tensor(1, 5, 3, 3), tensor(1, 5, 2, 2)], [tensor(4, 5, 3, 3), tensor(4, 5, 3, 3)], 6, 7),
@@ -307,7 +330,7 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
 @pytest.mark.parametrize("name", list(_opchecks()))
 def test_opcheck(name: str) -> None:
     for operation in (
-        conv_bn_relu, upsampled_conv3x3, pool_conv_bn_relu, pyramid_pool, upsample_add, upsample_argmax
+        conv_bn_relu, fold_norm, upsampled_conv3x3, pool_conv_bn_relu, pyramid_pool, upsample_add, upsample_argmax
     ):  # fmt: skip
         __import__(f"fastuper_kernels.gpu.{operation.__name__}")
     operator, args = _opchecks()[name]()

@@ -104,7 +104,8 @@ class GroupConfig:
         return self.depth // dtype.itemsize
 
 
-# What the tuner tries, in the heuristic's order, large tiles first; and what is compiled ahead of time for every target that can take it.
+# What the tuner tries, in the heuristic's order, large tiles first; all of them are compiled ahead of time for every
+# target that can take them.
 CONV_CONFIGS = (
     ConvConfig("tma", 16, 16, 128, warps=8, stages=3),
     ConvConfig("tma", 16, 16, 128, warps=8, stages=4),

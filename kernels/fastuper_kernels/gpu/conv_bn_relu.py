@@ -307,8 +307,8 @@ def _descriptors(image: torch.Tensor, taps: torch.Tensor, config: ConvConfig) ->
         batch, height, width = 1, 1, batch * height * width
     strides = [height * width * channels, width * channels, channels, 1]
     pixels = TensorDescriptor(image, [batch, height, width, channels], strides, [1, *config.box_of(count), depth])
-    # The taps of an output channel side by side in a row. What a box reads beyond the channels of a tap meets zeros: the
-    # pixels have none there.
+    # The taps of an output channel side by side in a row. What a box reads beyond the channels of a tap is multiplied
+    # by zeros: the pixels have no such channels.
     width = (count - 1) * taps.stride(1) + channels
     row = taps.stride(0) if channels_out > 1 else width  # the stride of a single row says nothing
     weights = TensorDescriptor(taps, [channels_out, width], [row, 1], [config.channels, depth])

@@ -57,8 +57,8 @@ def _band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
         for turns in tl.static_range(1 << N):
             position, part = _path(i, sizes, N, turns)
             weight += tl.where(position == first + tap, part, 0.0)
-        positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)
-        weights = weights + (weight,)
+        positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)  # noqa: RUF005
+        weights = weights + (weight,)  # noqa: RUF005 (Triton unpacks no tuples)
     return first, positions, weights
 
 
