@@ -314,6 +314,10 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
             fastuper.upsampled_conv3x3,
             ([tensor(1, 5, 3, 3), tensor(1, 5, 2, 2)], [tensor(4, 5, 3, 3), tensor(4, 5, 3, 3)], 6, 7),
         ),
+        "taps_transposed": lambda: (fastuper.taps_transposed, (tensor(1, 5, 4, 6), 2, 3)),
+        "taps_gathered": lambda: (fastuper.taps_gathered, (tensor(1, 6, 9, 5), [2, 3], 4, 6)),
+        "upsample_transposed": lambda: (fastuper.upsample_transposed, (tensor(1, 5, 4, 6), 2, 3)),
+        "pyramid_pool_backward": lambda: (fastuper.pyramid_pool_backward, (tensor(1, 5, 4), [1, 2], 4, 6)),
         "pyramid_pool": lambda: (fastuper.pyramid_pool, (tensor(1, 5, 4, 6), [1, 2])),
         "pool_conv_bn_relu": lambda: (
             fastuper.pool_conv_bn_relu,
@@ -335,6 +339,38 @@ def test_opcheck(name: str) -> None:
         __import__(f"fastuper_kernels.gpu.{operation.__name__}")
     operator, args = _opchecks()[name]()
     torch.library.opcheck(operator, args)
+
+
+def _twice() -> dict[str, tuple[Any, list[torch.Tensor]]]:
+    """Return each operation as a function of tensors, and tensors for it."""
+    x, coarse, k = random(1, 4, 5, 6), random(1, 4, 3, 2, seed=1), random(4, 4, 3, 3, seed=2)
+    point, vector = random(4, 4, 1, 1, seed=3), random(4, seed=4).float()
+    return {
+        "conv_bn_relu": (lambda a, b, c, **way: ops.conv_bn_relu(a, b, upsampled=c, relu=False, **way), [x, k, coarse]),
+        "upsampled_conv3x3": (lambda a, b, **way: ops.upsampled_conv3x3([a], [b], (5, 6), **way), [coarse, k]),
+        "pool_conv_bn_relu": (
+            lambda a, b, **way: ops.pool_conv_bn_relu(a, [2], [b], [vector.to(a)], [vector.to(a)], **way),
+            [x, point],
+        ),
+        "pyramid_pool": (lambda a, **way: ops.pyramid_pool(a, [1, 2], **way), [x]),
+        "upsample_add": (lambda a, b, **way: ops.upsample_add(a, b, **way), [coarse, x]),
+    }
+
+
+@pytest.mark.parametrize("name", list(_twice()))
+def test_gradients_of_gradients(name: str) -> None:
+    """A penalty on the gradients can be trained with: they have gradients themselves."""
+    function, given = _twice()[name]
+
+    def second(dtype: torch.dtype, **way: Any) -> list[torch.Tensor]:
+        leaves = [t.to(DEVICE, dtype).requires_grad_() for t in given]
+        result = function(*leaves, **way).square().sum()
+        first = torch.autograd.grad(result, leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    ours, truth = second(torch.float32, backend="triton"), second(torch.float64, backend="torch")
+    for mine, other in zip(ours, truth, strict=True):
+        close(mine, other, 256 * torch.finfo(torch.float32).eps)
 
 
 def test_compiled_whole() -> None:

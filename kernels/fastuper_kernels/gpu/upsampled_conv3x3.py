@@ -278,6 +278,42 @@ def _(grad: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return grad.new_empty(grad.shape[0], height * width, 9, grad.shape[1])
 
 
+@torch.library.custom_op("fastuper::taps_gathered", mutates_args=())
+def taps_gathered(products: torch.Tensor, size: Sequence[int], height: int, width: int) -> torch.Tensor:
+    """Return the sum (B, C, height, width) of a level's resampled products (B, h * w, 9, C); its size is (h, w)."""
+    out = products.new_empty(len(products), height, width, products.shape[3])
+    if out.numel():
+        gather([products.contiguous()], [tuple(size)], out)
+    return from_nhwc(out)
+
+
+@taps_gathered.register_fake
+def _(products: torch.Tensor, size: Sequence[int], height: int, width: int) -> torch.Tensor:
+    return from_nhwc(products.new_empty(len(products), height, width, products.shape[3]))
+
+
+def _keep_fine(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    grad, height, width = inputs
+    ctx.sizes = (height, width), *grad.shape[2:]
+
+
+def _keep_coarse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.size = inputs[1]
+
+
+def _to_fine(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    return taps_gathered(grad, *ctx.sizes), None, None
+
+
+def _to_coarse(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    return taps_transposed(grad, *ctx.size), None, None, None
+
+
+# Each is the other's transpose, so that gradients of gradients are theirs too.
+taps_transposed.register_autograd(_to_fine, setup_context=_keep_fine)
+taps_gathered.register_autograd(_to_coarse, setup_context=_keep_coarse)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     levels, weights, _, _ = inputs
     ctx.count = len(levels)
