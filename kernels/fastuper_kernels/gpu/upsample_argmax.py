@@ -24,11 +24,6 @@ def _finite(value, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _path(i, sizes, N: tl.constexpr, TURNS: tl.constexpr):
     """Return (input, weight) at the end of one of the ways from outputs i through N resamplings, last one first.
 
@@ -112,8 +107,8 @@ def argmax_kernel(
             place = (top + (pixel + p) // across).to(tl.int64) * w + left + (pixel + p) % across
             mask = (pixel + p < down * across)[:, None] & (start + c < CLASSES)[None, :]
             value = tl.load(image + place[:, None] * CLASSES + (start + c)[None, :], mask=mask, other=-float("inf"))
-            most = _larger(most, value.to(tl.float32))
-        most = _finite(tl.reduce(most, 0, _larger), LIMIT)
+            most = tl.maximum(most, tl.where(value != value, float("inf"), value.to(tl.float32)))
+        most = _finite(tl.max(most, 0), LIMIT)
         rival = (start + c < CLASSES) & (most >= bar - EPSILON * tl.maximum(tl.abs(most), tl.abs(bar)))
         for _ in range(tl.sum(rival.to(tl.int32))):
             k = tl.min(tl.where(rival, c, BC))
