@@ -39,9 +39,10 @@ def upsample_argmax(
 
     Returns:
         Labels (B, height, width). Where classes tie, the first of them. Infinite logits count as half of the dtype's
-        largest number, with their sign, and NaN, as `argmax` has it, as infinity: a class that is -inf everywhere is
-        the label nowhere, and what is not finite tells on the pixels alone that are resampled from it. (In PyTorch an
-        infinity times a weight of zero is NaN, at the border say, and NaN is the best.)
+        largest number (of float32's for float16), with their sign, and NaN, as `argmax` has it, as infinity: a class
+        that is -inf everywhere is the label nowhere, and what is not finite tells on the pixels alone that are
+        resampled from it. (In PyTorch an infinity times a weight of zero is NaN, at the border say, and NaN is the
+        best.)
 
     Raises:
         ValueError: no logits, no sizes, sizes that are not pairs of integers from 1, or a dtype that is no integer or
@@ -60,6 +61,8 @@ def upsample_argmax(
 
         heights, widths = (list(side) for side in zip(*sizes, strict=True))
         return kernel(logits, heights, widths, dtype)
+    if logits.dtype == torch.float16:  # whose numbers end where logits may be
+        logits = logits.float()
     logits = _finite(logits)
     if not is_eager() or not is_plain(logits):
         return reference(logits, sizes, dtype=dtype)
