@@ -52,8 +52,9 @@ def _band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
         for turns in tl.static_range(1 << N):
             position, part = _path(i, sizes, N, turns)
             weight += tl.where(position == first + tap, part, 0.0)
-        positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)  # noqa: RUF005
-        weights = weights + (weight,)  # noqa: RUF005 (Triton unpacks no tuples)
+        # Triton adds tuples, and unpacks none.
+        positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)  # type: ignore[assignment]  # noqa: RUF005
+        weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
     return first, positions, weights
 
 
