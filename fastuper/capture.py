@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
-from fastuper.plain import HOOKS
+from fastuper.plain import GLOBAL_HOOKS, HOOKS
 
 
 class Captured:
@@ -58,10 +59,10 @@ class Captured:
                 for _ in range(3):  # kernels are compiled, and choices measured, before
                     self.function(self.input)
             torch.cuda.current_stream().wait_stream(stream)
-            self.seen = Seen(self.model)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = self.function(self.input)
+            seen, graph = Seen(self.model), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.function(self.input)
+        self.seen, self.graph, self.output = seen, graph, output
 
 
 class Seen:
@@ -71,12 +72,12 @@ class Seen:
     """
 
     def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        self.attributes = [module.__dict__ for module in modules]
-        self.hooks = [getattr(module, name) for module in modules for name in HOOKS]
+        self.modules = modules = list(model.modules())
+        self.hooks = [getattr(owner, name) for owner, name in _hook_owners(modules)]
+        self.owners = [owner for m in modules for owner in (m._modules, m._parameters, m._buffers)]
         self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self.tensors = [
-            (owner, name, tensor, tensor.data_ptr(), tensor.dtype)
+            (owner, name, tensor, tensor.data_ptr(), tensor.dtype, tensor.stride())
             for module in modules
             for owner in (module._parameters, module._buffers)
             for name, tensor in owner.items()
@@ -86,13 +87,24 @@ class Seen:
 
     def is_current(self) -> bool:
         """Return whether all of that is as it was."""
-        for owner, name, tensor, place, dtype in self.tensors:
-            if owner.get(name) is not tensor or tensor.data_ptr() != place or tensor.dtype is not dtype:
+        for owner, name, tensor, place, dtype, stride in self.tensors:
+            if owner.get(name) is not tensor or tensor.data_ptr() != place:
+                return False
+            if tensor.dtype is not dtype or tensor.stride() != stride:
                 return False
         for modules, name, child in self.children:
             if modules.get(name) is not child:
                 return False
         return self._state() == self.state
 
-    def _state(self) -> tuple[int, list[bool]]:
-        return sum(map(len, self.hooks)), [attributes["training"] for attributes in self.attributes]
+    def _state(self) -> tuple[Any, ...]:
+        """Return the hooks, how many children and tensors there are, and the modes and own `forward`s."""
+        hooks = [tuple(hooks) for hooks in self.hooks if hooks]
+        modes = [(module.training, "forward" in module.__dict__) for module in self.modules]
+        values = [tensor is not None for owner in self.owners for tensor in owner.values()]
+        return hooks, values, modes
+
+
+def _hook_owners(modules: list[nn.Module]) -> Iterator[tuple[Any, str]]:
+    yield from ((torch_module, name) for name in GLOBAL_HOOKS)
+    yield from ((module, name) for module in modules for name in HOOKS)

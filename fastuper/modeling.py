@@ -161,7 +161,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"
             )
         logits = self.decode_head(self._features(pixel_values, False, False)[0])
-        if all(target == targets[0] for target in targets):  # one launch on a GPU
+        if logits.is_cuda and all(target == targets[0] for target in targets):  # in one launch
             labels = list(upsample_argmax(logits, _chain(size, targets[0])))
         else:
             labels = [

@@ -18,7 +18,7 @@ def fold_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (scale, shift) with `batch_norm(x) = x * scale + shift`, as running statistics and parameters give them.
 
-    No gradient flows back: in training a norm's statistics are those of its batch, and this is no function of it.
+    Where gradients are wanted PyTorch's operators are taken on every device.
 
     Args:
         mean: the running mean, (C,).
@@ -38,7 +38,8 @@ def fold_norm(
     if any(vector is not None and vector.shape != (len(mean),) for vector in given):
         shapes = [None if vector is None else tuple(vector.shape) for vector in given]
         raise ValueError(f"mean, var, weight and bias must be vectors of one size, got {shapes}")
-    if takes_triton(backend, var, mean, weight, bias):
+    wants_gradients = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
+    if not wants_gradients and takes_triton(backend, var, mean, weight, bias):
         from fastuper_kernels.gpu.fold_norm import fold_norm as kernel
 
         return kernel(mean, var, weight, bias, eps)

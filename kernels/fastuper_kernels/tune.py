@@ -100,8 +100,7 @@ def show() -> Iterator[str]:
     for layer in layers([512, 1024], [1, 8, 16]):
         x = torch.empty((), dtype=torch.bfloat16, device=device).expand(layer.shape)
         key = conv_key(x, *layer[1:])
-        entry = found.get(key)
-        decides = f"measured: {entry['config']}" if entry else f"heuristic: {heuristic(x, *layer[1:])}"
+        decides = f"measured: {found[key]}" if key in found else f"heuristic: {heuristic(x, *layer[1:])}"
         yield f"{key}: {decides}"
 
 

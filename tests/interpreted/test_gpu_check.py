@@ -38,6 +38,7 @@ def test_every_step(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert row["difference"] <= 3e-2, row["name"]
     assert [row["name"] for row in results["operations"]] == [operation.name for operation in gpu.OPERATIONS]
     allowed = {"bfloat16": 8e-3, "float16": 1e-3, "tf32": 1e-5, "float32": 1e-5}  # the interpreter has no TF32
+    assert len(results["accuracy"]) == 4 * len(gpu.OPERATIONS)
     for row in results["accuracy"]:
         assert max(row["errors"].values()) <= allowed[row["dtype"]], row
     text = (tmp_path / "gpu.md").read_text()

@@ -97,7 +97,7 @@ def gradients(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
     args, kwargs = leaves(args), leaves(kwargs)
     result = function(*args, **kwargs)
     wanted = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-    grads = torch.autograd.grad(result, wanted, random(*result.shape, seed=99).to(result.dtype))
+    grads = torch.autograd.grad(result, wanted, random(*result.shape, seed=99).to(result))
     return [result.detach(), *grads]
 
 

@@ -47,6 +47,18 @@ def changes() -> dict[str, Callable[[Any], Any]]:
         "converted": lambda network: network.double(),
         "a module": lambda network: setattr(network.decode_head, "classifier", torch.nn.Identity()),
         "a hook": lambda network: network.decode_head.fpn_convs[0].register_forward_hook(lambda *_: None),
+        "another hook": lambda network: (
+            list(network.backbone._forward_hooks.values()),
+            network.backbone._forward_hooks.clear(),
+            network.backbone.register_forward_hook(lambda *_: None),
+        ),
+        "forward": lambda network: setattr(network.decode_head, "forward", lambda maps: maps[0]),
+        "a module more": lambda network: network.decode_head.lateral_convs.append(torch.nn.Identity()),
+        "a bias": lambda network: setattr(
+            network.decode_head.bottleneck.conv,
+            "bias",
+            torch.nn.Parameter(torch.zeros(len(network.decode_head.bottleneck.conv.weight))),
+        ),
         "a mode": lambda network: network.decode_head.bottleneck.batch_norm.train(),
         "a buffer": lambda network: network.decode_head.bottleneck.batch_norm.register_buffer("running_mean", None),
     }
@@ -55,6 +67,7 @@ def changes() -> dict[str, Callable[[Any], Any]]:
 @pytest.mark.parametrize("change", changes())
 def test_what_a_recorded_graph_depends_on(change: str) -> None:
     network = model("convnext").eval().requires_grad_(False)
+    network.backbone.register_forward_hook(lambda *_: None)
     seen = Seen(network)
     network.decode_head.classifier.weight.mul_(2)  # where it is: the graph reads it there
     network.load_state_dict(network.state_dict())
@@ -62,3 +75,17 @@ def test_what_a_recorded_graph_depends_on(change: str) -> None:
     changes()[change](network)
     assert not seen.is_current()
     assert Seen(network).is_current()
+
+
+def test_a_compiled_part_has_a_mode_too() -> None:
+    network = model("convnext").eval()
+    network.backbone = torch.compile(network.backbone, backend="eager")
+    assert Seen(network).is_current()
+
+
+def test_a_hook_on_all_modules() -> None:
+    seen = Seen(model("convnext"))
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not seen.is_current()
+    handle.remove()
+    assert seen.is_current()

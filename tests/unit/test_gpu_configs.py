@@ -86,11 +86,11 @@ def test_what_was_measured_decides_the_users_first_and_the_packages_on_several_r
     write(shipped, NAME, {"a": entry(rows=2), "b": entry(rows=4)})
     write(user, NAME, {"a": entry(rows=8)})
     write(user, "another", {"b": entry(rows=16)})
-    rows = {by_user: {key: value["config"]["rows"] for key, value in tuned(gpu, by_user).items()} for by_user in (0, 1)}
+    rows = {by_user: {key: value.rows for key, value in tuned(gpu, by_user).items()} for by_user in (0, 1)}
     assert rows == {0: {"a": 2, "b": 4}, 1: {"a": 8, "b": 4}}
     asked: list[bool] = []
     x = image(1, 64, 8, 8)
-    found = {conv_key(x, 32, 9, False): entry(rows=4, stages=2)}
+    found = {conv_key(x, 32, 9, False): ConvConfig("pointers", rows=4, stages=2)}
     monkeypatch.setattr(configs, "tuned", lambda device, by_user: asked.append(by_user) or found)
     assert conv_config(x, 32, 9, False) == ConvConfig("pointers", rows=4, stages=2)
     monkeypatch.setattr(choices.torch, "are_deterministic_algorithms_enabled", lambda: True)
@@ -98,8 +98,11 @@ def test_what_was_measured_decides_the_users_first_and_the_packages_on_several_r
     assert asked == [True, False]
 
 
-def test_a_file_that_is_none_counts_for_nothing(files: tuple[Path, Path]) -> None:
-    files[0].write_text("{", encoding="utf-8")
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"A GPU": 1}', '{"A GPU": {"a": {"config": {"way": "tma", "depths": 3}}}}']
+)
+def test_a_file_of_another_kind_counts_for_nothing(text: str, files: tuple[Path, Path]) -> None:
+    files[0].write_text(text, encoding="utf-8")
     assert tuned(torch.device("cuda", 0), True) == {}
     assert tuned(CPU, True) == {}
 

@@ -139,7 +139,9 @@ def conv_key(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool) -> 
     return f"{kernel} {shape} -> {channels_out} {str(x.dtype)[len('torch.') :]}{added}"
 
 
-def conv_config(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, candidates: Any = None) -> ConvConfig:
+def conv_config(
+    x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, candidates: Any = None, after: str = ""
+) -> ConvConfig:
     """Return the configuration for x (B, C, H, W) and a weight (channels_out, C, k, k) of so many taps.
 
     Args:
@@ -148,15 +150,16 @@ def conv_config(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, 
         taps: see there.
         upsampled: whether a coarser map is added in the epilogue.
         candidates: makes, for a configuration, the functions {"triton": ..., "cudnn": ...} to be measured.
+        after: what follows the convolution, in words: for the name of that measurement.
     """
     key, way = conv_key(x, channels_out, taps, upsampled), forced().get(CONV.name)
     found = tuned(x.device, may_measure()).get(key)
     if way is None and found is not None:
-        return ConvConfig(**found["config"])
-    config = heuristic(x, channels_out, taps, upsampled)
+        return found
+    config = heuristic(x, channels_out, taps, upsampled, forced=way == "triton")
     if x.is_cuda and candidates is not None and config.way != "cudnn":
         name = torch.cuda.get_device_name(x.device)
-        way = CONV(f"{key} on {name}", functools.partial(candidates, config), _time_each)
+        way = CONV(f"{key}, {after} on {name}", functools.partial(candidates, config), _time_each)
     return ConvConfig("cudnn") if way == "cudnn" else config
 
 
@@ -168,14 +171,15 @@ def _time_each(functions: Mapping[str, Callable[[], object]]) -> dict[str, float
     return {name: float(median(function)) / 1e3 for name, function in functions.items()}
 
 
-def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool) -> ConvConfig:
+def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, forced: bool = False) -> ConvConfig:
     """Return a configuration without a measurement: the first that nearly fills the GPU, or else the most programs.
 
     The inner dimension is split only where each part is long: adding up the parts costs as much as some steps.
     """
     batch, channels, height, width = x.shape
     if x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) == "ieee":
-        return ConvConfig("cudnn")  # no tensor cores: PyTorch's own way has nothing to lose
+        # No tensor cores: PyTorch's own way has nothing to lose, and large tiles would not stay in registers.
+        return CONV_CONFIGS[-1] if forced else ConvConfig("cudnn")
     way = "tma" if has_tma(x.device) and channels * x.element_size() % 16 == 0 else "pointers"
     programs = {}
     for config in CONV_CONFIGS:
@@ -237,7 +241,10 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Return the bytes that a program can have of a multiprocessor's fast memory; without a GPU, a Hopper's."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
+    if device.type != "cuda":
+        return 232448
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 65536)  # an AMD GPU's says nothing: it has 64 KB
 
 
 def user_file() -> Path | None:
@@ -247,7 +254,7 @@ def user_file() -> Path | None:
 
 
 @functools.cache
-def tuned(device: torch.device, by_user: bool) -> Mapping[str, Any]:
+def tuned(device: torch.device, by_user: bool) -> Mapping[str, ConvConfig]:
     """Return the configurations that were measured on GPUs of this name, the user's before those of the package.
 
     Args:
@@ -256,12 +263,13 @@ def tuned(device: torch.device, by_user: bool) -> Mapping[str, Any]:
     """
     if device.type != "cuda":
         return {}
-    found: dict[str, Any] = {}
+    found: dict[str, ConvConfig] = {}
     for path in (SHIPPED, user_file() if by_user else None):
-        with contextlib.suppress(OSError, ValueError):
+        # A file of another version counts for nothing.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             if path is not None:
-                entries = json.loads(path.read_text(encoding="utf-8"))
-                found.update(entries.get(torch.cuda.get_device_name(device), {}))
+                entries = json.loads(path.read_text(encoding="utf-8"))[torch.cuda.get_device_name(device)]
+                found.update({key: ConvConfig(**entry["config"]) for key, entry in entries.items()})
     return found
 
 

@@ -247,8 +247,8 @@ def conv(
         return from_nhwc(out)
     after = Epilogue(scale, shift, addend, upsampled, relu)
     if config is None:
-        has_upsampled = upsampled is not None
-        config = conv_config(x, channels_out, size * size, has_upsampled, partial(_candidates, x, weight, after))
+        candidates = partial(_candidates, x, weight, after)
+        config = conv_config(x, channels_out, size * size, upsampled is not None, candidates, after.name)
     image, taps = nhwc(x), taps_of(weight)
     if config.way == "tma" and not (has_descriptor(image) and has_descriptor(taps)):
         config = pointers_config(x, upsampled is not None)
@@ -353,6 +353,12 @@ class Epilogue:
         self.addend, self.upsampled = (None if given is None else nhwc(given) for given in (addend, upsampled))
         self.relu = relu
         self.coarse_size = (1, 1) if self.upsampled is None else tuple(self.upsampled.shape[1:3])
+
+    @property
+    def name(self) -> str:
+        """Its parts, in words."""
+        flags = {**self.flags(True), "RELU": self.relu}
+        return " ".join(name.removeprefix("HAS_").lower() for name, is_there in flags.items() if is_there) or "alone"
 
     @property
     def is_nothing(self) -> bool:

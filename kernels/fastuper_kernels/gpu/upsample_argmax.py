@@ -1,8 +1,8 @@
 """`upsample_argmax` on a GPU: each program finds the best class of a tile of pixels, among those that may be it there.
 
 What is resampled bilinearly is a mean of the logits that it reads. A class whose largest logit, of all that the tile
-reads, is less than another class's least one is the best nowhere in the tile: most classes are left out so, at one read
-of the tile's logits, and the few that remain are resampled one by one.
+reads, is less than another class's least one is the best nowhere in the tile: most classes are left out so, and the few
+that remain are resampled one by one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ import triton.language as tl
 
 from fastuper_kernels.gpu.layout import nhwc, on_its_device
 from fastuper_kernels.gpu.tiles import bilinear
+from fastuper_kernels.upsample_argmax import upsample_argmax as public
+
+# Neighbouring logits that a label reads along an axis, at most; more are PyTorch's operators' work. Through sizes that
+# grow they are 2 or 3; one that shrinks on the way (to 1 and up again) makes them many, each of which is code.
+TAPS = 6
 
 
 @triton.jit
@@ -143,6 +148,9 @@ def argmax(logits: torch.Tensor, heights: Sequence[int], widths: Sequence[int], 
     if labels.numel() == 0:
         return labels
     row_taps, column_taps = taps_of([h, *heights]), taps_of([w, *widths])
+    if max(row_taps, column_taps) > TAPS:
+        sizes = list(zip(heights, widths, strict=True))
+        return public(logits, sizes, dtype=dtype, backend="torch")
     by, bx = 16, 32
     # Pixels of the box that most tiles read.
     box = (-(-by * h // height) + row_taps) * (-(-bx * w // width) + column_taps)

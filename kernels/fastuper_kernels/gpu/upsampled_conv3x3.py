@@ -113,8 +113,7 @@ def gather_kernel(
     products: pointers to (B, heights[l], widths[l], 9, C), dense inside an image, `image_strides` between images.
     """
     top = tl.program_id(0) // tl.cdiv(W, BX) * BY
-    # Of three dimensions from the start: a row of products is in the threads that add it up, and goes through no
-    # shared memory.
+    # Of three dimensions from the start: a row of products is in the threads that add it up.
     y = (top + tl.arange(0, BY))[:, None, None]
     x = (tl.program_id(0) % tl.cdiv(W, BX) * BX + tl.arange(0, BX))[None, :, None]
     c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, None, :]
