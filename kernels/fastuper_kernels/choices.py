@@ -16,7 +16,7 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,10 +217,11 @@ def _is_result(value: Any, options: tuple[str, ...]) -> bool:
     return isinstance(value, dict) and value.get("option") in options
 
 
-def table() -> Iterator[str]:
-    """Yield the lines that say, for each choice, what was measured here and what decides."""
+def table(wanted: Iterable[Choice] | None = None) -> Iterator[str]:
+    """Yield the lines that say, for each choice that is wanted (all), what was measured here and what decides."""
     given, entries = forced(), read_cache()
-    for name, choice in sorted(CHOICES.items()):
+    for choice in sorted(CHOICES.values() if wanted is None else wanted, key=lambda choice: choice.name):
+        name = choice.name
         yield f"{name}: {' | '.join(choice.options)}"
         if name in given:
             yield f"  {given[name]}: forced by {FORCED}"

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastuper_kernels.choices import may_measure, replace_json
+from fastuper_kernels.choices import may_measure, replace_json, table
+from fastuper_kernels.conv_bn_relu import CONV
 
 
 class Layer(NamedTuple):
@@ -88,11 +89,12 @@ def write(path: Path, device: str, entries: dict[str, Any]) -> None:
 
 
 def show() -> Iterator[str]:
-    """Yield what decides for each shape on this GPU, or that there is none."""
+    """Yield what decides for each shape on this GPU, or that there is none; then what was measured beside cuDNN."""
     from fastuper_kernels.gpu.configs import conv_key, heuristic, tuned
 
     if not torch.cuda.is_available():
         yield "no GPU here: the kernels run in Triton's interpreter alone, with a heuristic's configurations"
+        yield from table([CONV])
         return
     device = torch.device("cuda", torch.cuda.current_device())
     yield torch.cuda.get_device_name(device)
@@ -102,6 +104,7 @@ def show() -> Iterator[str]:
         key = conv_key(x, *layer[1:])
         decides = f"measured: {found[key]}" if key in found else f"heuristic: {heuristic(x, *layer[1:])}"
         yield f"{key}: {decides}"
+    yield from table([CONV])
 
 
 def main() -> None:

@@ -265,6 +265,27 @@ def test_upsample_argmax(dtype: torch.dtype, data: Any) -> None:
         assert (full.amax(1) - chosen <= slack).all()
 
 
+def test_autocast() -> None:
+    """Operands are cast as a convolution's are; where they are of several dtypes, too."""
+    x, coarse, k = (random(*shape).float().to(DEVICE) for shape in ((1, 8, 5, 6), (1, 8, 3, 3), (8, 8, 3, 3)))
+    vector, point = random(8).float().to(DEVICE), random(8, 8, 1, 1).float().to(DEVICE)
+
+    def operations(kind: torch.dtype, **way: str) -> list[torch.Tensor]:
+        given = [x.to(kind), coarse.to(kind), k.to(kind), point.to(kind)]
+        a, b, c, d = given
+        return [
+            ops.conv_bn_relu(a, c, vector, vector, addend=a.to(kind), upsampled=b, **way),
+            ops.upsampled_conv3x3([b], [c], (5, 6), **way),
+            ops.pool_conv_bn_relu(a, [2], [d], [vector], [vector], **way),
+        ]
+
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        results = operations(torch.float32, backend="triton")
+    for ours, plain in zip(results, operations(torch.bfloat16, backend="triton"), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, plain)
+
+
 def test_argmax_of_what_is_not_finite() -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[0.0, nan, -inf], [1.0, 2.0, -inf], [0.5, inf, 3.0]], device=DEVICE)[None, :, None, :]

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fastuper_kernels import choices
+from fastuper_kernels.conv_bn_relu import CONV
 from fastuper_kernels.gpu import configs
 from fastuper_kernels.gpu.configs import ConvConfig, conv_config, conv_key, group_config, heuristic, tuned
-from fastuper_kernels.tune import layers, write
+from fastuper_kernels.tune import layers, show, write
 
 CPU, NAME = torch.device("cpu"), "A GPU"
 
@@ -105,6 +106,17 @@ def test_a_file_of_another_kind_counts_for_nothing(text: str, files: tuple[Path,
     files[0].write_text(text, encoding="utf-8")
     assert tuned(torch.device("cuda", 0), True) == {}
     assert tuned(CPU, True) == {}
+
+
+def test_show_says_what_was_measured_beside_cudnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path))
+    key = f"3x3 1x512x8x8 -> 512 bfloat16, scale on {NAME}"
+    CONV(key, lambda: {}, clock=lambda functions: {"triton": 3e-3, "cudnn": 1e-3})
+    CONV.forget()
+    lines = list(show())
+    assert any("conv: triton | cudnn" in line for line in lines)
+    assert any("cudnn: measured for 3x3 1x512x8x8" in line and "triton 3 ms" in line for line in lines), lines
+    assert not any("linear" in line for line in lines)
 
 
 def test_writing_keeps_what_was_measured_before(tmp_path: Path) -> None:
