@@ -55,6 +55,9 @@ def mended_interpreter() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    # A GPU's minimum of a number and NaN is the number; that of Triton 3.6's interpreter was NaN.
+    interpreter.InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     # It prepares the language at every call of a helper, most of its time: once is enough.
     interpreter.InterpretedFunction.__call__ = call
     interpreter.InterpretedFunction.run = with_room(interpreter.InterpretedFunction.run)
