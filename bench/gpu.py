@@ -36,6 +36,7 @@ import fastuper_kernels as ops
 from bench.machine import commit, now, versions, without_paths
 from bench.roofline import Gpu, Shapes, head
 from fastuper_kernels import tune
+from fastuper_kernels.choices import replace_json
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU is for the test of this file
@@ -101,8 +102,7 @@ class Check:
                 self.results = before
 
     def save(self) -> None:
-        text = json.dumps(self.results, indent=1) + "\n"
-        (self.folder / "gpu.json").write_text(text, encoding="utf-8")
+        replace_json(self.folder / "gpu.json", self.results)
 
     @property
     def is_late(self) -> bool:

@@ -253,13 +253,6 @@ def pool_matrix(size: int, scale: int, dtype: torch.dtype, device: torch.device)
     return Band.adaptive_avg_pool(size, scale, device=device).dense().to(dtype)
 
 
-@_cached
-def bilinear_chain_on(sizes: tuple[int, ...], device: torch.device) -> Band:
-    """Return `bilinear_chain(sizes)` on a device, in int32 and float32: as a kernel reads it."""
-    band = bilinear_chain(sizes)
-    return Band(band.first.int().to(device), band.weights.float().contiguous().to(device), band.size_in)
-
-
 def bilinear_tap(size_in: int, size_out: int, offset: int) -> Band:
     """Return `Band.bilinear` with an offset, by position."""
     return Band.bilinear(size_in, size_out, offset=offset)

@@ -62,7 +62,7 @@ class ConvConfig:
 
     def fits_in(self, device: torch.device) -> bool:
         """Return whether the steps that are loaded ahead fit in a multiprocessor's shared memory."""
-        return self.stages * (self.rows * self.columns + self.channels) * self.depth < shared_memory(device)
+        return _fit_in(self, self.rows * self.columns, device)
 
     def steps_of(self, channels: int, taps: int, dtype: torch.dtype) -> int:
         """Return the steps that this inner dimension takes."""
@@ -102,6 +102,14 @@ class GroupConfig:
     def depth_of(self, dtype: torch.dtype) -> int:
         """Return the input channels of a step."""
         return self.depth // dtype.itemsize
+
+    def fits_in(self, device: torch.device) -> bool:
+        """Return whether the steps that are loaded ahead fit in a multiprocessor's shared memory."""
+        return _fit_in(self, self.rows, device)
+
+
+def _fit_in(config: ConvConfig | GroupConfig, pixels: int, device: torch.device) -> bool:
+    return config.stages * (pixels + config.channels) * config.depth < shared_memory(device)
 
 
 # What the tuner tries, in the heuristic's order, large tiles first; all of them are compiled ahead of time for every
@@ -156,7 +164,7 @@ def conv_config(
     found = tuned(x.device, may_measure()).get(key)
     if way is None and found is not None:
         return found
-    config = heuristic(x, channels_out, taps, upsampled, forced=way == "triton")
+    config = heuristic(x, channels_out, taps, upsampled, must=way == "triton")
     if x.is_cuda and candidates is not None and config.way != "cudnn":
         name = torch.cuda.get_device_name(x.device)
         way = CONV(f"{key}, {after} on {name}", functools.partial(candidates, config), _time_each)
@@ -171,15 +179,16 @@ def _time_each(functions: Mapping[str, Callable[[], object]]) -> dict[str, float
     return {name: float(median(function)) / 1e3 for name, function in functions.items()}
 
 
-def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, forced: bool = False) -> ConvConfig:
+def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, must: bool = False) -> ConvConfig:
     """Return a configuration without a measurement: the first that nearly fills the GPU, or else the most programs.
 
-    The inner dimension is split only where each part is long: adding up the parts costs as much as some steps.
+    Where the kernel is a `must`, cuDNN is not preferred to it. The inner dimension is split only where each part is
+    long: adding up the parts costs as much as some steps.
     """
     batch, channels, height, width = x.shape
     if x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) == "ieee":
         # No tensor cores: PyTorch's own way has nothing to lose, and large tiles would not stay in registers.
-        return CONV_CONFIGS[-1] if forced else ConvConfig("cudnn")
+        return CONV_CONFIGS[-1] if must else ConvConfig("cudnn")
     way = "tma" if has_tma(x.device) and channels * x.element_size() % 16 == 0 else "pointers"
     programs = {}
     for config in CONV_CONFIGS:
@@ -208,11 +217,7 @@ def pointers_config(x: torch.Tensor, upsampled: bool) -> ConvConfig:
 
 def group_config(x: torch.Tensor, pixels: int) -> GroupConfig:
     """Return the configuration for maps of at most so many pixels."""
-    fitting = [
-        config
-        for config in GROUP_CONFIGS
-        if config.stages * (config.rows + config.channels) * config.depth < shared_memory(x.device)
-    ]
+    fitting = (config for config in GROUP_CONFIGS if config.fits_in(x.device))
     return next((config for config in fitting if pixels >= 32 * config.rows), GROUP_CONFIGS[-1])
 
 
