@@ -85,7 +85,7 @@ def upsample_cross_entropy(
     if not is_eager() or not is_plain(logits, labels, weight):
         return _of_pytorch(logits, labels, weight, options)
     if logits.device.type == "cpu":
-        _check_values(labels, logits.shape[1], ignore_index)
+        check_values(labels, logits.shape[1], ignore_index)
     if torch.is_grad_enabled() and logits.requires_grad:
         result: torch.Tensor = _CrossEntropy.apply(logits, labels, weight, options)
         return result
@@ -157,7 +157,7 @@ def _check(logits: Any, labels: Any, weight: Any, label_smoothing: float, reduct
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def _check_values(labels: torch.Tensor, classes: int, ignore_index: int) -> None:
+def check_values(labels: torch.Tensor, classes: int, ignore_index: int) -> None:
     """Look for labels that are neither a class nor ignored.
 
     Raises:
