@@ -1,0 +1,640 @@
+"""Training: one loop for a laptop, a GPU or many, that goes on where it was stopped.
+
+What a step does follows from the configuration, the data and the step's number alone: which images it takes, how they
+are augmented and which branches are dropped. So a run that is killed and started again has the losses it would have
+had, and a step of several processes, or of several pieces one after another, is the step of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from fastuper.backbones import Backbone
+from fastuper.configuration import check_counts
+from fastuper.image_processor import UperNetImageProcessor
+from fastuper.modeling import UperNetForSemanticSegmentation
+from fastuper.recipes import learning_rate_factor, parameter_groups, recipe_for
+from fastuper.runs import STATE, RunFolder, read_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or go on; the message is one line that names the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. What is None follows from the recipe or from the number of steps.
+
+    Args:
+        steps: how many times the weights are changed.
+        batch_size: images of a step, all processes and pieces together.
+        accumulate: how many pieces each process takes its part of a step's images in, one after another: the memory
+            of one piece, the gradients of all.
+        recipe: "convnext", "swin", or "auto": by the backbone. See `fastuper.recipes`.
+        learning_rate: of the heads; the recipe's where None.
+        weight_decay: the recipe's where None.
+        layer_decay: what the backbone's learning rates fall by, stage by stage; the recipe's where None.
+        warmup_steps: steps in which the learning rate rises; 1,500, but at most a tenth of all, where None.
+        power: of the polynomial by which the learning rate falls to 0.
+        clip: the largest norm of the gradient; a larger one is scaled down to it. None lets all pass.
+        bf16: whether to compute in bfloat16 where autocast says so; weights and optimizer stay in float32.
+        ema: how much of the averaged weights stays at each step (0.999, say); the average is what is validated and
+            saved. None keeps no average.
+        freeze_norm: whether BatchNorm normalises with its running statistics and leaves them as they are.
+        seed: what the order of the images, the augmentation and stochastic depth are drawn from.
+        workers: processes that prepare images, for each process that trains; 0 has the latter do it.
+        log_every: steps between two lines of the log; on a GPU, also those between two looks at the loss.
+        validate_every: steps between two validations; a tenth of all where None.
+        save_every: steps between two checkpoints; `validate_every` where None. Each validation is saved as well.
+        pictures: predicted pictures in each validation's TensorBoard entry.
+        cpu: whether to leave the GPU alone.
+
+    Raises:
+        ValueError: a value that cannot be; the message names it.
+    """
+
+    steps: int = 160_000
+    batch_size: int = 16
+    accumulate: int = 1
+    recipe: str = "auto"
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    layer_decay: float | None = None
+    warmup_steps: int | None = None
+    power: float = 1.0
+    clip: float | None = None
+    bf16: bool = False
+    ema: float | None = None
+    freeze_norm: bool = False
+    seed: int = 0
+    workers: int = 2
+    log_every: int = 10
+    validate_every: int | None = None
+    save_every: int | None = None
+    pictures: int = 4
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "save_every")
+        for least, names in ((1, at_least_one), (0, ("warmup_steps", "seed", "workers", "pictures"))):
+            check_counts(least, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+        for name in ("learning_rate", "power", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be more than 0, got {value!r}")
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}")
+        for name in ("layer_decay", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be more than 0 and at most 1, got {value!r}")
+        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be fewer than the {self.steps} steps")
+        recipe_for(self.recipe, "")
+
+    def resolved(self, backbone_type: str) -> TrainingConfig:
+        """Return the configuration with nothing left None that a recipe or the number of steps decides."""
+        recipe = recipe_for(self.recipe, backbone_type)
+        validate_every = self.validate_every or max(self.steps // 10, 1)
+        chosen = {
+            "learning_rate": recipe.learning_rate,
+            "weight_decay": recipe.weight_decay,
+            "layer_decay": recipe.layer_decay,
+            "warmup_steps": min(1500, self.steps // 10),
+            "validate_every": validate_every,
+            "save_every": validate_every,
+        }
+        return dataclasses.replace(self, **{k: v for k, v in chosen.items() if getattr(self, k) is None})
+
+
+# May differ when a run goes on: they change no loss, or only by how sums are rounded.
+FREE = ("accumulate", "workers", "log_every", "validate_every", "save_every", "pictures", "cpu", "recipe")
+
+
+@dataclass
+class Batch:
+    """Images of one piece of a step.
+
+    Attributes:
+        pixel_values: (B, C, H, W), normalised.
+        labels: (B, H, W), int64.
+        names: what to call each image in a message.
+        valid: how many pixels are not ignored, an int64 scalar.
+    """
+
+    pixel_values: torch.Tensor
+    labels: torch.Tensor
+    names: list[str]
+    valid: torch.Tensor
+
+    def pin_memory(self) -> Batch:
+        """Return it in memory that a GPU reads by itself; what `DataLoader` calls."""
+        pinned = {"pixel_values": self.pixel_values.pin_memory(), "labels": self.labels.pin_memory()}
+        return dataclasses.replace(self, **pinned)
+
+
+class GlobalBatches(Sampler[list[tuple[int, int]]]):
+    """Which images a process takes, as (epoch, index): the pieces of one step after another.
+
+    An epoch is a permutation that the seed and the epoch's number decide, and epochs follow one another without a
+    gap: a step may end one and begin the next. Of the `batch_size` images of a step the process of rank r takes the
+    ones at r, r + world_size, ...
+
+    Args:
+        length: images there are.
+        batch_size: images of a step; a multiple of `world_size * accumulate`.
+        seed: see above.
+        steps: the number of steps.
+        start: the first step.
+        rank: of this process.
+        world_size: processes there are.
+        accumulate: pieces of each process's part.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.steps, self.start = steps, start
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.batch_size // self.world_size // self.accumulate
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.start, self.steps):
+            keys = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+                    order = torch.randperm(self.length, generator=generator)
+                keys.append((epoch, int(order[position % self.length])))
+            mine = keys[self.rank :: self.world_size]
+            for start in range(0, len(mine), size):
+                yield mine[start : start + size]
+
+
+def seed_of(seed: int, purpose: str, *numbers: int) -> int:
+    """Return a seed that a purpose and some numbers decide; unlike their sum, no two of them have the same."""
+    key = [seed, *purpose.encode(), *numbers]
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class TrainingItems(Dataset[Any]):
+    """Images and labels, augmented and normalised, by (epoch, index), which decide all chance in them.
+
+    An item is (pixel_values, labels, name), or the error's message where the image could not be read: what a worker
+    raises would arrive as a traceback.
+    """
+
+    def __init__(self, data: Any, prepare: Callable[[Any, int], tuple[torch.Tensor, torch.Tensor]], seed: int):
+        self.data, self.prepare, self.seed = data, prepare, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, str] | str:
+        epoch, index = key
+        try:
+            sample = self.data[index]
+            return *self.prepare(sample, seed_of(self.seed, "augmentation", epoch, index)), sample.name
+        except (OSError, ValueError, MemoryError) as error:
+            return f"training image {index}: {error}"
+
+
+class Collate:
+    """Makes a `Batch` of items, or returns the first error's message."""
+
+    def __init__(self, ignore_index: int):
+        self.ignore_index = ignore_index
+
+    def __call__(self, items: list[Any]) -> Batch | str:
+        """Stack the items."""
+        for item in items:
+            if isinstance(item, str):
+                return item
+        pixel_values, labels, names = zip(*items, strict=True)
+        stacked = torch.stack(labels)
+        return Batch(torch.stack(pixel_values), stacked, list(names), (stacked != self.ignore_index).sum())
+
+
+class Trainer:
+    """Trains a model on a dataset, into a folder.
+
+    The folder then has `last` and `best`, checkpoints that both libraries' `from_pretrained` reads, `log.jsonl` and
+    TensorBoard's events; see `fastuper.runs`. If it has checkpoints already, training goes on from the newest.
+
+    Under `accelerate launch` (or torchrun) every process makes the same trainer; each takes its part of every step.
+
+    Args:
+        model: a UPerNet; it is trained in place, in float32 most often.
+        config: how.
+        train_data: a map-style dataset of `fastuper.data.Sample`.
+        validation_data: the same; None validates nothing, and `best` stays away.
+        processor: how images are normalised here and by whoever uses the model; the default one where None.
+        output: the folder.
+        prepare: makes (pixel_values, labels) of a sample and a seed.
+        restart: whether to begin anew where the folder has a run, which is then removed.
+
+    Raises:
+        ImportError: Accelerate or TensorBoard is missing; the message names the extra.
+        TrainingError: the folder has a run that was trained otherwise; the message says what differs.
+        ValueError: the data is empty, or `batch_size` cannot be divided among processes and pieces.
+    """
+
+    def __init__(
+        self,
+        model: UperNetForSemanticSegmentation,
+        config: TrainingConfig,
+        train_data: Any,
+        validation_data: Any = None,
+        processor: UperNetImageProcessor | None = None,
+        *,
+        output: str | os.PathLike[str],
+        prepare: Callable[[Any, int], tuple[torch.Tensor, torch.Tensor]],
+        restart: bool = False,
+    ):
+        backbone_type = model.config.backbone_config.model_type
+        self.config = config = config.resolved(backbone_type)
+        self.recipe = dataclasses.replace(
+            recipe_for(config.recipe, backbone_type),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+        )
+        if config.layer_decay != 1 and not isinstance(model.backbone, Backbone):
+            raise ValueError(f"layer_decay knows the stages of ConvNeXt, Swin and ResNet, not of {backbone_type}'s")
+        self.accelerator = accelerator = _accelerator(config, model)
+        pieces = accelerator.num_processes * config.accumulate
+        if config.batch_size % pieces:
+            raise ValueError(
+                f"batch_size={config.batch_size} must be a multiple of {accelerator.num_processes} processes x "
+                f"accumulate={config.accumulate}"
+            )
+        if len(train_data) == 0:
+            raise ValueError("the training data has no images")
+        self.train_data, self.validation_data, self.prepare = train_data, validation_data, prepare
+        self.processor = UperNetImageProcessor() if processor is None else processor
+
+        self.model = model.to(accelerator.device)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda" and not config.freeze_norm:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.averaged = (
+            None
+            if config.ema is None
+            else AveragedModel(self.model, multi_avg_fn=_Average(config.ema), use_buffers=True)
+        )
+        fused = accelerator.device.type in ("cpu", "cuda")
+        groups = parameter_groups(self.model, self.recipe)
+        optimizer = torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.999), fused=fused)
+        self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
+        schedule = {"steps": config.steps, "warmup_steps": config.warmup_steps, "power": config.power}
+        self.scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, **schedule))
+
+        self.run = RunFolder(output)
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self._unchecked: list[tuple[int, torch.Tensor, list[str]]] = []
+        self._unlogged: list[float] = []
+        self._start(restart)
+
+    def train(self) -> None:
+        """Do the steps that are left.
+
+        Raises:
+            TrainingError: the loss is NaN or infinite, an image cannot be read, or a checkpoint cannot be written; the
+                message names the step and the files. The last good checkpoint stays, and the same call goes on from it.
+        """
+        config, accelerator = self.config, self.accelerator
+        if self.step == config.steps:
+            self._say(f"{self.run.path} has all {config.steps} steps")
+            return
+        batches = self._batches()
+        with contextlib.ExitStack() as stack:
+            self.writer = self._writer(stack)
+            bar = stack.enter_context(
+                tqdm(
+                    initial=self.step,
+                    total=config.steps,
+                    unit="step",
+                    dynamic_ncols=True,
+                    disable=not accelerator.is_main_process,
+                )
+            )
+            self._clock = time.perf_counter()
+            self._train_mode()
+            while self.step < config.steps:
+                self._one_step([self._next(batches) for _ in range(config.accumulate)])
+                step = self.step
+                bar.update()
+                validates = self.validation_data is not None and (
+                    step % config.validate_every == 0 or step == config.steps
+                )
+                saves = validates or step % config.save_every == 0 or step == config.steps
+                if saves or step % config.log_every == 0:
+                    bar.set_postfix(self._log(), refresh=False)
+                if validates:
+                    self._validate()
+                if saves:
+                    self._save()
+                    self._clock = time.perf_counter()
+
+    def _one_step(self, pieces: Sequence[Batch]) -> None:
+        """Change the weights once: the gradient of the mean loss over all pixels, of all pieces and processes."""
+        accelerator, config = self.accelerator, self.config
+        # Stochastic depth and dropout of this step draw from here, whatever was drawn before.
+        torch.manual_seed(seed_of(config.seed, "step", self.step, accelerator.process_index))
+        valid = sum((piece.valid for piece in pieces), torch.zeros((), dtype=torch.int64)).to(accelerator.device)
+        valid = accelerator.reduce(valid, "sum").clamp(min=1)
+        total = torch.zeros((), device=accelerator.device)
+        for number, piece in enumerate(pieces):
+            is_last = number == len(pieces) - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.parallel):
+                loss = self._loss(piece, valid)
+                # Data parallelism takes the mean of the gradients, where the loss is a sum of the processes' parts.
+                accelerator.backward(loss * accelerator.num_processes)
+            total = total + loss.detach()
+        self._names = [name for piece in pieces for name in piece.names]
+        self._unchecked.append((self.step + 1, accelerator.reduce(total, "sum"), self._names))
+        if accelerator.device.type == "cpu":  # elsewhere looking would have the host wait, at each step
+            self._check()
+        if config.clip is not None:
+            accelerator.clip_grad_norm_(self.parallel.parameters(), config.clip)
+        self.learning_rate = max(self.scheduler.get_last_lr())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        self.step += 1
+
+    def _loss(self, piece: Batch, valid: torch.Tensor) -> torch.Tensor:
+        """Return this piece's part of the mean loss over `valid` pixels."""
+        device = self.accelerator.device
+        pixel_values = piece.pixel_values.to(device, non_blocking=True)
+        labels = piece.labels.to(device, non_blocking=True)
+        output = self.parallel(pixel_values=pixel_values, labels=labels)
+        own = piece.valid.to(device)
+        return torch.where(own > 0, output.loss, 0.0) * own / valid
+
+    def _check(self) -> None:
+        """Look at the losses that nobody has seen yet; all processes see the same, and stop together."""
+        if not self._unchecked:
+            return
+        losses = torch.stack([loss for _, loss, _ in self._unchecked]).tolist()
+        for (step, _, names), loss in zip(self._unchecked, losses, strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(self._not_finite(f"the loss of step {step} is {loss}", names))
+        self._unlogged += losses
+        self._unchecked.clear()
+
+    def _not_finite(self, what: str, names: list[str]) -> str:
+        from accelerate.utils import gather_object
+
+        files = ", ".join(gather_object(names))
+        return f"{what}; the step's images: {files}. {self._kept()}; a lower learning rate or clip=1 may help"
+
+    def _kept(self) -> str:
+        steps = [*self.run.steps()]
+        return f"The checkpoint of step {steps[-1]} is intact" if steps else "There is no checkpoint yet"
+
+    def _log(self) -> dict[str, str]:
+        """Write a line about the steps since the last one; return what the progress bar shows."""
+        self._check()
+        now = time.perf_counter()
+        values = {
+            "loss": sum(self._unlogged) / len(self._unlogged),
+            "lr": self.learning_rate,
+            "images_per_second": len(self._unlogged) * self.config.batch_size / (now - self._clock),
+        }
+        self._unlogged.clear()
+        self._clock = now
+        if self.writer is not None:
+            self.run.write_log({"step": self.step, **values})
+            for name, value in values.items():
+                self.writer.add_scalar(f"train/{name}", value, self.step)
+        shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.2e}"}
+        if self.best is not None:
+            shown["best mIoU"] = f"{self.best['mIoU']:.4f}"
+        return shown
+
+    def _validate(self) -> None:
+        """Measure the mIoU of what is saved, each process on its share of the images; remember the best."""
+        model = self.saved_model.eval()
+        classes = model.config.num_labels
+        counts = torch.zeros(classes, classes, dtype=torch.int64)
+        accelerator = self.accelerator
+        for index in range(accelerator.process_index, len(self.validation_data), accelerator.num_processes):
+            sample = self.validation_data[index]
+            pixels = self.processor(images=[sample.image], return_tensors="pt")["pixel_values"]
+            truth = torch.as_tensor(np.asarray(sample.label), dtype=torch.int64)
+            with accelerator.autocast():
+                labels = model.segment(pixels.to(accelerator.device), [truth.shape])[0].cpu()
+            valid = truth != model.config.loss_ignore_index
+            pairs = truth[valid] * classes + labels[valid]
+            counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        counts = accelerator.reduce(counts.to(accelerator.device), "sum").cpu().double()
+        right = counts.diag()
+        union = counts.sum(0) + counts.sum(1) - right
+        iou = right / union
+        mean_iou = float(iou[union > 0].mean())
+        if self.best is None or mean_iou > self.best["mIoU"]:
+            self.best = {"step": self.step, "mIoU": mean_iou}
+        if self.writer is not None:
+            self.run.write_log({"step": self.step, "mIoU": mean_iou})
+            self.writer.add_scalar("val/mIoU", mean_iou, self.step)
+        self._train_mode()
+
+    @property
+    def saved_model(self) -> UperNetForSemanticSegmentation:
+        """The model that is validated and saved: the one of the averaged weights, where there are any."""
+        return self.model if self.averaged is None else self.averaged.module
+
+    def _save(self) -> None:
+        """Write a checkpoint; the processes go on together, or stop together."""
+        from accelerate.utils import broadcast_object_list
+
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                names = self._names
+                raise TrainingError(self._not_finite(f"{name} has become NaN or infinite in step {self.step}", names))
+        failure = [None]
+        if self.accelerator.is_main_process:
+            try:
+                self.run.save(self.step, self.best and self.best["step"], self._write)
+            except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+                failure = [str(error)]
+        broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise TrainingError(
+                f"the checkpoint of step {self.step} could not be written to {self.run.path}: {failure[0]}. "
+                f"{self._kept()}; make room, and run the same again to go on"
+            )
+
+    def _write(self, folder: Path) -> None:
+        """Write a checkpoint's files."""
+        self.saved_model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "curve": self._curve(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        if self.averaged is not None:
+            state |= {"model": self.model.state_dict(), "n_averaged": self.averaged.n_averaged}
+        torch.save(state, folder / STATE)
+
+    def _start(self, restart: bool) -> None:
+        """Go on from the newest checkpoint, if there is one, and have the log end there."""
+        if self.accelerator.is_main_process:
+            if restart:
+                self.run.clear()
+            self.run.make()
+        self.accelerator.wait_for_everyone()
+        if steps := self.run.steps():
+            step, folder = steps.popitem()
+            state = read_state(folder)
+            self._compare(state["curve"])
+            saved = type(self.model).from_pretrained(folder).state_dict()
+            if self.averaged is None:
+                self.model.load_state_dict(saved)
+            else:
+                self.model.load_state_dict(state["model"])
+                self.averaged.module.load_state_dict(saved)
+                self.averaged.n_averaged.copy_(state["n_averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.step, self.best = step, state["best"]
+            self._say(f"going on from step {step} of {self.config.steps}, {folder}")
+        if self.accelerator.is_main_process:
+            self.run.truncate_log(self.step)
+            if self.step:
+                self.run.settle(self.step, self.best and self.best["step"])
+
+    def _curve(self) -> dict[str, Any]:
+        """Return all that decides the losses, in types that JSON has."""
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
+        model = {k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "architectures")}
+        values = {**config, "images": len(self.train_data), "model": model}
+        return json.loads(json.dumps(values, default=str))
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        """Raise TrainingError where the run that is to go on was another."""
+        now = self._curve()
+        old_model, new_model = before.pop("model"), now.pop("model")
+        before |= {f"model.{name}": value for name, value in old_model.items()}
+        now |= {f"model.{name}": value for name, value in new_model.items()}
+        names = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
+        if names:
+            differences = ", ".join(
+                f"{name} was {before.get(name)} and is now {now.get(name)}" for name in sorted(names)
+            )
+            raise TrainingError(
+                f"{self.run.path} holds a run of another configuration: {differences}. Take the old values to go on, "
+                "another folder, or --restart (restart=True) to remove that run and begin anew"
+            )
+
+    def _batches(self) -> Iterator[Any]:
+        config, accelerator = self.config, self.accelerator
+        sampler = GlobalBatches(
+            len(self.train_data),
+            config.batch_size,
+            config.seed,
+            config.steps,
+            self.step,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.accumulate,
+        )
+        loader = DataLoader(
+            TrainingItems(self.train_data, self.prepare, config.seed),
+            batch_sampler=sampler,
+            num_workers=config.workers,
+            collate_fn=Collate(self.model.config.loss_ignore_index),
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # its own: what it draws is not missing elsewhere
+        )
+        return iter(loader)
+
+    def _next(self, batches: Iterator[Any]) -> Batch:
+        batch = next(batches)
+        if isinstance(batch, str):
+            raise TrainingError(batch)
+        return batch
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.config.freeze_norm:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    def _writer(self, stack: contextlib.ExitStack) -> SummaryWriter | None:
+        """Return what writes TensorBoard's events, in the first process; those of steps that come again are dropped."""
+        if not self.accelerator.is_main_process:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.step + 1)
+        stack.callback(writer.close)
+        return writer
+
+    def _say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
+
+class _Average:
+    """Moves averaged tensors towards the current ones; whole numbers (counts, indices) are taken as they are."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+
+    def __call__(self, averaged: Any, current: Any, _: Any) -> None:
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - self.decay)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+
+def _accelerator(config: TrainingConfig, model: nn.Module) -> Accelerator:
+    try:
+        import tensorboard  # noqa: F401
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ImportError as error:
+        raise ImportError(f"training needs {error.name}: pip install 'fastuper[train]'") from None
+    # Our backbones use all of their parameters; of others' some have none to give a gradient to.
+    data_parallel = DistributedDataParallelKwargs(find_unused_parameters=not isinstance(model.backbone, Backbone))
+    return Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=config.cpu, kwargs_handlers=[data_parallel])
