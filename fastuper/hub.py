@@ -149,7 +149,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new folder beside `path` to write files into; it becomes `path` when the block ends, and goes if it fails.
+    """Yield a new folder beside `path` to write files into; it becomes `path` when the block ends, or goes if it fails.
 
     A reader sees no folder or the whole of it, whenever the writer is stopped or the power fails: the files are on the
     disk before the folder has its name. A writer that is killed leaves a hidden folder behind, `.` and 32 digits.

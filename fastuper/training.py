@@ -15,8 +15,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -29,9 +30,10 @@ from tqdm import tqdm
 
 from fastuper.backbones import Backbone
 from fastuper.configuration import check_counts
+from fastuper.data import Sample, SampleDataset, TrainingDataset, TrainingTransform, as_samples
 from fastuper.image_processor import UperNetImageProcessor
 from fastuper.modeling import UperNetForSemanticSegmentation
-from fastuper.recipes import learning_rate_factor, parameter_groups, recipe_for
+from fastuper.recipes import Recipe, learning_rate_factor, parameter_groups, recipe_for
 from fastuper.runs import STATE, RunFolder, read_state
 
 if TYPE_CHECKING:
@@ -114,23 +116,31 @@ class TrainingConfig:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be fewer than the {self.steps} steps")
         recipe_for(self.recipe, "")
 
-    def resolved(self, backbone_type: str) -> TrainingConfig:
-        """Return the configuration with nothing left None that a recipe or the number of steps decides."""
+    def plan(self, backbone_type: str) -> Plan:
+        """Return what the recipe and the number of steps decide, where the configuration does not."""
         recipe = recipe_for(self.recipe, backbone_type)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         validate_every = self.validate_every or max(self.steps // 10, 1)
-        chosen = {
-            "learning_rate": recipe.learning_rate,
-            "weight_decay": recipe.weight_decay,
-            "layer_decay": recipe.layer_decay,
-            "warmup_steps": min(1500, self.steps // 10),
-            "validate_every": validate_every,
-            "save_every": validate_every,
-        }
-        return dataclasses.replace(self, **{k: v for k, v in chosen.items() if getattr(self, k) is None})
+        return Plan(
+            recipe=dataclasses.replace(recipe, **{name: value for name, value in own.items() if value is not None}),
+            warmup_steps=min(1500, self.steps // 10) if self.warmup_steps is None else self.warmup_steps,
+            validate_every=validate_every,
+            save_every=self.save_every or validate_every,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a `TrainingConfig` leaves open, decided."""
+
+    recipe: Recipe
+    warmup_steps: int
+    validate_every: int
+    save_every: int
 
 
 # May differ when a run goes on: they change no loss, or only by how sums are rounded.
-FREE = ("accumulate", "workers", "log_every", "validate_every", "save_every", "pictures", "cpu", "recipe")
+FREE = ("accumulate", "workers", "log_every", "validate_every", "save_every", "pictures", "cpu")
 
 
 @dataclass
@@ -214,22 +224,27 @@ def seed_of(seed: int, purpose: str, *numbers: int) -> int:
 
 
 class TrainingItems(Dataset[Any]):
-    """Images and labels, augmented and normalised, by (epoch, index), which decide all chance in them.
+    """What `TrainingDataset` has, looked at; or the error's message where an image cannot be used.
 
-    An item is (pixel_values, labels, name), or the error's message where the image could not be read: what a worker
-    raises would arrive as a traceback.
+    What a worker raises would arrive as a traceback.
     """
 
-    def __init__(self, data: Any, prepare: Callable[[Any, int], tuple[torch.Tensor, torch.Tensor]], seed: int):
-        self.data, self.prepare, self.seed = data, prepare, seed
+    def __init__(self, data: TrainingDataset, num_labels: int, ignore_index: int):
+        self.data, self.num_labels, self.ignore_index = data, num_labels, ignore_index
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, str] | str:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | str:
         try:
-            sample = self.data[index]
-            return *self.prepare(sample, seed_of(self.seed, "augmentation", epoch, index)), sample.name
+            item = self.data[key]
         except (OSError, ValueError, MemoryError) as error:
-            return f"training image {index}: {error}"
+            return str(error)
+        labels = item["labels"]
+        wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_labels))]
+        if len(wrong):  # a GPU would only say that an assertion failed
+            return (
+                f"{item['name']}: label {int(wrong[0])} is neither one of the model's {self.num_labels} classes nor "
+                f"{self.ignore_index}, which is ignored"
+            )
+        return item
 
 
 class Collate:
@@ -243,9 +258,13 @@ class Collate:
         for item in items:
             if isinstance(item, str):
                 return item
-        pixel_values, labels, names = zip(*items, strict=True)
-        stacked = torch.stack(labels)
-        return Batch(torch.stack(pixel_values), stacked, list(names), (stacked != self.ignore_index).sum())
+        labels = torch.stack([item["labels"] for item in items])
+        return Batch(
+            pixel_values=torch.stack([item["pixel_values"] for item in items]),
+            labels=labels,
+            names=[item["name"] for item in items],
+            valid=(labels != self.ignore_index).sum(),
+        )
 
 
 class Trainer:
@@ -259,11 +278,12 @@ class Trainer:
     Args:
         model: a UPerNet; it is trained in place, in float32 most often.
         config: how.
-        train_data: a map-style dataset of `fastuper.data.Sample`.
+        train_data: a map-style dataset; see `fastuper.data.as_samples`.
         validation_data: the same; None validates nothing, and `best` stays away.
-        processor: how images are normalised here and by whoever uses the model; the default one where None.
+        processor: how images are prepared for validation and by whoever uses the model; the default one where None.
         output: the folder.
-        prepare: makes (pixel_values, labels) of a sample and a seed.
+        transform: what makes `pixel_values`, `labels` and `name` of a sample and a `numpy.random.Generator`;
+            `fastuper.data.TrainingTransform(processor)` where None.
         restart: whether to begin anew where the folder has a run, which is then removed.
 
     Raises:
@@ -281,18 +301,12 @@ class Trainer:
         processor: UperNetImageProcessor | None = None,
         *,
         output: str | os.PathLike[str],
-        prepare: Callable[[Any, int], tuple[torch.Tensor, torch.Tensor]],
+        transform: Callable[[Sample, np.random.Generator], dict[str, Any]] | None = None,
         restart: bool = False,
     ):
         backbone_type = model.config.backbone_config.model_type
-        self.config = config = config.resolved(backbone_type)
-        self.recipe = dataclasses.replace(
-            recipe_for(config.recipe, backbone_type),
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-        )
-        if config.layer_decay != 1 and not isinstance(model.backbone, Backbone):
+        self.config, self.plan = config, config.plan(backbone_type)
+        if self.plan.recipe.layer_decay != 1 and not isinstance(model.backbone, Backbone):
             raise ValueError(f"layer_decay knows the stages of ConvNeXt, Swin and ResNet, not of {backbone_type}'s")
         self.accelerator = accelerator = _accelerator(config, model)
         pieces = accelerator.num_processes * config.accumulate
@@ -301,10 +315,13 @@ class Trainer:
                 f"batch_size={config.batch_size} must be a multiple of {accelerator.num_processes} processes x "
                 f"accumulate={config.accumulate}"
             )
-        if len(train_data) == 0:
-            raise ValueError("the training data has no images")
-        self.train_data, self.validation_data, self.prepare = train_data, validation_data, prepare
         self.processor = UperNetImageProcessor() if processor is None else processor
+        ignore_index = model.config.loss_ignore_index
+        if transform is None:
+            transform = TrainingTransform(self.processor, ignore_index=ignore_index)
+        train_samples = _samples(train_data, model, "training")
+        self.train_data = TrainingDataset(train_samples, transform, config.seed)
+        self.validation_data = None if validation_data is None else _samples(validation_data, model, "validation")
 
         self.model = model.to(accelerator.device)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda" and not config.freeze_norm:
@@ -315,11 +332,13 @@ class Trainer:
             else AveragedModel(self.model, multi_avg_fn=_Average(config.ema), use_buffers=True)
         )
         fused = accelerator.device.type in ("cpu", "cuda")
-        groups = parameter_groups(self.model, self.recipe)
-        optimizer = torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.999), fused=fused)
+        groups = parameter_groups(self.model, self.plan.recipe)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
         self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
-        schedule = {"steps": config.steps, "warmup_steps": config.warmup_steps, "power": config.power}
-        self.scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, **schedule))
+        factor = partial(
+            learning_rate_factor, steps=config.steps, warmup_steps=self.plan.warmup_steps, power=config.power
+        )
+        self.scheduler = LambdaLR(optimizer, factor)
 
         self.run = RunFolder(output)
         self.step = 0
@@ -358,9 +377,9 @@ class Trainer:
                 step = self.step
                 bar.update()
                 validates = self.validation_data is not None and (
-                    step % config.validate_every == 0 or step == config.steps
+                    step % self.plan.validate_every == 0 or step == config.steps
                 )
-                saves = validates or step % config.save_every == 0 or step == config.steps
+                saves = validates or step % self.plan.save_every == 0 or step == config.steps
                 if saves or step % config.log_every == 0:
                     bar.set_postfix(self._log(), refresh=False)
                 if validates:
@@ -478,7 +497,11 @@ class Trainer:
     @property
     def saved_model(self) -> UperNetForSemanticSegmentation:
         """The model that is validated and saved: the one of the averaged weights, where there are any."""
-        return self.model if self.averaged is None else self.averaged.module
+        return self.model if self.averaged is None else cast(UperNetForSemanticSegmentation, self.averaged.module)
+
+    @property
+    def _best_step(self) -> int | None:
+        return None if self.best is None else self.best["step"]
 
     def _save(self) -> None:
         """Write a checkpoint; the processes go on together, or stop together."""
@@ -488,10 +511,10 @@ class Trainer:
             if not parameter.isfinite().all():
                 names = self._names
                 raise TrainingError(self._not_finite(f"{name} has become NaN or infinite in step {self.step}", names))
-        failure = [None]
+        failure: list[str | None] = [None]
         if self.accelerator.is_main_process:
             try:
-                self.run.save(self.step, self.best and self.best["step"], self._write)
+                self.run.save(self.step, self._best_step, self._write)
             except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
                 failure = [str(error)]
         broadcast_object_list(failure)
@@ -541,13 +564,15 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.truncate_log(self.step)
             if self.step:
-                self.run.settle(self.step, self.best and self.best["step"])
+                self.run.settle(self.step, self._best_step)
 
     def _curve(self) -> dict[str, Any]:
         """Return all that decides the losses, in types that JSON has."""
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
+        decided = dataclasses.asdict(self.config) | dataclasses.asdict(self.plan.recipe)
+        config = {k: v for k, v in decided.items() if k not in FREE} | {"warmup_steps": self.plan.warmup_steps}
         model = {k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "architectures")}
-        values = {**config, "images": len(self.train_data), "model": model}
+        transform = {k: v for k, v in vars(self.train_data.transform).items() if not k.startswith("_")}
+        values = {**config, **transform, "images": len(self.train_data), "model": model}
         return json.loads(json.dumps(values, default=str))
 
     def _compare(self, before: dict[str, Any]) -> None:
@@ -579,7 +604,7 @@ class Trainer:
             config.accumulate,
         )
         loader = DataLoader(
-            TrainingItems(self.train_data, self.prepare, config.seed),
+            TrainingItems(self.train_data, self.model.config.num_labels, self.model.config.loss_ignore_index),
             batch_sampler=sampler,
             num_workers=config.workers,
             collate_fn=Collate(self.model.config.loss_ignore_index),
@@ -614,6 +639,25 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(message)
+
+
+def _samples(dataset: Any, model: UperNetForSemanticSegmentation, use: str) -> SampleDataset:
+    """Return a dataset that fits the model; ValueError says why it does not."""
+    samples = as_samples(dataset)
+    if len(samples) == 0:
+        raise ValueError(f"the {use} data has no images")
+    config = model.config
+    if samples.ignore_index != config.loss_ignore_index:
+        raise ValueError(
+            f"the {use} data ignores label {samples.ignore_index}, the model loss_ignore_index="
+            f"{config.loss_ignore_index}; give both the same"
+        )
+    if samples.id2label is not None and len(samples.id2label) > max(config.num_labels, 2):
+        raise ValueError(
+            f"the {use} data has {len(samples.id2label)} classes and the model {config.num_labels}; build the model "
+            "with the data's id2label"
+        )
+    return samples
 
 
 class _Average:
