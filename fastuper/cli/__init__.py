@@ -15,9 +15,11 @@ import typer
 
 from fastuper import __version__
 from fastuper.cli.segment import segment_photos
+from fastuper.cli.train import train_model
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("segment")(segment_photos)
+app.command("train")(train_model)
 
 
 def _print_version(wanted: bool) -> None:
