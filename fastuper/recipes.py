@@ -141,7 +141,7 @@ DOWNSAMPLING = ("downsampling_layer", "downsample")
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, power: float) -> float:
     """Return what the learning rates of a step (from 0) are multiplied with.
 
-    A polynomial from 1 at step 0 to 0 at `steps`, times a line from (almost) 0 at step 0 to 1 at `warmup_steps`.
+    A polynomial from 1 at step 0 to 0 at `steps`, times a line from 1e-6 at step 0 to 1 at `warmup_steps`.
     """
-    warmup = max(step / warmup_steps, 1e-6) if step < warmup_steps else 1.0
+    warmup = 1 - (1 - step / warmup_steps) * (1 - 1e-6) if step < warmup_steps else 1.0
     return warmup * (1 - step / steps) ** power

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,9 +31,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from fastuper.backbones import Backbone
-from fastuper.configuration import check_counts
+from fastuper.configuration import UperNetConfig, check_counts
 from fastuper.data import Sample, SampleDataset, TrainingDataset, TrainingTransform, as_samples
 from fastuper.image_processor import UperNetImageProcessor
+from fastuper.images import blend, class_palette
+from fastuper.metrics import ConfusionMatrix
 from fastuper.modeling import UperNetForSemanticSegmentation
 from fastuper.recipes import Recipe, learning_rate_factor, parameter_groups, recipe_for
 from fastuper.runs import STATE, RunFolder, read_state
@@ -161,8 +165,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Return it in memory that a GPU reads by itself; what `DataLoader` calls."""
-        pinned = {"pixel_values": self.pixel_values.pin_memory(), "labels": self.labels.pin_memory()}
-        return dataclasses.replace(self, **pinned)
+        return dataclasses.replace(self, pixel_values=self.pixel_values.pin_memory(), labels=self.labels.pin_memory())
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
@@ -422,7 +425,8 @@ class Trainer:
         device = self.accelerator.device
         pixel_values = piece.pixel_values.to(device, non_blocking=True)
         labels = piece.labels.to(device, non_blocking=True)
-        output = self.parallel(pixel_values=pixel_values, labels=labels)
+        with self._autocast():
+            output = self.parallel(pixel_values=pixel_values, labels=labels)
         own = piece.valid.to(device)
         return torch.where(own > 0, output.loss, 0.0) * own / valid
 
@@ -469,30 +473,40 @@ class Trainer:
 
     def _validate(self) -> None:
         """Measure the mIoU of what is saved, each process on its share of the images; remember the best."""
+        samples, accelerator = self.validation_data, self.accelerator
+        assert samples is not None
         model = self.saved_model.eval()
-        classes = model.config.num_labels
-        counts = torch.zeros(classes, classes, dtype=torch.int64)
-        accelerator = self.accelerator
-        for index in range(accelerator.process_index, len(self.validation_data), accelerator.num_processes):
-            sample = self.validation_data[index]
-            pixels = self.processor(images=[sample.image], return_tensors="pt")["pixel_values"]
-            truth = torch.as_tensor(np.asarray(sample.label), dtype=torch.int64)
-            with accelerator.autocast():
-                labels = model.segment(pixels.to(accelerator.device), [truth.shape])[0].cpu()
-            valid = truth != model.config.loss_ignore_index
-            pairs = truth[valid] * classes + labels[valid]
-            counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-        counts = accelerator.reduce(counts.to(accelerator.device), "sum").cpu().double()
-        right = counts.diag()
-        union = counts.sum(0) + counts.sum(1) - right
-        iou = right / union
-        mean_iou = float(iou[union > 0].mean())
-        if self.best is None or mean_iou > self.best["mIoU"]:
-            self.best = {"step": self.step, "mIoU": mean_iou}
+        config = model.config
+        confusion = ConfusionMatrix(config.num_labels, ignore_index=config.loss_ignore_index, device=accelerator.device)
+        for index in range(accelerator.process_index, len(samples), accelerator.num_processes):
+            sample = samples[index]
+            confusion.update(self._predict(model, sample), sample.label)
+        confusion.matrix = accelerator.reduce(confusion.matrix, "sum")
+        scores = {"mIoU": confusion.mean_iou, "mean accuracy": confusion.mean_accuracy}
+        if self.best is None or scores["mIoU"] > self.best["mIoU"]:
+            self.best = {"step": self.step, "mIoU": scores["mIoU"]}
         if self.writer is not None:
-            self.run.write_log({"step": self.step, "mIoU": mean_iou})
-            self.writer.add_scalar("val/mIoU", mean_iou, self.step)
+            self.run.write_log({"step": self.step, **scores})
+            for name, value in scores.items():
+                self.writer.add_scalar(f"val/{name}", value, self.step)
+            for name, value in zip(config.id2label.values(), confusion.iou.tolist(), strict=True):
+                self.writer.add_scalar(f"val IoU/{name}", value, self.step)
+            for index in range(min(self.config.pictures, len(samples))):
+                sample = samples[index]
+                picture = _picture(sample, self._predict(model, sample), model.config)
+                self.writer.add_image(f"photo, truth, prediction/{index}", picture, self.step, dataformats="HWC")
         self._train_mode()
+
+    def _predict(self, model: UperNetForSemanticSegmentation, sample: Sample) -> torch.Tensor:
+        """Return the label map (H, W) of a sample."""
+        pixel_values = self.processor(images=[sample.image], return_tensors="pt")["pixel_values"]
+        with self._autocast():
+            height, width = sample.label.shape
+            return model.segment(pixel_values.to(self.accelerator.device), [(height, width)])[0]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        # Not Accelerate's: its precision is one for the whole life of a process.
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.bf16)
 
     @property
     def saved_model(self) -> UperNetForSemanticSegmentation:
@@ -660,6 +674,22 @@ def _samples(dataset: Any, model: UperNetForSemanticSegmentation, use: str) -> S
     return samples
 
 
+def _picture(sample: Sample, prediction: torch.Tensor, config: UperNetConfig) -> NDArray[np.uint8]:
+    """Return the photo, the photo under its true classes, and under the predicted ones, side by side; (H, W, 3).
+
+    Ignored pixels are black.
+    """
+    photo = sample.image
+    if not isinstance(photo, Image.Image):  # of other than three channels, the first ones are shown
+        photo = Image.fromarray(photo[..., :3] if photo.shape[2] >= 3 else photo[..., 0]).convert("RGB")
+    palette = np.concatenate([class_palette(config.id2label), np.zeros((1, 3), dtype=np.uint8)])
+    truth = np.where(sample.label == config.loss_ignore_index, len(palette) - 1, sample.label)
+    shown = [(truth, 0.0), (truth, 0.6), (prediction.cpu().numpy(), 0.6)]
+    return np.concatenate(
+        [np.asarray(blend(photo, labels, palette, alpha, max_side=512)) for labels, alpha in shown], axis=1
+    )
+
+
 class _Average:
     """Moves averaged tensors towards the current ones; whole numbers (counts, indices) are taken as they are."""
 
@@ -681,4 +711,4 @@ def _accelerator(config: TrainingConfig, model: nn.Module) -> Accelerator:
         raise ImportError(f"training needs {error.name}: pip install 'fastuper[train]'") from None
     # Our backbones use all of their parameters; of others' some have none to give a gradient to.
     data_parallel = DistributedDataParallelKwargs(find_unused_parameters=not isinstance(model.backbone, Backbone))
-    return Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=config.cpu, kwargs_handlers=[data_parallel])
+    return Accelerator(cpu=config.cpu, kwargs_handlers=[data_parallel])
