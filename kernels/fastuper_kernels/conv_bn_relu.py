@@ -14,9 +14,17 @@ from fastuper_kernels import winograd
 from fastuper_kernels.backend import takes_triton
 from fastuper_kernels.choices import Choice
 from fastuper_kernels.linear import linear
-from fastuper_kernels.modes import autocast, check_dtypes, is_eager_inference, without_autocast
+from fastuper_kernels.modes import (
+    autocast,
+    check_dtypes,
+    is_eager,
+    is_eager_inference,
+    is_plain,
+    without_autocast,
+)
 from fastuper_kernels.packs import packed
 from fastuper_kernels.resample import add_upsampled_
+from fastuper_kernels.upsample_add import upsample_add
 
 Rows = tuple[int, int, int]
 
@@ -26,6 +34,9 @@ CONV3X3 = Choice(
     default="winograd",
     why="24 products for 72 paid from 128 channels and 32 tiles on",
 )
+# From so many channels on Winograd's gradients are as near to float64 as a direct convolution's, whose errors grow with
+# the terms that it adds up (0.75e-6 and 0.84e-6 for a map's of 256 channels, 0.57e-6 and 0.60e-6 for 128).
+TRAINED_CHANNELS = 256
 CONV = Choice(
     "conv",
     options=("triton", "cudnn"),
@@ -178,6 +189,9 @@ def _plain(
     """PyTorch's operators, to be traced and differentiated."""
     start, stop, height = rows
     if start == 0 and stop == height:
+        if _trains_by_winograd(x, weight, addend):
+            y = _epilogue(_Winograd.apply(x, weight, addend), scale, shift, None, relu)
+            return y if upsampled is None else upsample_add(upsampled, y)
         return reference(x, weight, scale, shift, addend=addend, upsampled=upsampled, relu=relu)
     margin = weight.shape[-1] // 2
     y = F.conv2d(_between_zeros(x, margin, rows), weight, padding=(0, margin))
@@ -207,7 +221,11 @@ def _inference(
     """On a CPU: by GEMMs over the positions, or by Winograd's transform a few rows at a time."""
     x = x.contiguous(memory_format=torch.channels_last)
     if weight.shape[-1] == 3 and _way(x, weight) == "winograd":
-        y = _winograd(x, weight, scale, shift, addend, relu, rows)
+        if addend is None and scale is not None:
+            kernels, scale = packed(weight, _winograd_folded, x.dtype, scale), None
+        else:
+            kernels = packed(weight, winograd.pack, x.dtype)
+        y = _winograd(x, kernels, scale, shift, addend, relu, rows)
     elif addend is None and (scale is None or x.dtype != torch.float16):
         kernel = packed(weight, _contiguous, x.dtype) if scale is None else packed(weight, _folded, x.dtype, scale)
         y = _convolve(x, kernel, None if shift is None else shift.to(x.dtype), relu, rows)
@@ -267,20 +285,25 @@ def _scale_and_shift(y: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
     return torch.batch_norm(y, scale, shift, zeros, ones, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
 
-def _way(x: torch.Tensor, weight: torch.Tensor) -> str:
-    """Return how to compute a 3x3 convolution: Winograd's in float32 alone, where it errs as little."""
+def _way(x: torch.Tensor, weight: torch.Tensor, trained: bool = False) -> str:
+    """Return how to compute a 3x3 convolution, and its gradients: Winograd's in float32 alone, where it errs as little.
+
+    oneDNN's gradients take other times than its convolution, on AVX2 six times as long for the weight's.
+    """
     (channels_out, channels), (height, width) = weight.shape[:2], x.shape[2:]
     tiles = -(-height // winograd.HEIGHT) * -(-width // winograd.WIDTH)
     if x.dtype != torch.float32 or min(channels, channels_out) < 128 or tiles < 32:
         return "direct"  # the transforms would cost more than the products that they save
     size = min(128, 1 << tiles.bit_length() - 1)
-    return CONV3X3(f"{channels} -> {channels_out} channels, {size} tiles", partial(_candidates, weight.shape, size))
+    key = f"{channels} -> {channels_out} channels, {size} tiles"
+    if trained:
+        return CONV3X3(f"{key}, with gradients", partial(_trained_candidates, weight.shape, size))
+    return CONV3X3(key, partial(_candidates, weight.shape, size))
 
 
 def _candidates(shape: torch.Size, tiles: int) -> dict[str, Callable[[], object]]:
-    """Return the ways as functions of no arguments, on a map of so many tiles, almost a square."""
-    rows, channels = math.isqrt(tiles // 2), shape[1]
-    height, width = winograd.HEIGHT * rows, winograd.WIDTH * (tiles // rows)
+    """Return the ways as functions of no arguments, on a map of so many tiles."""
+    (height, width), channels = _size_of(tiles), shape[1]
     x = torch.linspace(-1, 1, height * width * channels, device="cpu").view(height, width, channels)
     weight = torch.linspace(-1, 1, shape.numel(), device="cpu").view(shape)
     kernels, out = winograd.pack(weight, weight.dtype), x.new_empty(height, width, shape[0])
@@ -291,9 +314,82 @@ def _candidates(shape: torch.Size, tiles: int) -> dict[str, Callable[[], object]
     }
 
 
+def _trained_candidates(shape: torch.Size, tiles: int) -> dict[str, Callable[[], object]]:
+    """Return likewise the ways to a convolution and its two gradients."""
+    height, width = _size_of(tiles)
+    x, grad = (
+        torch.linspace(-1, 1, n * height * width, device="cpu").view(1, height, width, n).permute(0, 3, 1, 2)
+        for n in (shape[1], shape[0])
+    )
+    weight = _contiguous(torch.linspace(-1, 1, shape.numel(), device="cpu").view(shape), x.dtype)
+    return {
+        "winograd": lambda: (_convolved(x, weight), _gradients(x, weight, grad, True, True)),
+        "direct": lambda: (F.conv2d(x, weight, padding=1), _direct_gradients(x, weight, grad, True, True)),
+    }
+
+
+def _size_of(tiles: int) -> tuple[int, int]:
+    """Return (height, width) of a map of so many tiles, almost a square."""
+    rows = math.isqrt(tiles // 2)
+    return winograd.HEIGHT * rows, winograd.WIDTH * (tiles // rows)
+
+
+def _trains_by_winograd(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None) -> bool:
+    """Return whether a convolution whose gradients are wanted runs at once on a CPU, and Winograd's way is the faster.
+
+    A weight's gradient comes with it: where the transform pays forwards it does so backwards.
+    """
+    if x.device.type != "cpu" or weight.shape[-1] != 3 or not is_eager() or not is_plain(x, weight, addend):
+        return False
+    if weight.dtype != x.dtype or 0 in x.shape or min(weight.shape[:2]) < TRAINED_CHANNELS:
+        return False
+    return _way(x, weight, trained=True) == "winograd"
+
+
+class _Winograd(torch.autograd.Function):
+    """`conv(x) + addend`, and its gradients, by Winograd's transforms; x and the weight are all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x, weight)
+        return _convolved(x, weight, addend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        *wanted, wants_addend = ctx.needs_input_grad
+        # Of gradients of gradients, and of several at once, PyTorch's own operator knows.
+        own = torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+        of_x, of_weight = (_direct_gradients if own else _gradients)(x, weight, grad, *wanted)
+        return of_x, of_weight, grad if wants_addend else None
+
+
+def _convolved(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+    return _winograd(x, winograd.pack(weight, x.dtype), None, None, addend, False, (0, x.shape[2], x.shape[2]))
+
+
+def _gradients(
+    x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, wants_x: bool, wants_weight: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of x and of the weight, by Winograd's transforms."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    of_x = _convolved(grad, weight.flip(2, 3).transpose(0, 1)) if wants_x else None
+    return of_x, winograd.weight_gradient(x, grad) if wants_weight else None
+
+
+def _direct_gradients(
+    x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, wants_x: bool, wants_weight: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    wanted = [wants_x, wants_weight, False]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted)[
+        :2
+    ]
+
+
 def _winograd(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    kernels: list[torch.Tensor],
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     addend: torch.Tensor | None,
@@ -301,11 +397,7 @@ def _winograd(
     rows: Rows,
 ) -> torch.Tensor:
     start, stop, height = rows
-    if addend is None and scale is not None:
-        kernels, scale = packed(weight, _winograd_folded, x.dtype, scale), None
-    else:
-        kernels = packed(weight, winograd.pack, x.dtype)
-    out = x.new_empty(x.shape[0], stop - start, x.shape[3], weight.shape[0])
+    out = x.new_empty(x.shape[0], stop - start, x.shape[3], kernels[0].shape[0])
     halo = (int(start > 0), int(stop < height))
     scale, shift = (None if vector is None else vector.to(x.dtype) for vector in (scale, shift))
     for i in range(x.shape[0]):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from fastuper_kernels.linear import linear
 
@@ -78,6 +79,42 @@ def conv3x3(
         finish(out[start:stop], start, stop)
 
 
+def weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Return the gradient (C_out, C_in, 3, 3) of a 3x3 convolution's weight: 24 products for 72 here too.
+
+    What `conv3x3` computes is `A^T [sum_c (G w G^T) * (B^T x B)] A`: the transposed maps, the other way round, are
+    `G^T [sum_tiles (A g A^T) * (B^T x B)] G`.
+
+    Args:
+        x: what was convolved, with zero padding: (B, C_in, H, W).
+        grad: the gradient of the result, (B, C_out, H, W).
+    """
+    _, channels, height, width = x.shape
+    channels_out = grad.shape[1]
+    columns = -(-width // WIDTH)
+    wide = max(channels, channels_out)
+    tile_rows = max(1, BLOCK_BYTES // (len(DOWN) * len(ALONG) * columns * wide * x.element_size()))
+    products = x.new_zeros(len(DOWN), len(ALONG), channels_out, channels)
+    for image, image_grad in zip(x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1), strict=True):
+        for start in range(0, height, HEIGHT * tile_rows):
+            rows = -(-min(HEIGHT * tile_rows, height - start) // HEIGHT)
+            stop = start + HEIGHT * rows
+            padded = _padded(image, start - 1, HEIGHT * rows + 2, WIDTH * columns + 2)
+            inputs = _down(*(padded[k : k + HEIGHT * rows : HEIGHT] for k in range(HEIGHT + 2)))
+            block = image_grad[start:stop]
+            if len(block) < stop - start or WIDTH * columns > width:
+                block = F.pad(block, (0, 0, 0, WIDTH * columns - width, 0, stop - start - len(block)))
+            outputs = _down_transposed(*(block[k::HEIGHT] for k in range(HEIGHT)))
+            for line, line_grad, line_products in zip(inputs, outputs, products, strict=True):
+                a, b, c, d = (line[:, k : k + WIDTH * columns : WIDTH] for k in range(WIDTH + 2))
+                left, right = line_grad[:, ::WIDTH], line_grad[:, 1::WIDTH]
+                pairs = (a - c, left), (b + c, left + right), (c - b, left - right), (d - b, right)
+                for product, (tile, tile_grad) in zip(line_products, pairs, strict=True):
+                    product.addmm_(tile_grad.reshape(-1, channels_out).t(), tile.reshape(-1, channels))
+    down, along = (torch.tensor(g, dtype=x.dtype, device=x.device) for g in (DOWN, ALONG))
+    return torch.einsum("iy,ijoc,jx->ocyx", down, products, along)
+
+
 def _padded(x: torch.Tensor, top: int, height: int, width: int) -> torch.Tensor:
     """Return rows [top, top + height) and columns [-1, width - 1) of x (H, W, C), with zeros outside."""
     padded = x.new_empty(height, width, x.shape[2])
@@ -132,6 +169,14 @@ def _down(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         torch.sub(even, odd, alpha=2),
         (x[5] - x[3]).sub_(odd).sub_(even, alpha=1.5),
     )
+
+
+def _down_transposed(*g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return A applied to the four lines of the tiles' gradients, one for each of the six points."""
+    even, odd = g[0] + g[2], g[1] + g[3]
+    two, half = torch.add(g[0], g[2], alpha=4), torch.add(g[0], g[2], alpha=0.25)
+    two_odd, half_odd = torch.add(g[1], g[3], alpha=4).mul_(2), torch.add(g[1], g[3], alpha=0.25).mul_(0.5)
+    return g[0], even + odd, even.sub_(odd), two.add_(two_odd), half.sub_(half_odd), g[3]
 
 
 def _combine(lines: list[torch.Tensor], out: torch.Tensor) -> None:

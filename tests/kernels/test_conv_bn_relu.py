@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 
 from fastuper_kernels import conv_bn_relu, winograd
 from tests.kernels.common import (
@@ -19,10 +21,12 @@ from tests.kernels.common import (
     check_every_way,
     elements_of_calls,
     elements_of_graph,
+    error,
     laid_out,
     name_of,
     parameters_of,
     random,
+    rms,
     same,
     strips,
     traced,
@@ -238,6 +242,75 @@ def test_gradients(k):
     strip = x.detach()[:, :, :3].clone().requires_grad_()
     if k == 3:
         assert torch.autograd.gradcheck(lambda x, w: conv_bn_relu(x, w, rows=(0, 2, 4)), (strip, weight))
+
+
+def train(x, weight, addend, grad, function):
+    """Return a convolution's result and its three gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, addend)]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def test_trained_by_winograd_as_accurately(monkeypatch):
+    """By the rule of docs/accuracy.md: result, gradients of the map and of the weight."""
+    monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
+    ours: dict[int, list[float]] = {}
+    theirs: dict[int, dict[str, list[float]]] = {}
+    for seed in range(5):
+        x, addend = random(2, 256, 21, 18, seed=seed).relu(), random(2, 256, 21, 18, seed=seed + 20)
+        weight, grad = random(256, 256, 3, 3, seed=seed + 40) / 48, random(2, 256, 21, 18, seed=seed + 60)
+
+        def plain(x, weight, addend):
+            return F.conv2d(x, weight, padding=1) + addend
+
+        truth = train(x, weight, addend, grad, plain)
+        single = [tensor.float() for tensor in (x, weight, addend, grad)]
+        ran = conv_bn_relu(single[0], single[1].requires_grad_(), addend=single[2], relu=False)
+        assert ran.grad_fn.name() == "_WinogradBackward"
+        result = train(*single, lambda x, weight, addend: conv_bn_relu(x, weight, addend=addend, relu=False))
+        for i, (y, expected) in enumerate(zip(result, truth, strict=True)):
+            ours.setdefault(i, []).append(error(y, expected))
+        for layout in ("contiguous", "channels-last"):
+            result = train(*(laid_out(tensor, layout) for tensor in single), plain)
+            for i, (y, expected) in enumerate(zip(result, truth, strict=True)):
+                theirs.setdefault(i, {}).setdefault(layout, []).append(error(y, expected))
+    ratios = [rms(errors) / max(rms(others) for others in theirs[i].values()) for i, errors in ours.items()]
+    assert ratios[0] <= 1.25
+    assert statistics.median(ratios) <= 1.25
+    assert max(ratios) <= 2.0  # the weight's: the fewer the positions, the nearer is the direct sum over them
+
+
+@pytest.mark.parametrize("leaves", [("x",), ("weight",), ("addend",), ("x", "weight", "addend")], ids="+".join)
+def test_gradients_by_winograd_of_what_wants_them(leaves, monkeypatch):
+    monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
+    given = {"x": random(1, 256, 16, 18), "weight": random(256, 256, 3, 3, seed=1) / 30}
+    given["addend"] = random(1, 256, 16, 18, seed=2)
+    given = {name: value.float().requires_grad_(name in leaves) for name, value in given.items()}
+    y = conv_bn_relu(given["x"], given["weight"], addend=given["addend"], relu=False)
+    expected = F.conv2d(given["x"], given["weight"], padding=1) + given["addend"]
+    wanted = [given[name] for name in leaves]
+    weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    for ours, theirs in zip(
+        torch.autograd.grad((y * weights).sum(), wanted),
+        torch.autograd.grad((expected * weights).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gradients_by_winograd(monkeypatch):
+    monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
+    x, weight = random(1, 256, 16, 16).float().requires_grad_(), (random(256, 256, 3, 3, seed=1) / 30).float()
+    weight.requires_grad_()
+
+    def penalty(y):
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (x, weight))
+
+    for ours, theirs in zip(
+        penalty(conv_bn_relu(x, weight, relu=False)), penalty(F.conv2d(x, weight, padding=1)), strict=True
+    ):
+        assert error(ours, theirs.double()) < 1e-5
 
 
 @pytest.mark.parametrize("k", [1, 3])

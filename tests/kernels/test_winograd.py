@@ -110,3 +110,20 @@ def test_as_accurate_as_a_direct_convolution(channels, positive):
         for layout in theirs:
             theirs[layout].append(error(F.conv2d(laid_out(x[None], layout), weight, padding=1)[0], truth))
     assert rms(ours) <= max(1.25 * max(rms(errors) for errors in theirs.values()), 4 * torch.finfo(torch.float32).eps)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 6),
+    out=st.integers(1, 6),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    layout=st.sampled_from(["contiguous", "channels-last", "strided"]),
+    limit=st.sampled_from([1, 3000, 10**9]),
+)
+def test_the_weights_gradient(batch, channels, out, size, layout, limit):
+    x, grad = laid_out(random(batch, channels, *size), layout), laid_out(random(batch, out, *size, seed=1), layout)
+    expected = torch.nn.grad.conv2d_weight(x, (out, channels, 3, 3), grad, padding=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "BLOCK_BYTES", limit)
+        torch.testing.assert_close(winograd.weight_gradient(x, grad), expected, rtol=0, atol=1e-10)
