@@ -300,6 +300,15 @@ def open_dataset(
     return FolderDataset(images, labels, id2label=id2label, ignore_index=ignore_index)
 
 
+def scaled_size(height: int, width: int, short_side: int, factor: float = 1.0) -> tuple[int, int]:
+    """Return an image's size once its shorter side is `short_side` times `factor` long, the proportions kept.
+
+    The longer side becomes at most four times as long: mmsegmentation's 2048 x 512.
+    """
+    ratio = factor * min(short_side / min(height, width), 4 * short_side / max(height, width))
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
 def checked_sample(
     sample: Sample, id2label: Mapping[int, str] | None, ignore_index: int, label_name: str | None = None
 ) -> Sample:
@@ -489,8 +498,8 @@ class TrainingTransform:
     Args:
         processor: whose `rescale_factor`, `image_mean` and `image_std` are used (and its `size`, see `crop_size`).
         crop_size: (height, width) of the result, or one number for a square; the processor's `size` where None.
-        base_size: the length of the image's shorter side that is factor 1; the longer one has at most four times as
-            much (mmsegmentation's 2048 x 512). None: the crop's shorter side.
+        base_size: the length of the image's shorter side that is factor 1 (see `scaled_size`); the crop's shorter side
+            where None.
         scale: the smallest and the largest factor.
         max_class_share: of the crop's pixels that are not ignored; 1 takes the first crop with any.
         flip: how likely an image is flipped.
@@ -549,7 +558,7 @@ class TrainingTransform:
         bilinear, nearest = functional.InterpolationMode.BILINEAR, functional.InterpolationMode.NEAREST_EXACT
         pixels = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)
         labels = torch.from_numpy(np.array(sample.label))[None]
-        size = self._scaled_size(pixels.shape[1], pixels.shape[2], generator.uniform(*self.scale))
+        size = scaled_size(pixels.shape[1], pixels.shape[2], self.base_size, generator.uniform(*self.scale))
         labels = functional.resize(labels, size, nearest)
         top, left, height, width = self._crop(labels[0], generator)
         labels = functional.crop(labels, top, left, height, width)
@@ -566,11 +575,6 @@ class TrainingTransform:
             "labels": functional.pad(labels.long(), padding, fill=self.ignore_index)[0],
             "name": sample.name,
         }
-
-    def _scaled_size(self, height: int, width: int, factor: float) -> list[int]:
-        short, long = min(height, width), max(height, width)
-        ratio = factor * min(self.base_size / short, 4 * self.base_size / long)
-        return [max(1, round(height * ratio)), max(1, round(width * ratio))]
 
     def _crop(self, labels: torch.Tensor, generator: np.random.Generator) -> tuple[int, int, int, int]:
         """Return top, left, height and width of a crop of a label map (H, W)."""

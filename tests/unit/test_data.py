@@ -24,6 +24,7 @@ from fastuper.data import (
     as_samples,
     find_splits,
     open_dataset,
+    scaled_size,
 )
 from fastuper.images import ImageError, ade20k_names, class_palette, read_labels
 
@@ -430,14 +431,10 @@ def test_one_class_does_not_fill_the_crop() -> None:
 
 
 def test_sizes_are_those_of_mmsegmentation() -> None:
-    transform = TrainingTransform(UperNetImageProcessor(), 512)
-    assert transform._scaled_size(512, 683, 1.0) == [512, 683]
-    assert transform._scaled_size(256, 341, 0.5) == [256, 341]
-    assert transform._scaled_size(100, 1000, 2.0) == [410, 4096]  # 2048 x 512 bounds the longer side
-    assert TrainingTransform(UperNetImageProcessor(), (512, 1024), base_size=1024)._scaled_size(1024, 2048, 2) == [
-        2048,
-        4096,
-    ]
+    assert scaled_size(512, 683, 512) == (512, 683)
+    assert scaled_size(256, 341, 512, 0.5) == (256, 341)
+    assert scaled_size(100, 1000, 512, 2.0) == (410, 4096)  # 2048 x 512 bounds the longer side
+    assert scaled_size(1024, 2048, 1024, 2.0) == (2048, 4096)
 
 
 def test_colours_change_and_images_of_more_channels_do_not() -> None:
