@@ -27,14 +27,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tqdm import tqdm
 
 from fastuper.backbones import Backbone
-from fastuper.configuration import UperNetConfig, check_counts
+from fastuper.configuration import check_counts
 from fastuper.data import Sample, SampleDataset, TrainingDataset, TrainingTransform, as_samples
+from fastuper.evaluation import evaluate
 from fastuper.image_processor import UperNetImageProcessor
-from fastuper.images import blend, class_palette
+from fastuper.images import blend, class_name, class_palette
+from fastuper.inference import Predictor
 from fastuper.metrics import ConfusionMatrix
 from fastuper.modeling import UperNetForSemanticSegmentation
 from fastuper.recipes import Recipe, learning_rate_factor, parameter_groups, recipe_for
@@ -318,6 +320,7 @@ class Trainer:
                 f"batch_size={config.batch_size} must be a multiple of {accelerator.num_processes} processes x "
                 f"accumulate={config.accumulate}"
             )
+        self.piece_size = config.batch_size // pieces
         self.processor = UperNetImageProcessor() if processor is None else processor
         ignore_index = model.config.loss_ignore_index
         if transform is None:
@@ -476,11 +479,11 @@ class Trainer:
         samples, accelerator = self.validation_data, self.accelerator
         assert samples is not None
         model = self.saved_model.eval()
-        config = model.config
-        confusion = ConfusionMatrix(config.num_labels, ignore_index=config.loss_ignore_index, device=accelerator.device)
-        for index in range(accelerator.process_index, len(samples), accelerator.num_processes):
-            sample = samples[index]
-            confusion.update(self._predict(model, sample), sample.label)
+        own = range(accelerator.process_index, len(samples), accelerator.num_processes)
+        with self._autocast():
+            confusion = evaluate(
+                model, Subset(samples, own), self.processor, batch_size=self.piece_size, workers=self.config.workers
+            )
         confusion.matrix = accelerator.reduce(confusion.matrix, "sum")
         scores = {"mIoU": confusion.mean_iou, "mean accuracy": confusion.mean_accuracy}
         if self.best is None or scores["mIoU"] > self.best["mIoU"]:
@@ -489,20 +492,16 @@ class Trainer:
             self.run.write_log({"step": self.step, **scores})
             for name, value in scores.items():
                 self.writer.add_scalar(f"val/{name}", value, self.step)
-            for name, value in zip(config.id2label.values(), confusion.iou.tolist(), strict=True):
-                self.writer.add_scalar(f"val IoU/{name}", value, self.step)
+            for index, value in enumerate(confusion.iou.tolist()):
+                self.writer.add_scalar(f"val IoU/{class_name(confusion.id2label, index)}", value, self.step)
+            predictor = Predictor(model, self.processor)
             for index in range(min(self.config.pictures, len(samples))):
                 sample = samples[index]
-                picture = _picture(sample, self._predict(model, sample), model.config)
+                with self._autocast():
+                    prediction = predictor([sample.image], [sample.label.shape])[0]
+                picture = _picture(sample, prediction.cpu().numpy(), confusion)
                 self.writer.add_image(f"photo, truth, prediction/{index}", picture, self.step, dataformats="HWC")
         self._train_mode()
-
-    def _predict(self, model: UperNetForSemanticSegmentation, sample: Sample) -> torch.Tensor:
-        """Return the label map (H, W) of a sample."""
-        pixel_values = self.processor(images=[sample.image], return_tensors="pt")["pixel_values"]
-        with self._autocast():
-            height, width = sample.label.shape
-            return model.segment(pixel_values.to(self.accelerator.device), [(height, width)])[0]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         # Not Accelerate's: its precision is one for the whole life of a process.
@@ -535,7 +534,7 @@ class Trainer:
         if failure[0] is not None:
             raise TrainingError(
                 f"the checkpoint of step {self.step} could not be written to {self.run.path}: {failure[0]}. "
-                f"{self._kept()}; make room, and run the same again to go on"
+                f"{self._kept()}; when there is room, the same run goes on from there"
             )
 
     def _write(self, folder: Path) -> None:
@@ -674,7 +673,7 @@ def _samples(dataset: Any, model: UperNetForSemanticSegmentation, use: str) -> S
     return samples
 
 
-def _picture(sample: Sample, prediction: torch.Tensor, config: UperNetConfig) -> NDArray[np.uint8]:
+def _picture(sample: Sample, prediction: NDArray[np.integer], confusion: ConfusionMatrix) -> NDArray[np.uint8]:
     """Return the photo, the photo under its true classes, and under the predicted ones, side by side; (H, W, 3).
 
     Ignored pixels are black.
@@ -682,9 +681,9 @@ def _picture(sample: Sample, prediction: torch.Tensor, config: UperNetConfig) ->
     photo = sample.image
     if not isinstance(photo, Image.Image):  # of other than three channels, the first ones are shown
         photo = Image.fromarray(photo[..., :3] if photo.shape[2] >= 3 else photo[..., 0]).convert("RGB")
-    palette = np.concatenate([class_palette(config.id2label), np.zeros((1, 3), dtype=np.uint8)])
-    truth = np.where(sample.label == config.loss_ignore_index, len(palette) - 1, sample.label)
-    shown = [(truth, 0.0), (truth, 0.6), (prediction.cpu().numpy(), 0.6)]
+    palette = np.concatenate([class_palette(confusion.id2label), np.zeros((1, 3), dtype=np.uint8)])
+    truth = np.where(sample.label == confusion.ignore_index, len(palette) - 1, sample.label)
+    shown = [(truth, 0.0), (truth, 0.6), (prediction, 0.6)]
     return np.concatenate(
         [np.asarray(blend(photo, labels, palette, alpha, max_side=512)) for labels, alpha in shown], axis=1
     )

@@ -65,6 +65,9 @@ def train_model(
             "own; timm/NAME with timm's.",
         ),
     ] = "convnext-tiny",
+    hidden_size: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Channels of a new UPerNet's head; its auxiliary head has half.")
+    ] = 512,
     layout: Annotated[LayoutName, typer.Option(help="How the data's folder is laid out.")] = LayoutName.auto,
     split: Annotated[
         str, typer.Option(metavar="NAME", help="The split to train on, where there are any.")
@@ -167,7 +170,7 @@ def train_model(
         )
         training, validation = _open(data, layout, split, validation_split)
         id2label = training.id2label or _numbered(training, validation)
-        network, processor = _build(model, backbone, id2label, drop_path, seed, crop)
+        network, processor = _build(model, backbone, hidden_size, id2label, drop_path, seed, crop)
         if gradient_checkpointing:
             network.gradient_checkpointing_enable()
         transform = TrainingTransform(processor, crop, ignore_index=training.ignore_index)
@@ -222,7 +225,13 @@ def _numbered(training: FolderDataset, validation: FolderDataset | None) -> dict
 
 
 def _build(
-    model: str | None, backbone: str, id2label: dict[int, str], drop_path: float | None, seed: int, crop: int
+    model: str | None,
+    backbone: str,
+    hidden_size: int,
+    id2label: dict[int, str],
+    drop_path: float | None,
+    seed: int,
+    crop: int,
 ) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
     """Return the network to begin with, and the processor that is saved beside it."""
     import torch
@@ -231,18 +240,19 @@ def _build(
     from fastuper.recipes import BACKBONES
 
     torch.manual_seed(seed)
+    heads = {"hidden_size": hidden_size, "auxiliary_channels": hidden_size // 2}
     if model is not None:
         config = UperNetConfig.from_pretrained(model)
         if config.num_labels != len(id2label):
             _note(f"{model} has {config.num_labels} classes and the data {len(id2label)}: the classifiers begin anew")
         config = UperNetConfig.from_dict(config.to_dict(), id2label=id2label)
     elif backbone in BACKBONES:
-        config = UperNetConfig(BACKBONES[backbone](), id2label=id2label)
+        config = UperNetConfig(BACKBONES[backbone](), id2label=id2label, **heads)
         _note(f"{backbone} begins with random weights")
     else:
         name = backbone.removeprefix("timm/")
         config = UperNetConfig(
-            backbone=name, use_timm_backbone=name != backbone, use_pretrained_backbone=True, id2label=id2label
+            backbone=name, use_timm_backbone=name != backbone, use_pretrained_backbone=True, id2label=id2label, **heads
         )
     if drop_path is not None:
         _set_drop_path(config, drop_path)
