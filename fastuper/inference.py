@@ -364,7 +364,7 @@ def _shape(item: _Job | Prepared) -> tuple[int, ...]:
 def _starts(length: int, window: int, stride: int) -> list[int]:
     """Return where windows begin along one axis; the last is moved back to end with the image."""
     count = max(length - window + stride - 1, 0) // stride + 1
-    return [max(min(index * stride + window, length) - window, 0) for index in range(count)]
+    return [min(index * stride, length - window) for index in range(count)]
 
 
 def _coverage(starts: Sequence[int], window: int, length: int) -> torch.Tensor:

@@ -199,11 +199,10 @@ class ConfusionMatrix:
             figure.savefig(temporary, format="png", bbox_inches="tight")
 
     def _figure(self) -> Any:
-        try:
-            from matplotlib.colors import PowerNorm
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(f"the picture needs matplotlib ({error}): pip install 'fastuper[train]'") from None
+        check_picture()
+        from matplotlib.colors import PowerNorm
+        from matplotlib.figure import Figure
+
         number = self.num_labels
         shares = self._counts() / np.where(self.pixels, self.pixels, np.nan)[:, None]
         names = [_drawable(class_name(self.id2label, index), index) for index in range(number)]
@@ -241,6 +240,18 @@ class ConfusionMatrix:
 
     def _counts(self) -> NDArray[np.int64]:
         return self.matrix.cpu().numpy()
+
+
+def check_picture() -> None:
+    """See that pictures can be drawn, before there is one.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the picture needs matplotlib ({error}): pip install 'fastuper[train]'") from None
 
 
 def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The command line: `fastuper segment PHOTO... --model MODEL --output FOLDER`.
+"""The command line: `fastuper COMMAND ...`, a command a file beside this one.
 
 Exit status: 0 where everything asked for was done, 1 where some of it was not, 2 where nothing could start.
 """
@@ -14,12 +14,14 @@ from typing import Annotated
 import typer
 
 from fastuper import __version__
+from fastuper.cli.evaluate import evaluate_model
 from fastuper.cli.segment import segment_photos
 from fastuper.cli.train import train_model
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("segment")(segment_photos)
 app.command("train")(train_model)
+app.command("evaluate")(evaluate_model)
 
 
 def _print_version(wanted: bool) -> None:

@@ -31,6 +31,15 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class LayoutName(str, Enum):
+    """The layouts that `--layout` takes."""
+
+    auto = "auto"
+    ade20k = "ade20k"
+    cityscapes = "cityscapes"
+    folders = "folders"
+
+
 ModelOption = Annotated[
     str,
     typer.Option(
@@ -39,6 +48,9 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[
     str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto: a GPU where there is one.")
+]
+LayoutOption = Annotated[
+    LayoutName, typer.Option(help="How the dataset's folder is laid out; auto: found by its folders' names.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="The type to compute in; auto: the one the weights are stored in.")]
 
