@@ -7,7 +7,7 @@ where they are known, and its `ignore_index` is the label of pixels that count n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -613,11 +613,14 @@ class TrainingDataset(Dataset[dict[str, Any]]):
 
     Args:
         samples: the dataset.
-        transform: what is done to a sample.
+        transform: what is done to a sample, with a generator of all that is random: a `TrainingTransform`, or another
+            function that returns `pixel_values`, `labels` and `name`.
         seed: of everything random.
     """
 
-    def __init__(self, samples: SampleDataset, transform: TrainingTransform, seed: int = 0) -> None:
+    def __init__(
+        self, samples: SampleDataset, transform: Callable[[Sample, np.random.Generator], dict[str, Any]], seed: int = 0
+    ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed

@@ -118,9 +118,12 @@ class RunFolder:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def write_log(self, values: dict[str, Any]) -> None:
-        """Add a line to the log."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Add a line to the log; the error names it."""
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.log} cannot be written: {error.strerror}") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from fastuper.backbones import Backbone
 from fastuper.configuration import check_counts
 from fastuper.data import Sample, SampleDataset, TrainingDataset, TrainingTransform, as_samples
-from fastuper.evaluation import evaluate
+from fastuper.evaluation import check_classes, class_names, evaluate
 from fastuper.image_processor import UperNetImageProcessor
 from fastuper.images import blend, class_name, class_palette
 from fastuper.inference import Predictor
@@ -145,7 +146,7 @@ class Plan:
     save_every: int
 
 
-# May differ when a run goes on: they change no loss, or only by how sums are rounded.
+# May differ when a run goes on: they change no loss, or (`accumulate`) by rounding and what BatchNorm sees at once.
 FREE = ("accumulate", "workers", "log_every", "validate_every", "save_every", "pictures", "cpu")
 
 
@@ -381,13 +382,13 @@ class Trainer:
             while self.step < config.steps:
                 self._one_step([self._next(batches) for _ in range(config.accumulate)])
                 step = self.step
-                bar.update()
                 validates = self.validation_data is not None and (
                     step % self.plan.validate_every == 0 or step == config.steps
                 )
                 saves = validates or step % self.plan.save_every == 0 or step == config.steps
                 if saves or step % config.log_every == 0:
                     bar.set_postfix(self._log(), refresh=False)
+                bar.update()
                 if validates:
                     self._validate()
                 if saves:
@@ -545,6 +546,7 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "curve": self._curve(),
+            "piece_size": self.piece_size,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
@@ -574,6 +576,11 @@ class Trainer:
             self.scheduler.load_state_dict(state["scheduler"])
             self.step, self.best = step, state["best"]
             self._say(f"going on from step {step} of {self.config.steps}, {folder}")
+            if state["piece_size"] != self.piece_size and not self.config.freeze_norm:
+                before, now = state["piece_size"], self.piece_size
+                self._say(
+                    f"BatchNorm has seen {before} images at once until here and now sees {now}: losses may differ"
+                )
         if self.accelerator.is_main_process:
             self.run.truncate_log(self.step)
             if self.step:
@@ -617,7 +624,7 @@ class Trainer:
             config.accumulate,
         )
         loader = DataLoader(
-            TrainingItems(self.train_data, self.model.config.num_labels, self.model.config.loss_ignore_index),
+            TrainingItems(self.train_data, len(class_names(self.model)), self.model.config.loss_ignore_index),
             batch_sampler=sampler,
             num_workers=config.workers,
             collate_fn=Collate(self.model.config.loss_ignore_index),
@@ -665,11 +672,8 @@ def _samples(dataset: Any, model: UperNetForSemanticSegmentation, use: str) -> S
             f"the {use} data ignores label {samples.ignore_index}, the model loss_ignore_index="
             f"{config.loss_ignore_index}; give both the same"
         )
-    if samples.id2label is not None and len(samples.id2label) > max(config.num_labels, 2):
-        raise ValueError(
-            f"the {use} data has {len(samples.id2label)} classes and the model {config.num_labels}; build the model "
-            "with the data's id2label"
-        )
+    if samples.id2label is not None:
+        check_classes(samples.id2label, class_names(model))
     return samples
 
 
@@ -703,11 +707,11 @@ class _Average:
 
 
 def _accelerator(config: TrainingConfig, model: nn.Module) -> Accelerator:
-    try:
-        import tensorboard  # noqa: F401
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-    except ImportError as error:
-        raise ImportError(f"training needs {error.name}: pip install 'fastuper[train]'") from None
+    missing = [name for name in ("accelerate", "tensorboard") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"training needs {' and '.join(missing)}: pip install 'fastuper[train]'")
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
     # Our backbones use all of their parameters; of others' some have none to give a gradient to.
     data_parallel = DistributedDataParallelKwargs(find_unused_parameters=not isinstance(model.backbone, Backbone))
     return Accelerator(cpu=config.cpu, kwargs_handlers=[data_parallel])

@@ -5,28 +5,19 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastuper.cli.common import EXPECTED, leave, one_line
+from fastuper.cli.common import EXPECTED, LayoutName, LayoutOption, leave, one_line
 from fastuper.hub import find_file
 from fastuper.images import read_labels
 
 if TYPE_CHECKING:
     from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
-    from fastuper.data import FolderDataset
+    from fastuper.data import FolderDataset, Layout
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
-
-
-class LayoutName(str, Enum):
-    """The layouts that `--layout` takes."""
-
-    auto = "auto"
-    ade20k = "ade20k"
-    cityscapes = "cityscapes"
-    folders = "folders"
 
 
 class RecipeName(str, Enum):
@@ -68,13 +59,16 @@ def train_model(
     hidden_size: Annotated[
         int, typer.Option(min=2, metavar="N", help="Channels of a new UPerNet's head; its auxiliary head has half.")
     ] = 512,
-    layout: Annotated[LayoutName, typer.Option(help="How the data's folder is laid out.")] = LayoutName.auto,
+    layout: LayoutOption = LayoutName.auto,
     split: Annotated[
         str, typer.Option(metavar="NAME", help="The split to train on, where there are any.")
     ] = "training",
     validation_split: Annotated[
         str, typer.Option(metavar="NAME", help="The split to validate on, where there are any.")
     ] = "validation",
+    ignore_index: Annotated[
+        int, typer.Option("--ignore-index", metavar="N", help="The label of pixels that no loss is taken at.")
+    ] = 255,
     recipe: Annotated[
         RecipeName, typer.Option(help="The published learning rate and decays to take; auto: by the backbone.")
     ] = RecipeName.auto,
@@ -168,9 +162,9 @@ def train_model(
             save_every=save_every,
             cpu=cpu,
         )
-        training, validation = _open(data, layout, split, validation_split)
+        training, validation = _open(data, layout.value, split, validation_split, ignore_index)
         id2label = training.id2label or _numbered(training, validation)
-        network, processor = _build(model, backbone, hidden_size, id2label, drop_path, seed, crop)
+        network, processor = _build(model, backbone, hidden_size, id2label, ignore_index, drop_path, seed, crop)
         if gradient_checkpointing:
             network.gradient_checkpointing_enable()
         transform = TrainingTransform(processor, crop, ignore_index=training.ignore_index)
@@ -197,16 +191,17 @@ def _note(message: str) -> None:
 
 
 def _open(
-    data: Path, layout: LayoutName, split: str, validation_split: str
+    data: Path, layout: Layout, split: str, validation_split: str, ignore_index: int
 ) -> tuple[FolderDataset, FolderDataset | None]:
-    """Return what to train on and what to validate on; the latter is None where the folder has no such split."""
+    """Return what to train on and what to validate on; the latter is None where the folder has no splits."""
     from fastuper.data import find_splits, open_dataset
 
-    if not find_splits(data, layout.value):
+    if not find_splits(data, layout):
         _note(f"{data} has no splits: there is no validation, and all of it is trained on")
-        return open_dataset(data, layout=layout.value), None
-    training = open_dataset(data, split, layout.value)
-    validation = open_dataset(data, validation_split, layout.value)
+        return open_dataset(data, layout=layout, ignore_index=ignore_index), None
+    training, validation = (
+        open_dataset(data, name, layout, ignore_index=ignore_index) for name in (split, validation_split)
+    )
     _note(f"{len(training)} photos to train on, {len(validation)} to validate on")
     return training, validation
 
@@ -229,6 +224,7 @@ def _build(
     backbone: str,
     hidden_size: int,
     id2label: dict[int, str],
+    ignore_index: int,
     drop_path: float | None,
     seed: int,
     crop: int,
@@ -240,19 +236,20 @@ def _build(
     from fastuper.recipes import BACKBONES
 
     torch.manual_seed(seed)
-    heads = {"hidden_size": hidden_size, "auxiliary_channels": hidden_size // 2}
+    common: dict[str, Any] = {"id2label": id2label, "loss_ignore_index": ignore_index}
+    heads: dict[str, Any] = {"hidden_size": hidden_size, "auxiliary_channels": hidden_size // 2}
     if model is not None:
         config = UperNetConfig.from_pretrained(model)
         if config.num_labels != len(id2label):
             _note(f"{model} has {config.num_labels} classes and the data {len(id2label)}: the classifiers begin anew")
-        config = UperNetConfig.from_dict(config.to_dict(), id2label=id2label)
+        config = UperNetConfig.from_dict(config.to_dict(), **common)
     elif backbone in BACKBONES:
-        config = UperNetConfig(BACKBONES[backbone](), id2label=id2label, **heads)
+        config = UperNetConfig(BACKBONES[backbone](), **common, **heads)
         _note(f"{backbone} begins with random weights")
     else:
         name = backbone.removeprefix("timm/")
         config = UperNetConfig(
-            backbone=name, use_timm_backbone=name != backbone, use_pretrained_backbone=True, id2label=id2label, **heads
+            backbone=name, use_timm_backbone=name != backbone, use_pretrained_backbone=True, **common, **heads
         )
     if drop_path is not None:
         _set_drop_path(config, drop_path)
