@@ -389,6 +389,8 @@ class Trainer:
                 if saves or step % config.log_every == 0:
                     bar.set_postfix(self._log(), refresh=False)
                 bar.update()
+                if saves:
+                    self._check_weights()
                 if validates:
                     self._validate()
                 if saves:
@@ -445,11 +447,20 @@ class Trainer:
         self._unlogged += losses
         self._unchecked.clear()
 
+    def _check_weights(self) -> None:
+        """See that the last step left numbers: a finite loss may have had infinite gradients."""
+        finite = {name: parameter.isfinite().all() for name, parameter in self.model.named_parameters()}
+        if not torch.stack([*finite.values()]).all():
+            name = next(name for name, is_finite in finite.items() if not is_finite)
+            raise TrainingError(
+                self._not_finite(f"{name} is NaN or infinite after step {self.step}, whose loss was not", self._names)
+            )
+
     def _not_finite(self, what: str, names: list[str]) -> str:
         from accelerate.utils import gather_object
 
         files = ", ".join(gather_object(names))
-        return f"{what}; the step's images: {files}. {self._kept()}; a lower learning rate or clip=1 may help"
+        return f"{what}; the step's images: {files}. {self._kept()}; a lower learning rate or clipping may help"
 
     def _kept(self) -> str:
         steps = [*self.run.steps()]
@@ -521,10 +532,6 @@ class Trainer:
         """Write a checkpoint; the processes go on together, or stop together."""
         from accelerate.utils import broadcast_object_list
 
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                names = self._names
-                raise TrainingError(self._not_finite(f"{name} has become NaN or infinite in step {self.step}", names))
         failure: list[str | None] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -607,8 +614,8 @@ class Trainer:
                 f"{name} was {before.get(name)} and is now {now.get(name)}" for name in sorted(names)
             )
             raise TrainingError(
-                f"{self.run.path} holds a run of another configuration: {differences}. Take the old values to go on, "
-                "another folder, or --restart (restart=True) to remove that run and begin anew"
+                f"{self.run.path} holds another run; take its options to go on, another folder, or --restart "
+                f"(restart=True) to remove it: {differences}"
             )
 
     def _batches(self) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from fastuper import UperNetForSemanticSegmentation
 from tests.training.common import Photos, losses, read_log, tiny_model, train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, so as not to import torch anew")
-KILLS = 3
+KILLS = 2
 
 
 class Noting(Photos):
@@ -34,7 +34,7 @@ class Noting(Photos):
         return super().__getitem__(index)
 
 
-def run(output: Path, steps: int = 30) -> None:
+def run(output: Path, steps: int = 20) -> None:
     torch.set_num_threads(1)
     train(
         output,
@@ -45,7 +45,7 @@ def run(output: Path, steps: int = 30) -> None:
         batch_size=2,
         ema=0.9,
         save_every=2,
-        validate_every=10,
+        validate_every=7,
     )
 
 
@@ -104,7 +104,7 @@ def read_whole(run: Path) -> list[bytes]:
 def train_together(output: Path) -> None:
     """A process's part; the second one has the images with more ignored pixels in most steps."""
     torch.set_num_threads(1)
-    train(output, double=True, freeze_norm=True, accumulate=2, clip=0.5, validation=Photos(3, seed=1))
+    train(output, double=True, freeze_norm=True, accumulate=2, clip=0.5, validation=Photos(3, seed=1), steps=3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Gloo after a fork")
@@ -113,9 +113,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
 
     AcceleratorState._reset_state(True)  # that of another test would be taken over
     debug_launcher(train_together, (tmp_path / "two",))
-    alone = train(tmp_path / "one", double=True, freeze_norm=True, clip=0.5, validation=Photos(3, seed=1))
+    alone = train(tmp_path / "one", double=True, freeze_norm=True, clip=0.5, validation=Photos(3, seed=1), steps=3)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-10)
-    assert len(losses(tmp_path / "two")) == 6
+    assert len(losses(tmp_path / "two")) == 3
     one, two = (
         UperNetForSemanticSegmentation.from_pretrained(tmp_path / name / "last").state_dict() for name in ("one", "two")
     )

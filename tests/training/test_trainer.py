@@ -103,7 +103,7 @@ def images_of(steps: int, batch_size: int = 4, seed: int = 0):
         yield torch.stack([item["pixel_values"] for item in items]), torch.stack([item["labels"] for item in items])
 
 
-def reference_losses(model, steps: int, *, clip: float | None = None, ema: float | None = None):
+def reference_losses(model, steps: int, *, clip: float, ema: float):
     """The losses of AdamW on Transformers' model in float64, and the averaged weights."""
     theirs = transformers.UperNetForSemanticSegmentation(
         transformers.UperNetConfig.from_dict(json.loads(model.config.to_json_string()))
@@ -122,24 +122,21 @@ def reference_losses(model, steps: int, *, clip: float | None = None, ema: float
         loss = theirs(pixel_values, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
         optimizer.step()
         found.append(loss.item())
-        if ema is not None:
-            state = theirs.state_dict()
-            if average is None:
-                average = copy.deepcopy(state)
-            for name, value in average.items():
-                value.copy_(ema * value + (1 - ema) * state[name] if value.is_floating_point() else state[name])
+        state = theirs.state_dict()
+        if average is None:
+            average = copy.deepcopy(state)
+        for name, value in average.items():
+            value.copy_(ema * value + (1 - ema) * state[name] if value.is_floating_point() else state[name])
     return found, average
 
 
-@pytest.mark.parametrize("clip", [None, 0.5])
-def test_losses_are_those_of_transformers_model_and_torchs_adamw(clip, tmp_path):
+def test_losses_are_those_of_transformers_model_and_torchs_adamw(tmp_path):
     model = tiny_model()
-    expected, average = reference_losses(model, 6, clip=clip, ema=0.8)
-    train(tmp_path, model=copy.deepcopy(model), double=True, clip=clip, ema=0.8)
+    expected, average = reference_losses(model, 4, clip=0.5, ema=0.8)
+    train(tmp_path, model=copy.deepcopy(model), double=True, steps=4, clip=0.5, ema=0.8)
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-9)
     saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "last").state_dict()
     for name, value in average.items():
@@ -148,14 +145,14 @@ def test_losses_are_those_of_transformers_model_and_torchs_adamw(clip, tmp_path)
 
 def test_pieces_give_the_losses_of_the_whole_batch(tmp_path):
     """Each piece has another number of ignored pixels: the mean of their means would be another loss."""
-    options = {"double": True, "freeze_norm": True, "clip": 0.5}
+    options = {"double": True, "freeze_norm": True, "clip": 0.5, "steps": 3}
     train(tmp_path / "whole", **options)
     train(tmp_path / "pieces", accumulate=4, **options)
     assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
 
 
 def test_frozen_norms_keep_their_statistics(tmp_path):
-    trainer = train(tmp_path, freeze_norm=True, validation=Photos(1), validate_every=2)
+    trainer = train(tmp_path, freeze_norm=True, validation=Photos(1), validate_every=1, steps=2)
     before = tiny_model().state_dict()
     after = trainer.model.state_dict()
     norms = [name for name in after if "running_" in name or "num_batches" in name]
@@ -165,8 +162,8 @@ def test_frozen_norms_keep_their_statistics(tmp_path):
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32(tmp_path):
-    train(tmp_path / "whole")
-    trainer = train(tmp_path / "half", bf16=True)
+    train(tmp_path / "whole", steps=2)
+    trainer = train(tmp_path / "half", bf16=True, steps=2)
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert losses(tmp_path / "half") != losses(tmp_path / "whole")
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "whole"), rel=0.05)
@@ -188,9 +185,9 @@ def test_a_step_of_ignored_pixels_alone_changes_nothing_but_decay(tmp_path):
 # ---------------------------------------------------------------------------------------------- stopping, and going on
 
 
-@pytest.mark.parametrize("step", [1, 4, 5])
+@pytest.mark.parametrize("step", [1, 3])
 def test_interrupted_run_goes_on_as_if_it_had_not_been(step, tmp_path, monkeypatch):
-    options = {"ema": 0.9, "save_every": 2, "validate_every": 3, "steps": 7, "batch_size": 2}
+    options = {"ema": 0.9, "save_every": 2, "validate_every": 3, "steps": 5, "batch_size": 2}
     whole = train(tmp_path / "whole", model=tiny_model(0.5), validation=Photos(2, seed=1), **options)
     with monkeypatch.context() as patch:
         interrupt(patch, step)
@@ -206,13 +203,12 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(step, tmp_path, monkeypat
     for name, value in whole.saved_model.state_dict().items():
         assert torch.equal(parts.saved_model.state_dict()[name], value), name
     # Images of the steps that were done are not read again.
-    saved = max(at for at in (0, 2, 3, 4, 6) if at <= step)
-    assert len(data.read) == (7 - saved) * 2
+    assert len(data.read) == (5 - (3 if step == 3 else 0)) * 2
 
 
 def test_stochastic_depth_draws_differently_at_each_step(tmp_path):
     """Else going on would be no feat: with one image, no augmentation and rate 0 the losses are equal."""
-    options = {"data": Photos(1), "batch_size": 1, "freeze_norm": True, "steps": 4, "transform": still}
+    options = {"data": Photos(1), "batch_size": 1, "freeze_norm": True, "steps": 3, "transform": still}
     train(tmp_path / "still", model=tiny_model(0.0), learning_rate=1e-30, **options)
     assert len(set(losses(tmp_path / "still"))) == 1
     train(tmp_path / "moving", model=tiny_model(0.9), learning_rate=1e-30, **options)
@@ -225,7 +221,9 @@ def still(sample, generator):
 
 
 def test_finished_run_does_no_more(tmp_path, capsys):
-    train(tmp_path, steps=2)
+    trainer = train(tmp_path, steps=2)
+    assert isinstance(trainer.train_data.transform, TrainingTransform)
+    assert trainer.train_data.transform.crop_size == (32, 32)
     before = (tmp_path / "log.jsonl").read_text()
     train(tmp_path, steps=2)
     assert (tmp_path / "log.jsonl").read_text() == before
@@ -234,7 +232,7 @@ def test_finished_run_does_no_more(tmp_path, capsys):
 
 def test_another_configuration_is_refused_and_named(tmp_path):
     train(tmp_path, steps=2)
-    with pytest.raises(TrainingError, match=r"learning_rate was 0\.01 and is now 0\.02, steps was 2 and is now 3\. "):
+    with pytest.raises(TrainingError, match=r"learning_rate was 0\.01 and is now 0\.02, steps was 2 and is now 3$"):
         train(tmp_path, steps=3, learning_rate=0.02)
     with pytest.raises(TrainingError, match="images was 6 and is now 5"):
         train(tmp_path, steps=2, data=Photos(5))
@@ -251,7 +249,7 @@ def test_another_configuration_is_refused_and_named(tmp_path):
 
 
 def test_checkpoints_are_read_by_both_libraries(tmp_path):
-    trainer = train(tmp_path, validation=Photos(3, seed=1), validate_every=2, ema=0.5)
+    trainer = train(tmp_path, validation=Photos(3, seed=1), validate_every=1, steps=3, ema=0.5)
     pixel_values = torch.rand(1, 3, 40, 50)
     for name in ("last", "best"):
         ours = UperNetForSemanticSegmentation.from_pretrained(tmp_path / name)
@@ -267,9 +265,9 @@ def test_checkpoints_are_read_by_both_libraries(tmp_path):
 
 
 def test_best_is_the_best_validation(tmp_path):
-    trainer = train(tmp_path, validation=Photos(3, seed=1), validate_every=1, steps=8)
+    trainer = train(tmp_path, validation=Photos(3, seed=1), validate_every=1, steps=5)
     scores = {line["step"]: line["mIoU"] for line in read_log(tmp_path) if "mIoU" in line}
-    assert sorted(scores) == list(range(1, 9))
+    assert sorted(scores) == list(range(1, 6))
     assert trainer.best["mIoU"] == max(scores.values())
     assert trainer.best["step"] == min(step for step, score in scores.items() if score == max(scores.values()))
     assert (tmp_path / "best").resolve().name == f"step-{trainer.best['step']:09d}"
@@ -354,8 +352,10 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 
     overflow.calls = 0
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(TrainingError, match=r"has become NaN or infinite in step 4; the step's images: photo"):
-        train(tmp_path, save_every=2)
+    with pytest.raises(
+        TrainingError, match=r"NaN or infinite after step 4, whose loss was not; the step's images: photo"
+    ):
+        train(tmp_path, steps=4, save_every=2)
     saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "last")
     assert all(value.isfinite().all() for value in saved.state_dict().values())
 
@@ -383,7 +383,7 @@ def test_full_disk_keeps_the_older_checkpoint(kilobytes, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fastuper.training.Trainer, "_write", limited)
         with pytest.raises(TrainingError) as raised:
-            train(run, save_every=2)
+            train(run, steps=4, save_every=2)
     message = str(raised.value)
     assert message.startswith(f"the checkpoint of step 4 could not be written to {run}: ")
     assert "The checkpoint of step 2 is intact" in message
@@ -391,8 +391,8 @@ def test_full_disk_keeps_the_older_checkpoint(kilobytes, tmp_path, monkeypatch):
     assert not folders[0].exists()
     assert ("training_state.pt" in written[1]) is (kilobytes == 96)  # weights of 48 kB went before it
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000002"]
-    train(run, save_every=2)  # with room it goes on
-    train(tmp_path / "whole", save_every=2)
+    train(run, steps=4, save_every=2)  # with room it goes on
+    train(tmp_path / "whole", steps=4, save_every=2)
     assert read_log(run) == read_log(tmp_path / "whole")
 
 
@@ -473,9 +473,3 @@ def test_missing_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r"training needs tensorboard: pip install 'fastuper\[train\]'"):
         train(tmp_path)
-
-
-def test_default_transform_is_the_recipes(tmp_path):
-    trainer = train(tmp_path, steps=1)
-    assert isinstance(trainer.train_data.transform, TrainingTransform)
-    assert trainer.train_data.transform.crop_size == (32, 32)
