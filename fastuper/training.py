@@ -147,7 +147,8 @@ class Plan:
 
 
 # May differ when a run goes on: they change no loss, or (`accumulate`) by rounding and what BatchNorm sees at once.
-FREE = ("accumulate", "workers", "log_every", "validate_every", "save_every", "pictures", "cpu")
+# The recipe's numbers are compared, its name is not.
+FREE = ("recipe", "accumulate", "workers", "log_every", "validate_every", "save_every", "pictures", "cpu")
 
 
 @dataclass
@@ -291,6 +292,12 @@ class Trainer:
         transform: what makes `pixel_values`, `labels` and `name` of a sample and a `numpy.random.Generator`;
             `fastuper.data.TrainingTransform(processor)` where None.
         restart: whether to begin anew where the folder has a run, which is then removed.
+
+    Attributes:
+        step: how many steps are done.
+        best: the step of the best validation and its mIoU; None before the first.
+        run: the `fastuper.runs.RunFolder`.
+        accelerator: Accelerate's, which knows the processes and the device.
 
     Raises:
         ImportError: Accelerate or TensorBoard is missing; the message names the extra.

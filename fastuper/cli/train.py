@@ -181,6 +181,7 @@ def train_model(
     except (TrainingError, *EXPECTED) as error:
         typer.echo(f"fastuper: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
+    trainer.accelerator.end_training()
     _note(f"{trainer.run.last} is the model" + ("" if validation is None else f", {trainer.run.best} the best one"))
 
 

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from PIL import Image
 from typer.testing import CliRunner
 
 from fastuper import UperNetForSemanticSegmentation
 from fastuper.cli import app
 from fastuper.recipes import BACKBONES
-from tests.training.common import Photos, losses, read_log, tiny_model, tiny_processor
+from tests.training.common import losses, read_log, tiny_model, tiny_processor, write_data
 
 OPTIONS = [
     "--steps",
@@ -32,28 +31,9 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def data(tmp_path):
-    """Six photos of 64 pixels with two splits, and the names of their three classes."""
-    root = tmp_path / "data"
-    photos = Photos(6, size=64)
-    for index in range(len(photos)):
-        split = "training" if index < 4 else "validation"
-        image, label, _ = photos[index]
-        for kind, array in (("images", image), ("labels", label.astype(np.uint8))):
-            (root / kind / split).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(root / kind / split / f"{index}.png")
-    (root / "classes.txt").write_text("sky\ntree\nroad\n")
-    return root
+    return write_data(tmp_path / "data")
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from fastuper import UperNetForSemanticSegmentation
 from tests.training.common import Photos, losses, read_log, tiny_model, train
@@ -111,8 +110,7 @@ def train_together(output: Path) -> None:
 def test_two_processes_have_the_losses_of_one(tmp_path):
     from accelerate import debug_launcher
 
-    AcceleratorState._reset_state(True)  # that of another test would be taken over
-    debug_launcher(train_together, (tmp_path / "two",))
+    debug_launcher(train_together, (tmp_path / "two",))  # first: the processes would take over the state of one
     alone = train(tmp_path / "one", double=True, freeze_norm=True, clip=0.5, validation=Photos(3, seed=1), steps=3)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-10)
     assert len(losses(tmp_path / "two")) == 3

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 
 import fastuper.training
 from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
@@ -27,15 +26,6 @@ from tests.training.common import (
     tiny_processor,
     train,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(True)
 
 
 def interrupt(monkeypatch, step: int) -> None:
