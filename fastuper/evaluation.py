@@ -93,7 +93,7 @@ def evaluate(
 
     with _evaluating(model):
         for _, prediction in predictor.predict(images()):
-            matrix.update(prediction, torch.from_numpy(np.ascontiguousarray(labels.popleft())).to(matrix.matrix.device))
+            matrix.update(prediction, labels.popleft())
             if on_sample is not None:
                 on_sample()
     return matrix
@@ -114,9 +114,7 @@ def check_classes(dataset: Mapping[int, str], model: Mapping[int, str]) -> None:
         ValueError: they are not as many, or the same names have other numbers.
     """
     if len(dataset) != len(model):
-        raise ValueError(
-            f"the dataset has {_some(dataset)}, the model {_some(model)}; evaluate with the classes it has"
-        )
+        raise ValueError(f"the dataset has {_some(dataset)}, the model {_some(model)}; both must have the same")
     moved = [index for index in dataset if dataset[index] != model[index]]
     if moved and set(dataset.values()) == set(model.values()):
         raise ValueError(

@@ -22,13 +22,13 @@ import torch
 from torch.nn import functional as F
 
 from fastuper.data import scaled_size
-from fastuper_kernels.band import Band, blocks_of
+from fastuper_kernels.band import Band
 
 if TYPE_CHECKING:
     from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
 
-STRIP_BYTES = 1 << 26
-"""The most bytes of logits, resampled to the label map's size, that are made at a time."""
+STRIP_ROWS = 32
+"""Rows of logits, resampled to the label map's size, that are made at a time: so that they take little memory."""
 
 
 class PredictionError(RuntimeError):
@@ -238,6 +238,9 @@ class _View:
 
     def add(self, top: int, left: int, logits: torch.Tensor) -> None:
         """Add a window's logits (classes, height, width)."""
+        # A sum takes a tenth of the time; one that overflows costs the longer look alone.
+        if not logits.sum(dtype=torch.float32).isfinite() and not logits.isfinite().all():
+            raise ValueError("the logits are not finite, so that labels would mean nothing: the weights are not either")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.window == self.size:
             self._pass_on(logits)
@@ -261,7 +264,7 @@ class _View:
         if self.window != self.size:
             vertical = _coverage(self.tops, self.window[0], self.size[0])[self.top : self.top + rows.shape[1]]
             horizontal = _coverage(self.lefts, self.window[1], self.size[1])
-            rows = rows / (vertical[:, None] * horizontal).to(rows)
+            rows /= (vertical[:, None] * horizontal).to(rows)  # in place: nothing else is done with them
         self.resampled.add(rows, self.flipped)
 
 
@@ -269,32 +272,36 @@ class _Rows:
     """Resamples a map to the label map's size (bilinear), as its rows arrive."""
 
     def __init__(self, height: int, votes: _Votes) -> None:
-        self.height = height
         self.votes = votes
+        band = Band.bilinear(height, votes.size[0])
+        # Row i is between the rows low[i] and high[i], so much nearer to the one or the other.
+        self.low, self.high = band.first, (band.first + 1).clamp(max=height - 1)
+        self.nearness = band.weights[:, 1]
         self.held: torch.Tensor | None = None
         self.first = 0  # of the rows that are held
         self.done = 0  # rows of the result
 
     def add(self, rows: torch.Tensor, flipped: bool) -> None:
         """Take the next rows (classes, rows, width) and hand on what follows from them."""
-        self.held = rows if self.held is None else torch.cat([self.held, rows], dim=1)
+        held = rows if self.held is None else torch.cat([self.held, rows], dim=1)
         height, width = self.votes.size
-        step = max(8, STRIP_BYTES // (len(rows) * max(width, rows.shape[2]) * rows.element_size()))
-        for block in blocks_of(Band.bilinear, (self.height, height), rows.dtype, rows.device, size=step):
-            if block.start < self.done:
-                continue
-            if block.last > self.first + self.held.shape[1]:
-                # A copy: a view would hold on to all the rows that came.
-                self.held, self.first = self.held[:, block.first - self.first :].clone(), block.first
-                return
-            strip = self.held[:, block.first - self.first : block.last - self.first]
-            if self.height != height:
-                strip = block.matrix @ strip
+        while self.done < height:
+            part = slice(self.done, min(self.done + STRIP_ROWS, height))
+            if int(self.high[part.stop - 1]) >= self.first + held.shape[1]:
+                break
+            above, below = (
+                held.index_select(1, (index[part] - self.first).to(held.device)) for index in (self.low, self.high)
+            )
+            strip = torch.lerp(above, below, self.nearness[part, None].to(held))
             if strip.shape[2] != width:
                 strip = F.interpolate(strip[None], size=(strip.shape[1], width), mode="bilinear")[0]
-            self.votes.add(block.start, strip.flip(-1) if flipped else strip)
-            self.done = block.stop
-        self.held = None
+            self.votes.add(self.done, strip.flip(-1) if flipped else strip)
+            self.done = part.stop
+        if self.done == height:
+            self.held = None
+        else:  # a copy: a view would hold on to all the rows that came
+            first = min(int(self.low[self.done]), self.first + held.shape[1])
+            self.held, self.first = held[:, first - self.first :].clone(), first
 
 
 class _Votes:
@@ -313,10 +320,6 @@ class _Votes:
 
     def add(self, start: int, logits: torch.Tensor) -> None:
         """Count rows of a view's logits (classes, rows, width), of which the first is `start`."""
-        if not logits.isfinite().all():
-            raise ValueError(
-                "the logits are not finite, so that labels would mean nothing; the weights are not, or overflow"
-            )
         if len(logits) == 1:  # one class, beside nothing
             logits = torch.cat([torch.zeros_like(logits), logits])
         rows = slice(start, start + logits.shape[1])

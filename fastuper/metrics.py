@@ -70,7 +70,7 @@ class ConfusionMatrix:
         Raises:
             ValueError: the shapes differ, or values are out of range; nothing was counted.
         """
-        predictions, labels = (torch.as_tensor(x, device=self.matrix.device) for x in (predictions, labels))
+        predictions, labels = (_tensor(x).to(self.matrix.device) for x in (predictions, labels))
         if predictions.shape != labels.shape:
             raise ValueError(
                 f"predictions are {tuple(predictions.shape)}, labels {tuple(labels.shape)}: they must agree"
@@ -252,6 +252,14 @@ def check_picture() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the picture needs matplotlib ({error}): pip install 'fastuper[train]'") from None
+
+
+def _tensor(values: torch.Tensor | NDArray[np.integer]) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return values
+    # A copy, as an array may be read-only or run backwards; PyTorch does little with the larger unsigned types.
+    unsigned = values.dtype.kind == "u" and values.dtype != np.uint8
+    return torch.from_numpy(np.array(values, dtype=np.int64 if unsigned else values.dtype, order="C"))
 
 
 def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastuper import UperNetImageProcessor
+from fastuper import UperNetImageProcessor, inference
 from fastuper.inference import PredictionError, Predictor, Prepared
 
 PROCESSOR = UperNetImageProcessor(
@@ -62,6 +62,21 @@ def test_labels_of_another_size_and_of_one_class() -> None:
     np.testing.assert_array_equal(one([image])[0].numpy(), image[:, :, 0] > 128)
 
 
+@pytest.mark.parametrize("size", [(20, 9), (390, 70), (1, 1), (800, 40)])
+@pytest.mark.parametrize("rows", [1, 4, 500])
+def test_rows_that_arrive_bit_by_bit_are_resampled_as_a_whole(
+    size: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "STRIP_ROWS", rows)
+    image = picture(400, 40)
+    (labels,) = Predictor(Colours(), PROCESSOR, window=32, stride=7)([image], [size])
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].double()
+    best, classes = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear")[0].topk(2, dim=0)
+    certain = best[0] - best[1] > 1e-3
+    assert torch.equal(labels[certain], classes[0][certain])
+    assert certain.float().mean() > 0.9
+
+
 def test_images_are_asked_for_as_they_are_needed() -> None:
     asked = []
 
@@ -76,8 +91,6 @@ def test_images_are_asked_for_as_they_are_needed() -> None:
 
 
 def test_rows_that_are_done_with_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastuper import inference
-
     held = []
     add = inference._Rows.add
 
@@ -86,7 +99,7 @@ def test_rows_that_are_done_with_are_not_held(monkeypatch: pytest.MonkeyPatch) -
         held.append(rows.shape[1] + (0 if self.held is None else self.held.shape[1]))
 
     monkeypatch.setattr(inference._Rows, "add", spy)
-    monkeypatch.setattr(inference, "STRIP_BYTES", 1)
+    monkeypatch.setattr(inference, "STRIP_ROWS", 4)
     image = picture(400, 32)
     (labels,) = Predictor(Colours(), PROCESSOR, window=32, stride=16)([image], [(300, 32)])
     assert labels.shape == (300, 32)

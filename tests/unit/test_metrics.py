@@ -119,7 +119,7 @@ def test_shards_add_up_and_types_do_not_matter() -> None:
     for index, (prediction, label) in enumerate(zip(predictions, labels, strict=True)):
         whole.update(prediction, label)
         shard = (first, second)[index % 2]
-        shard.update(torch.from_numpy(prediction.astype(np.int32)), label.astype(np.uint8))
+        shard.update(torch.from_numpy(prediction[::-1].astype(np.int32)), label.astype(np.uint16)[::-1])
     first.matrix += second.matrix
     assert torch.equal(first.matrix, whole.matrix)
 
