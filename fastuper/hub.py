@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,3 +145,37 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new folder beside `path` to write files into; it becomes `path` when the block ends, or goes if it fails.
+
+    A reader sees no folder or the whole of it, whenever the writer is stopped or the power fails: the files are on the
+    disk before the folder has its name. A writer that is killed leaves a hidden folder behind, `.` and 32 digits.
+
+    Raises:
+        OSError: `path` is there already, or something could not be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in [*temporary.iterdir(), temporary]:
+            _flush(file)
+        os.rename(temporary, path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -56,7 +56,45 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
             conversion to 8 bit (32-bit integers and floats). One line that names the file, the reason and, where
             there is one, the remedy.
     """
-    path = Path(path)
+    upright, file_format = _decode(Path(path), max_pixels)
+    try:
+        return _to_rgb(upright, file_format)
+    except ValueError as error:
+        raise ImageError(f"{path}: {error}; save it as 8-bit RGB or 16-bit grey") from None
+
+
+def read_labels(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> NDArray[np.integer]:
+    """Read a label map: an image of one channel whose pixel values are class numbers.
+
+    Grey of 1, 8 and 16 bits (of TIFF also 32), and palettes, of which the indices are taken and not the colours. The
+    EXIF orientation is applied, as to the photo.
+
+    Args:
+        path: the file; the format is told by its content, not by its name.
+        max_pixels: the largest width x height that is decoded.
+
+    Returns:
+        (H, W), uint8 for files of up to 8 bits, otherwise int32.
+
+    Raises:
+        ImageError: as `read_image`; or the file has several channels, holds fractions, or is a JPEG, whose values are
+            not those that were saved.
+    """
+    upright, file_format = _decode(Path(path), max_pixels)
+    if file_format in ("JPEG", "MPO"):
+        raise ImageError(f"{path}: is a JPEG, whose values are not those that were saved; save label maps as PNG")
+    if len(upright.getbands()) > 1:
+        raise ImageError(
+            f"{path}: has the {len(upright.getbands())} channels {', '.join(upright.getbands())}, where one of class "
+            "numbers is expected; give each colour its number and save it as an 8-bit grey or palette PNG"
+        )
+    if upright.mode == "F":
+        raise ImageError(f"{path}: holds 32-bit floats, where class numbers are expected; save it as an 8-bit grey PNG")
+    return np.array(upright, dtype=np.uint8 if upright.mode in ("1", "L", "P") else np.int32)
+
+
+def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, str | None]:
+    """Return a file's first picture, upright, in the mode it has, and its format."""
     try:
         if path.is_dir():
             raise ImageError(f"{path}: is a folder, not an image")
@@ -72,8 +110,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
                     "a larger one is read with max_pixels=N (--max-pixels N)"
                 )
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            file_format = image.format
+            return ImageOps.exif_transpose(image), image.format
     except ImageError:
         raise
     except FileNotFoundError:
@@ -87,10 +124,6 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{path}: cannot be decoded ({reason}); the file is truncated or damaged") from error
-    try:
-        return _to_rgb(upright, file_format)
-    except ValueError as error:
-        raise ImageError(f"{path}: {error}; save it as 8-bit RGB or 16-bit grey") from None
 
 
 def _open(path: Path) -> Image.Image:

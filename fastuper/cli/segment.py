@@ -1,29 +1,31 @@
-"""The command line: `fastuper segment PHOTO... --model MODEL --output FOLDER`.
-
-Exit status: 0 where every photo was segmented, 1 where some were not, 2 where nothing could start.
-"""
+"""`fastuper segment PHOTO... --model MODEL --output FOLDER`."""
 
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import textwrap
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
-from fastuper import __version__
-from fastuper.hub import atomic_path, find_file
+from fastuper.cli.common import (
+    EXPECTED,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    leave,
+    load_model,
+    make_folder,
+    one_line,
+)
+from fastuper.hub import atomic_path
 from fastuper.images import (
     MAX_PIXELS,
     ImageError,
@@ -45,63 +47,24 @@ if TYPE_CHECKING:
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
 PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".tif", ".tiff"),
     *(".bmp", ".gif", ".jp2", ".pgm", ".pnm", ".ppm", ".tga"),
 )
 """What counts as a photo in a folder. A file that is named itself is tried whatever it is called."""
 
-EXPECTED = (OSError, ValueError, RuntimeError, MemoryError)
-"""What a single photo may fail with: the file, its values, torch's own errors (out of memory), a full disk."""
 
-
-class Dtype(str, Enum):
-    """The types that `--dtype` takes."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"fastuper {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _commands(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-) -> None:
-    """UPerNet for semantic segmentation: which class each pixel of a photo belongs to."""
-
-
-@app.command()
-def segment(
+def segment_photos(
     images: Annotated[
         list[Path],
         typer.Argument(metavar="IMAGE", help="Photos, or folders: of a folder, the photos directly inside it."),
     ],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", "-m", metavar="FOLDER|HUB_ID", help="A checkpoint's folder, or its repository's id on the Hub."
-        ),
-    ],
+    model: ModelOption,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the results go; made if it is missing.")
     ],
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto: a GPU where there is one.")
-    ] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="The type to compute in; auto: the one the weights are stored in.")
-    ] = Dtype.auto,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
     batch_size: Annotated[
         int, typer.Option(min=1, metavar="N", help="Photos that go through the network together.")
     ] = 1,
@@ -126,10 +89,14 @@ def segment(
     jobs, failures = _plan(images, output)
     todo = [job for job in jobs if not (skip_existing and job.is_done())]
     skipped = len(jobs) - len(todo)
-    _make_folder(output)
+    make_folder(output)
     written = 0
     if todo:
-        written = _segment_all(todo, failures, *_load(model, device, dtype), batch_size, max_pixels)
+        network, processor = load_model(model, device, dtype)
+        classes = len(network.config.id2label)
+        if classes > 256:
+            typer.echo(f"{classes} classes: the label maps are 16-bit grey PNGs, without colours", err=True)
+        written = _segment_all(todo, failures, network, processor, batch_size, max_pixels)
 
     total = written + len(failures) + skipped
     also = f", {skipped} already there" if skipped else ""
@@ -164,7 +131,7 @@ def _plan(inputs: Iterable[Path], output: Path) -> tuple[list[_Job], list[str]]:
             photos.setdefault(Path(os.path.realpath(path)), path)
             continue
         if path.resolve() == output.resolve():
-            _leave(f"{output} is both read and written, so that a second run would segment the results; name another")
+            leave(f"{output} is both read and written, so that a second run would segment the results; name another")
         try:
             inside = sorted(file for file in path.iterdir() if _looks_like_a_photo(file))
         except OSError as error:
@@ -197,50 +164,6 @@ def _looks_like_a_photo(path: Path) -> bool:
     return path.suffix.lower() in PHOTO_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _leave(f"cannot make the output folder {output}: {error.strerror}")
-
-
-def _load(model: str, device: str, dtype: Dtype) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
-    from safetensors import SafetensorError
-
-    from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
-
-    chosen = _device(device)
-    try:
-        network = UperNetForSemanticSegmentation.from_pretrained(model, dtype=dtype.value, device=chosen).eval()
-        if find_file(model, "preprocessor_config.json"):
-            processor = UperNetImageProcessor.from_pretrained(model)
-        else:
-            processor = UperNetImageProcessor()
-            typer.echo(
-                f"{model} has no preprocessor_config.json: photos are prepared with the default settings", err=True
-            )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        _leave(f"cannot load the model {model}: {_one_line(error)}")
-    if len(network.config.id2label) > 256:
-        typer.echo(
-            f"{len(network.config.id2label)} classes: the label maps are 16-bit grey PNGs, without colours", err=True
-        )
-    return network, processor
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        _leave(f"--device {name} cannot be used: {_one_line(error)}")
-    return device
-
-
 def _segment_all(
     jobs: Sequence[_Job],
     failures: list[str],
@@ -258,7 +181,7 @@ def _segment_all(
     with tqdm(total=len(jobs), unit="photo", disable=None if len(jobs) > 1 else True) as bar:
 
         def fail(job: _Job, error: Exception) -> None:
-            failures.append(_one_line(error if isinstance(error, ImageError) else f"{job.photo}: {error!s}"))
+            failures.append(one_line(error if isinstance(error, ImageError) else f"{job.photo}: {error!s}"))
             bar.update()
 
         for start in range(0, len(jobs), batch_size):
@@ -326,25 +249,5 @@ def _describe(job: _Job, photo: Image.Image, shares: NDArray[np.float64], id2lab
         break_on_hyphens=False,
     ).replace("\0", " ")
     return (
-        f"{_one_line(str(job.photo))} ({photo.width} x {photo.height}) -> {job.labels.name}, {job.overlay.name}\n{text}"
+        f"{one_line(str(job.photo))} ({photo.width} x {photo.height}) -> {job.labels.name}, {job.overlay.name}\n{text}"
     )
-
-
-def _one_line(error: Exception | str) -> str:
-    return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
-
-
-def _leave(message: str) -> NoReturn:
-    typer.echo(f"fastuper: {message}", err=True)
-    raise typer.Exit(2)
-
-
-def main() -> None:
-    """Run the command line; the console script `fastuper`."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files go when it unwinds
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # Pillow's and torch's remarks to programmers; what matters is an error here
-    for stream in (sys.stdout, sys.stderr):  # file and class names that the terminal's encoding lacks
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    app(prog_name="fastuper")

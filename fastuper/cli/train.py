@@ -1,0 +1,274 @@
+"""`fastuper train --data FOLDER --output RUN`."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastuper.cli.common import EXPECTED, LayoutName, LayoutOption, leave, one_line
+from fastuper.hub import find_file
+from fastuper.images import read_labels
+
+if TYPE_CHECKING:
+    from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper.data import FolderDataset, Layout
+
+# torch is imported inside the functions that need it, so that `--help` answers at once.
+
+
+class RecipeName(str, Enum):
+    """The recipes that `--recipe` takes."""
+
+    auto = "auto"
+    convnext = "convnext"
+    swin = "swin"
+
+
+def train_model(
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="FOLDER",
+            help="images/ and labels/, each with training/ and validation/ inside or not; or ADE20K's or Cityscapes' "
+            "folder. classes.txt in it names the classes, one a line.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="RUN", help="The run's folder; if it holds the same run, that goes on."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="FOLDER|HUB_ID", help="A UPerNet checkpoint to begin from."),
+    ] = None,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER|HUB_ID",
+            help="Where there is no --model: the backbone of a new UPerNet. convnext-, swin- tiny, small, base, large "
+            "and resnet-18, 34, 50, 101 begin with random weights; the checkpoint of a folder or of the Hub with its "
+            "own; timm/NAME with timm's.",
+        ),
+    ] = "convnext-tiny",
+    hidden_size: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Channels of a new UPerNet's head; its auxiliary head has half.")
+    ] = 512,
+    layout: LayoutOption = LayoutName.auto,
+    split: Annotated[
+        str, typer.Option(metavar="NAME", help="The split to train on, where there are any.")
+    ] = "training",
+    validation_split: Annotated[
+        str, typer.Option(metavar="NAME", help="The split to validate on, where there are any.")
+    ] = "validation",
+    ignore_index: Annotated[
+        int, typer.Option("--ignore-index", metavar="N", help="The label of pixels that no loss is taken at.")
+    ] = 255,
+    recipe: Annotated[
+        RecipeName, typer.Option(help="The published learning rate and decays to take; auto: by the backbone.")
+    ] = RecipeName.auto,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="How many times the weights are changed.")] = 160_000,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images of a step, over all GPUs and pieces.")
+    ] = 16,
+    accumulate: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Pieces that a step's images go through the network in, to save memory."),
+    ] = 1,
+    crop: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Side of the crops that are trained on.")] = 512,
+    lr: Annotated[float | None, typer.Option(metavar="RATE", help="Instead of the recipe's learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="RATE", help="Instead of the recipe's.")] = None,
+    layer_decay: Annotated[
+        float | None,
+        typer.Option(metavar="FACTOR", help="Instead of the recipe's: what learning rates fall by, a stage."),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Steps in which the learning rate rises.  [default: 1500, or steps/10]"),
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(metavar="NORM", help="The largest norm of the gradient.  [default: any]")
+    ] = None,
+    drop_path: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.99, metavar="RATE", help="Stochastic depth.  [default: the backbone's own]"),
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")] = False,
+    ema: Annotated[
+        float | None,
+        typer.Option(metavar="DECAY", help="Validate and save the moving average of the weights (0.999, say)."),
+    ] = None,
+    freeze_norm: Annotated[
+        bool, typer.Option("--freeze-norm", help="Leave BatchNorm's statistics as they are.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute twice what would fill the memory.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of everything random.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that prepare images, for each GPU.")] = 2,
+    log_every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between two lines of log.jsonl.")] = 10,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Steps between two validations.  [default: a tenth of all]"),
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Steps between two checkpoints.  [default: --validate-every]"),
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove the run that the output folder holds, and begin anew.")
+    ] = False,
+) -> None:
+    """Train a UPerNet on photos and their label maps.
+
+    RUN/best and RUN/last are checkpoints (config.json, model.safetensors, preprocessor_config.json) that `fastuper`
+    and Transformers read; RUN/log.jsonl has the losses; `tensorboard --logdir RUN` shows them, and predicted pictures.
+
+    Stopped in any way, the same command goes on from the last checkpoint, with the images and losses that would have
+    come. On several GPUs or machines: `accelerate launch -m fastuper train ...`.
+
+    Exit status: 0 all steps are done, 1 training stopped, 2 nothing could start.
+    """
+    try:
+        from fastuper.training import Trainer, TrainingConfig, TrainingError
+    except ImportError as error:
+        leave(one_line(error))
+    from fastuper.data import TrainingTransform
+
+    try:
+        config = TrainingConfig(
+            steps=steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            recipe=recipe.value,
+            learning_rate=lr,
+            weight_decay=weight_decay,
+            layer_decay=layer_decay,
+            warmup_steps=warmup,
+            clip=clip,
+            bf16=bf16,
+            ema=ema,
+            freeze_norm=freeze_norm,
+            seed=seed,
+            workers=workers,
+            log_every=log_every,
+            validate_every=validate_every,
+            save_every=save_every,
+            cpu=cpu,
+        )
+        training, validation = _open(data, layout.value, split, validation_split, ignore_index)
+        id2label = training.id2label or _numbered(training, validation)
+        network, processor = _build(model, backbone, hidden_size, id2label, ignore_index, drop_path, seed, crop)
+        if gradient_checkpointing:
+            network.gradient_checkpointing_enable()
+        transform = TrainingTransform(processor, crop, ignore_index=training.ignore_index)
+        trainer = Trainer(
+            network, config, training, validation, processor, output=output, transform=transform, restart=restart
+        )
+    except (*EXPECTED, ImportError, KeyError, TypeError) as error:
+        leave(one_line(error))
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        typer.echo("fastuper: stopped; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+    except (TrainingError, *EXPECTED) as error:
+        typer.echo(f"fastuper: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    trainer.accelerator.end_training()
+    _note(f"{trainer.run.last} is the model" + ("" if validation is None else f", {trainer.run.best} the best one"))
+
+
+def _note(message: str) -> None:
+    """Print a line, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(message)
+
+
+def _open(
+    data: Path, layout: Layout, split: str, validation_split: str, ignore_index: int
+) -> tuple[FolderDataset, FolderDataset | None]:
+    """Return what to train on and what to validate on; the latter is None where the folder has no splits."""
+    from fastuper.data import find_splits, open_dataset
+
+    if not find_splits(data, layout):
+        _note(f"{data} has no splits: there is no validation, and all of it is trained on")
+        return open_dataset(data, layout=layout, ignore_index=ignore_index), None
+    training, validation = (
+        open_dataset(data, name, layout, ignore_index=ignore_index) for name in (split, validation_split)
+    )
+    _note(f"{len(training)} photos to train on, {len(validation)} to validate on")
+    return training, validation
+
+
+def _numbered(training: FolderDataset, validation: FolderDataset | None) -> dict[int, str]:
+    """Return as many classes as the label maps have, for data that does not name them."""
+    from tqdm import tqdm
+
+    files = training.files + ([] if validation is None else validation.files)
+    highest = 0
+    for _, label_map in tqdm(files, desc="counting classes", unit="file", leave=False, disable=None):
+        labels = read_labels(label_map)
+        highest = max(highest, int(labels[labels != training.ignore_index].max(initial=0)))
+    _note(f"{highest + 1} classes, which have no names: write classes.txt, one a line, to name them")
+    return {index: f"class {index}" for index in range(highest + 1)}
+
+
+def _build(
+    model: str | None,
+    backbone: str,
+    hidden_size: int,
+    id2label: dict[int, str],
+    ignore_index: int,
+    drop_path: float | None,
+    seed: int,
+    crop: int,
+) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
+    """Return the network to begin with, and the processor that is saved beside it."""
+    import torch
+
+    from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper.recipes import BACKBONES
+
+    torch.manual_seed(seed)
+    common: dict[str, Any] = {"id2label": id2label, "loss_ignore_index": ignore_index}
+    heads: dict[str, Any] = {"hidden_size": hidden_size, "auxiliary_channels": hidden_size // 2}
+    if model is not None:
+        config = UperNetConfig.from_pretrained(model)
+        if config.num_labels != len(id2label):
+            _note(f"{model} has {config.num_labels} classes and the data {len(id2label)}: the classifiers begin anew")
+        config = UperNetConfig.from_dict(config.to_dict(), **common)
+    elif backbone in BACKBONES:
+        config = UperNetConfig(BACKBONES[backbone](), **common, **heads)
+        _note(f"{backbone} begins with random weights")
+    else:
+        name = backbone.removeprefix("timm/")
+        config = UperNetConfig(
+            backbone=name, use_timm_backbone=name != backbone, use_pretrained_backbone=True, **common, **heads
+        )
+    if drop_path is not None:
+        _set_drop_path(config, drop_path)
+    if model is None:
+        network = UperNetForSemanticSegmentation(config)
+    else:
+        network = UperNetForSemanticSegmentation.from_pretrained(
+            model, config=config, dtype="float32", ignore_mismatched_sizes=True
+        )
+        if find_file(model, "preprocessor_config.json"):
+            return network, UperNetImageProcessor.from_pretrained(model)
+    return network, UperNetImageProcessor(size={"height": crop, "width": crop})
+
+
+def _set_drop_path(config: UperNetConfig, rate: float) -> None:
+    if config.backbone_config is None:
+        config.backbone_kwargs = {**(config.backbone_kwargs or {}), "drop_path_rate": rate}
+    elif hasattr(config.backbone_config, "drop_path_rate"):
+        config.backbone_config.drop_path_rate = rate
+    else:
+        raise ValueError(f"--drop-path: a {config.backbone_config.model_type} has no stochastic depth; leave it out")

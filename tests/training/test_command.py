@@ -1,0 +1,140 @@
+"""`fastuper train`, from a folder of images to a checkpoint that both libraries read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastuper import UperNetForSemanticSegmentation
+from fastuper.cli import app
+from fastuper.recipes import BACKBONES
+from tests.training.common import losses, read_log, tiny_model, tiny_processor, write_data
+
+OPTIONS = [
+    "--steps",
+    "3",
+    "--batch-size",
+    "2",
+    "--crop",
+    "32",
+    "--cpu",
+    "--log-every",
+    "1",
+    "--workers",
+    "0",
+    "--hidden-size",
+    "8",
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture
+def tiny_backbone(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "convnext-tiny", lambda: tiny_model().config.backbone_config)
+
+
+def fastuper_train(data, output, *options):
+    result = CliRunner().invoke(app, ["train", "--data", str(data), "--output", str(output), *OPTIONS, *options])
+    return result.exit_code, result.output
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_from_folder_to_checkpoint(data, tmp_path):
+    output = tmp_path / "run"
+    code, text = fastuper_train(data, output, "--ema", "0.9", "--clip", "1", "--drop-path", "0.2")
+    assert code == 0, text
+    assert "4 photos to train on, 2 to validate on" in text
+    assert f"{output}/last is the model, {output}/best the best one" in text
+    assert len(losses(output)) == 3
+    assert any("mIoU" in line for line in read_log(output))
+    pixel_values = torch.rand(1, 3, 64, 64)
+    for name in ("last", "best"):
+        ours = UperNetForSemanticSegmentation.from_pretrained(output / name)
+        theirs = transformers.UperNetForSemanticSegmentation.from_pretrained(output / name).eval()
+        assert theirs.config.id2label == {0: "sky", 1: "tree", 2: "road"}
+        assert ours.config.backbone_config.drop_path_rate == 0.2
+        with torch.no_grad():
+            torch.testing.assert_close(ours(pixel_values).logits, theirs(pixel_values).logits, rtol=1e-4, atol=1e-5)
+    assert transformers.SegformerImageProcessor.from_pretrained(output / "last").size["height"] == 32
+
+    code, text = fastuper_train(data, output, "--ema", "0.9", "--clip", "1", "--drop-path", "0.2")
+    assert code == 0, text
+    assert "has all 3 steps" in text
+    code, text = fastuper_train(data, output, "--lr", "0.5")
+    assert code == 2
+    assert "clip was 1.0 and is now None, ema was 0.9 and is now None, learning_rate was 0.0001 and is now 0.5" in text
+    assert "or --restart (restart=True) to remove it" in text
+    code, text = fastuper_train(data, output, "--lr", "0.5", "--restart")
+    assert code == 0, text
+    assert len(losses(output)) == 3
+
+
+def test_from_a_checkpoint_of_other_classes(data, tmp_path):
+    start = tmp_path / "start"
+    model = tiny_model()
+    model.save_pretrained(start)
+    tiny_processor().save_pretrained(start)
+    (data / "classes.txt").unlink()
+    for path in (data / "labels" / "training").iterdir():
+        label = np.asarray(Image.open(path)).copy()
+        label[-1, -1] = 4
+        Image.fromarray(label).save(path)
+    code, text = fastuper_train(data, tmp_path / "run", "--model", str(start), "--lr", "1e-30")
+    assert code == 0, text
+    assert "5 classes, which have no names" in text
+    assert f"{start} has 3 classes and the data 5: the classifiers begin anew" in text
+    saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run" / "last")
+    assert saved.config.num_labels == 5
+    weight = "backbone.encoder.stages.0.layers.0.pwconv1.weight"
+    torch.testing.assert_close(saved.state_dict()[weight], model.state_dict()[weight])
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_folder_without_splits(data, tmp_path):
+    for kind in ("images", "labels"):
+        for path in [*(data / kind).glob("*/*")]:
+            path.rename(data / kind / path.name)
+        for split in ("training", "validation"):
+            (data / kind / split).rmdir()
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 0, text
+    assert "has no splits: there is no validation" in text
+    assert (tmp_path / "run" / "last").is_dir()
+    assert not (tmp_path / "run" / "best").exists()
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_what_cannot_start_is_said_in_one_line(data, tmp_path):
+    for options, message in (
+        (["--backbone", str(tmp_path)], "has no config.json"),
+        (["--model", str(tmp_path / "nowhere")], "neither a folder here nor"),
+        (["--batch-size", "3", "--accumulate", "2"], "batch_size=3 must be a multiple of 1 processes x accumulate=2"),
+        (["--validation-split", "holdout"], "has no split holdout; it has training, validation"),
+        (["--backbone", "resnet-18", "--drop-path", "0.1"], "a resnet has no stochastic depth"),
+        (["--ema", "2"], "ema must be more than 0 and at most 1"),
+    ):
+        code, text = fastuper_train(data, tmp_path / "run", *options)
+        assert code == 2, text
+        assert message in text.splitlines()[-1], text
+        assert not (tmp_path / "run").exists()
+    (data / "images" / "training" / "0.png").unlink()
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 2
+    assert "1 of 4 label maps have no photo of the same name" in text
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_what_stops_training_is_said_in_one_line(data, tmp_path):
+    (data / "images" / "training" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 1
+    assert text.splitlines()[-1].startswith("fastuper: ")
+    assert "2.png: " in text.splitlines()[-1]

@@ -1,0 +1,124 @@
+"""What several processes do: one that is killed at any instant, and two that train together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastuper import UperNetForSemanticSegmentation
+from tests.training.common import Photos, losses, read_log, tiny_model, train
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, so as not to import torch anew")
+KILLS = 2
+
+
+class Noting(Photos):
+    """Notes in a file, in one write each, which images are read."""
+
+    def __init__(self, count: int, notes: Path):
+        super().__init__(count)
+        self.notes = notes
+
+    def __getitem__(self, index: int):
+        with self.notes.open("ab", buffering=0) as file:
+            file.write(b"%d\n" % index)
+        return super().__getitem__(index)
+
+
+def run(output: Path, steps: int = 20) -> None:
+    torch.set_num_threads(1)
+    train(
+        output,
+        model=tiny_model(0.5),
+        data=Noting(5, output.with_suffix(".notes")),
+        validation=Photos(1, seed=1),
+        steps=steps,
+        batch_size=2,
+        ema=0.9,
+        save_every=2,
+        validate_every=7,
+    )
+
+
+def forked(function, *arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def test_killed_run_goes_on_with_the_same_images_and_losses(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = forked(run, whole)
+    process.join()
+    assert process.exitcode == 0
+    seed = random.randrange(2**32)
+    print("kills at instants of seed", seed)
+    instants = random.Random(seed)
+    starts = []
+    for part in range(1, KILLS + 1):
+        notes = parts.with_suffix(".notes")
+        starts.append(notes.stat().st_size if notes.exists() else 0)
+        process = forked(run, parts)
+        # Not before it has come some steps further; then at any instant of a step, or of writing a checkpoint.
+        while (process.is_alive() and not (parts / "log.jsonl").is_file()) or len(read_whole(parts)) < 8 * part - 3:
+            assert process.is_alive() or process.exitcode == 0
+            time.sleep(0.002)
+        time.sleep(instants.random() * 0.3)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    starts.append(parts.with_suffix(".notes").stat().st_size)
+    process = forked(run, parts)
+    process.join()
+    assert process.exitcode == 0
+
+    assert read_log(parts) == read_log(whole)
+    saved = [UperNetForSemanticSegmentation.from_pretrained(folder / "last").state_dict() for folder in (whole, parts)]
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+    assert sorted(path.name for path in parts.iterdir()) == sorted(path.name for path in whole.iterdir())
+    order = whole.with_suffix(".notes").read_bytes().split()
+    read = parts.with_suffix(".notes").read_bytes()
+    for start, end in zip(starts, [*starts[1:], len(read)], strict=True):
+        part = read[start:end].split()
+        assert len(part) < len(order) or start == 0
+        assert any(part == order[at : at + len(part)] for at in range(0, len(order), 2)), "a part of the same order"
+
+
+def read_whole(run: Path) -> list[bytes]:
+    """The lines of a log that is being written."""
+    try:
+        return (run / "log.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def train_together(output: Path) -> None:
+    """A process's part; the second one has the images with more ignored pixels in most steps."""
+    torch.set_num_threads(1)
+    train(output, double=True, freeze_norm=True, accumulate=2, clip=0.5, validation=Photos(3, seed=1), steps=3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Gloo after a fork")
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    from accelerate import debug_launcher
+
+    debug_launcher(train_together, (tmp_path / "two",))  # first: the processes would take over the state of one
+    alone = train(tmp_path / "one", double=True, freeze_norm=True, clip=0.5, validation=Photos(3, seed=1), steps=3)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-10)
+    assert len(losses(tmp_path / "two")) == 3
+    one, two = (
+        UperNetForSemanticSegmentation.from_pretrained(tmp_path / name / "last").state_dict() for name in ("one", "two")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-9)
+    score = [line["mIoU"] for line in read_log(tmp_path / "two") if "mIoU" in line]
+    assert score[-1] == [line["mIoU"] for line in read_log(tmp_path / "one") if "mIoU" in line][-1]
+    assert alone.best["mIoU"] >= score[-1]

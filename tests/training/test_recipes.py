@@ -1,0 +1,132 @@
+"""The published recipes: which parameter learns how fast and decays, the schedule, and the sizes of the networks."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, PolynomialLR
+
+from fastuper import ConvNextConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper.recipes import BACKBONES, RECIPES, learning_rate_factor, parameter_groups, recipe_for
+
+
+def build(backbone_config, **options) -> UperNetForSemanticSegmentation:
+    with torch.device("meta"):
+        return UperNetForSemanticSegmentation(UperNetConfig(backbone_config, **options))
+
+
+def mmsegmentation_name(name: str) -> str:
+    """Return what a parameter of UPerNet-ConvNeXt is called there, by Transformers' conversion script."""
+    for ours, theirs in (
+        (r"backbone\.embeddings\.patch_embeddings", "backbone.downsample_layers.0.0"),
+        (r"backbone\.embeddings\.layernorm", "backbone.downsample_layers.0.1"),
+        (r"backbone\.encoder\.stages\.(\d)\.downsampling_layer", r"backbone.downsample_layers.\1"),
+        (r"backbone\.encoder\.stages\.(\d)\.layers\.(\d+)", r"backbone.stages.\1.\2"),
+        (r"backbone\.hidden_states_norms\.stage(\d)", r"backbone.norm\1"),
+    ):
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def mmsegmentation_scale(name: str) -> float:
+    """Its stage-wise decay, 0.9 with num_layers=6: the id of a parameter's stage counts from the head's, 7."""
+    if name.startswith("backbone.downsample_layers"):
+        stage = 0
+    elif name.startswith("backbone.stages"):
+        stage = int(name.split(".")[2]) + 1
+    else:
+        stage = 7
+    return 0.9 ** (7 - stage)
+
+
+def test_convnext_groups_are_the_published_ones():
+    model = build(BACKBONES["convnext-tiny"]())
+    found = {}
+    for group in parameter_groups(model, RECIPES["convnext"]):
+        for name, parameter in group["params"]:
+            assert name not in found
+            found[name] = (group["lr"], group["weight_decay"], parameter)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    names = {mmsegmentation_name(name) for name in found}
+    # The three downsampling layers besides the stem, the four stages, and the four norms of their maps are found.
+    assert {f"backbone.downsample_layers.{i}.0.weight" for i in range(4)} <= names
+    assert {f"backbone.stages.{i}.0.dwconv.weight" for i in range(4)} <= names
+    assert {f"backbone.norm{i}.weight" for i in range(1, 5)} <= names
+    for name, (lr, weight_decay, parameter) in found.items():
+        assert lr == pytest.approx(1e-4 * mmsegmentation_scale(mmsegmentation_name(name)), rel=1e-12), name
+        assert weight_decay == (0.0 if len(parameter.shape) == 1 else 0.05), name
+
+
+def test_swin_groups_spare_norms_biases_and_positions():
+    model = build(SwinConfig(use_absolute_embeddings=True, image_size=32, embed_dim=12, num_heads=(1, 2, 3, 4)))
+    groups = parameter_groups(model, RECIPES["swin"])
+    assert {group["lr"] for group in groups} == {6e-5}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
+    for group in groups:
+        for name, _ in group["params"]:
+            module = model.get_submodule(name.rpartition(".")[0])
+            spared = (
+                name.endswith((".bias", "relative_position_bias_table", "position_embeddings"))
+                or isinstance(module, torch.nn.LayerNorm | torch.nn.BatchNorm2d)
+            )  # fmt: skip
+            assert (group["weight_decay"] == 0) is spared, name
+    spared = [name for group in groups if not group["weight_decay"] for name, _ in group["params"]]
+    assert "backbone.embeddings.position_embeddings" in spared
+    assert sum("relative_position_bias_table" in name for name in spared) == 12
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = build(ConvNextConfig(hidden_sizes=[4] * 4, depths=[1] * 4))
+    model.backbone.requires_grad_(False)
+    names = [name for group in parameter_groups(model, RECIPES["convnext"]) for name, _ in group["params"]]
+    assert names
+    assert not any(name.startswith("backbone.") for name in names)
+
+
+def test_the_schedule_is_a_line_times_a_polynomial():
+    def rates(make):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+        scheduler = make(optimizer)
+        found = []
+        for _ in range(50):
+            found.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    ours = rates(lambda o: LambdaLR(o, lambda step: learning_rate_factor(step, steps=50, warmup_steps=15, power=0.9)))
+    torchs = rates(
+        lambda o: ChainedScheduler(
+            [LinearLR(o, start_factor=1e-6, total_iters=15), PolynomialLR(o, total_iters=50, power=0.9)]
+        )
+    )
+    assert ours == pytest.approx(torchs, rel=1e-9)
+    assert max(ours) == ours[15]
+    assert learning_rate_factor(0, steps=3, warmup_steps=0, power=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        *[("convnext-tiny", 60), ("convnext-small", 82), ("convnext-base", 122), ("convnext-large", 235)],
+        *[("swin-tiny", 60), ("swin-small", 81), ("swin-base", 121), ("swin-large", 234)],
+    ],
+)
+def test_named_backbones_have_the_published_sizes(name, millions):
+    assert build(BACKBONES[name](), num_labels=150).num_parameters() / 1e6 == pytest.approx(millions, abs=0.6)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("resnet-18", 11.2), ("resnet-34", 21.3), ("resnet-101", 42.5)])
+def test_named_resnets_have_the_published_sizes(name, millions):
+    backbone = build(BACKBONES[name]()).backbone
+    assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_recipes_by_name():
+    assert recipe_for("auto", "convnext") == RECIPES["convnext"]
+    assert recipe_for("auto", "swin") == recipe_for("auto", "resnet") == RECIPES["swin"]
+    assert recipe_for("swin", "convnext") == RECIPES["swin"]
+    with pytest.raises(ValueError, match="'sgd' is not known; known are auto, convnext, swin"):
+        recipe_for("sgd", "swin")

@@ -1,0 +1,148 @@
+"""A run's folder: whole checkpoints, two links, a log that ends where training goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+from fastuper.hub import atomic_folder
+from fastuper.runs import STATE, RunFolder, read_state
+
+
+def write(content: str):
+    def files(folder):
+        (folder / "model.safetensors").write_text(content)
+        torch.save({"content": content}, folder / STATE)
+
+    return files
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    run = RunFolder(tmp_path / "run")
+    run.make()
+    return run
+
+
+def test_folder_appears_when_it_is_whole(tmp_path):
+    with atomic_folder(tmp_path / "new") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert (tmp_path / "new" / "a").read_text() == "1"
+
+
+def test_folder_whose_writer_fails_never_appears(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "new") as folder:
+        (folder / "a").write_text((folder / "b").read_text())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_takes_nobodys_place(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a").write_text("0")
+    with pytest.raises(OSError), atomic_folder(tmp_path / "old") as folder:  # noqa: PT011
+        (folder / "a").write_text("1")
+    assert (tmp_path / "old" / "a").read_text() == "0"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_last_and_best_stay_and_older_ones_go(run):
+    run.save(10, 10, write("ten"))
+    assert os.path.samefile(run.last, run.best)
+    run.save(20, 10, write("twenty"))
+    run.save(30, 10, write("thirty"))
+    assert (run.last / "model.safetensors").read_text() == "thirty"
+    assert (run.best / "model.safetensors").read_text() == "ten"
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000000010", "step-000000030"]
+    # What training goes on from is of the last one alone.
+    assert list(run.steps()) == [30]
+    assert read_state(run.steps()[30]) == {"content": "thirty"}
+    run.save(40, 40, write("forty"))
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000040"]
+
+
+def test_run_can_be_moved(run, tmp_path):
+    run.save(10, None, write("ten"))
+    run.path.rename(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "last" / "model.safetensors").read_text() == "ten"
+
+
+def test_without_links_the_files_are_copied(run, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "a required privilege is not held by the client")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    for step in (10, 20):
+        run.save(step, 10, write(str(step)))
+    assert not run.last.is_symlink()
+    assert [path.name for path in run.last.iterdir()] == ["model.safetensors"]
+    assert (run.last / "model.safetensors").read_text() == "20"
+    assert (run.best / "model.safetensors").read_text() == "10"
+    assert sorted(path.name for path in run.path.iterdir()) == ["best", "checkpoints", "last"]
+
+
+def test_failed_write_leaves_everything_as_it_was(run):
+    run.save(10, 10, write("ten"))
+
+    def full(folder):
+        (folder / "model.safetensors").write_text("twe")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        run.save(20, 20, full)
+    assert (run.last / "model.safetensors").read_text() == "ten"
+    assert (run.best / "model.safetensors").read_text() == "ten"
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000010"]
+
+
+def test_what_a_killed_writer_left_is_cleared(run):
+    run.save(10, None, write("ten"))
+    for folder in (run.checkpoints, run.path):
+        (folder / f".{'0123456789abcdef' * 2}").mkdir()
+        (folder / ".mine").mkdir()
+    run.make()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [".mine", "step-000000010"]
+    assert sorted(path.name for path in run.path.iterdir()) == [".mine", "checkpoints", "last"]
+
+
+def test_settling_ends_what_a_kill_broke_off(run):
+    """The newest checkpoint is there, `last` and `best` are of the one before it."""
+    run.save(10, 10, write("ten"))
+    with atomic_folder(run.folder(20)) as folder:
+        write("twenty")(folder)
+    assert list(run.steps()) == [10, 20]
+    run.settle(20, 20)
+    assert os.path.samefile(run.last, run.folder(20))
+    assert os.path.samefile(run.best, run.folder(20))
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000020"]
+
+
+def test_clearing_leaves_what_is_not_the_runs(run):
+    run.save(10, 10, write("ten"))
+    run.write_log({"step": 10})
+    run.tensorboard.mkdir()
+    (run.path / "notes.txt").write_text("mine")
+    run.clear()
+    assert [path.name for path in run.path.iterdir()] == ["notes.txt"]
+
+
+def test_log_ends_where_training_goes_on(run):
+    for step in (10, 20, 30):
+        run.write_log({"step": step})
+    with run.log.open("a") as file:
+        file.write('{"step": 1')
+    run.truncate_log(20)
+    assert run.log.read_text() == '{"step": 10}\n{"step": 20}\n'
+    run.truncate_log(0)
+    assert run.log.read_text() == ""
+
+
+def test_damaged_state_is_named(run):
+    run.save(10, None, write("ten"))
+    (run.folder(10) / STATE).write_bytes(b"PK\x03\x04")
+    with pytest.raises(OSError, match=r"step-000000010/training_state\.pt cannot be read"):
+        read_state(run.folder(10))
