@@ -1,0 +1,219 @@
+"""A step of training beside Transformers: `python -m bench.training` writes bench/results/training.json.
+
+A step is forward, backward and AdamW. For each backbone all take turns, each with weights, optimizer and memory layout
+of its own; the images, labels and starting weights are the same. Peak memory is that of two steps (the second has the
+optimizer's averages) over the weights, in a fresh process each: see bench.memory. The gradients' distances from float64
+are measured on smaller images: a step of float64 takes long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.machine import commit, machine, now, versions, without_paths
+from bench.memory import status
+from bench.names import EAGER, FASTUPER
+from bench.results import FOLDER, TINY
+
+ROOT = Path(__file__).parent.parent
+RESULTS = FOLDER / "training.json"
+SIZE, BATCH, CLASSES = 512, 2, 150
+PEERS = [*EAGER, FASTUPER]
+GRADIENT_SIZE, SEEDS = 128, 2  # of the images whose gradients are compared with float64, and draws of them
+# To be reached: Transformers' time over ours at least, and our peak over its at most.
+FASTER, MEMORY = 1.8, 0.6
+
+Step = Callable[[], torch.Tensor]
+
+
+def build(peer: str, backbone: str, seed: int = 0) -> torch.nn.Module:
+    """Return a model in training, with random weights that depend on the seed alone; nothing in it is random."""
+    import transformers
+
+    import fastuper
+    from bench.peers import BACKBONES
+    from tests.parity.models import randomize, uninitialized
+
+    config = transformers.UperNetConfig(backbone_config=BACKBONES[backbone](), num_labels=CLASSES)
+    if hasattr(config.backbone_config, "drop_path_rate"):
+        config.backbone_config.drop_path_rate = 0.0
+    with uninitialized():
+        model: torch.nn.Module = transformers.UperNetForSemanticSegmentation(config)
+    randomize(model, seed)
+    if peer == FASTUPER:
+        weights = model.state_dict()
+        with uninitialized():
+            model = fastuper.UperNetForSemanticSegmentation(config)
+        model.load_state_dict(weights)
+    return model.to(memory_format=torch.channels_last if peer == EAGER[1] else torch.contiguous_format).train()
+
+
+def data(peer: str, size: int, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    from tests.parity.models import images
+
+    pixels = images(batch, 3, size, size, seed=seed, dtype=torch.float32)
+    # Objects of 32 pixels: labels of single pixels would be no picture.
+    labels = torch.randint(0, CLASSES, (batch, size // 32, size // 32), generator=torch.Generator().manual_seed(seed))
+    labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    labels[:, :8] = 255
+    if peer == EAGER[1]:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    return {"pixel_values": pixels, "labels": labels}
+
+
+def stepper(peer: str, backbone: str) -> Step:
+    """Return a function that takes a step and returns its loss."""
+    model, batch = build(peer, backbone), data(peer, SIZE, BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05)
+
+    def step() -> torch.Tensor:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def alternate(backbone: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Return each peer's seconds, all taking turns, and the losses of its steps."""
+    steps = {peer: stepper(peer, backbone) for peer in PEERS}
+    results: dict[str, dict[str, Any]] = {
+        peer: {"losses": [step().item()], "rounds": []} for peer, step in steps.items()
+    }
+    for _ in range(rounds):
+        for peer, step in steps.items():
+            gc.collect()
+            time.sleep(0.02)
+            start = time.perf_counter()
+            loss = step()
+            results[peer]["rounds"].append(float(f"{time.perf_counter() - start:.5g}"))
+            results[peer]["losses"].append(loss.item())
+            print(backbone, peer, results[peer]["rounds"][-1], results[peer]["losses"][-1], flush=True)
+    return results
+
+
+def peak(peer: str, backbone: str) -> dict[str, Any]:
+    """Return the peak memory of two steps over the weights, in this process, which must be fresh."""
+    step = stepper(peer, backbone)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    baseline = status("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        mark = "reset before the steps"
+    except OSError:
+        mark = "since the start"
+    for _ in range(2):
+        step()
+    return {"peak": status("VmHWM") - baseline, "mark": mark}
+
+
+def peak_in_fresh_process(peer: str, backbone: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.training", "--peak", peer, backbone]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{peer}, {backbone}: exit status {done.returncode}: {without_paths(lines[-1])[:200]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the loss and the gradients of every parameter, as our model names it."""
+    from tests.parity.models import named_gradients
+
+    loss = model(**batch).loss
+    loss.backward()
+    found = {name: gradient for name, gradient in named_gradients(model).items() if gradient is not None}
+    model.zero_grad()
+    return {"loss": loss.detach(), **found}
+
+
+def distances(backbone: str) -> dict[str, Any]:
+    """Return how far float32's gradients are from float64's, ours over the larger of Transformers' two layouts.
+
+    Of each parameter the root mean square over the seeds; of their ratios the median and the largest.
+    """
+    errors: dict[str, dict[str, list[float]]] = {peer: {} for peer in PEERS}
+    for seed in range(SEEDS):
+        truth_of = build(EAGER[0], backbone, seed).double()
+        batch = data(EAGER[0], GRADIENT_SIZE, 4, seed)
+        truth = gradients(truth_of, {**batch, "pixel_values": batch["pixel_values"].double()})
+        del truth_of
+        largest = max(gradient.norm() for gradient in truth.values())
+        for peer in PEERS:
+            found = gradients(build(peer, backbone, seed), data(peer, GRADIENT_SIZE, 4, seed))
+            for name, gradient in truth.items():
+                if gradient.norm() > 1e-9 * largest:  # a key's bias has no gradient but rounding
+                    distance = ((found[name].double() - gradient).norm() / gradient.norm()).item()
+                    errors[peer].setdefault(name, []).append(distance)
+    squares = {
+        peer: {name: statistics.fmean(error**2 for error in found) for name, found in errors[peer].items()}
+        for peer in PEERS
+    }
+    ratios = {
+        name: (square / max(squares[peer][name] for peer in EAGER)) ** 0.5 for name, square in squares[FASTUPER].items()
+    }
+    worst = max(ratios, key=ratios.__getitem__)
+    return {
+        "median_errors": {peer: statistics.median(found.values()) ** 0.5 for peer, found in squares.items()},
+        "median_ratio": statistics.median(ratios.values()),
+        "largest_ratio": ratios[worst],
+        "largest_at": worst,
+        "size": GRADIENT_SIZE,
+        "seeds": SEEDS,
+    }
+
+
+def conclude(row: dict[str, Any]) -> None:
+    """Store what follows from a backbone's measurements."""
+    medians = {peer: statistics.median(found["rounds"]) for peer, found in row["peers"].items()}
+    peaks = {peer: found["peak"] for peer, found in row["peers"].items() if "peak" in found}
+    row["faster"] = min(medians[peer] for peer in EAGER) / medians[FASTUPER]
+    row["memory"] = peaks[FASTUPER] / min(peaks[peer] for peer in EAGER)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peak", nargs=2, metavar=("PEER", "BACKBONE"), help="measure the memory of this one alone")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        print(json.dumps(peak(*arguments.peak)))
+        return
+    result: dict[str, Any] = {
+        "run": now(),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "size": SIZE,
+        "batch": BATCH,
+        "dtype": "float32",
+        "backbones": {},
+    }
+    for backbone in TINY:
+        row = result["backbones"][backbone] = {"peers": alternate(backbone, arguments.rounds)}
+        for peer in PEERS:
+            row["peers"][peer].update(peak_in_fresh_process(peer, backbone))
+        row["gradients"] = distances(backbone)
+        conclude(row)
+        print(backbone, {key: row[key] for key in ("faster", "memory", "gradients")}, flush=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
