@@ -421,7 +421,7 @@ class Trainer:
             total = total + loss.detach()
         self._names = [name for piece in pieces for name in piece.names]
         self._unchecked.append((self.step + 1, accelerator.reduce(total, "sum"), self._names))
-        if accelerator.device.type == "cpu":  # elsewhere looking would have the host wait, at each step
+        if _looks_at_each_step(accelerator.device):
             self._check()
         if config.clip is not None:
             accelerator.clip_grad_norm_(self.parallel.parameters(), config.clip)
@@ -673,6 +673,11 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(message)
+
+
+def _looks_at_each_step(device: torch.device) -> bool:
+    """Return whether a loss is there at once; elsewhere the host would wait, at each step, for all it has launched."""
+    return device.type == "cpu"
 
 
 def _samples(dataset: Any, model: UperNetForSemanticSegmentation, use: str) -> SampleDataset:

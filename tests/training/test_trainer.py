@@ -330,6 +330,18 @@ def test_nan_stops_and_names_step_and_files(tmp_path):
         train(tmp_path, **options)
 
 
+def test_nan_that_is_seen_later_is_named_as_well(tmp_path, monkeypatch):
+    """As on a GPU, whose losses are looked at when they are logged: two steps after the first NaN here."""
+    monkeypatch.setattr(fastuper.training, "_looks_at_each_step", lambda device: False)
+    order = [index for batch in GlobalBatches(6, 2, 1, 9) for _, index in batch]
+    assert order.index(4) in (2, 3)
+    names = ", ".join(f"photo{i}.png" if i != 4 else "poisoned.png" for i in order[2:4])
+    options = {"data": Poisoned(6), "transform": poison, "batch_size": 2, "steps": 9, "seed": 1}
+    with pytest.raises(TrainingError, match=rf"the loss of step 2 is nan; the step's images: {names}\. There is no"):
+        train(tmp_path, save_every=6, log_every=4, **options)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     """A finite loss may have infinite gradients."""
     step = torch.optim.AdamW.step
