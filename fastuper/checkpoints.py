@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import os
 import pickle
 import re
+import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -364,7 +366,36 @@ REFUSED = {
 }
 
 
-class PretrainedMixin(nn.Module):
+class KnownToTransformers:
+    """What Transformers takes for one of its own models, once it is imported; everything else sees the class as it is.
+
+    Its Trainer writes config.json beside the weights for instances of `PreTrainedModel` alone, so that what it saved of
+    any other module could not be loaded.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:  # what `isinstance` asks for beside the type
+        theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+        cls: Any = type(self)
+        return cls if theirs is None else _related(cls, theirs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Python's own way of making the object anew compares its type with its class.
+        return _new, (type(self),), object.__reduce_ex__(self, 2)[2]
+
+
+@functools.cache
+def _related(cls: Hashable, theirs: Hashable) -> Any:
+    assert isinstance(cls, type)
+    assert isinstance(theirs, type)
+    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _new(cls: type[T]) -> T:
+    return cls.__new__(cls)
+
+
+class PretrainedMixin(KnownToTransformers, nn.Module):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`, as `transformers.PreTrainedModel` has them.
 
     The class that inherits it is built by `cls(config)`, has the attributes below, and a method

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.configuration import UperNetConfig
-from fastuper.plain import fold, is_exactly, is_fixed_norm, is_same_conv
+from fastuper.gradient_checkpointing import Checkpointed
+from fastuper.plain import batch_norm, fold, is_exactly, is_fixed_norm, is_same_conv
 from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, pyramid_pool, upsample_add, upsampled_conv3x3
 from fastuper_kernels.modes import autocast, is_eager_inference
 from fastuper_kernels.packs import looked_at_once
@@ -38,7 +39,7 @@ class ConvModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, H, W)."""
-        return self.fused(x) if self.is_fusible() else self.activation(self.batch_norm(self.conv(x)))
+        return self.fused(x) if self.is_fusible() else self.activation(batch_norm(self.batch_norm, self.conv(x)))
 
     def is_fusible(self) -> bool:
         """Return whether `fused` is the same function: a matter of the convolution, as it calls the other two."""
@@ -70,7 +71,7 @@ class ConvModule(nn.Module):
         if self.is_folding():
             scale, shift = fold(self.batch_norm)
             return conv_bn_relu(x, weight, scale, shift, addend=addend, upsampled=upsampled, rows=rows)
-        y = self.activation(self.batch_norm(conv_bn_relu(x, weight, addend=addend, relu=False)))
+        y = self.activation(batch_norm(self.batch_norm, conv_bn_relu(x, weight, addend=addend, relu=False)))
         return y if upsampled is None else upsample_add(upsampled, y)
 
     def is_folding(self) -> bool:
@@ -81,7 +82,7 @@ class ConvModule(nn.Module):
         return is_fixed_norm(self.batch_norm) and is_exactly(self.activation, nn.ReLU)
 
 
-class UperNetHead(nn.Module):
+class UperNetHead(Checkpointed):
     """A feature pyramid with pyramid pooling on top, all of its levels fused at the finest one's size.
 
     Args:
@@ -263,7 +264,7 @@ def concatenate_at_first_size(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([first, *resampled], dim=1)
 
 
-class FCNHead(nn.Module):
+class FCNHead(Checkpointed):
     """The auxiliary head (https://arxiv.org/abs/1411.4038): a few 3x3 convolutions on one of the feature maps.
 
     Args:

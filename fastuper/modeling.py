@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,12 @@ from fastuper.configuration import (
     named_backbone_config,
     upernet_config_from,
 )
+from fastuper.gradient_checkpointing import Checkpointed, checkpointed
 from fastuper.head import FCNHead, UperNetHead
-from fastuper.outputs import SemanticSegmenterOutput, known_to_transformers
-from fastuper_kernels import upsample_argmax
+from fastuper.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
+from fastuper_kernels import upsample_argmax, upsample_cross_entropy
+from fastuper_kernels.modes import is_eager
+from fastuper_kernels.upsample_cross_entropy import check_values
 
 
 class UperNetForSemanticSegmentation(PretrainedMixin):
@@ -38,6 +42,9 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
     losses. It differs where that one fails its users:
 
     - the auxiliary head runs only when labels are given;
+    - with labels, full-size logits are computed only if somebody reads them; labels may be of another size than the
+      images, or all ignored (the loss is 0 then); a model of one class is trained with binary cross entropy;
+    - an image can be trained on alone: BatchNorm over a single cell takes its running statistics;
     - images of any size from 1 x 1 are taken, and Swin's absolute position embeddings are resampled to them;
     - default backbone configurations give all of their stages;
     - Swin's hidden states are maps (B, C, H, W), as in Transformers 5 (4.x: (B, L, C)), and attentions are returned
@@ -54,6 +61,8 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
 
     config_class = UperNetConfig
     base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
     main_input_name = "pixel_values"
 
     def __init__(self, config: UperNetConfig | Any):
@@ -76,6 +85,8 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         output_hidden_states: bool | None = None,
         labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
+        output_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> SemanticSegmenterOutput | tuple[Any, ...]:
         """Segment images.
 
@@ -83,12 +94,20 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             pixel_values: (B, C, H, W), floating point, normalised; any size.
             output_attentions: whether to return the attention weights; the configuration decides where None.
             output_hidden_states: whether to return the backbone's hidden states; likewise.
-            labels: (B, H, W), integers in [0, num_labels) or `config.loss_ignore_index`; gives the loss.
+            labels: (B, H, W), integers in [0, num_labels) or `config.loss_ignore_index`, of the images' size or any
+                other; gives the loss. For one class: 1 where it is, and 0.
             return_dict: whether to return an output object (True) or its tuple; likewise.
+            output_logits: whether logits are in the output. Where None they are; with labels they are computed when
+                somebody reads them, or at once in a tuple, under DistributedDataParallel and wherever something
+                traces. True computes them at once.
+            num_items_in_batch: what to divide the sum of the pixels' losses by, an integer or a scalar tensor: where
+                several batches make one step, the pixels that are not ignored in all of them. This batch's own where
+                None.
 
         Returns:
-            `SemanticSegmenterOutput`: `loss` is the mean cross entropy over the pixels that are not ignored, plus
-            `auxiliary_loss_weight` times the auxiliary head's; `logits` are (B, num_labels, H, W), contiguous.
+            `SemanticSegmenterOutput`: `loss` is the mean cross entropy over the pixels that are not ignored, of the
+            logits resampled to the labels' size, plus `auxiliary_loss_weight` times the auxiliary head's, in the
+            logits' type (float32 under autocast); `logits` are (B, num_labels, H, W), contiguous.
 
         Raises:
             ValueError: pixels or labels of a wrong shape, type or range; the message says what was expected.
@@ -97,31 +116,45 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         pixel_values = self._check_pixels(pixel_values)
         if labels is not None:
             labels = self._check_labels(labels, pixel_values)
+        elif num_items_in_batch is not None:
+            raise ValueError("num_items_in_batch is what the loss is divided by: give labels too")
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
+        as_dict = config.return_dict if return_dict is None else return_dict
         size = pixel_values.shape[2:]
 
         maps, hidden_states, attentions = self._features(pixel_values, output_hidden_states, output_attentions)
-        # The head's logits are channels_last; resampled from that they would have to be copied at full size.
-        coarse = self.decode_head(maps).contiguous()
-        coarse_auxiliary = None
-        if labels is not None and self.auxiliary_head is not None:
-            coarse_auxiliary = self.auxiliary_head(maps)
-        del maps  # nothing needs them while the logits take their full size
-        logits = _resize(coarse, size)
-
+        coarse = self.decode_head(maps)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits, labels, ignore_index=config.loss_ignore_index)
-            if coarse_auxiliary is not None:
-                auxiliary_logits = _resize(coarse_auxiliary, size)
-                auxiliary_loss = F.cross_entropy(auxiliary_logits, labels, ignore_index=config.loss_ignore_index)
+            loss = self._loss(coarse, labels, num_items_in_batch)
+            if self.auxiliary_head is not None:
+                auxiliary_loss = self._loss(self.auxiliary_head(maps), labels, num_items_in_batch)
                 loss = loss + config.auxiliary_loss_weight * auxiliary_loss
+        del maps  # nothing needs them while the logits take their full size
 
-        output = known_to_transformers(SemanticSegmenterOutput)(loss, logits.contiguous(), hidden_states, attentions)
-        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        def full_size() -> torch.Tensor:
+            # The head's logits are channels_last; resampled from that they would have to be copied at full size.
+            return _resize(coarse.contiguous(), size).contiguous()
+
+        logits: Any = None
+        if output_logits is None and loss is not None and as_dict and is_eager() and not _in_ddp():
+            logits = Deferred(full_size)
+        elif output_logits is not False:
+            logits = full_size()
+        output = known_to_transformers(SemanticSegmenterOutput)(loss, logits, hidden_states, attentions)
+        return output if as_dict else output.to_tuple()
+
+    def _loss(
+        self, coarse: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Return the cross entropy of logits at stride 4, resampled to the labels' size."""
+        ignore_index = self.config.loss_ignore_index
+        if num_items_in_batch is None:
+            return upsample_cross_entropy(coarse, labels, ignore_index=ignore_index)
+        return upsample_cross_entropy(coarse, labels, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
 
     @torch.no_grad()
     def segment(
@@ -137,7 +170,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
                 resampled to the images' size and then to this one, as Transformers does.
 
         Returns:
-            B label maps, each (height, width), int64.
+            B label maps, each (height, width), int64. For one class: 1 where it is (its logit is above 0), and 0.
 
         Raises:
             ValueError: `target_sizes` are not as many as the images, or not pairs of integers from 1; pixels or
@@ -160,7 +193,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             raise ValueError(
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"
             )
-        logits = self.decode_head(self._features(pixel_values, False, False)[0])
+        logits = _beside_nothing(self.decode_head(self._features(pixel_values, False, False)[0]))
         if logits.is_cuda and all(target == targets[0] for target in targets):  # in one launch
             labels = list(upsample_argmax(logits, _chain(size, targets[0])))
         else:
@@ -195,7 +228,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
 
         def labels(x: torch.Tensor) -> torch.Tensor:
             assert target_size is not None
-            coarse = self.decode_head(self._features(x, False, False)[0])
+            coarse = _beside_nothing(self.decode_head(self._features(x, False, False)[0]))
             return upsample_argmax(coarse, _chain(size, (target_size[0], target_size[1])))
 
         return Captured(self, logits if target_size is None else labels, pixel_values)
@@ -226,8 +259,15 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
 
         Backbones of Transformers filter the arguments that they do not know themselves.
         """
-        call = getattr(self.backbone, "forward_with_filtered_kwargs", self.backbone)
-        output = call(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        call = partial(
+            getattr(self.backbone, "forward_with_filtered_kwargs", self.backbone),
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        if self.gradient_checkpointing and self.training and not isinstance(self.backbone, Backbone):
+            output = checkpointed(call, self.backbone, pixel_values)  # as a whole: its blocks are another library's
+        else:
+            output = call(pixel_values)
         return output.feature_maps, output.hidden_states, output.attentions
 
     def _check_pixels(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
@@ -248,26 +288,90 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         return pixel_values
 
     def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        if config.num_labels == 1:
-            raise ValueError("The number of labels should be greater than one")
         if not isinstance(labels, torch.Tensor):
             raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-        expected = (pixel_values.shape[0], *pixel_values.shape[2:])
-        if labels.shape != expected:
-            raise ValueError(f"labels must be (batch, height, width) = {tuple(expected)}, got {tuple(labels.shape)}")
+        if labels.ndim != 3 or labels.shape[0] != pixel_values.shape[0] or 0 in labels.shape:
+            raise ValueError(
+                f"labels must be (batch, height, width) for the {pixel_values.shape[0]} images, "
+                f"got {tuple(labels.shape)}"
+            )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be integers, got {labels.dtype}")
         labels = labels.long()
-        # On a GPU looking would make every step wait for it; there PyTorch's own assertion stops the process.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            valid = labels[labels != config.loss_ignore_index]
-            if valid.numel() and (valid.min() < 0 or valid.max() >= config.num_labels):
-                raise ValueError(
-                    f"labels must be in [0, {config.num_labels}) or loss_ignore_index={config.loss_ignore_index}, "
-                    f"got values from {int(valid.min())} to {int(valid.max())}"
-                )
+        # Before anything runs: a refused batch leaves no trace in BatchNorm's statistics. On a GPU looking would make
+        # every step wait for it.
+        if labels.device.type == "cpu" and is_eager():
+            check_values(labels, max(self.config.num_labels, 2), self.config.loss_ignore_index)
         return labels
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `transformers.Trainer` is to say how many labels several batches have together: it counts by -100."""
+        return self.config.loss_ignore_index == -100
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Compute activations again for the backward pass, block by block, in place of keeping them.
+
+        Args:
+            gradient_checkpointing_kwargs: what `transformers.Trainer` hands over; the one thing that it may say is
+                `use_reentrant=False`.
+
+        Raises:
+            ValueError: it says something else.
+        """
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Do what `gradient_checkpointing_enable` does; this is its name in Transformers 5.
+
+        Args:
+            activation_checkpointing_kwargs: see there.
+            every_n_layers: do it for every nth of the backbone's blocks alone.
+            offload: not to be had; False.
+
+        Raises:
+            ValueError: options that are not there.
+        """
+        said = dict(activation_checkpointing_kwargs or {})
+        if said.pop("use_reentrant", False) or said or offload or every_n_layers < 1:
+            raise ValueError(
+                "gradient checkpointing has use_reentrant=False and every_n_layers from 1, got "
+                f"{activation_checkpointing_kwargs}, every_n_layers={every_n_layers}, offload={offload}"
+            )
+        self._set_gradient_checkpointing(every_n_layers)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass."""
+        self._set_gradient_checkpointing(0)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Do what `gradient_checkpointing_disable` does."""
+        self._set_gradient_checkpointing(0)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are computed again."""
+        return self.gradient_checkpointing
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether activations are computed again; its name in Transformers 5."""
+        return self.gradient_checkpointing
+
+    def _set_gradient_checkpointing(self, every: int) -> None:
+        """Turn it on for every nth block of the backbone and for the heads; 0 turns it off."""
+        self.gradient_checkpointing = every > 0
+        blocks = [module for module in self.backbone.modules() if isinstance(module, Checkpointed)]
+        for i, block in enumerate(blocks):
+            block.gradient_checkpointing = every > 0 and i % every == 0
+        for head in (self.decode_head, self.auxiliary_head):
+            if isinstance(head, Checkpointed):
+                head.gradient_checkpointing = every > 0
 
     @torch.no_grad()
     def initialize(self, names: set[str] | None = None) -> None:
@@ -311,6 +415,16 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
 def _chain(size: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
     """Return the sizes that logits are resampled through: the images', then the label map's where it is another."""
     return [size] if target == size else [size, target]
+
+
+def _in_ddp() -> bool:
+    """Return whether DistributedDataParallel calls the model: it looks for all that may take part in the gradient."""
+    return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def _beside_nothing(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits (B, classes, H, W) of which the largest decides: those of a single class beside zeros."""
+    return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], dim=1)
 
 
 def _resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:

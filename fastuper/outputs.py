@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -15,11 +15,48 @@ from torch.utils import _pytree as pytree
 Output = TypeVar("Output", bound="ModelOutput")
 
 
+class Deferred:
+    """A value that is computed when somebody first looks at it.
+
+    Args:
+        compute: returns the value. It runs with gradients on or off as they are now, wherever it is called.
+    """
+
+    def __init__(self, compute: Callable[[], Any]):
+        self.compute, self.with_gradients = compute, torch.is_grad_enabled()
+
+    def __call__(self) -> Any:
+        """Return the value."""
+        with torch.set_grad_enabled(self.with_gradients):
+            return self.compute()
+
+
+class DeferrableField:
+    """A dataclass field, None by default, that may hold a `Deferred`: whoever reads it gets the value itself."""
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self.name = name
+
+    def __get__(self, output: Any, owner: type[Any]) -> Any:
+        if output is None:  # what `dataclass` takes for the field's default
+            return None
+        value = output.__dict__.get(self.name)
+        if isinstance(value, Deferred):
+            value = value()
+            setattr(output, self.name, value)
+        return value
+
+    def __set__(self, output: Any, value: Any) -> None:
+        output.__dict__[self.name] = value
+
+
 class ModelOutput(OrderedDict[str, Any]):
     """Base of the outputs: fields that are None are left out of the keys and of the tuple.
 
     `output.logits`, `output["logits"]` and `output[0]` are the same object. Subclasses are dataclasses, and pytrees,
-    so that DistributedDataParallel, `torch.export` and `torch.compile` see the tensors inside.
+    so that DistributedDataParallel, `torch.export` and `torch.compile` see the tensors inside. A value that is
+    `Deferred` is among the keys and in the length, and is computed when it is read by its name or its place, or with
+    all the others: in a loop over values or items, as a tuple, pickled or flattened.
     """
 
     _plain: ClassVar[type[ModelOutput]]
@@ -54,7 +91,29 @@ class ModelOutput(OrderedDict[str, Any]):
             setattr(self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
-        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
+        if not isinstance(key, str):
+            names = list(self)[key]
+            return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
+        value = OrderedDict.__getitem__(self, key)
+        return getattr(self, key) if isinstance(value, Deferred) else value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value at a key, or the default."""
+        return self[key] if key in self else default  # noqa: SIM401 (it would be this method)
+
+    def values(self) -> Any:
+        """Return the values, all of them computed."""
+        self._compute()
+        return super().values()
+
+    def items(self) -> Any:
+        """Return keys and values, all of them computed."""
+        self._compute()
+        return super().items()
+
+    def _compute(self) -> None:
+        for key in self:
+            self[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         # Transformers' pipelines add a key of their own ("target_size"): it has to be found again as a key.
@@ -156,12 +215,13 @@ class SemanticSegmenterOutput(ModelOutput):
 
     Attributes:
         loss: scalar, where labels were given.
-        logits: (B, num_labels, H, W), contiguous, at the size of `pixel_values`.
+        logits: (B, num_labels, H, W), contiguous, at the size of `pixel_values`. With labels they are computed when
+            they are first read.
         hidden_states: see `BackboneOutput`.
         attentions: see `BackboneOutput`.
     """
 
     loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
+    logits: torch.Tensor | None = DeferrableField()  # type: ignore[assignment]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None

@@ -6,6 +6,9 @@ Whatever has been touched is called as it stands.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
@@ -19,6 +22,9 @@ from fastuper_kernels import fold_norm
 PARAMETERS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+
+
+logger = logging.getLogger(__name__)
 
 
 def is_plain(*modules: nn.Module) -> bool:
@@ -77,3 +83,29 @@ def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return fold_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+def batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return `norm(x)` of a map (B, C, H, W): in training, with running statistics where x is one cell of one image.
+
+    A single value has no variance, so that PyTorch refuses it: an image alone, averaged over the whole map, could not
+    be trained on. SyncBatchNorm is left to do what it does: other ranks may hold more, and wait for this one.
+    """
+    alone = x.shape[0] == 1 and tuple(x.shape[2:]) == (1, 1)
+    if not alone or not norm.training or not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None:
+        return norm(x)
+    if not torch.compiler.is_compiling():
+        _say_once(
+            "BatchNorm over a single cell of a single image takes its running statistics, as one value has no "
+            "variance; with two images in a batch it would take the batch's own"
+        )
+    norm.training = False
+    try:  # called all the same, for whoever has hooked it
+        return norm(x)
+    finally:
+        norm.training = True
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

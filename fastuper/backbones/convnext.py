@@ -18,6 +18,7 @@ from fastuper.backbones.layers import (
     residual_mlp,
 )
 from fastuper.configuration import ConvNextConfig
+from fastuper.gradient_checkpointing import Checkpointed
 from fastuper.outputs import BackboneOutput
 from fastuper.plain import is_exactly
 
@@ -37,7 +38,7 @@ class ConvNextEmbeddings(nn.Module):
         return self.layernorm(self.patch_embeddings(image))
 
 
-class ConvNextLayer(nn.Module):
+class ConvNextLayer(Checkpointed):
     """One block: 7x7 depthwise convolution, norm, two pointwise layers, LayerScale, residual."""
 
     def __init__(self, config: ConvNextConfig, dim: int, drop_prob: float):

@@ -7,8 +7,9 @@ from torch import nn
 
 from fastuper.backbones.layers import Backbone, activation, channels_last, on_cpu_without_gradients
 from fastuper.configuration import ResNetConfig
+from fastuper.gradient_checkpointing import Checkpointed
 from fastuper.outputs import BackboneOutput
-from fastuper.plain import fold, is_exactly, is_fixed_norm, is_same_conv
+from fastuper.plain import batch_norm, fold, is_exactly, is_fixed_norm, is_same_conv
 from fastuper_kernels import conv_bn_relu
 
 
@@ -26,7 +27,7 @@ class ResNetConvLayer(nn.Module):
         if self._is_plain(x):
             relu = isinstance(self.activation, nn.ReLU)
             return conv_bn_relu(x, self.convolution.weight, *fold(self.normalization), relu=relu)
-        return self.activation(self.normalization(self.convolution(x)))
+        return self.activation(batch_norm(self.normalization, self.convolution(x)))
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Return whether `conv_bn_relu` is the same function, so that the norm and ReLU take no time of their own."""
@@ -53,7 +54,7 @@ class ResNetEmbeddings(nn.Module):
         return self.pooler(self.embedder(channels_last(pixel_values)))
 
 
-class ResNetLayer(nn.Module):
+class ResNetLayer(Checkpointed):
     """One block: the convolutions of its type, a shortcut, and the activation of their sum."""
 
     def __init__(self, config: ResNetConfig, dim_in: int, dim: int, stride: int):

@@ -26,6 +26,7 @@ from fastuper.backbones.layers import (
     residual_mlp,
 )
 from fastuper.configuration import SwinConfig
+from fastuper.gradient_checkpointing import Checkpointed
 from fastuper.outputs import BackboneOutput
 from fastuper.plain import is_exactly, is_plain
 from fastuper_kernels import linear
@@ -320,7 +321,7 @@ class SwinAttention(nn.Module):
         return self.output(out), weights
 
 
-class SwinLayer(nn.Module):
+class SwinLayer(Checkpointed):
     """One block: attention within windows, shifted in every other block, then an MLP, each with a residual."""
 
     def __init__(self, config: SwinConfig, dim: int, heads: int, shift: int, drop_prob: float):

@@ -7,6 +7,7 @@ from fastuper_kernels.pool_conv_bn_relu import pool_conv_bn_relu
 from fastuper_kernels.pyramid_pool import pyramid_pool
 from fastuper_kernels.upsample_add import upsample_add
 from fastuper_kernels.upsample_argmax import upsample_argmax
+from fastuper_kernels.upsample_cross_entropy import upsample_cross_entropy
 from fastuper_kernels.upsampled_conv3x3 import upsampled_conv3x3
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "pyramid_pool",
     "upsample_add",
     "upsample_argmax",
+    "upsample_cross_entropy",
     "upsampled_conv3x3",
 ]

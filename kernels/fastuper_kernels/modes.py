@@ -50,11 +50,12 @@ def check_dtypes(**tensors: torch.Tensor | None) -> None:
     """
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
     device = next(tensor.device.type for tensor in tensors.values() if tensor is not None)
-    if len(set(dtypes.values())) > 1 and not _is_autocast(device):
+    if len(set(dtypes.values())) > 1 and not is_autocast(device):
         raise ValueError(f"operands must be of one dtype, got {dtypes}")
 
 
-def _is_autocast(device: str) -> bool:
+def is_autocast(device: str) -> bool:
+    """Return whether autocast is on for a type of device."""
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
@@ -66,7 +67,7 @@ def _has_autocast(device: str) -> bool:
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """Return operands as autocast would hand them to a convolution: in its dtype where it is on, float64 left alone."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not _is_autocast(device):
+    if not is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)

@@ -52,7 +52,7 @@ def upsample_argmax(
         raise ValueError(
             f"logits must be (B, classes, H, W) of floating-point numbers, got {tuple(logits.shape)} of {logits.dtype}"
         )
-    sizes = _check_sizes(sizes)
+    sizes = check_sizes(sizes)
     integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     if not integer or torch.iinfo(dtype).max < logits.shape[1] - 1:
         raise ValueError(f"{dtype} does not hold the labels of {logits.shape[1]} classes")
@@ -82,7 +82,7 @@ def reference(
     return logits.argmax(dim=1).to(dtype)
 
 
-def _check_sizes(sizes: Any) -> list[tuple[int, int]]:
+def check_sizes(sizes: Any) -> list[tuple[int, int]]:
     """Return the sizes; those of a tracer as they are.
 
     Raises:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastuper
+from fastuper import plain
 from tests.parity.models import BACKBONES, STAGES, VERSION_5, config, error, images, pair, segmentation_labels
 
 BOUND = 1e-10
@@ -154,9 +155,67 @@ def test_an_auxiliary_head_that_does_not_fit_is_not_built(options, message):
         fastuper.UperNetForSemanticSegmentation(given)
 
 
-def test_a_loss_without_a_single_label_is_nan_as_there():
+def test_a_loss_without_a_single_label_is_zero_and_nan_there():
     theirs, ours = pair(config("convnext"))
     pixels, labels = images(1, 3, 64, 64), torch.full((1, 64, 64), 255)
-    with torch.no_grad():
-        assert theirs(pixels, labels=labels).loss.isnan()
-        assert ours(pixels, labels=labels).loss.isnan()
+    assert theirs(pixels, labels=labels).loss.isnan()
+    loss = ours(pixels, labels=labels).loss
+    assert loss == 0
+    loss.backward()
+    gradients = [parameter.grad for parameter in ours.parameters() if parameter.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_labels_of_another_size():
+    """The logits are resampled to the labels, as the definition has it; Transformers' loss fails."""
+    theirs, ours = pair(config("swin"))
+    pixels, labels = images(2, 3, 64, 64), segmentation_labels(2, 40, 52)
+    with pytest.raises((ValueError, RuntimeError)):
+        theirs(pixels, labels=labels)
+    maps = ours.backbone(pixels).feature_maps
+    expected = [
+        F.cross_entropy(F.interpolate(head(maps), size=(40, 52), mode="bilinear"), labels, ignore_index=255)
+        for head in (ours.decode_head, ours.auxiliary_head)
+    ]
+    torch.testing.assert_close(ours(pixels, labels=labels).loss, expected[0] + 0.4 * expected[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("family", ["convnext", "resnet-basic"])
+def test_an_image_alone_is_trained_on(family, caplog):
+    """BatchNorm over a single cell takes the running statistics there, and says so once."""
+    theirs, ours = pair(config(family), train=True)
+    pixels, labels = images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        theirs(pixels, labels=labels)
+    plain._say_once.cache_clear()
+    norms = {name: copy.deepcopy(norm) for name, norm in ours.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+    for _ in range(2):
+        ours(pixels, labels=labels).loss.backward()
+    assert len([record for record in caplog.records if "BatchNorm over a single cell" in record.message]) == 1
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in ours.parameters())
+    for name, norm in ours.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.training
+            alone = name == "decode_head.psp_modules.0.1.batch_norm"
+            assert (norm.num_batches_tracked == norms[name].num_batches_tracked) == alone
+            assert torch.equal(norm.running_mean, norms[name].running_mean) == alone
+    # What the branch gives is what it gives in evaluation.
+    branch, x = ours.decode_head.psp_modules[0], images(1, 56, 2, 2)
+    trained = branch(x)
+    torch.testing.assert_close(trained, branch.eval()(x))
+
+
+def test_synchronized_norms_are_left_alone():
+    """Other ranks may hold more than the one cell that this one has, and wait for it."""
+    norm = nn.SyncBatchNorm(3)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        plain.batch_norm(norm, torch.randn(1, 3, 1, 1))
+
+
+def test_a_hooked_norm_is_called_for_a_single_cell():
+    norm, seen = nn.BatchNorm2d(3), []
+    norm.register_forward_hook(lambda module, *_: seen.append(module.training))
+    plain.batch_norm(norm, torch.randn(1, 3, 1, 1))
+    assert seen == [False]
+    assert norm.training

@@ -38,7 +38,8 @@ def test_the_pipeline_gives_the_same_segments(family, given):
         assert all(s["label"].startswith("thing ") for s in segments)
         for segment, reference in zip(segments, expected, strict=True):
             assert segment["score"] == reference["score"]
-            assert np.array_equal(np.asarray(segment["mask"]), np.asarray(reference["mask"]))
+            different = np.asarray(segment["mask"]) != np.asarray(reference["mask"])
+            assert different.mean() < 1e-4  # where two classes are as likely, in float32
 
 
 def test_outputs_are_transformers_own_once_it_is_imported():

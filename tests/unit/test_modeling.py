@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 
@@ -55,14 +56,13 @@ def test_every_backbone_counts_the_channels(kind):
 
 
 LABELS = {
-    "another-size": (torch.zeros(2, 16, 16).long(), r"= \(2, 32, 48\), got \(2, 16, 16\)"),
-    "transposed": (torch.zeros(2, 48, 32).long(), r"= \(2, 32, 48\), got \(2, 48, 32\)"),
-    "another-batch": (torch.zeros(1, 32, 48).long(), r"= \(2, 32, 48\), got \(1, 32, 48\)"),
-    "with-channels": (torch.zeros(2, 1, 32, 48).long(), r"= \(2, 32, 48\), got \(2, 1, 32, 48\)"),
+    "another-batch": (torch.zeros(1, 32, 48).long(), r"\(batch, height, width\) for the 2 images, got \(1, 32, 48\)"),
+    "with-channels": (torch.zeros(2, 1, 32, 48).long(), r"for the 2 images, got \(2, 1, 32, 48\)"),
+    "empty": (torch.zeros(2, 0, 48).long(), r"for the 2 images, got \(2, 0, 48\)"),
     "fractions": (torch.zeros(2, 32, 48), "labels must be integers, got torch.float32"),
     "truth-values": (torch.zeros(2, 32, 48).bool(), "labels must be integers, got torch.bool"),
-    "too-large": (torch.full((2, 32, 48), 5), r"in \[0, 5\) or loss_ignore_index=255, got values from 5 to 5"),
-    "negative": (torch.full((2, 32, 48), -1), "got values from -1 to -1"),
+    "too-large": (torch.full((2, 32, 48), 5), r"from 0 to 4, or ignore_index=255; found 5"),
+    "negative": (torch.full((2, 32, 48), -1), "found -1"),
 }
 
 
@@ -92,11 +92,24 @@ def test_swins_dropout_probabilities():
     assert [block.output.dropout.p for block in blocks] == [0.25] * 5
 
 
-def test_one_class_has_no_loss():
+def test_one_class():
     one = model(num_labels=1)
-    assert one(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 1, 32, 32)
-    with pytest.raises(ValueError, match="The number of labels should be greater than one"):
-        one(torch.zeros(1, 3, 32, 32), labels=torch.zeros(1, 32, 32).long())
+    pixels, labels = torch.randn(2, 3, 32, 32), torch.arange(2 * 32 * 32).view(2, 32, 32) % 2
+    labels[0, :5] = 255
+    output = one(pixels, labels=labels)
+    assert output.logits.shape == (2, 1, 32, 32)
+    valid = labels != 255
+    expected = F.binary_cross_entropy_with_logits(output.logits[:, 0][valid], labels[valid].float())
+    torch.testing.assert_close(output.loss, expected + 0.4 * auxiliary_loss_of_one(one, pixels, labels))
+    assert torch.equal(torch.stack(one.eval().segment(pixels)), (one(pixels).logits[:, 0] > 0).long())
+    with pytest.raises(ValueError, match="from 0 to 1, or ignore_index=255; found 2"):
+        one(pixels, labels=labels.clamp(max=254) + 1)
+
+
+def auxiliary_loss_of_one(one, pixels, labels):
+    logits = one.auxiliary_head(one.backbone(pixels).feature_maps)
+    logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear")[:, 0]
+    return F.binary_cross_entropy_with_logits(logits[labels != 255], labels[labels != 255].float())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
