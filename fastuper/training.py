@@ -439,9 +439,10 @@ class Trainer:
         pixel_values = piece.pixel_values.to(device, non_blocking=True)
         labels = piece.labels.to(device, non_blocking=True)
         with self._autocast():
-            output = self.parallel(pixel_values=pixel_values, labels=labels)
-        own = piece.valid.to(device)
-        return torch.where(own > 0, output.loss, 0.0) * own / valid
+            output = self.parallel(
+                pixel_values=pixel_values, labels=labels, output_logits=False, num_items_in_batch=valid
+            )
+        return output.loss
 
     def _check(self) -> None:
         """Look at the losses that nobody has seen yet; all processes see the same, and stop together."""

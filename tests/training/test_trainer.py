@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 import fastuper.training
 from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
@@ -85,10 +86,10 @@ def test_length_counts_batches():
 # ------------------------------------------------------------------------------------------------------------ the steps
 
 
-def images_of(steps: int, batch_size: int = 4, seed: int = 0):
+def images_of(photos: Photos, steps: int):
     """The batches that training takes, as tensors."""
-    data = TrainingDataset(Photos(6), plain_transform, seed)
-    for batch in GlobalBatches(6, batch_size, seed, steps):
+    data = TrainingDataset(photos, plain_transform, 0)
+    for batch in GlobalBatches(len(photos), 4, 0, steps):
         items = [data[key] for key in batch]
         yield torch.stack([item["pixel_values"] for item in items]), torch.stack([item["labels"] for item in items])
 
@@ -106,7 +107,7 @@ def reference_losses(model, steps: int, *, clip: float, ema: float):
     optimizer = torch.optim.AdamW(groups, foreach=False)
     rates = [group["lr"] for group in groups]
     found, average = [], None
-    for step, (pixel_values, labels) in enumerate(images_of(steps)):
+    for step, (pixel_values, labels) in enumerate(images_of(Photos(6), steps)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / steps)
         loss = theirs(pixel_values, labels=labels).loss
@@ -170,6 +171,33 @@ def test_a_step_of_ignored_pixels_alone_changes_nothing_but_decay(tmp_path):
     before = tiny_model().state_dict()
     for name, value in trainer.model.named_parameters():
         assert torch.equal(value, before[name]), name
+
+
+def test_one_class_trains_with_binary_cross_entropy(tmp_path):
+    class Binary(Photos):
+        id2label = {0: "background", 1: "road"}  # noqa: RUF012
+
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample._replace(label=np.where(sample.label == 2, 0, sample.label))
+
+    config = tiny_model().config
+    config.id2label = {0: "road"}
+    torch.manual_seed(0)
+    model = UperNetForSemanticSegmentation(config)
+    pixel_values, labels = next(images_of(Binary(6), 1))
+    with torch.no_grad():
+        model.double().train()
+        maps = model.backbone(pixel_values).feature_maps
+        heads = [(model.decode_head(maps), 1.0), (model.auxiliary_head(maps), config.auxiliary_loss_weight)]
+    trainer = train(tmp_path, model=model, data=Binary(6), double=True, steps=1, validation=Binary(2))
+    valid = labels != 255
+    expected = 0.0
+    for coarse, weight in heads:
+        logits = F.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
+        expected += weight * F.binary_cross_entropy_with_logits(logits[valid], labels[valid].double()).item()
+    assert losses(tmp_path) == [pytest.approx(expected, rel=1e-9)]
+    assert 0 <= trainer.best["mIoU"] <= 1
 
 
 # ---------------------------------------------------------------------------------------------- stopping, and going on
