@@ -64,7 +64,7 @@ def main() -> None:
     trainer = Trainer(model, arguments, train_dataset=Augmented(training, TrainingTransform(processor, options.crop)))
     trainer.train()
     print(evaluate(model, validation, processor).table())
-    model.save_pretrained(options.output)
+    trainer.save_model(options.output)
     processor.save_pretrained(options.output)
 
 

@@ -421,7 +421,7 @@ class Trainer:
             total = total + loss.detach()
         self._names = [name for piece in pieces for name in piece.names]
         self._unchecked.append((self.step + 1, accelerator.reduce(total, "sum"), self._names))
-        if accelerator.device.type == "cpu":  # elsewhere looking would have the host wait, at each step
+        if _looks_at_each_step(accelerator.device):
             self._check()
         if config.clip is not None:
             accelerator.clip_grad_norm_(self.parallel.parameters(), config.clip)
@@ -439,9 +439,10 @@ class Trainer:
         pixel_values = piece.pixel_values.to(device, non_blocking=True)
         labels = piece.labels.to(device, non_blocking=True)
         with self._autocast():
-            output = self.parallel(pixel_values=pixel_values, labels=labels)
-        own = piece.valid.to(device)
-        return torch.where(own > 0, output.loss, 0.0) * own / valid
+            output = self.parallel(
+                pixel_values=pixel_values, labels=labels, output_logits=False, num_items_in_batch=valid
+            )
+        return output.loss
 
     def _check(self) -> None:
         """Look at the losses that nobody has seen yet; all processes see the same, and stop together."""
@@ -673,6 +674,11 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(message)
+
+
+def _looks_at_each_step(device: torch.device) -> bool:
+    """Return whether a loss is there at once; elsewhere the host would wait, at each step, for all it has launched."""
+    return device.type == "cpu"
 
 
 def _samples(dataset: Any, model: UperNetForSemanticSegmentation, use: str) -> SampleDataset:

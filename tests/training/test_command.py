@@ -46,6 +46,7 @@ def fastuper_train(data, output, *options):
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_backbone")
 def test_from_folder_to_checkpoint(data, tmp_path):
     output = tmp_path / "run"
@@ -87,7 +88,8 @@ def test_from_a_checkpoint_of_other_classes(data, tmp_path):
         label = np.asarray(Image.open(path)).copy()
         label[-1, -1] = 4
         Image.fromarray(label).save(path)
-    code, text = fastuper_train(data, tmp_path / "run", "--model", str(start), "--lr", "1e-30")
+    options = ["--model", str(start), "--lr", "1e-30", "--gradient-checkpointing"]
+    code, text = fastuper_train(data, tmp_path / "run", *options)
     assert code == 0, text
     assert "5 classes, which have no names" in text
     assert f"{start} has 3 classes and the data 5: the classifiers begin anew" in text

@@ -54,6 +54,7 @@ def forked(function, *arguments) -> multiprocessing.Process:
     return process
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_with_the_same_images_and_losses(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     process = forked(run, whole)
@@ -106,6 +107,7 @@ def train_together(output: Path) -> None:
     train(output, double=True, freeze_norm=True, accumulate=2, clip=0.5, validation=Photos(3, seed=1), steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Gloo after a fork")
 def test_two_processes_have_the_losses_of_one(tmp_path):
     from accelerate import debug_launcher

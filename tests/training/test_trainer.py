@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 import fastuper.training
 from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
@@ -85,10 +86,10 @@ def test_length_counts_batches():
 # ------------------------------------------------------------------------------------------------------------ the steps
 
 
-def images_of(steps: int, batch_size: int = 4, seed: int = 0):
+def images_of(photos: Photos, steps: int):
     """The batches that training takes, as tensors."""
-    data = TrainingDataset(Photos(6), plain_transform, seed)
-    for batch in GlobalBatches(6, batch_size, seed, steps):
+    data = TrainingDataset(photos, plain_transform, 0)
+    for batch in GlobalBatches(len(photos), 4, 0, steps):
         items = [data[key] for key in batch]
         yield torch.stack([item["pixel_values"] for item in items]), torch.stack([item["labels"] for item in items])
 
@@ -106,7 +107,7 @@ def reference_losses(model, steps: int, *, clip: float, ema: float):
     optimizer = torch.optim.AdamW(groups, foreach=False)
     rates = [group["lr"] for group in groups]
     found, average = [], None
-    for step, (pixel_values, labels) in enumerate(images_of(steps)):
+    for step, (pixel_values, labels) in enumerate(images_of(Photos(6), steps)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / steps)
         loss = theirs(pixel_values, labels=labels).loss
@@ -170,6 +171,33 @@ def test_a_step_of_ignored_pixels_alone_changes_nothing_but_decay(tmp_path):
     before = tiny_model().state_dict()
     for name, value in trainer.model.named_parameters():
         assert torch.equal(value, before[name]), name
+
+
+def test_one_class_trains_with_binary_cross_entropy(tmp_path):
+    class Binary(Photos):
+        id2label = {0: "background", 1: "road"}  # noqa: RUF012
+
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample._replace(label=np.where(sample.label == 2, 0, sample.label))
+
+    config = tiny_model().config
+    config.id2label = {0: "road"}
+    torch.manual_seed(0)
+    model = UperNetForSemanticSegmentation(config)
+    pixel_values, labels = next(images_of(Binary(6), 1))
+    with torch.no_grad():
+        model.double().train()
+        maps = model.backbone(pixel_values).feature_maps
+        heads = [(model.decode_head(maps), 1.0), (model.auxiliary_head(maps), config.auxiliary_loss_weight)]
+    trainer = train(tmp_path, model=model, data=Binary(6), double=True, steps=1, validation=Binary(2))
+    valid = labels != 255
+    expected = 0.0
+    for coarse, weight in heads:
+        logits = F.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
+        expected += weight * F.binary_cross_entropy_with_logits(logits[valid], labels[valid].double()).item()
+    assert losses(tmp_path) == [pytest.approx(expected, rel=1e-9)]
+    assert 0 <= trainer.best["mIoU"] <= 1
 
 
 # ---------------------------------------------------------------------------------------------- stopping, and going on
@@ -328,6 +356,18 @@ def test_nan_stops_and_names_step_and_files(tmp_path):
     assert len(losses(tmp_path)) == step - 1
     with pytest.raises(TrainingError, match=f"the loss of step {step} is nan"):  # again, from the checkpoint
         train(tmp_path, **options)
+
+
+def test_nan_that_is_seen_later_is_named_as_well(tmp_path, monkeypatch):
+    """As on a GPU, whose losses are looked at when they are logged: two steps after the first NaN here."""
+    monkeypatch.setattr(fastuper.training, "_looks_at_each_step", lambda device: False)
+    order = [index for batch in GlobalBatches(6, 2, 1, 9) for _, index in batch]
+    assert order.index(4) in (2, 3)
+    names = ", ".join(f"photo{i}.png" if i != 4 else "poisoned.png" for i in order[2:4])
+    options = {"data": Poisoned(6), "transform": poison, "batch_size": 2, "steps": 9, "seed": 1}
+    with pytest.raises(TrainingError, match=rf"the loss of step 2 is nan; the step's images: {names}\. There is no"):
+        train(tmp_path, save_every=6, log_every=4, **options)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
