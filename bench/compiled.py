@@ -29,7 +29,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bench.results import FOLDER
-from fastuper_kernels.gpu import conv_bn_relu, fold_norm, pyramid_pool, upsample_argmax, upsampled_conv3x3
+from fastuper_kernels.gpu import (
+    conv_bn_relu,
+    fold_norm,
+    pyramid_pool,
+    upsample_argmax,
+    upsample_cross_entropy,
+    upsampled_conv3x3,
+)
 from fastuper_kernels.gpu.configs import CONV_CONFIGS, GROUP_CONFIGS
 from fastuper_kernels.gpu.resample import transposed
 
@@ -168,6 +175,17 @@ def cases() -> list[Case]:
     def argmax(heights: list[int], widths: list[int]) -> Callable[[torch.dtype], Any]:
         return lambda dtype: upsample_argmax.argmax(meta(1, 150, 128, 128, dtype=dtype), heights, widths, torch.int64)
 
+    def loss(heights: list[int], widths: list[int], weighted: bool) -> Callable[[torch.dtype], Any]:
+        def launch(dtype: torch.dtype) -> Any:
+            logits = meta(1, 150, 128, 128, dtype=dtype)
+            labels = torch.empty(1, heights[-1], widths[-1], dtype=torch.int64, device="meta")
+            weight = meta(150, dtype=torch.float32) if weighted else None
+            how = (heights, widths, 255, 0.1 if weighted else 0.0)
+            losses, logs = upsample_cross_entropy.forward(logits, labels, weight, *how)
+            upsample_cross_entropy.backward(losses, logits, labels, weight, logs, *how)
+
+        return launch
+
     found += [
         Case("sum of the taps", "", sum_of_taps),
         Case("sum of the taps, backward", "", back(3)),
@@ -177,6 +195,9 @@ def cases() -> list[Case]:
         Case("fold_norm", "", fold),
         Case("upsample_argmax", "", argmax([512], [512])),
         Case("upsample_argmax, two sizes", "", argmax([512, 683], [512, 1024])),
+        Case("upsample_cross_entropy", "", loss([512], [512], False)),
+        Case("upsample_cross_entropy, two sizes", "", loss([512, 683], [512, 1024], False)),
+        Case("upsample_cross_entropy, weights and smoothing", "", loss([512], [512], True)),
     ]
     return found
 

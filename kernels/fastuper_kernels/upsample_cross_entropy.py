@@ -21,7 +21,7 @@ LEAST_SUM = 1e-20
 REDUCTIONS = ("mean", "sum", "none")
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """What is not a tensor; `sizes` are given."""
 
     sizes: list[tuple[int, int]]
@@ -77,19 +77,25 @@ def upsample_cross_entropy(
     sizes = check_sizes([labels.shape[1:]] if sizes is None else sizes)
     if tuple(sizes[-1]) != tuple(labels.shape[1:]):
         raise ValueError(f"the last of sizes must be the labels' {tuple(labels.shape[1:])}, got {sizes}")
-    options = _Options(sizes, ignore_index, label_smoothing, reduction)
+    options = Options(sizes, ignore_index, label_smoothing, reduction)
     if is_autocast(logits.device.type) and logits.dtype != torch.float64:
         logits = logits.float()
     logits, labels = _with_the_other_class(logits), labels.long()
-    takes_triton(backend, logits)
-    if not is_eager() or not is_plain(logits, labels, weight):
-        return _of_pytorch(logits, labels, weight, options)
-    if logits.device.type == "cpu":
+    eager = is_eager() and is_plain(logits, labels, weight)
+    if eager and logits.device.type == "cpu":
         check_values(labels, logits.shape[1], ignore_index)
+    if takes_triton(backend, logits, labels, weight):
+        from fastuper_kernels.gpu.upsample_cross_entropy import upsample_cross_entropy as kernel
+
+        heights, widths = (list(side) for side in zip(*sizes, strict=True))
+        losses, _ = kernel(logits, labels, weight, heights, widths, ignore_index, label_smoothing)
+        return _reduced(losses, labels, weight, options, logits.dtype)
+    if not eager:
+        return of_pytorch(logits, labels, weight, options)
     if torch.is_grad_enabled() and logits.requires_grad:
         result: torch.Tensor = _CrossEntropy.apply(logits, labels, weight, options)
         return result
-    return _reduced(_walk(logits.detach(), labels, weight, options), labels, weight, options, logits.dtype)
+    return _reduced(walk(logits.detach(), labels, weight, options), labels, weight, options, logits.dtype)
 
 
 def reference(
@@ -104,13 +110,14 @@ def reference(
 ) -> torch.Tensor:
     """The definition of `upsample_cross_entropy`."""
     sizes = check_sizes([labels.shape[1:]] if sizes is None else sizes)
-    options = _Options(sizes, ignore_index, label_smoothing, reduction)
-    return _of_pytorch(_with_the_other_class(logits), labels.long(), weight, options)
+    options = Options(sizes, ignore_index, label_smoothing, reduction)
+    return of_pytorch(_with_the_other_class(logits), labels.long(), weight, options)
 
 
-def _of_pytorch(
-    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, options: _Options
+def of_pytorch(
+    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, options: Options
 ) -> torch.Tensor:
+    """Return the loss by PyTorch's operators, which anything can trace, transform and differentiate."""
     dtype = logits.dtype
     with without_autocast(logits):
         logits = logits.to(torch.promote_types(dtype, torch.float32))
@@ -190,7 +197,7 @@ def _divisor(labels: torch.Tensor, weight: torch.Tensor | None, ignore_index: in
 
 
 def _reduced(
-    losses: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, options: _Options, dtype: torch.dtype
+    losses: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, options: Options, dtype: torch.dtype
 ) -> torch.Tensor:
     if options.reduction == "none":
         return losses.to(dtype)
@@ -205,11 +212,11 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, options: _Options
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, options: Options
     ) -> torch.Tensor:
         ctx.options = options
         gradient = None if options.reduction == "none" else _zeros(logits)
-        losses = _walk(logits, labels, weight, options, gradient)
+        losses = walk(logits, labels, weight, options, gradient)
         if gradient is not None and options.reduction == "mean":
             gradient /= _divisor(labels, weight, options.ignore_index, gradient.dtype)
         ctx.save_for_backward(logits, labels, weight, gradient)
@@ -223,12 +230,12 @@ class _CrossEntropy(torch.autograd.Function):
         twice = torch.is_grad_enabled()
         if twice or (many and gradient is None):
             with torch.enable_grad():
-                loss = _of_pytorch(logits, labels, weight, ctx.options)
+                loss = of_pytorch(logits, labels, weight, ctx.options)
                 (result,) = torch.autograd.grad(loss, logits, grad, create_graph=twice)
             return result, None, None, None
         if gradient is None:
             gradient = _zeros(logits)
-            _walk(logits, labels, weight, ctx.options, gradient, grad.to(gradient.dtype))
+            walk(logits, labels, weight, ctx.options, gradient, grad.to(gradient.dtype))
         else:
             gradient = gradient * grad.to(gradient.dtype)
         return gradient.permute(0, 3, 1, 2).to(logits.dtype), None, None, None
@@ -240,11 +247,11 @@ def _zeros(logits: torch.Tensor) -> torch.Tensor:
     return logits.new_zeros(batch, h, w, classes, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _walk(
+def walk(
     logits: torch.Tensor,
     labels: torch.Tensor,
     weight: torch.Tensor | None,
-    options: _Options,
+    options: Options,
     gradient: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -270,7 +277,7 @@ def _compare(
     x: torch.Tensor,
     labels: torch.Tensor,
     weight: torch.Tensor | None,
-    options: _Options,
+    options: Options,
     losses: torch.Tensor,
     gradient: torch.Tensor | None,
     factor: torch.Tensor | None,

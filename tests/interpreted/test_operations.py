@@ -21,6 +21,7 @@ from fastuper_kernels import (
     pyramid_pool,
     upsample_add,
     upsample_argmax,
+    upsample_cross_entropy,
     upsampled_conv3x3,
 )
 from fastuper_kernels.gpu.configs import CONV_CONFIGS
@@ -265,6 +266,96 @@ def test_upsample_argmax(dtype: torch.dtype, data: Any) -> None:
         assert (full.amax(1) - chosen <= slack).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@given(data=st.data())
+@settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_upsample_cross_entropy(dtype: torch.dtype, data: Any) -> None:
+    draw = data.draw
+    classes, seed = draw(st.integers(1, 40)), draw(seeds)
+    logits = random(draw(st.integers(0, 2)), classes, draw(st.integers(1, 6)), draw(st.integers(1, 18)), seed=seed)
+    logits = laid_out(draw(st.sampled_from([1, 300])) * logits, draw(layouts)).to(DEVICE, dtype)
+    chain = draw(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 12)), min_size=1, max_size=2))
+    weight = random(max(classes, 2), seed=seed + 1).abs().float().to(DEVICE) if draw(st.booleans()) else None
+    smoothing, reduction = draw(st.sampled_from([0.0, 0.1])), draw(st.sampled_from(["mean", "sum", "none"]))
+    check_loss(logits, chain, weight, smoothing, reduction, seed)
+
+
+def check_loss(
+    logits: torch.Tensor,
+    chain: list[tuple[int, int]],
+    weight: torch.Tensor | None = None,
+    smoothing: float = 0.0,
+    reduction: str = "mean",
+    seed: int = 0,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, max(logits.shape[1], 2), (len(logits), *chain[-1]), generator=generator)
+    labels = labels.masked_fill(torch.rand(labels.shape, generator=generator) < 0.2, 255).to(DEVICE)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return ops.upsample_cross_entropy(
+            x, labels, chain, weight=weight, label_smoothing=smoothing, reduction=reduction, backend="triton"
+        )
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = reference_of(ops.upsample_cross_entropy)(
+            x, labels, chain, weight=weight, label_smoothing=smoothing, reduction=reduction
+        )
+        return result
+
+    before = logits.clone()
+    with torch.no_grad():
+        result, truth = ours(logits), theirs(logits.double())
+    assert result.dtype == logits.dtype
+    close(result, truth, tolerance_of(logits.dtype))
+    for mine, other in zip(gradients(ours, [logits], {}), gradients(theirs, [logits.double()], {}), strict=True):
+        assert mine.dtype == logits.dtype
+        # What large logits are rounded by is an error of what they are the exponents of.
+        close(mine, other, tolerance_of(logits.dtype) + 1e-7 * float(logits.abs().sum() and logits.abs().max()))
+    assert torch.equal(logits, before)
+
+
+def test_loss_through_a_size_that_shrinks() -> None:
+    """Each pixel reads many logits: PyTorch's operators do it."""
+    check_loss(random(1, 5, 40, 30, seed=3).float().to(DEVICE), [(2, 3), (9, 7)])
+
+
+def test_loss_of_what_is_masked_or_broken() -> None:
+    """A class that is -inf everywhere has no influence; a label that is no class, NaN and infinity make NaN."""
+    logits, labels = random(1, 5, 3, 4).float().to(DEVICE), torch.tensor([[[0, 1, 4, 255]] * 3], device=DEVICE)
+
+    def losses(x: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+        return gradients(
+            lambda x: ops.upsample_cross_entropy(x, labels, reduction="none", backend="triton"), [x], {}
+        )  # fmt: skip
+
+    others = torch.tensor([0, 1, 4], device=DEVICE)
+    masked = logits.clone()
+    masked[:, 2:4] = -float("inf")
+    named = labels.where(labels != 4, 2)
+    for ours, theirs in zip(losses(masked, labels), losses(logits[:, others], named), strict=True):
+        close(ours if ours.ndim == 3 else ours[:, others], theirs.double(), tolerance_of(torch.float32))
+    for value in (float("inf"), float("nan")):
+        broken = logits.clone()
+        broken[0, 1, 1, 1] = value
+        loss, grad = losses(broken, labels)
+        assert loss[0, 1, 1].isnan()
+        assert loss[0, 2, 2].isfinite()
+        assert grad[0, :, 1, 1].isnan().all()
+    if DEVICE == "cuda":  # on a CPU they are refused
+        loss, grad = losses(logits, labels.where(labels != 4, 77))
+        assert loss[0, :, 2].isnan().all()
+        assert loss[0, :, :2].isfinite().all()
+
+
+def test_loss_of_nothing_but_ignored_pixels() -> None:
+    logits = random(1, 5, 3, 4).float().to(DEVICE)
+    labels = torch.full((1, 6, 8), 255, device=DEVICE)
+    loss, grad = gradients(lambda x: ops.upsample_cross_entropy(x, labels, backend="triton"), [logits], {})
+    assert not loss.count_nonzero()
+    assert not grad.count_nonzero()
+
+
 def test_autocast() -> None:
     """Operands are cast as a convolution's are; where they are of several dtypes, too."""
     x, coarse, k = (random(*shape).float().to(DEVICE) for shape in ((1, 8, 5, 6), (1, 8, 3, 3), (8, 8, 3, 3)))
@@ -323,6 +414,7 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
     def tensor(*shape: int, grad: bool = True) -> torch.Tensor:
         return random(*shape, dtype=torch.float32).to(DEVICE).requires_grad_(grad)
 
+    labels = torch.arange(24, device=DEVICE).reshape(1, 4, 6) % 5
     fastuper = torch.ops.fastuper
     return {
         "conv_bn_relu": lambda: (
@@ -364,13 +456,26 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
             fastuper.upsample_argmax,
             (tensor(1, 5, 2, 3, grad=False), [4], [6], torch.int64),
         ),
+        "upsample_cross_entropy": lambda: (
+            fastuper.upsample_cross_entropy,
+            (tensor(1, 5, 2, 3), labels, None, [4], [6], 255, 0.0),
+        ),
+        "upsample_cross_entropy with": lambda: (
+            fastuper.upsample_cross_entropy,
+            (tensor(1, 5, 2, 3), labels, tensor(5, grad=False).abs(), [4], [6], 255, 0.1),
+        ),
+        "upsample_cross_entropy_backward": lambda: (
+            fastuper.upsample_cross_entropy_backward,
+            (tensor(1, 4, 6), tensor(1, 5, 2, 3), labels, None, tensor(1, 4, 6, grad=False), [4], [6], 255, 0.0),
+        ),
     }
 
 
 @pytest.mark.parametrize("name", list(_opchecks()))
 def test_opcheck(name: str) -> None:
     for operation in (
-        conv_bn_relu, fold_norm, upsampled_conv3x3, pool_conv_bn_relu, pyramid_pool, upsample_add, upsample_argmax
+        conv_bn_relu, fold_norm, upsampled_conv3x3, pool_conv_bn_relu, pyramid_pool, upsample_add, upsample_argmax,
+        upsample_cross_entropy,
     ):  # fmt: skip
         __import__(f"fastuper_kernels.gpu.{operation.__name__}")
     operator, args = _opchecks()[name]()
@@ -380,7 +485,8 @@ def test_opcheck(name: str) -> None:
 def _twice() -> dict[str, tuple[Any, list[torch.Tensor]]]:
     """Return each operation as a function of tensors, and tensors for it."""
     x, coarse, k = random(1, 4, 5, 6), random(1, 4, 3, 2, seed=1), random(4, 4, 3, 3, seed=2)
-    point, vector = random(4, 4, 1, 1, seed=3), random(4, seed=4).float()
+    point, vector = random(4, 4, 1, 1, seed=3), random(4, seed=4).float().to(DEVICE)
+    labels = torch.arange(30, device=DEVICE).reshape(1, 5, 6) % 4
     return {
         "conv_bn_relu": (lambda a, b, c, **way: ops.conv_bn_relu(a, b, upsampled=c, relu=False, **way), [x, k, coarse]),
         "upsampled_conv3x3": (lambda a, b, **way: ops.upsampled_conv3x3([a], [b], (5, 6), **way), [coarse, k]),
@@ -390,6 +496,10 @@ def _twice() -> dict[str, tuple[Any, list[torch.Tensor]]]:
         ),
         "pyramid_pool": (lambda a, **way: ops.pyramid_pool(a, [1, 2], **way), [x]),
         "upsample_add": (lambda a, b, **way: ops.upsample_add(a, b, **way), [coarse, x]),
+        "upsample_cross_entropy": (
+            lambda a, **way: ops.upsample_cross_entropy(a, labels, weight=vector.abs(), label_smoothing=0.1, **way),
+            [coarse],
+        ),
     }
 
 

@@ -1,4 +1,8 @@
-"""What several kernels share: positions of a map, bilinear weights, a convolution's epilogue."""
+"""What several kernels share: positions of a map, bilinear weights, chains of them, a convolution's epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -100,3 +104,53 @@ def epilogue(
     if HAS_UPSAMPLED:
         acc += resampled(upsampled, b, y, x, channels, ok, h, w, H, W, C)
     return acc
+
+
+# A chain of resamplings -----------------------------------------------------------------------------------------------
+
+# Neighbouring inputs that an output reads along an axis, at most; more are PyTorch's operators' work. Through sizes
+# that grow they are 2 or 3; one that shrinks on the way (to 1 and up again) makes them many, each of which is code.
+TAPS = 6
+
+
+def taps_of_chain(sizes: Sequence[int]) -> int:
+    """Return how many inputs, that follow each other, an output reads through a chain of sizes."""
+    apart = 1  # from the first of them to the last
+    for size_in, size_out in zip(reversed(sizes[:-2]), reversed(sizes[1:-1]), strict=True):
+        apart = 1 + -(-apart * size_in // size_out)
+    return 1 + min(apart, sizes[0] - 1)
+
+
+@triton.jit
+def _path(i, sizes, N: tl.constexpr, TURNS: tl.constexpr):
+    """Return (input, weight) at the end of one of the ways from outputs i through N resamplings, last one first.
+
+    Each reads two neighbours; the bits of TURNS say where the way goes by the higher one.
+    """
+    weight = tl.full(i.shape, 1.0, tl.float32)
+    for n in tl.static_range(N):
+        low, high, along = bilinear(i, sizes[N - 1 - n], sizes[N - n])
+        if (TURNS >> n) % 2 == 1:
+            i = high
+            weight *= along
+        else:
+            i = low
+            weight *= 1.0 - along
+    return i, weight
+
+
+@triton.jit
+def band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
+    """Return (first inputs, positions, weights) of outputs i: tuples of TAPS inputs that follow each other."""
+    first, _ = _path(i, sizes, N, 0)
+    positions = ()
+    weights = ()
+    for tap in tl.static_range(TAPS):
+        weight = tl.zeros(i.shape, dtype=tl.float32)
+        for turns in tl.static_range(1 << N):
+            position, part = _path(i, sizes, N, turns)
+            weight += tl.where(position == first + tap, part, 0.0)
+        # Triton adds tuples, and unpacks none.
+        positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)  # type: ignore[assignment]  # noqa: RUF005
+        weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+    return first, positions, weights

@@ -14,53 +14,14 @@ import triton
 import triton.language as tl
 
 from fastuper_kernels.gpu.layout import nhwc, on_its_device
-from fastuper_kernels.gpu.tiles import bilinear
+from fastuper_kernels.gpu.tiles import TAPS, band, taps_of_chain
 from fastuper_kernels.upsample_argmax import upsample_argmax as public
-
-# Neighbouring logits that a label reads along an axis, at most; more are PyTorch's operators' work. Through sizes that
-# grow they are 2 or 3; one that shrinks on the way (to 1 and up again) makes them many, each of which is code.
-TAPS = 6
 
 
 @triton.jit
 def _finite(value, LIMIT: tl.constexpr):
     """Return numbers in the place of NaN (the largest, as argmax has it) and infinities."""
     return tl.maximum(tl.minimum(value.to(tl.float32), LIMIT), -LIMIT)  # `minimum` prefers a number to NaN
-
-
-@triton.jit
-def _path(i, sizes, N: tl.constexpr, TURNS: tl.constexpr):
-    """Return (input, weight) at the end of one of the ways from outputs i through N resamplings, last one first.
-
-    Each reads two neighbours; the bits of TURNS say where the way goes by the higher one.
-    """
-    weight = tl.full(i.shape, 1.0, tl.float32)
-    for n in tl.static_range(N):
-        low, high, along = bilinear(i, sizes[N - 1 - n], sizes[N - n])
-        if (TURNS >> n) % 2 == 1:
-            i = high
-            weight *= along
-        else:
-            i = low
-            weight *= 1.0 - along
-    return i, weight
-
-
-@triton.jit
-def _band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
-    """Return (first inputs, positions, weights) of outputs i: tuples of TAPS inputs that follow each other."""
-    first, _ = _path(i, sizes, N, 0)
-    positions = ()
-    weights = ()
-    for tap in tl.static_range(TAPS):
-        weight = tl.zeros(i.shape, dtype=tl.float32)
-        for turns in tl.static_range(1 << N):
-            position, part = _path(i, sizes, N, turns)
-            weight += tl.where(position == first + tap, part, 0.0)
-        # Triton adds tuples, and unpacks none.
-        positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)  # type: ignore[assignment]  # noqa: RUF005
-        weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
-    return first, positions, weights
 
 
 @triton.jit
@@ -84,8 +45,8 @@ def argmax_kernel(
     h, w, H, W = heights[0], widths[0], heights[N], widths[N]
     y, x = tl.program_id(1) * BY + tl.arange(0, BY), tl.program_id(0) * BX + tl.arange(0, BX)
     ok = (y < H)[:, None] & (x < W)[None, :]
-    first_row, rows, row_weights = _band(tl.minimum(y, H - 1), heights, N, ROW_TAPS)
-    first_column, columns, column_weights = _band(tl.minimum(x, W - 1), widths, N, COLUMN_TAPS)
+    first_row, rows, row_weights = band(tl.minimum(y, H - 1), heights, N, ROW_TAPS)
+    first_column, columns, column_weights = band(tl.minimum(x, W - 1), widths, N, COLUMN_TAPS)
     image = logits + tl.program_id(2).to(tl.int64) * h * w * CLASSES
     # The box of logits that the tile reads.
     top, left = tl.min(first_row), tl.min(first_column)
@@ -131,14 +92,6 @@ def argmax_kernel(
     tl.store(labels + at, label.to(labels.dtype.element_ty), mask=ok)
 
 
-def taps_of(sizes: Sequence[int]) -> int:
-    """Return how many inputs, that follow each other, an output reads through a chain of sizes."""
-    apart = 1  # from the first of them to the last
-    for size_in, size_out in zip(reversed(sizes[:-2]), reversed(sizes[1:-1]), strict=True):
-        apart = 1 + -(-apart * size_in // size_out)
-    return 1 + min(apart, sizes[0] - 1)
-
-
 @on_its_device
 def argmax(logits: torch.Tensor, heights: Sequence[int], widths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return labels (B, height, width) of logits (B, classes, H, W) resampled through sizes (height, width)."""
@@ -147,7 +100,7 @@ def argmax(logits: torch.Tensor, heights: Sequence[int], widths: Sequence[int], 
     labels = logits.new_empty(batch, height, width, dtype=dtype)
     if labels.numel() == 0:
         return labels
-    row_taps, column_taps = taps_of([h, *heights]), taps_of([w, *widths])
+    row_taps, column_taps = taps_of_chain([h, *heights]), taps_of_chain([w, *widths])
     if max(row_taps, column_taps) > TAPS:
         sizes = list(zip(heights, widths, strict=True))
         return public(logits, sizes, dtype=dtype, backend="torch")
