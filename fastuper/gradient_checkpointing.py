@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastuper_kernels.modes import is_eager
+
 
 class Checkpointed(nn.Module):
     """Base of the blocks that are computed again where `gradient_checkpointing` is on; it acts in training alone."""
@@ -38,6 +40,18 @@ def checkpointed(call: Callable[..., Any], module: nn.Module, *args: Any) -> Any
         return nullcontext(), _on_copies_of_statistics(module)
 
     return checkpoint(call, *args, use_reentrant=False, context_fn=contexts)
+
+
+def recomputed(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return `function(x)`, keeping x alone for the backward pass: for a cheap step before a linear layer.
+
+    The step is taken again then, and the layer, which needs no more than its input, is not. Whatever traces decides by
+    itself what it keeps.
+    """
+    if not torch.is_grad_enabled() or not is_eager():
+        return function(x)
+    result: torch.Tensor = checkpoint(function, x, use_reentrant=False)
+    return result
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from fastuper.backbones.layers import (
     residual_mlp,
 )
 from fastuper.configuration import ConvNextConfig
-from fastuper.gradient_checkpointing import Checkpointed
+from fastuper.gradient_checkpointing import Checkpointed, recomputed
 from fastuper.outputs import BackboneOutput
 from fastuper.plain import is_exactly
 
@@ -59,7 +59,11 @@ class ConvNextLayer(Checkpointed):
             # Nobody but this block has seen what its convolution returned: the sum takes its place.
             mlp = self.layernorm, self.pwconv1, self.act, self.pwconv2
             return residual_mlp(x.permute(0, 2, 3, 1), out, *mlp, self.layer_scale_parameter, out).permute(0, 3, 1, 2)
-        out = self.pwconv2(self.act(self.pwconv1(self.layernorm(out))))
+        if is_plain_mlp(self.layernorm, self.pwconv1, self.act, self.pwconv2):
+            hidden = recomputed(lambda x: self.pwconv1(self.layernorm(x)), out)
+            out = recomputed(lambda x: self.pwconv2(self.act(x)), hidden)
+        else:
+            out = self.pwconv2(self.act(self.pwconv1(self.layernorm(out))))
         if self.layer_scale_parameter is not None:
             out = self.layer_scale_parameter * out
         return x + self.drop_path(out.permute(0, 3, 1, 2))

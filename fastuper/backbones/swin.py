@@ -26,7 +26,7 @@ from fastuper.backbones.layers import (
     residual_mlp,
 )
 from fastuper.configuration import SwinConfig
-from fastuper.gradient_checkpointing import Checkpointed
+from fastuper.gradient_checkpointing import Checkpointed, recomputed
 from fastuper.outputs import BackboneOutput
 from fastuper.plain import is_exactly, is_plain
 from fastuper_kernels import linear
@@ -347,7 +347,16 @@ class SwinLayer(Checkpointed):
             attended, weights = self.attend(self.layernorm_before(x), output_attentions)
             x = x + self.drop_path(attended)
         # As the reference has it, stochastic depth drops the attention and never the MLP.
-        return x + self.output(self.intermediate(self.layernorm_after(x))), weights
+        return x + self.mlp(x), weights
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the MLP adds to a map (B, H, W, C)."""
+        first, act = self.intermediate.dense, self.intermediate.intermediate_act_fn
+        plain = is_plain_mlp(self.layernorm_after, first, act, self.output.dense)
+        if not plain or not is_plain(self.intermediate, self.output):
+            return self.output(self.intermediate(self.layernorm_after(x)))
+        hidden = recomputed(lambda x: first(self.layernorm_after(x)), x)
+        return recomputed(lambda x: self.output(act(x)), hidden)
 
     def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pad to whole windows, shift, attend, and undo the shift and the padding."""
