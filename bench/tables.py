@@ -213,6 +213,43 @@ def memory_table(results: Results | None) -> str:
     return "\n".join([*table(head, rows), "", note])
 
 
+def training_table(_: Results | None) -> str:
+    """Return a training step's time and peak memory beside Transformers', and what was to be reached."""
+    path = FOLDER / "training.json"
+    if not path.exists():
+        return "Not measured yet: `python -m bench.training`."
+    result = json.loads(path.read_text())
+    rows = []
+    for backbone, row in result["backbones"].items():
+        medians = {peer: median(found["rounds"]) for peer, found in row["peers"].items()}
+        peaks = {peer: found["peak"] for peer, found in row["peers"].items()}
+        theirs, least = min(medians[peer] for peer in EAGER), min(peaks[peer] for peer in EAGER)
+        gradients = row["gradients"]
+        rows.append(
+            [
+                TINY[backbone],
+                duration(theirs),
+                f"**{duration(medians[FASTUPER])}**",
+                f"{row['faster']:.2f} x",
+                f"{least / 1e9:.2f} GB",
+                f"{peaks[FASTUPER] / 1e9:.2f} GB",
+                f"{row['memory']:.2f}",
+                f"{gradients['median_ratio']:.2f}, {gradients['largest_ratio']:.2f}",
+            ]
+        )
+    head = ["", "Transformers", FASTUPER, "faster", "peak memory, Transformers", FASTUPER, "of it", "gradients' errors"]
+    note = (
+        f"A step (forward, backward, AdamW) on {result['batch']} images of {result['size']} x {result['size']}, "
+        "float32, 150 classes: medians of rounds in which all take turns, and peak memory over the weights in fresh "
+        "processes; Transformers in the better of its two memory layouts. Gradients' errors: ours from float64 over "
+        "Transformers' in the worse of them, the median over the parameters and the largest "
+        f"({gradients['size']} x {gradients['size']}, {gradients['seeds']} draws). "
+        + source({"machine": result["machine"], "runs": {result["run"]: result}, "tasks": {"": result}}, [""])
+        + " `python -m bench.training` repeats it."
+    )
+    return "\n".join([*table(head, rows), "", note])
+
+
 def targets_table(results: Results | None) -> str:
     """Return what was to be reached, and whether it is."""
     if results is None or all(target["value"] is None for target in results["targets"]):
@@ -349,6 +386,7 @@ PAGES: dict[Path, dict[str, Draw]] = {
         "plots": plots_block,
         "memory": memory_table,
         "larger": larger_table,
+        "training": training_table,
     },
     BENCHMARKS: {
         "targets": targets_table,

@@ -24,6 +24,7 @@ import torch
 
 from fastuper.hub import HubOptions, atomic_path, find_file, read_json
 from fastuper_kernels import upsample_argmax
+from fastuper_kernels.upsample_cross_entropy import with_the_other_class
 
 Image: TypeAlias = "PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str]"
 Images: TypeAlias = "Image | Sequence[Image]"
@@ -358,12 +359,12 @@ class UperNetImageProcessor:
 
         Returns:
             N int64 tensors of shape (height, width), on the device of the logits. Among equal logits the first class
-            wins.
+            wins; of a single class the label is 1 where its logit is above 0.
 
         Raises:
             ValueError: the target sizes are not as many as the images, or not pairs of integers from 1.
         """
-        logits = outputs.logits
+        logits = with_the_other_class(outputs.logits)
         if target_sizes is None:
             return list(logits.argmax(dim=1))
         if isinstance(target_sizes, torch.Tensor):

@@ -32,7 +32,7 @@ from fastuper.head import FCNHead, UperNetHead
 from fastuper.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
 from fastuper_kernels.modes import is_eager
-from fastuper_kernels.upsample_cross_entropy import check_values
+from fastuper_kernels.upsample_cross_entropy import check_values, with_the_other_class
 
 
 class UperNetForSemanticSegmentation(PretrainedMixin):
@@ -193,7 +193,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             raise ValueError(
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"
             )
-        logits = _beside_nothing(self.decode_head(self._features(pixel_values, False, False)[0]))
+        logits = with_the_other_class(self.decode_head(self._features(pixel_values, False, False)[0]))
         if logits.is_cuda and all(target == targets[0] for target in targets):  # in one launch
             labels = list(upsample_argmax(logits, _chain(size, targets[0])))
         else:
@@ -228,7 +228,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
 
         def labels(x: torch.Tensor) -> torch.Tensor:
             assert target_size is not None
-            coarse = _beside_nothing(self.decode_head(self._features(x, False, False)[0]))
+            coarse = with_the_other_class(self.decode_head(self._features(x, False, False)[0]))
             return upsample_argmax(coarse, _chain(size, (target_size[0], target_size[1])))
 
         return Captured(self, logits if target_size is None else labels, pixel_values)
@@ -420,11 +420,6 @@ def _chain(size: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, in
 def _in_ddp() -> bool:
     """Return whether DistributedDataParallel calls the model: it looks for all that may take part in the gradient."""
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
-
-
-def _beside_nothing(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits (B, classes, H, W) of which the largest decides: those of a single class beside zeros."""
-    return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], dim=1)
 
 
 def _resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:

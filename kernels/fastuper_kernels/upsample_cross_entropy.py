@@ -80,7 +80,7 @@ def upsample_cross_entropy(
     options = Options(sizes, ignore_index, label_smoothing, reduction)
     if is_autocast(logits.device.type) and logits.dtype != torch.float64:
         logits = logits.float()
-    logits, labels = _with_the_other_class(logits), labels.long()
+    logits, labels = with_the_other_class(logits), labels.long()
     eager = is_eager() and is_plain(logits, labels, weight)
     if eager and logits.device.type == "cpu":
         check_values(labels, logits.shape[1], ignore_index)
@@ -111,7 +111,7 @@ def reference(
     """The definition of `upsample_cross_entropy`."""
     sizes = check_sizes([labels.shape[1:]] if sizes is None else sizes)
     options = Options(sizes, ignore_index, label_smoothing, reduction)
-    return of_pytorch(_with_the_other_class(logits), labels.long(), weight, options)
+    return of_pytorch(with_the_other_class(logits), labels.long(), weight, options)
 
 
 def of_pytorch(
@@ -181,7 +181,7 @@ def check_values(labels: torch.Tensor, classes: int, ignore_index: int) -> None:
         raise ValueError(f"labels must be from 0 to {classes - 1}, or ignore_index={ignore_index}; found {found}")
 
 
-def _with_the_other_class(logits: torch.Tensor) -> torch.Tensor:
+def with_the_other_class(logits: torch.Tensor) -> torch.Tensor:
     """Return the logits of two classes, where those of one are given."""
     return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 

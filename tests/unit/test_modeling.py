@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper import (
+    ConvNextConfig,
+    ResNetConfig,
+    SwinConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    UperNetImageProcessor,
+)
 
 BACKBONES = {
     "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
@@ -101,7 +108,11 @@ def test_one_class():
     valid = labels != 255
     expected = F.binary_cross_entropy_with_logits(output.logits[:, 0][valid], labels[valid].float())
     torch.testing.assert_close(output.loss, expected + 0.4 * auxiliary_loss_of_one(one, pixels, labels))
-    assert torch.equal(torch.stack(one.eval().segment(pixels)), (one(pixels).logits[:, 0] > 0).long())
+    output = one(pixels)
+    expected = (output.logits[:, 0] > 0).long()
+    assert 0 < expected.sum() < expected.numel()
+    assert torch.equal(torch.stack(one.segment(pixels)), expected)
+    assert torch.equal(torch.stack(UperNetImageProcessor().post_process_semantic_segmentation(output)), expected)
     with pytest.raises(ValueError, match="from 0 to 1, or ignore_index=255; found 2"):
         one(pixels, labels=labels.clamp(max=254) + 1)
 
