@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from bench.names import CONVOLUTION, EAGER, FASTUPER, OPENVINO, WITHOUT_AUXILIARY
-from bench.results import TINY, Results, best, load
+from bench.results import TINY, Results, best, load, load_training
 
 DOCS = Path(__file__).parent.parent / "docs"
 OURS, THEIRS, TEXT, PALE = "#d9480f", "#adb5bd", "#343a40", "#e9ecef"
@@ -188,28 +188,57 @@ PLOTS = [
 SHAPES = {"bench-peers": (10, 3.8), "bench-sizes": (9, 6.4), "bench-waterfall": (11, 3.8)}
 
 
+def training(figure: Any, result: dict[str, Any]) -> None:
+    """Seconds and peak memory of a step, of bench.training's results: a pair of bars a backbone."""
+    values = {
+        "seconds for a step": lambda peer: median(peer["rounds"]),
+        "GB over the weights, at most": lambda peer: peer["peak"] / 1e9,
+    }
+    panels = figure.subplots(1, len(values), squeeze=False)[0]
+    for axes, (label, value) in zip(panels, values.items(), strict=True):
+        names, numbers = [], []
+        for key, row in reversed(result["backbones"].items()):
+            found = {peer: value(measured) for peer, measured in row["peers"].items()}
+            names += [f"{FASTUPER}, {TINY[key]}", f"Transformers, {TINY[key]}"]
+            numbers += [found[FASTUPER], min(found[peer] for peer in EAGER)]
+        bars = axes.barh(names, numbers, color=[OURS, THEIRS] * len(result["backbones"]), height=0.7)
+        label_bars(axes, bars, [f"{number:.2f}" for number in numbers])
+        axes.set_xlabel(label)
+        axes.tick_params(axis="y", length=0)
+    figure.suptitle(
+        f"A training step on {result['batch']} images of {result['size']} x {result['size']}, {result['dtype']}",
+        fontsize=10,
+    )
+
+
 def draw(results: Results, folder: Path = DOCS) -> list[Path]:
     """Write every plot that the results suffice for, and return their files."""
+    drawable = [plot for plot in PLOTS if plot.drawable(results)]
+    return [picture(folder / f"{plot.name}.svg", SHAPES[plot.name], plot.draw, results) for plot in drawable]
+
+
+def draw_training(result: dict[str, Any], folder: Path = DOCS) -> Path:
+    """Write the picture of bench.training's results, and return its file."""
+    return picture(folder / "training.svg", (9, 2.4), training, result)
+
+
+def picture(path: Path, shape: tuple[float, float], fill: Callable[[Any, Any], None], results: Any) -> Path:
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    written = []
     with matplotlib.rc_context(STYLE):
-        for plot in PLOTS:
-            if not plot.drawable(results):
-                continue
-            figure = pyplot.figure(figsize=SHAPES[plot.name], layout="constrained", facecolor="white")
-            plot.draw(figure, results)
-            path = folder / f"{plot.name}.svg"
-            figure.savefig(path, metadata={"Date": None})  # its creator is matplotlib, with the version
-            pyplot.close(figure)
-            written.append(path)
-    return written
+        figure = pyplot.figure(figsize=shape, layout="constrained", facecolor="white")
+        fill(figure, results)
+        figure.savefig(path, metadata={"Date": None})  # its creator is matplotlib, with the version
+        pyplot.close(figure)
+    return path
 
 
 if __name__ == "__main__":
-    newest = load()
+    newest, trained = load(), load_training()
     for path in draw(newest) if newest is not None else []:
         print(path.name)
+    if trained is not None:
+        print(draw_training(trained).name)

@@ -46,6 +46,12 @@ def load(path: Path | None = None) -> Results | None:
     return max(found, key=lambda results: max(results["runs"]), default=None)
 
 
+def load_training() -> dict[str, Any] | None:
+    """Return what bench.training measured; None where it has not."""
+    path = FOLDER / "training.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def seconds(results: Results, task: str, peer: str) -> float | None:
     """Return the median of a peer's rounds."""
     rounds = results["tasks"].get(task, {}).get("peers", {}).get(peer, {}).get("rounds")

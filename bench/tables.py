@@ -33,6 +33,7 @@ from bench.results import (
     accuracy,
     best,
     load,
+    load_training,
     rules,
     seconds,
     verdict,
@@ -215,10 +216,9 @@ def memory_table(results: Results | None) -> str:
 
 def training_table(_: Results | None) -> str:
     """Return a training step's time and peak memory beside Transformers', and what was to be reached."""
-    path = FOLDER / "training.json"
-    if not path.exists():
+    result = load_training()
+    if result is None:
         return "Not measured yet: `python -m bench.training`."
-    result = json.loads(path.read_text())
     rows = []
     for backbone, row in result["backbones"].items():
         medians = {peer: median(found["rounds"]) for peer, found in row["peers"].items()}
@@ -247,7 +247,8 @@ def training_table(_: Results | None) -> str:
         + source({"machine": result["machine"], "runs": {result["run"]: result}, "tasks": {"": result}}, [""])
         + " `python -m bench.training` repeats it."
     )
-    return "\n".join([*table(head, rows), "", note])
+    caption = "Seconds and peak memory of a step of training"
+    return "\n".join([*table(head, rows), "", note, "", f"![{caption}](docs/training.svg)"])
 
 
 def targets_table(results: Results | None) -> str:
