@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one command and under one folder: `make gpu-check`, or `python -m bench.gpu`.
 
 Tests first; then the rates that this GPU really has, of copies and of matrix products; then how far each operation is
-from float64, ours and PyTorch's; then whole models beside Transformers', and each operation beside PyTorch's, eager and
-compiled. Times are medians over rounds in which everyone takes turns, between CUDA events, each call a CUDA graph, on
-inputs that take turns too, so that none is found in cache. What is measured is written after every step. Compiling the
-peers takes most of the time: where ten minutes do not do for all shapes, run it again, and it goes on where it stopped.
+from float64, ours and PyTorch's; then whole models and a step of training beside Transformers', and each operation
+beside PyTorch's, eager and compiled. Times are medians over rounds in which everyone takes turns, between CUDA events,
+each call but a step of training a CUDA graph, on inputs that take turns too, so that none is found in cache. What is
+measured is written after every step. Compiling the peers takes most of the time: where ten minutes do not do for all
+shapes, run it again, and it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from torch.nn import functional as F
 
 import fastuper_kernels as ops
 from bench.machine import commit, now, versions, without_paths
+from bench.names import COMPILED as THEIRS_COMPILED
+from bench.names import EAGER as LAYOUTS
+from bench.results import Target, verdict
 from bench.roofline import Gpu, Shapes, head
 from fastuper_kernels import tune
 from fastuper_kernels.choices import replace_json
@@ -41,6 +45,7 @@ from fastuper_kernels.choices import replace_json
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU is for the test of this file
 OURS, EAGER, COMPILED = "fastuper", "PyTorch", "PyTorch, compiled"
+THEIRS, CHANNELS_LAST = LAYOUTS
 TESTS = [
     "tests/interpreted",
     "tests/unit/test_capture.py",
@@ -49,7 +54,11 @@ TESTS = [
 LARGE = "tests/interpreted/test_large.py"
 # Of images and heads, those first that are asked about most.
 SHAPES = tuple(Shapes(*sizes) for sizes in ((1, 512), (16, 512), (8, 512), (1, 1024), (8, 1024), (16, 1024)))
+TRAINED = Shapes(16, 512)  # images of a step of training
+# To be reached by it on an H200: the time of Transformers compiled over ours at least, and our peak over its at most.
+TARGETS = (Target("its time over ours", "speedup", 1.7), Target("our peak memory over its", "memory", 0.5))
 CACHE = 2 * 60 * 2**20  # bytes, twice an H200's
+KINDS = ("models", "training", "operations")  # of what is timed
 GMAC = 129  # of a UPerNet-ConvNeXt-T for an image of 512 x 512, with the head's arithmetic as it is here
 Call = Callable[[], Any]
 
@@ -84,7 +93,6 @@ class Check:
         import triton
 
         self.folder, self.end, self.compiled, self.rounds, self.copies = folder, end, compiled, rounds, copies
-        self._world: Any = None
         self.results: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU",
             "commit": commit(),
@@ -97,7 +105,7 @@ class Check:
             before = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
             if all(before.get(key) == self.results[key] for key in ("device", "source", "versions")):
                 before.pop("broken", None)
-                for kind in ("accuracy", "models", "operations"):  # what failed is tried again
+                for kind in ("accuracy", *KINDS):  # what failed is tried again
                     before[kind] = [row for row in before.get(kind, []) if "failed" not in json.dumps(row)]
                 self.results = before
 
@@ -107,6 +115,13 @@ class Check:
     @property
     def is_late(self) -> bool:
         return time.monotonic() > self.end
+
+    @cached_property
+    def _world(self) -> Any:
+        """Return UPerNet-ConvNeXt-Ts with the same weights, Transformers' and ours."""
+        from bench.peers import World
+
+        return World("convnext-t")
 
     def tests(self, seconds: float = 240) -> None:
         """Run the tests of the kernels, and the comparisons with Transformers, on the GPU, unless they have passed."""
@@ -141,21 +156,27 @@ class Check:
         print("tests:", self.results["tests"], flush=True)
         self.save()
 
-    def measure(self, shapes: Sequence[Shapes] = SHAPES, world: Any = None) -> None:
+    def measure(self, shapes: Sequence[Shapes] = SHAPES, world: Any = None, trained: Shapes = TRAINED) -> None:
         """Measure everything that there is time for, and write the table and the plot.
 
         Args:
             shapes: of images and heads; accuracy is a matter of the first.
-            world: what `models` takes.
+            world: what `models` and `training` take.
+            trained: shapes of the images that a step of training takes.
         """
         torch.backends.cudnn.benchmark = True
         if "rates" not in self.results:
             self.rates()
         self.results["configurations"] = list(tune.show())
-        self.accuracy(shapes[0])
-        for each in shapes:
+        first, *others = shapes
+        self.accuracy(first)
+        self.models(first, world)
+        self.operations(first)
+        self.training(trained, world)
+        for each in others:
             self.models(each, world)
             self.operations(each)
+        self.results["targets"] = targets(self.results)
         self.results["complete"] = not self.is_late  # nor broken, which ends the time
         self.save()
         text = table(self.results)
@@ -238,10 +259,7 @@ class Check:
         name = "ConvNeXt-T, logits"
         if self._has("models", name, shapes) or self.is_late:
             return
-        if world is None:
-            from bench.peers import World
-
-            world = self._world = self._world or World("convnext-t")
+        world = world or self._world
         pixels = [
             Draw(torch.bfloat16, seed=n)(shapes.batch, 3, shapes.size, shapes.size) for n in range(min(2, self.copies))
         ]
@@ -257,13 +275,44 @@ class Check:
         builders = {
             OURS: builder(lambda: world.ours("float32")),
             "fastuper, compiled": builder(lambda: world.ours("float32"), compiled),
-            "Transformers": builder(lambda: world.theirs("float32")),
+            THEIRS: builder(lambda: world.theirs("float32")),
             "Transformers, without its auxiliary head": builder(lambda: world.theirs("float32", auxiliary=False)),
-            "Transformers, compiled": builder(lambda: world.theirs("float32"), compiled),  # leaves that head out itself
+            THEIRS_COMPILED: builder(lambda: world.theirs("float32"), compiled),  # leaves that head out itself
         }
         # Of the largest, the logits of five peers and what came before them are more than a GPU holds.
         together = shapes.batch * shapes.size**2 <= 8 * 1024**2
         self._row("models", name, shapes, floor, builders, together=together)
+
+    def training(self, shapes: Shapes, world: Any = None) -> None:
+        """Time a step of training: forward in bfloat16 where autocast says so, backward, and a fused AdamW.
+
+        Peak memory is that of a step over the weights: gradients and the optimizer's averages are in it. How far peers
+        are apart is said of their losses after some steps, which what went backward has changed.
+
+        Args:
+            shapes: of the images, of two at least: Transformers' BatchNorm refuses the single pooled cell of one.
+            world: as in `models`.
+        """
+        name = "ConvNeXt-T, a step of training"
+        if self._has("training", name, shapes) or self.is_late:
+            return
+        from bench.training import data
+
+        world = world or self._world
+        classes = world.ours("float32").config.num_labels
+        given = data(CHANNELS_LAST, shapes.size, shapes.batch, classes=classes)
+        batch = {key: x.to(DEVICE) for key, x in given.items()}
+        # Backward is twice forward: the gradients of maps and of weights.
+        floor = 3 * 2e9 * GMAC * shapes.batch * (shapes.size / 512) ** 2 / self.results["rates"]["matmul"]
+        builders = {
+            OURS: lambda: training_step(world.ours("float32"), batch),
+            THEIRS: lambda: training_step(world.theirs("float32"), batch),
+            # As people train. Tuning, of what goes backward too, would be most of the ten minutes.
+            THEIRS_COMPILED: lambda: training_step(
+                world.theirs("float32"), batch, partial(torch.compile, fullgraph=True, dynamic=False)
+            ),
+        }
+        self._row("training", name, shapes, floor, builders)
 
     def _has(self, kind: str, name: str, shapes: Shapes) -> bool:
         rows = self.results.setdefault(kind, [])
@@ -282,7 +331,7 @@ class Check:
         """Measure peers in turns, and keep the row; a peer that fails is a result too.
 
         Args:
-            kind: of the row: "models" or "operations".
+            kind: of the row: "models", "training" or "operations".
             name: of what is measured.
             shapes: see there.
             floor: the least seconds that it takes.
@@ -337,7 +386,8 @@ def said(error: Exception) -> str:
 def source() -> str:
     """Return a hash of the code that is measured."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("fastuper/**/*.py"), *ROOT.glob("kernels/**/*.py"), ROOT / "bench" / "gpu.py"]):
+    measuring = [ROOT / "bench" / name for name in ("gpu.py", "training.py")]
+    for path in sorted([*ROOT.glob("fastuper/**/*.py"), *ROOT.glob("kernels/**/*.py"), *measuring]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -347,7 +397,7 @@ def source() -> str:
 
 @dataclass(frozen=True)
 class Replay:
-    """A call as it is timed, and the most memory that was allocated while it ran before it was recorded."""
+    """A call as it is timed, and the most memory that was allocated while it ran once, not as a CUDA graph."""
 
     run: Call
     peak: int
@@ -381,18 +431,39 @@ def captured(call: Call) -> Replay:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels are compiled and tuned
-            _without_gradients(call)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        _without_gradients(call)
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
+        peak = peak_of(lambda: _without_gradients(call))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         kept = call()
     return Replay(lambda: (graph.replay(), kept)[1], peak)
+
+
+def training_step(
+    model: Any, batch: dict[str, torch.Tensor], wrap: Callable[[Any], Any] = lambda model: model
+) -> list[Replay]:
+    """Return a peer's only call, a step of training of a copy of the model; the weights are no part of its peak."""
+    from bench.training import step_of
+
+    model = copy.deepcopy(model).to(DEVICE, memory_format=torch.channels_last).train()
+    weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
+    step = step_of(wrap(model), batch, optimizer, torch.bfloat16)
+    return [Replay(lambda: step()[None], peak_of(step) - weights)]
+
+
+def peak_of(call: Call) -> int:
+    """Return the most memory that is allocated while a call runs, after some that compile and tune kernels."""
+    if DEVICE != "cuda":
+        call()
+        return 0
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def _without_gradients(call: Call) -> Any:
@@ -412,17 +483,29 @@ def built(build: Callable[[], list[Replay]]) -> tuple[list[Replay], dict[str, An
 
 
 def alternate(peers: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Return each peer's seconds a call: `rounds` turns of all, each of them over all of a peer's inputs."""
-    counts = {}
-    for name, each in peers.items():
-        seconds_of(each, 1)
-        # So many turns of the inputs that a measurement takes some milliseconds, and launches are hidden.
-        counts[name] = max(1, min(50, int(0.005 / max(seconds_of(each, 1), 1e-6))))
+    """Return each peer's seconds a call: `rounds` turns of all, each of them over all of a peer's inputs.
+
+    One to whom the others leave too little memory "failed", and has no further turns.
+    """
+    counts, failed = {}, {}
     times: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
+    for n in range(1 + rounds):
         for name, each in peers.items():
-            times[name].append(seconds_of(each, counts[name]) / counts[name] / len(each))
-    return {name: {"median": statistics.median(found), "rounds": found} for name, found in times.items()}
+            if name in failed:
+                continue
+            try:
+                if n == 0:
+                    seconds_of(each, 1)
+                    # So many turns of the inputs that a measurement takes some milliseconds, and launches are hidden.
+                    counts[name] = max(1, min(50, int(0.005 / max(seconds_of(each, 1), 1e-6))))
+                else:
+                    times[name].append(seconds_of(each, counts[name]) / counts[name] / len(each))
+            except torch.OutOfMemoryError as error:
+                failed[name] = said(error)
+    return {
+        name: {"failed": failed[name]} if name in failed else {"median": statistics.median(found), "rounds": found}
+        for name, found in times.items()
+    }
 
 
 def seconds_of(each: Sequence[Call], count: int) -> float:
@@ -647,6 +730,28 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['name']}, batch {row['batch']}, {row['size']}: {floor}, {apart}; {peers}"
 
 
+def timed(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of everything that was timed."""
+    return [row for kind in KINDS for row in results.get(kind, [])]
+
+
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a step of training was to reach, and whether it does; None where a peer has failed."""
+    peers: dict[str, Any] = next((row["peers"] for row in results.get("training", [])), {})
+    ours, theirs = (peers.get(name, {}) for name in (OURS, THEIRS_COMPILED))
+    values: dict[str, float | None] = dict.fromkeys(("speedup", "memory"))
+    if "median" in ours and "median" in theirs:
+        values["speedup"] = theirs["median"] / ours["median"]
+    if ours.get("peak_bytes") and theirs.get("peak_bytes"):
+        values["memory"] = ours["peak_bytes"] / theirs["peak_bytes"]
+    found = []
+    for target in TARGETS:
+        value = values[target.kind]
+        met = None if value is None else target.met(value)
+        found.append({"name": target.name, "kind": target.kind, "bound": target.bound, "value": value, "met": met})
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
     """Return the results as Markdown tables."""
     rates, version = results["rates"], results["versions"]
@@ -659,7 +764,7 @@ def table(results: dict[str, Any]) -> str:
         "| our memory over the others' |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in [*results.get("models", []), *results.get("operations", [])]:
+    for row in timed(results):
         ours = row["peers"].get(OURS, {})
         cells = [row["name"], row["batch"], row["size"], f"{1e6 * row['floor']:.1f}"]
         if "median" not in ours:
@@ -678,6 +783,12 @@ def table(results: dict[str, Any]) -> str:
             share = row["floor"] / ours["median"]
             cells += [f"{1e6 * ours['median']:.1f}", f"{share:.0%}", ", ".join(times), ", ".join(memory)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "| a step of training beside Transformers, compiled | to reach on an H200 | measured | |"]
+    lines += ["|---|---|---|---|"]
+    for target in results.get("targets", []):
+        bound = f"at {'least' if target['kind'] == 'speedup' else 'most'} {target['bound']:g}"
+        value = "" if target["value"] is None else f"{target['value']:.2f}"
+        lines.append(f"| {target['name']} | {bound} | {value} | {verdict(target)} |")
     lines += ["", "| distance from float64 | | ours | PyTorch's |", "|---|---|---|---|"]
     for row in results.get("accuracy", []):
         if "failed" in row:
@@ -695,7 +806,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [*results.get("models", []), *results.get("operations", [])]
+    rows = timed(results)
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     width = 0.8 / max(len(names), 1)
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.5))

@@ -60,12 +60,12 @@ def build(peer: str, backbone: str, seed: int = 0) -> torch.nn.Module:
     return model.to(memory_format=torch.channels_last if peer == EAGER[1] else torch.contiguous_format).train()
 
 
-def data(peer: str, size: int, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def data(peer: str, size: int, batch: int, seed: int = 0, classes: int = CLASSES) -> dict[str, torch.Tensor]:
     from tests.parity.models import images
 
     pixels = images(batch, 3, size, size, seed=seed, dtype=torch.float32)
     # Objects of 32 pixels: labels of single pixels would be no picture.
-    labels = torch.randint(0, CLASSES, (batch, size // 32, size // 32), generator=torch.Generator().manual_seed(seed))
+    labels = torch.randint(0, classes, (batch, size // 32, size // 32), generator=torch.Generator().manual_seed(seed))
     labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
     labels[:, :8] = 255
     if peer == EAGER[1]:
@@ -75,11 +75,20 @@ def data(peer: str, size: int, batch: int, seed: int = 0) -> dict[str, torch.Ten
 
 def stepper(peer: str, backbone: str) -> Step:
     """Return a function that takes a step and returns its loss."""
-    model, batch = build(peer, backbone), data(peer, SIZE, BATCH)
+    model = build(peer, backbone)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05)
+    return step_of(model, data(peer, SIZE, BATCH), optimizer)
+
+
+def step_of(
+    model: Any, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, autocast: torch.dtype | None = None
+) -> Step:
+    """Return a function that takes a step and returns its loss; `autocast` is the dtype to compute forward in."""
+    device = batch["pixel_values"].device.type
 
     def step() -> torch.Tensor:
-        loss = model(**batch).loss
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

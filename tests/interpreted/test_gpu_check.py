@@ -18,6 +18,7 @@ from tests.parity.models import config, pair
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is being run")
 SHAPES = Shapes(batch=1, size=64, channels=(8, 16, 24, 32), dim=32, classes=9)
+TRAINED = dataclasses.replace(SHAPES, batch=2)
 
 
 @pytest.fixture
@@ -28,14 +29,23 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(theirs=lambda dtype, auxiliary=True: theirs, ours=lambda dtype: ours)
 
 
-def test_every_step(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_step(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     check = gpu.Check(tmp_path, time.monotonic() + 600, compiled=False, rounds=1, copies=1)
-    check.measure([SHAPES], world)
+    with monkeypatch.context() as patch:  # interpreted, its steps take minutes: test_head takes one
+        patch.setenv("FASTUPER_BACKEND", "torch")
+        check.rates()
+        check.training(TRAINED, world)
+    check.measure([SHAPES], world, TRAINED)
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["complete"]
-    for row in [*results["models"], *results["operations"]]:
+    for row in [*results["models"], *results["training"], *results["operations"]]:
         assert all(peer["median"] > 0 for peer in row["peers"].values()), row["name"]
         assert row["difference"] <= 3e-2, row["name"]
+    (trained,) = results["training"]
+    assert (trained["batch"], list(trained["peers"])) == (2, ["fastuper", "Transformers"])
+    assert trained["difference"] <= 3e-3, "the first step changes the loss by three times as much"
     assert [row["name"] for row in results["operations"]] == [operation.name for operation in gpu.OPERATIONS]
     allowed = {"bfloat16": 8e-3, "float16": 1e-3, "tf32": 1e-5, "float32": 1e-5}  # the interpreter has no TF32
     assert len(results["accuracy"]) == 4 * len(gpu.OPERATIONS)
@@ -43,11 +53,13 @@ def test_every_step(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert max(row["errors"].values()) <= allowed[row["dtype"]], row
     text = (tmp_path / "gpu.md").read_text()
     assert all(operation.name in text for operation in gpu.OPERATIONS)
+    assert trained["name"] in text
+    assert text.count("not measured") == len(gpu.TARGETS), "nobody was compiled"
     assert (tmp_path / "gpu.svg").stat().st_size > 1000
 
     again = gpu.Check(tmp_path, time.monotonic() + 600, compiled=False, rounds=1, copies=1)
     capsys.readouterr()
-    again.measure([SHAPES], world)
+    again.measure([SHAPES], world, TRAINED)
     assert "floor" not in capsys.readouterr().out.split("| bfloat16")[0], "what was measured was measured again"
     assert again.results == results
 
@@ -62,8 +74,58 @@ def test_what_fails_is_a_result(world: Any, tmp_path: Path, monkeypatch: pytest.
     assert "PyTorch failed" in gpu.table(check.results)
 
 
+def test_memory_that_runs_out_in_training_is_a_result(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTUPER_BACKEND", "torch")
+
+    def fails(dtype: str) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    check = gpu.Check(tmp_path, time.monotonic() + 600, compiled=False, rounds=1, copies=1)
+    check.rates()
+    check.training(TRAINED, SimpleNamespace(theirs=fails, ours=world.ours))
+    peers = check.results["training"][0]["peers"]
+    assert peers["Transformers"] == {"failed": "OutOfMemoryError: no room"}
+    assert peers["fastuper"]["median"] > 0
+    again = gpu.Check(tmp_path, time.monotonic() - 1, compiled=False, rounds=1, copies=1)
+    assert again.results["training"] == [], "what failed is tried again"
+
+
+def test_one_to_whom_too_little_memory_is_left_has_no_more_turns() -> None:
+    calls = iter(range(1000))
+
+    def third_time_fails() -> None:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+
+    found = gpu.alternate({"one": [third_time_fails], "other": [lambda: time.sleep(0.01)]}, rounds=2)
+    assert found["one"] == {"failed": "OutOfMemoryError: no room"}
+    assert next(calls) == 3
+    assert len(found["other"]["rounds"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "values", "met"),
+    [
+        ({"median": 1.0, "peak_bytes": 4}, {"median": 1.7, "peak_bytes": 8}, [1.7, 0.5], [True, True]),
+        ({"median": 1.0, "peak_bytes": 6}, {"median": 1.5, "peak_bytes": 8}, [1.5, 0.75], [False, False]),
+        ({"median": 1.0, "peak_bytes": 4}, {"failed": "no room"}, [None, None], [None, None]),
+    ],
+    ids=["met", "missed", "failed"],
+)
+def test_what_a_step_of_training_is_to_reach(
+    ours: dict[str, Any], theirs: dict[str, Any], values: list[float | None], met: list[bool | None]
+) -> None:
+    peers = {"fastuper": ours, "Transformers": {"median": 9.0, "peak_bytes": 99}, "Transformers, compiled": theirs}
+    found = gpu.targets({"training": [{"peers": peers}]})
+    assert [target["value"] for target in found] == values
+    assert [target["met"] for target in found] == met
+
+
 def test_nothing_begins_after_the_end(world: Any, tmp_path: Path) -> None:
     check = gpu.Check(tmp_path, time.monotonic() - 1, compiled=False, rounds=1, copies=1)
     check.measure([SHAPES], world)
     assert not check.results["complete"]
     assert not check.results["models"]
+    assert not check.results["training"]
