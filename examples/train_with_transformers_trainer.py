@@ -29,7 +29,9 @@ class Augmented(Dataset):
 
     def __getitem__(self, index):
         item = self.transform(self.samples[index], np.random.default_rng())
-        return {"pixel_values": item["pixel_values"], "labels": item["labels"]}
+        # Trainer counts the labels of accumulated batches by -100.
+        labels = item["labels"].masked_fill(item["labels"] == self.samples.ignore_index, -100)
+        return {"pixel_values": item["pixel_values"], "labels": labels}
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     training, validation = (open_dataset(options.data, split) for split in ("training", "validation"))
     processor = UperNetImageProcessor.from_pretrained(options.model)
     model = UperNetForSemanticSegmentation.from_pretrained(
-        options.model, id2label=training.id2label, ignore_mismatched_sizes=True
+        options.model, id2label=training.id2label, ignore_mismatched_sizes=True, loss_ignore_index=-100
     )
     arguments = TrainingArguments(
         output_dir=options.output,

@@ -373,11 +373,26 @@ class KnownToTransformers:
     any other module could not be loaded.
     """
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type[Any]:  # what `isinstance` asks for beside the type
         theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
         cls: Any = type(self)
-        return cls if theirs is None else _related(cls, theirs)
+        return cls if theirs is None or issubclass(cls, theirs) else _related(cls, theirs)
+
+    @__class__.setter
+    def __class__(self, cls: type[Any]) -> None:  # FSDP and parametrizations derive classes of their own
+        object.__dict__["__class__"].__set__(self, cls)
+
+    # What PEFT asks of a `PreTrainedModel`.
+    _keys_to_ignore_on_save = None
+
+    def is_custom_code(self) -> bool:
+        """Return True: names of modules are the Hub's, and are not to be translated."""
+        return True
+
+    def get_output_embeddings(self) -> None:
+        """Return None: there are no token embeddings."""
+        return None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Python's own way of making the object anew compares its type with its class.
@@ -388,7 +403,11 @@ class KnownToTransformers:
 def _related(cls: Hashable, theirs: Hashable) -> Any:
     assert isinstance(cls, type)
     assert isinstance(theirs, type)
-    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+    def new(_: Any, *args: Any, **kwargs: Any) -> Any:  # `model.__class__(config)` builds what the model is
+        return cls(*args, **kwargs)
+
+    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": new})
 
 
 def _new(cls: type[T]) -> T:

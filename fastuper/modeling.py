@@ -154,7 +154,13 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         ignore_index = self.config.loss_ignore_index
         if num_items_in_batch is None:
             return upsample_cross_entropy(coarse, labels, ignore_index=ignore_index)
-        return upsample_cross_entropy(coarse, labels, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+        # In float32, as float16's largest number is less than the sum over an image can be.
+        wide = coarse.to(torch.promote_types(coarse.dtype, torch.float32))
+        total = upsample_cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
+        count = torch.as_tensor(num_items_in_batch, device=total.device)
+        loss = total / (count + (count == 0))  # nothing but ignored pixels: 0, as without it
+        under_autocast = torch.is_autocast_enabled(total.device.type)
+        return loss if under_autocast else loss.to(coarse.dtype)
 
     @torch.no_grad()
     def segment(

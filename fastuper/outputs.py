@@ -23,11 +23,12 @@ class Deferred:
     """
 
     def __init__(self, compute: Callable[[], Any]):
-        self.compute, self.with_gradients = compute, torch.is_grad_enabled()
+        self.compute = compute
+        self.with_gradients, self.in_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def __call__(self) -> Any:
         """Return the value."""
-        with torch.set_grad_enabled(self.with_gradients):
+        with torch.inference_mode(self.in_inference), torch.set_grad_enabled(self.with_gradients):
             return self.compute()
 
 
@@ -133,6 +134,10 @@ class ModelOutput(OrderedDict[str, Any]):
         raise TypeError(f"nothing can be deleted from a {type(self).__name__}; set {key} to None")
 
     def pop(self, *_: Any, **__: Any) -> Any:
+        """Refuse: an output keeps its fields."""
+        raise TypeError(f"nothing can be popped from a {type(self).__name__}")
+
+    def popitem(self, *_: Any, **__: Any) -> Any:
         """Refuse: an output keeps its fields."""
         raise TypeError(f"nothing can be popped from a {type(self).__name__}")
 

@@ -190,6 +190,8 @@ def _plain(
     start, stop, height = rows
     if start == 0 and stop == height:
         if _trains_by_winograd(x, weight, addend):
+            # Outside of the function: gradients of gradients go back through what it keeps.
+            x = x.contiguous(memory_format=torch.channels_last)
             y = _epilogue(_Winograd.apply(x, weight, addend), scale, shift, None, relu)
             return y if upsampled is None else upsample_add(upsampled, y)
         return reference(x, weight, scale, shift, addend=addend, upsampled=upsampled, relu=relu)
@@ -351,7 +353,6 @@ class _Winograd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
         return _convolved(x, weight, addend)
 

@@ -192,7 +192,7 @@ def _divisor(labels: torch.Tensor, weight: torch.Tensor | None, ignore_index: in
     if weight is None:
         total = valid.sum().to(dtype)
     else:
-        total = (weight.to(dtype)[labels.masked_fill(~valid, 0)] * valid).sum()
+        total = (weight.to(dtype)[labels.masked_fill(~valid, 0).clamp(0, len(weight) - 1)] * valid).sum()
     return total + (total == 0)
 
 

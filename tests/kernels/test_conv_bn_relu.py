@@ -298,14 +298,15 @@ def test_gradients_by_winograd_of_what_wants_them(leaves, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_of_gradients_by_winograd(monkeypatch):
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_gradients_of_gradients_by_winograd(layout, monkeypatch):
     monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
-    x, weight = random(1, 256, 16, 16).float().requires_grad_(), (random(256, 256, 3, 3, seed=1) / 30).float()
-    weight.requires_grad_()
+    x = laid_out(random(1, 256, 16, 16).float(), layout).requires_grad_()
+    weight = (random(256, 256, 3, 3, seed=1) / 30).float().requires_grad_()
 
     def penalty(y):
-        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), (x, weight))
+        grads = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), (x, weight))
 
     for ours, theirs in zip(
         penalty(conv_bn_relu(x, weight, relu=False)), penalty(F.conv2d(x, weight, padding=1)), strict=True

@@ -186,6 +186,19 @@ def test_the_model_is_one_of_transformers_own_to_isinstance_alone():
     assert isinstance(ours, transformers.PreTrainedModel)
     assert isinstance(ours, fastuper.UperNetForSemanticSegmentation)
     assert type(ours) is fastuper.UperNetForSemanticSegmentation
+    assert type(ours.__class__(ours.config)) is fastuper.UperNetForSemanticSegmentation
     for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert type(again) is fastuper.UperNetForSemanticSegmentation
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
+
+
+def test_lora_on_the_whole_model():
+    peft = pytest.importorskip("peft")
+    ours = pair(config("swin"), dtype=torch.float32, train=True)[1]
+    wrapped = peft.get_peft_model(ours, peft.LoraConfig(target_modules=["query", "value"]))
+    wrapped(
+        pixel_values=images(2, 3, 64, 64, dtype=torch.float32), labels=segmentation_labels(2, 64, 64)
+    ).loss.backward()
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)

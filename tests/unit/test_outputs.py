@@ -33,7 +33,7 @@ def test_an_empty_one(kind):
     assert pytree.tree_leaves(output) == []
 
 
-@pytest.mark.parametrize("method", ["pop", "setdefault", "update"])
+@pytest.mark.parametrize("method", ["pop", "popitem", "setdefault", "update"])
 def test_what_a_dictionary_has_and_an_output_refuses(method):
     with pytest.raises(TypeError, match="SemanticSegmenterOutput"):
         getattr(SemanticSegmenterOutput(logits=1), method)("logits")

@@ -103,6 +103,35 @@ def test_logits_read_before_and_after_the_backward_pass_are_the_same():
     assert torch.equal(output.logits, logits)
 
 
+def test_logits_read_in_inference_mode_keep_their_gradient():
+    output = model()(**batch())
+    with torch.inference_mode():
+        assert output.logits.shape == (2, 5, 64, 64)
+    assert output.logits.requires_grad
+    assert not output.logits.is_inference()
+
+
+def test_nothing_but_ignored_pixels_in_all_batches():
+    network, data = model(), batch()
+    data["labels"][:] = 255
+    for count in (0, torch.tensor(0)):
+        loss = network(**data, num_items_in_batch=count).loss
+        assert loss == 0
+        loss.backward()
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
+
+
+def test_a_sum_that_is_more_than_float16_holds():
+    network = model().half()
+    data = batch(size=256)
+    data["pixel_values"] = data["pixel_values"].half()
+    expected = network(**data).loss
+    assert expected.isfinite()
+    found = network(**data, num_items_in_batch=int((data["labels"] != 255).sum())).loss
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
 def test_a_metric_without_gradients():
     with torch.no_grad():
         output = model()(**batch())
