@@ -21,7 +21,7 @@ SHAPES = Shapes(batch=1, size=64, channels=(8, 16, 24, 32), dim=32, classes=9)
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Any:
+def world(monkeypatch: pytest.MonkeyPatch, few_programs: None) -> Any:
     """Small models in the place of a UPerNet-ConvNeXt-T, and our kernels on a CPU."""
     monkeypatch.setenv("FASTUPER_BACKEND", "triton")
     theirs, ours = pair(config("convnext"), dtype=torch.float32)
