@@ -38,7 +38,7 @@ from bench.machine import commit, now, versions, without_paths
 from bench.names import COMPILED as THEIRS_COMPILED
 from bench.names import EAGER as LAYOUTS
 from bench.results import Target, verdict
-from bench.roofline import Gpu, Shapes, head
+from bench.roofline import Gpu, Shapes, head, loss
 from fastuper_kernels import tune
 from fastuper_kernels.choices import replace_json
 
@@ -225,7 +225,7 @@ class Check:
         """Time each operation beside PyTorch's."""
         rates = self.results["rates"]
         gpu = Gpu(rates["matmul"], rates["copy"])
-        floors = {work.name: work.floor(gpu) for work in head(shapes)}
+        floors = {work.name: work.floor(gpu) for work in [*head(shapes), loss(shapes)]}
         for operation in OPERATIONS:
             if self._has("operations", operation.name, shapes) or self.is_late:
                 continue
@@ -570,7 +570,7 @@ class Operation:
 
     Args:
         name: for the table.
-        works: the names of what it does in `bench.roofline.head`.
+        works: the names of what it does in `bench.roofline`.
         operands: (draw, shapes) -> what `ours` takes.
         ours: the operation.
         theirs: PyTorch's, of what `prepared` gives.
@@ -647,6 +647,18 @@ def _smooth_logits(draw: Draw, s: Shapes) -> tuple[torch.Tensor, ...]:
     return (smooth.contiguous(memory_format=torch.channels_last),)
 
 
+def _logits_and_labels(draw: Draw, s: Shapes) -> tuple[torch.Tensor, ...]:
+    size = (s.batch, s.size, s.size)
+    labels = torch.randint(s.classes, size, generator=draw.generator, device=DEVICE)
+    return *_smooth_logits(draw, s), labels
+
+
+def _gradient_of_loss(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(ops.upsample_cross_entropy(x, labels), x)[0]
+
+
 OPERATIONS = (
     Operation(
         "fusion, with its coarser levels",
@@ -694,6 +706,18 @@ OPERATIONS = (
         _smooth_logits,
         lambda x: ops.upsample_argmax(x, [(4 * x.shape[2], 4 * x.shape[3])]),
         lambda x: _upsampled(x, (4 * x.shape[2], 4 * x.shape[3])).argmax(1),
+    ),
+    Operation(
+        "upsample_cross_entropy and its gradient",
+        ("upsample_cross_entropy",),
+        _logits_and_labels,
+        _gradient_of_loss,
+        # In float32 from the resampled logits on, as autocast has it.
+        lambda x, labels: torch.func.grad(
+            lambda x: F.cross_entropy(
+                _upsampled(x, labels.shape[1:]).to(torch.promote_types(x.dtype, torch.float32)), labels
+            )
+        )(x),
     ),
     Operation(
         "pyramid_pool",

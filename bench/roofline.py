@@ -97,6 +97,13 @@ def head(shapes: Shapes) -> list[Work]:
     return found
 
 
+def loss(shapes: Shapes) -> Work:
+    """Return the work of the cross entropy at the images' size and of its gradient: logits and labels in, that out."""
+    logits, labels = shapes.pixels(0) * shapes.classes, shapes.batch * shapes.size**2
+    # Of each resampled logit: 4 operations to make it, 4 for its share of the softmax, 4 to give its gradient back.
+    return Work("upsample_cross_entropy", 12 * labels * shapes.classes, 2 * shapes.bytes * logits + 8 * labels)
+
+
 def taps_work(name: str, levels: Sequence[int], weights: int, pixels: int, shapes: Shapes) -> Work:
     """Return the work of `upsampled_conv3x3`: levels and weights in, products out and in again, their sum out."""
     dim = shapes.dim
@@ -115,7 +122,7 @@ def table(shapes: Shapes) -> str:
     ]
     work = head(shapes)
     total = Work("all of the head", sum(w.flop for w in work), sum(w.bytes for w in work))
-    for entry in [*work, total]:
+    for entry in [*work, total, loss(shapes)]:
         floors = [
             sum(part.floor(gpu) for part in work) if entry is total else entry.floor(gpu) for gpu in GPUS.values()
         ]

@@ -75,3 +75,14 @@ def with_room(function: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper.__code__ = wrapper.__code__.replace(co_stacksize=1 << 16)
     return wrapper
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the loss of a whole image take few programs, where the interpreter runs them one after the other."""
+    if not interpreted():
+        return
+    from fastuper_kernels.gpu import upsample_cross_entropy
+
+    for name, size in {"PIXELS": 128, "PIXELS_BACK": 128, "ROWS": 16, "COLUMNS": 32}.items():
+        monkeypatch.setattr(upsample_cross_entropy, name, size)

@@ -22,7 +22,7 @@ TRAINED = dataclasses.replace(SHAPES, batch=2)
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Any:
+def world(monkeypatch: pytest.MonkeyPatch, few_programs: None) -> Any:
     """Small models in the place of a UPerNet-ConvNeXt-T, and our kernels on a CPU."""
     monkeypatch.setenv("FASTUPER_BACKEND", "triton")
     theirs, ours = pair(config("convnext"), dtype=torch.float32)

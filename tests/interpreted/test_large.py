@@ -120,6 +120,19 @@ def test_upsample_argmax() -> None:
     assert torch.equal(labels[-1, -1, -2:], logits[-1, :, -1, -1].argmax().expand(2))
 
 
+def test_upsample_cross_entropy() -> None:
+    from fastuper_kernels.gpu.upsample_cross_entropy import backward, forward
+
+    logits, labels = large(1), zeros(BATCH, SIZE, SIZE, dtype=torch.int64)
+    grad = zeros(BATCH, SIZE, SIZE, dtype=torch.float32)
+    grad[-1, -1, -2:] = 1
+    how = (None, [SIZE], [SIZE], 255, 0.0)
+    losses, logs = forward(logits, labels, *how)
+    same(losses, lambda x: F.cross_entropy(x, labels[-1:], reduction="none"), logits)
+    result = backward(grad, logits, labels, None, logs, *how[1:])
+    same(result[:, -32:], lambda x: x.softmax(1)[:, -32:], logits)  # the label is another class
+
+
 def test_one_image() -> None:
     """Within an image too."""
     logits = large(1, 1, CHANNELS, 2052)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.roofline import GPUS, Gpu, Shapes, head, table
+from bench.roofline import GPUS, Gpu, Shapes, head, loss, table
 
 
 def test_the_work_of_a_convolution() -> None:
@@ -19,6 +19,13 @@ def test_the_floor_is_the_longer_of_two_times() -> None:
     work = head(Shapes())[0]
     assert work.floor(Gpu(flops=1.0, bandwidth=1e30)) == pytest.approx(work.flop)
     assert work.floor(Gpu(flops=1e30, bandwidth=1.0)) == pytest.approx(work.bytes)
+
+
+def test_the_work_of_the_loss() -> None:
+    """Logits in and their gradient out, 2 bytes each; labels of 8 bytes; nothing of the size of both."""
+    work = loss(Shapes(batch=2, size=512))
+    assert work.bytes == 2 * (2 * 2 * 128 * 128 * 150 + 8 * 512 * 512)
+    assert work.name in table(Shapes())
 
 
 def test_twice_the_images_are_twice_the_operations() -> None:

@@ -142,15 +142,18 @@ def _path(i, sizes, N: tl.constexpr, TURNS: tl.constexpr):
 @triton.jit
 def band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
     """Return (first inputs, positions, weights) of outputs i: tuples of TAPS inputs that follow each other."""
-    first, _ = _path(i, sizes, N, 0)
+    first, weight = _path(i, sizes, N, 0)
     positions = ()
     weights = ()
+    # Triton adds tuples, and unpacks none.
     for tap in tl.static_range(TAPS):
-        weight = tl.zeros(i.shape, dtype=tl.float32)
-        for turns in tl.static_range(1 << N):
-            position, part = _path(i, sizes, N, turns)
-            weight += tl.where(position == first + tap, part, 0.0)
-        # Triton adds tuples, and unpacks none.
         positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)  # type: ignore[assignment]  # noqa: RUF005
-        weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+        weights = weights + (weight if tap == 0 else tl.zeros(i.shape, tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    for turns in tl.static_range(1, 1 << N):
+        position, part = _path(i, sizes, N, turns)
+        added = ()
+        for tap in tl.static_range(TAPS):
+            weight = weights[tap] + tl.where(position == first + tap, part, 0.0)  # type: ignore[misc]
+            added = added + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+        weights = added
     return first, positions, weights

@@ -18,6 +18,10 @@ from fastuper_kernels.gpu.layout import from_nhwc, nhwc, on_its_device
 from fastuper_kernels.gpu.tiles import TAPS, band, taps_of_chain
 from fastuper_kernels.upsample_cross_entropy import Options, of_pytorch, walk
 
+# Pixels of a row that a program of the forward pass compares, and those that one of the backward pass takes at a time.
+PIXELS, PIXELS_BACK = 32, 16
+# Rows and columns of coarse pixels that a program of the backward pass owns.
+ROWS, COLUMNS = 4, 16
 # Classes that a program takes at a time.
 BC = 32
 
@@ -252,8 +256,7 @@ def forward(
     constants = _constants(logits, weight, heights, widths, smoothing)
     if max(constants["ROW_TAPS"], constants["COLUMN_TAPS"]) > TAPS:
         return walk(logits, labels, weight, _options(heights, widths, ignore_index, smoothing)), logs.zero_()
-    bx = 32
-    loss_kernel[(triton.cdiv(widths[-1], bx), heights[-1], batch)](
+    loss_kernel[(triton.cdiv(widths[-1], PIXELS), heights[-1], batch)](
         nhwc(logits),
         labels.contiguous(),
         None if weight is None else weight.float(),
@@ -263,7 +266,7 @@ def forward(
         (w, *widths),
         ignore_index,
         smoothing,
-        BX=bx,
+        BX=PIXELS,
         num_warps=4,
         **constants,
     )
@@ -292,8 +295,7 @@ def backward(
         gradient = torch.zeros_like(out, dtype=torch.float32)
         walk(logits, labels, weight, _options(heights, widths, ignore_index, smoothing), gradient, grad)
         return from_nhwc(gradient.to(logits.dtype))
-    bi, bj = 4, 16
-    loss_backward_kernel[(triton.cdiv(w, bj), triton.cdiv(classes, BC), batch * triton.cdiv(h, bi))](
+    loss_backward_kernel[(triton.cdiv(w, COLUMNS), triton.cdiv(classes, BC), batch * triton.cdiv(h, ROWS))](
         grad.contiguous(),
         nhwc(logits),
         labels.contiguous(),
@@ -304,9 +306,9 @@ def backward(
         (w, *widths),
         ignore_index,
         smoothing,
-        BI=bi,
-        BJ=bj,
-        BX=16,
+        BI=ROWS,
+        BJ=COLUMNS,
+        BX=PIXELS_BACK,
         num_warps=8,
         num_stages=1,  # what is loaded ahead would take the registers that the sums need
         **constants,
