@@ -153,7 +153,7 @@ def band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
         position, part = _path(i, sizes, N, turns)
         added = ()
         for tap in tl.static_range(TAPS):
-            weight = weights[tap] + tl.where(position == first + tap, part, 0.0)  # type: ignore[misc]
+            weight = weights[tap] + tl.where(position == first + tap, part, 0.0)
             added = added + (weight,)  # type: ignore[assignment]  # noqa: RUF005
         weights = added
     return first, positions, weights
