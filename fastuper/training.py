@@ -536,8 +536,8 @@ class Trainer:
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TrainingError(
-                f"the validation of step {self.step} failed: {reason}. {self._kept()}; the same run goes on from there, "
-                "and validates first"
+                f"the validation of step {self.step} failed: {reason}. {self._kept()}; the same run goes on from "
+                "there, and validates first"
             ) from error
         if self.accelerator.is_main_process:
             try:
@@ -638,7 +638,8 @@ class Trainer:
         decided = dataclasses.asdict(self.config) | dataclasses.asdict(self.plan.recipe)
         config = {k: v for k, v in decided.items() if k not in FREE} | {"warmup_steps": self.plan.warmup_steps}
         model = {k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "architectures")}
-        transform = {k: v for k, v in vars(self.train_data.transform).items() if not k.startswith("_")}
+        options = getattr(self.train_data.transform, "__dict__", {})
+        transform = {k: v for k, v in options.items() if not k.startswith("_") and _is_plain(v)}
         values = {**config, **transform, "images": len(self.train_data), "model": model}
         return json.loads(json.dumps(values, default=str))
 
@@ -706,6 +707,15 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(message)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether JSON has a value; what another process would print of other objects is where they lie."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _looks_at_each_step(device: torch.device) -> bool:

@@ -523,3 +523,20 @@ def test_environment_changes_no_step(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train(tmp_path / "set", steps=2)
     assert losses(tmp_path / "set") == losses(tmp_path / "plain")
+
+
+class Holder:
+    """A transform that has an option and an object."""
+
+    def __init__(self, option: int):
+        self.option, self.object = option, object()
+
+    def __call__(self, sample, generator):
+        return still(sample, generator)
+
+
+def test_transform_that_holds_objects_goes_on(tmp_path):
+    train(tmp_path, transform=Holder(1), steps=1)
+    train(tmp_path, transform=Holder(1), steps=1)
+    with pytest.raises(TrainingError, match=r"option was 1 and is now 2$"):
+        train(tmp_path, transform=Holder(2), steps=1)
