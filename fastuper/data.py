@@ -268,6 +268,8 @@ def open_dataset(
     found = _layout(root, layout)
     images, labels = (root / name for name in _LAYOUTS[found])
     splits = _splits(images, labels)
+    if not splits and split and all((folder / split).is_dir() for folder in (images, labels)):
+        splits = [split]  # whoever names a folder means it, however it is called
     if splits:
         if split is None:
             raise DataError(f"{root} has the splits {', '.join(splits)}; say which")

@@ -64,11 +64,13 @@ def train_model(
     ] = None,
     layout: LayoutOption = LayoutName.auto,
     split: Annotated[
-        str, typer.Option(metavar="NAME", help="The split to train on, where there are any.")
-    ] = "training",
+        str | None,
+        typer.Option(metavar="NAME", help="The split to train on.  [default: training, where there are any]"),
+    ] = None,
     validation_split: Annotated[
-        str, typer.Option(metavar="NAME", help="The split to validate on, where there are any.")
-    ] = "validation",
+        str | None,
+        typer.Option(metavar="NAME", help="The split to validate on.  [default: validation, where there are any]"),
+    ] = None,
     ignore_index: Annotated[
         int, typer.Option("--ignore-index", metavar="N", help="The label of pixels that no loss is taken at.")
     ] = 255,
@@ -200,16 +202,20 @@ def _note(message: str) -> None:
 
 
 def _open(
-    data: Path, layout: Layout, split: str, validation_split: str, ignore_index: int
+    data: Path, layout: Layout, split: str | None, validation_split: str | None, ignore_index: int
 ) -> tuple[FolderDataset, FolderDataset | None]:
-    """Return what to train on and what to validate on; the latter is None where the folder has no splits."""
+    """Return what to train on and what to validate on; the latter is None where there is no split for it."""
     from fastuper.data import find_splits, open_dataset
 
-    if not find_splits(data, layout):
-        _note(f"{data} has no splits: there is no validation, and all of it is trained on")
-        return open_dataset(data, layout=layout, ignore_index=ignore_index), None
+    if not find_splits(data, layout) and validation_split is None:
+        if split is None:
+            _note(f"{data} has no splits: there is no validation, and all of it is trained on")
+        else:
+            _note(f"{data} has no split validation: there is no validation; --validation-split names one")
+        return open_dataset(data, split, layout, ignore_index=ignore_index), None
     training, validation = (
-        open_dataset(data, name, layout, ignore_index=ignore_index) for name in (split, validation_split)
+        open_dataset(data, name, layout, ignore_index=ignore_index)
+        for name in (split or "training", validation_split or "validation")
     )
     _note(f"{len(training)} photos to train on, {len(validation)} to validate on")
     return training, validation

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastuper import UperNetForSemanticSegmentation
 from fastuper.cli import app
-from fastuper.cli.train import _build
+from fastuper.cli.train import _build, _open
 from fastuper.recipes import BACKBONES
 from tests.training.common import losses, read_log, tiny_model, tiny_processor, write_data
 
@@ -166,3 +166,16 @@ def test_model_of_one_class_stays_one(tmp_path):
     names = {0: "background", 1: "tree"}
     model, _ = _build(str(tmp_path), "", 8, names, 255, None, 0, 32)
     assert model.config.id2label == {0: "tree"}
+
+
+def test_split_of_any_name_that_is_asked_for(data):
+    for kind in ("images", "labels"):
+        for split, name in (("training", "north"), ("validation", "south")):
+            (data / kind / split).rename(data / kind / name)
+    training, validation = _open(data, "auto", "north", "south", 255)
+    assert (len(training), len(validation)) == (4, 2)
+    training, validation = _open(data, "auto", "north", None, 255)
+    assert (len(training), validation) == (4, None)
+    for splits in (("west", None), ("north", "west"), (None, "south")):
+        with pytest.raises(ValueError, match="has no splits, so no"):
+            _open(data, "auto", *splits, 255)
