@@ -118,7 +118,7 @@ class FolderDataset(SampleDataset):
     ) -> None:
         if reduce_labels and label_ids is not None:
             raise ValueError("reduce_labels and label_ids both say what the files' values mean; give one of them")
-        self.id2label = _checked_classes(id2label, ignore_index)
+        self.id2label = checked_classes(id2label, ignore_index)
         self.ignore_index = ignore_index
         self.reduce_labels = reduce_labels
         self.label_ids = None if label_ids is None else dict(label_ids)
@@ -170,7 +170,7 @@ class _ForeignDataset(SampleDataset):
 
     def __init__(self, dataset: Dataset[Any], id2label: Mapping[int, str] | None, ignore_index: int) -> None:
         self.dataset = dataset
-        self.id2label = _checked_classes(id2label, ignore_index)
+        self.id2label = checked_classes(id2label, ignore_index)
         self.ignore_index = ignore_index
 
     def __len__(self) -> int:
@@ -268,6 +268,8 @@ def open_dataset(
     found = _layout(root, layout)
     images, labels = (root / name for name in _LAYOUTS[found])
     splits = _splits(images, labels)
+    if not splits and split and all((folder / split).is_dir() for folder in (images, labels)):
+        splits = [split]  # whoever names a folder means it, however it is called
     if splits:
         if split is None:
             raise DataError(f"{root} has the splits {', '.join(splits)}; say which")
@@ -354,7 +356,8 @@ def _values(label: NDArray[np.integer]) -> list[int]:
     return np.unique(label).tolist()
 
 
-def _checked_classes(id2label: Mapping[int, str] | None, ignore_index: int) -> dict[int, str] | None:
+def checked_classes(id2label: Mapping[int, str] | None, ignore_index: int) -> dict[int, str] | None:
+    """Return classes in their order; ValueError where numbers are missing, or one is the ignored label."""
     if id2label is None:
         return None
     classes = {int(number): str(name) for number, name in id2label.items()}

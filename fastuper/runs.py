@@ -1,7 +1,8 @@
 """The folder of a training run: checkpoints that are whole whenever one looks, the log, TensorBoard's events.
 
     RUN/
-        checkpoints/step-000002000/   config.json, model.safetensors, preprocessor_config.json; training_state.pt
+        checkpoints/step-000002000/   config.json, model.safetensors, preprocessor_config.json; training_state.pt;
+                                      validation.json once it was validated
         last, best                    links to two of them
         log.jsonl                     a line for each logged step and each validation
         tensorboard/                  the same as curves, and predicted pictures
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import uuid
@@ -25,6 +27,7 @@ import torch
 from fastuper.hub import atomic_folder, atomic_path
 
 STATE = "training_state.pt"
+BEST = "validation.json"
 CHECKPOINT = re.compile(r"step-(\d+)")
 
 
@@ -54,18 +57,25 @@ class RunFolder:
         return dict(sorted(found.items()))
 
     def clear(self) -> None:
-        """Remove what an earlier run left: its checkpoints, links, log and events."""
-        for path in (self.last, self.best):
+        """Remove what an earlier run left, and nothing else: its checkpoints, links, log and events."""
+        for path in (self.last, self.best, self.log, *self.tensorboard.glob("events.out.tfevents.*"), *self._written()):
             _remove(path)
-        for path in (self.checkpoints, self.tensorboard, self.log):
-            _remove(path)
+        for folder in (self.tensorboard, self.checkpoints):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def make(self) -> None:
         """Make the folder, and clear what writers that were killed left in it."""
+        self.check()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for path in [*self.checkpoints.iterdir(), *self.path.iterdir()]:
             if re.fullmatch(r"\.[0-9a-f]{32}(\.jsonl)?", path.name):
                 _remove(path)
+
+    def check(self) -> None:
+        """Raise ValueError where the folder has somebody else's log, which would be written into."""
+        if self.log.exists() and not self.checkpoints.is_dir():
+            raise ValueError(f"{self.log} is of no run of fastuper's; take another folder, or take the file away")
 
     def save(self, step: int, best_step: int | None, write: Callable[[Path], None]) -> None:
         """Add a checkpoint.
@@ -92,11 +102,29 @@ class RunFolder:
         if best_step is not None and self.folder(best_step).is_dir():
             _point(self.best, self.folder(best_step))
         _point(self.last, self.folder(step))
-        for folder in self.checkpoints.iterdir():
+        for folder in self._written():
             if folder == self.folder(best_step or step) and folder != self.folder(step):
                 (folder / STATE).unlink(missing_ok=True)  # it stays for its weights: training goes on from the last
             elif folder != self.folder(step):
                 _remove(folder)
+
+    def _written(self) -> list[Path]:
+        """Return the folders that checkpoints are in; others in that place are not ours."""
+        if not self.checkpoints.is_dir():
+            return []
+        return [path for path in self.checkpoints.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+
+    def write_best(self, step: int, best: dict[str, Any] | None) -> None:
+        """Note beside a checkpoint that it was validated, and which one is the best since."""
+        with atomic_path(self.folder(step) / BEST) as temporary:
+            temporary.write_text(json.dumps(best), encoding="utf-8")
+
+    def read_best(self, step: int) -> tuple[bool, dict[str, Any] | None]:
+        """Return whether a checkpoint was validated, and which one is the best since."""
+        try:
+            return True, json.loads((self.folder(step) / BEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False, None
 
     def folder(self, step: int) -> Path:
         """Return the folder of the checkpoint after this many steps."""
@@ -106,16 +134,12 @@ class RunFolder:
         """Drop the log's lines about later steps, and a line that a killed process left unfinished."""
         if not self.log.is_file():
             return
-        kept = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
-            try:
-                late = json.loads(line)["step"] > step
-            except (ValueError, KeyError, TypeError):
-                continue
-            if not late:
-                kept.append(line + "\n")
+        lines = self.log.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and not _is_late(line, step)]
+        if kept == lines:
+            return
         with atomic_path(self.log) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(kept))
 
     def write_log(self, values: dict[str, Any]) -> None:
         """Add a line to the log; the error names it."""
@@ -131,8 +155,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise OSError(f"{path} cannot be read: {error}") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{path} cannot be read: {reason}") from None
+
+
+def _is_late(line: bytes, step: int) -> bool:
+    """Return whether a line of the log is about a later step; one that is not ours is not."""
+    try:
+        return bool(json.loads(line)["step"] > step)
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _point(link: Path, folder: Path) -> None:
@@ -149,6 +182,7 @@ def _point(link: Path, folder: Path) -> None:
             for file in folder.iterdir():
                 if file.name != STATE:
                     shutil.copy2(file, copied / file.name)
+    if link.is_dir() and not link.is_symlink():  # a copy, of this system or of the one that the run came from
         _remove(link)
     os.replace(temporary, link)
 

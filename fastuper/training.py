@@ -359,6 +359,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self._unchecked: list[tuple[int, torch.Tensor, list[str]]] = []
         self._unlogged: list[float] = []
+        self._unvalidated = False  # whether the checkpoint that training goes on from is still to be validated
         self._start(restart)
 
     def train(self) -> None:
@@ -369,7 +370,7 @@ class Trainer:
                 message names the step and the files. The last good checkpoint stays, and the same call goes on from it.
         """
         config, accelerator = self.config, self.accelerator
-        if self.step == config.steps:
+        if self.step == config.steps and not self._unvalidated:
             self._say(f"{self.run.path} has all {config.steps} steps")
             return
         batches = self._batches()
@@ -386,23 +387,28 @@ class Trainer:
             )
             self._clock = time.perf_counter()
             self._train_mode()
+            if self._unvalidated:
+                self._validate_saved()
             while self.step < config.steps:
                 self._one_step([self._next(batches) for _ in range(config.accumulate)])
                 step = self.step
-                validates = self.validation_data is not None and (
-                    step % self.plan.validate_every == 0 or step == config.steps
-                )
+                validates = self._validates(step)
                 saves = validates or step % self.plan.save_every == 0 or step == config.steps
                 if saves or step % config.log_every == 0:
                     bar.set_postfix(self._log(), refresh=False)
                 bar.update()
                 if saves:
                     self._check_weights()
-                if validates:
-                    self._validate()
-                if saves:
                     self._save()
+                if validates:
+                    self._validate_saved()
+                if saves:
                     self._clock = time.perf_counter()
+
+    def _validates(self, step: int) -> bool:
+        """Return whether there is a validation after this many steps."""
+        due = step % self.plan.validate_every == 0 or step == self.config.steps
+        return self.validation_data is not None and step > 0 and due
 
     def _one_step(self, pieces: Sequence[Batch]) -> None:
         """Change the weights once: the gradient of the mean loss over all pixels, of all pieces and processes."""
@@ -523,6 +529,27 @@ class Trainer:
                 self.writer.add_image(f"photo, truth, prediction/{index}", picture, self.step, dataformats="HWC")
         self._train_mode()
 
+    def _validate_saved(self) -> None:
+        """Validate the checkpoint that was just written, and note there what is the best one."""
+        try:
+            self._validate()
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TrainingError(
+                f"the validation of step {self.step} failed: {reason}. {self._kept()}; the same run goes on from "
+                "there, and validates first"
+            ) from error
+        if self.accelerator.is_main_process:
+            try:
+                self.run.write_best(self.step, self.best)
+                self.run.settle(self.step, self._best_step)
+            except OSError as error:
+                raise TrainingError(
+                    f"the validation of step {self.step} could not be written to {self.run.path}: {error}. "
+                    f"{self._kept()}"
+                ) from None
+        self._unvalidated = False
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         # Not Accelerate's: its precision is one for the whole life of a process.
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.bf16)
@@ -572,6 +599,7 @@ class Trainer:
     def _start(self, restart: bool) -> None:
         """Go on from the newest checkpoint, if there is one, and have the log end there."""
         if self.accelerator.is_main_process:
+            self.run.check()
             if restart:
                 self.run.clear()
             self.run.make()
@@ -590,6 +618,10 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.step, self.best = step, state["best"]
+            validated, best = self.run.read_best(step)
+            if validated:
+                self.best = best
+            self._unvalidated = self._validates(step) and not validated
             self._say(f"going on from step {step} of {self.config.steps}, {folder}")
             if state["piece_size"] != self.piece_size and not self.config.freeze_norm:
                 before, now = state["piece_size"], self.piece_size
@@ -606,7 +638,8 @@ class Trainer:
         decided = dataclasses.asdict(self.config) | dataclasses.asdict(self.plan.recipe)
         config = {k: v for k, v in decided.items() if k not in FREE} | {"warmup_steps": self.plan.warmup_steps}
         model = {k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "architectures")}
-        transform = {k: v for k, v in vars(self.train_data.transform).items() if not k.startswith("_")}
+        options = getattr(self.train_data.transform, "__dict__", {})
+        transform = {k: v for k, v in options.items() if not k.startswith("_") and _is_plain(v)}
         values = {**config, **transform, "images": len(self.train_data), "model": model}
         return json.loads(json.dumps(values, default=str))
 
@@ -676,6 +709,15 @@ class Trainer:
             tqdm.write(message)
 
 
+def _is_plain(value: Any) -> bool:
+    """Return whether JSON has a value; what another process would print of other objects is where they lie."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _looks_at_each_step(device: torch.device) -> bool:
     """Return whether a loss is there at once; elsewhere the host would wait, at each step, for all it has launched."""
     return device.type == "cpu"
@@ -731,7 +773,14 @@ def _accelerator(config: TrainingConfig, model: nn.Module) -> Accelerator:
     if missing:
         raise ImportError(f"training needs {' and '.join(missing)}: pip install 'fastuper[train]'")
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import GradientAccumulationPlugin
 
     # Our backbones use all of their parameters; of others' some have none to give a gradient to.
     data_parallel = DistributedDataParallelKwargs(find_unused_parameters=not isinstance(model.backbone, Backbone))
-    return Accelerator(cpu=config.cpu, kwargs_handlers=[data_parallel])
+    # Said here, lest the environment (ACCELERATE_MIXED_PRECISION and the like) change what a step does.
+    return Accelerator(
+        cpu=config.cpu,
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[data_parallel],
+    )

@@ -48,24 +48,29 @@ def train_model(
         typer.Option("--model", "-m", metavar="FOLDER|HUB_ID", help="A UPerNet checkpoint to begin from."),
     ] = None,
     backbone: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME|FOLDER|HUB_ID",
             help="Where there is no --model: the backbone of a new UPerNet. convnext-, swin- tiny, small, base, large "
             "and resnet-18, 34, 50, 101 begin with random weights; the checkpoint of a folder or of the Hub with its "
-            "own; timm/NAME with timm's.",
+            "own; timm/NAME with timm's.  [default: convnext-tiny]",
         ),
-    ] = "convnext-tiny",
+    ] = None,
     hidden_size: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Channels of a new UPerNet's head; its auxiliary head has half.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=2, metavar="N", help="Channels of a new UPerNet's head; its auxiliary head has half.  [default: 512]"
+        ),
+    ] = None,
     layout: LayoutOption = LayoutName.auto,
     split: Annotated[
-        str, typer.Option(metavar="NAME", help="The split to train on, where there are any.")
-    ] = "training",
+        str | None,
+        typer.Option(metavar="NAME", help="The split to train on.  [default: training, where there are any]"),
+    ] = None,
     validation_split: Annotated[
-        str, typer.Option(metavar="NAME", help="The split to validate on, where there are any.")
-    ] = "validation",
+        str | None,
+        typer.Option(metavar="NAME", help="The split to validate on.  [default: validation, where there are any]"),
+    ] = None,
     ignore_index: Annotated[
         int, typer.Option("--ignore-index", metavar="N", help="The label of pixels that no loss is taken at.")
     ] = 255,
@@ -142,6 +147,9 @@ def train_model(
     from fastuper.data import TrainingTransform
 
     try:
+        for option, value in (("--backbone", backbone), ("--hidden-size", hidden_size)):
+            if model is not None and value is not None:
+                raise ValueError(f"{option} is of a new UPerNet, and --model has its own; leave one of them out")
         config = TrainingConfig(
             steps=steps,
             batch_size=batch_size,
@@ -164,7 +172,9 @@ def train_model(
         )
         training, validation = _open(data, layout.value, split, validation_split, ignore_index)
         id2label = training.id2label or _numbered(training, validation)
-        network, processor = _build(model, backbone, hidden_size, id2label, ignore_index, drop_path, seed, crop)
+        network, processor = _build(
+            model, backbone or "convnext-tiny", hidden_size or 512, id2label, ignore_index, drop_path, seed, crop
+        )
         if gradient_checkpointing:
             network.gradient_checkpointing_enable()
         transform = TrainingTransform(processor, crop, ignore_index=training.ignore_index)
@@ -192,16 +202,20 @@ def _note(message: str) -> None:
 
 
 def _open(
-    data: Path, layout: Layout, split: str, validation_split: str, ignore_index: int
+    data: Path, layout: Layout, split: str | None, validation_split: str | None, ignore_index: int
 ) -> tuple[FolderDataset, FolderDataset | None]:
-    """Return what to train on and what to validate on; the latter is None where the folder has no splits."""
+    """Return what to train on and what to validate on; the latter is None where there is no split for it."""
     from fastuper.data import find_splits, open_dataset
 
-    if not find_splits(data, layout):
-        _note(f"{data} has no splits: there is no validation, and all of it is trained on")
-        return open_dataset(data, layout=layout, ignore_index=ignore_index), None
+    if not find_splits(data, layout) and validation_split is None:
+        if split is None:
+            _note(f"{data} has no splits: there is no validation, and all of it is trained on")
+        else:
+            _note(f"{data} has no split validation: there is no validation; --validation-split names one")
+        return open_dataset(data, split, layout, ignore_index=ignore_index), None
     training, validation = (
-        open_dataset(data, name, layout, ignore_index=ignore_index) for name in (split, validation_split)
+        open_dataset(data, name, layout, ignore_index=ignore_index)
+        for name in (split or "training", validation_split or "validation")
     )
     _note(f"{len(training)} photos to train on, {len(validation)} to validate on")
     return training, validation
@@ -212,12 +226,20 @@ def _numbered(training: FolderDataset, validation: FolderDataset | None) -> dict
     from tqdm import tqdm
 
     files = training.files + ([] if validation is None else validation.files)
+    from fastuper.data import checked_classes
+
     highest = 0
     for _, label_map in tqdm(files, desc="counting classes", unit="file", leave=False, disable=None):
         labels = read_labels(label_map)
         highest = max(highest, int(labels[labels != training.ignore_index].max(initial=0)))
+    if highest == 0:
+        raise ValueError(
+            f"all labels are 0 or ignored; if {training.ignore_index} is a class, renumber it, or give --ignore-index"
+        )
+    classes = {index: f"class {index}" for index in range(highest + 1)}
+    checked_classes(classes, training.ignore_index)
     _note(f"{highest + 1} classes, which have no names: write classes.txt, one a line, to name them")
-    return {index: f"class {index}" for index in range(highest + 1)}
+    return classes
 
 
 def _build(
@@ -241,7 +263,9 @@ def _build(
     heads: dict[str, Any] = {"hidden_size": hidden_size, "auxiliary_channels": hidden_size // 2}
     if model is not None:
         config = UperNetConfig.from_pretrained(model)
-        if config.num_labels != len(id2label):
+        if config.num_labels == 1 and len(id2label) == 2:  # its labels are 0 and 1: it stays a model of one class
+            common["id2label"] = {0: id2label[1]}
+        elif config.num_labels != len(id2label):
             _note(f"{model} has {config.num_labels} classes and the data {len(id2label)}: the classifiers begin anew")
         config = UperNetConfig.from_dict(config.to_dict(), **common)
     elif backbone in BACKBONES:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fastuper import UperNetForSemanticSegmentation
 from fastuper.cli import app
+from fastuper.cli.train import _build, _open
 from fastuper.recipes import BACKBONES
 from tests.training.common import losses, read_log, tiny_model, tiny_processor, write_data
 
@@ -26,8 +27,6 @@ OPTIONS = [
     "1",
     "--workers",
     "0",
-    "--hidden-size",
-    "8",
 ]
 
 
@@ -42,7 +41,9 @@ def tiny_backbone(monkeypatch):
 
 
 def fastuper_train(data, output, *options):
-    result = CliRunner().invoke(app, ["train", "--data", str(data), "--output", str(output), *OPTIONS, *options])
+    size = () if "--model" in options else ("--hidden-size", "8")
+    arguments = ["train", "--data", str(data), "--output", str(output), *OPTIONS, *size, *options]
+    result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.output
 
 
@@ -121,6 +122,8 @@ def test_what_cannot_start_is_said_in_one_line(data, tmp_path):
         (["--batch-size", "3", "--accumulate", "2"], "batch_size=3 must be a multiple of 1 processes x accumulate=2"),
         (["--validation-split", "holdout"], "has no split holdout; it has training, validation"),
         (["--backbone", "resnet-18", "--drop-path", "0.1"], "a resnet has no stochastic depth"),
+        (["--model", "a", "--backbone", "swin-tiny"], "--backbone is of a new UPerNet, and --model has its own"),
+        (["--model", "a", "--hidden-size", "8"], "--hidden-size is of a new UPerNet, and --model has its own"),
         (["--ema", "2"], "ema must be more than 0 and at most 1"),
     ):
         code, text = fastuper_train(data, tmp_path / "run", *options)
@@ -140,3 +143,39 @@ def test_what_stops_training_is_said_in_one_line(data, tmp_path):
     assert code == 1
     assert text.splitlines()[-1].startswith("fastuper: ")
     assert "2.png: " in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [((0, 255), "all labels are 0 or ignored; if 255 is a class"), ((0, 300), "ignore_index 255 is also a class")],
+)
+def test_masks_that_are_not_numbered_are_refused(values, message, data, tmp_path):
+    (data / "classes.txt").unlink()
+    for path in (data / "labels").glob("*/*.png"):
+        label = np.where(np.asarray(Image.open(path)) == 1, values[1], values[0])
+        Image.fromarray(label.astype(np.uint16 if values[1] > 255 else np.uint8)).save(path)
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 2
+    assert message in text.splitlines()[-1]
+
+
+def test_model_of_one_class_stays_one(tmp_path):
+    config = tiny_model().config
+    config.id2label = {0: "road"}
+    UperNetForSemanticSegmentation(config).save_pretrained(tmp_path)
+    names = {0: "background", 1: "tree"}
+    model, _ = _build(str(tmp_path), "", 8, names, 255, None, 0, 32)
+    assert model.config.id2label == {0: "tree"}
+
+
+def test_split_of_any_name_that_is_asked_for(data):
+    for kind in ("images", "labels"):
+        for split, name in (("training", "north"), ("validation", "south")):
+            (data / kind / split).rename(data / kind / name)
+    training, validation = _open(data, "auto", "north", "south", 255)
+    assert (len(training), len(validation)) == (4, 2)
+    training, validation = _open(data, "auto", "north", None, 255)
+    assert (len(training), validation) == (4, None)
+    for splits in (("west", None), ("north", "west"), (None, "south")):
+        with pytest.raises(ValueError, match="has no splits, so no"):
+            _open(data, "auto", *splits, 255)

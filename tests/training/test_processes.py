@@ -113,7 +113,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     from accelerate import debug_launcher
 
     debug_launcher(train_together, (tmp_path / "two",))  # first: the processes would take over the state of one
-    alone = train(tmp_path / "one", double=True, freeze_norm=True, clip=0.5, validation=Photos(3, seed=1), steps=3)
+    train(tmp_path / "one", double=True, freeze_norm=True, clip=0.5, validation=Photos(3, seed=1), steps=3)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-10)
     assert len(losses(tmp_path / "two")) == 3
     one, two = (
@@ -123,4 +123,3 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-9)
     score = [line["mIoU"] for line in read_log(tmp_path / "two") if "mIoU" in line]
     assert score[-1] == [line["mIoU"] for line in read_log(tmp_path / "one") if "mIoU" in line][-1]
-    assert alone.best["mIoU"] >= score[-1]

@@ -146,3 +146,46 @@ def test_damaged_state_is_named(run):
     (run.folder(10) / STATE).write_bytes(b"PK\x03\x04")
     with pytest.raises(OSError, match=r"step-000000010/training_state\.pt cannot be read"):
         read_state(run.folder(10))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04damaged", b"no state at all"])
+def test_state_that_is_none_is_named(run, content):
+    run.save(10, None, write("ten"))
+    (run.folder(10) / STATE).write_bytes(content)
+    with pytest.raises(OSError, match=r"training_state\.pt cannot be read: .") as raised:
+        read_state(run.folder(10))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_others_put_there_stays(run):
+    for path in (run.checkpoints / "mine", run.checkpoints / "step-10-copy", run.tensorboard / "mine"):
+        path.mkdir(parents=True)
+    for step in (10, 20):
+        run.save(step, step, write(str(step)))
+    others = ["mine", "step-10-copy"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["mine", "step-000000020", "step-10-copy"]
+    run.clear()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == others
+    assert [path.name for path in run.tensorboard.iterdir()] == ["mine"]
+
+
+def test_lines_that_are_not_ours_stay_in_the_log(run):
+    others = 'a note\n{"loss": 1}\n{"step": "x"}\n[1]\n'
+    run.log.write_text(others + '{"step": 30}\n')
+    run.truncate_log(20)
+    assert run.log.read_text() == others
+
+
+def test_somebody_elses_log_is_refused(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(ValueError, match="is of no run of fastuper's; take another folder"):
+        RunFolder(tmp_path).make()
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 3}\n'
+
+
+def test_copy_in_a_links_place_is_replaced(run):
+    run.save(10, 10, write("ten"))
+    run.last.unlink()
+    run.last.mkdir()
+    run.save(20, 10, write("twenty"))
+    assert (run.last / "model.safetensors").read_text() == "twenty"

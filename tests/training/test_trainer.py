@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 import fastuper.training
@@ -503,3 +504,39 @@ def test_missing_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r"training needs tensorboard: pip install 'fastuper\[train\]'"):
         train(tmp_path)
+
+
+def test_failed_validation_loses_no_step(tmp_path):
+    options = {"steps": 2, "validate_every": 1}
+    with pytest.raises(TrainingError, match=r"validation of step 1 failed: .*truncated\. The checkpoint of step 1 is"):
+        train(tmp_path / "parts", validation=Unreadable(3), **options)
+    parts = train(tmp_path / "parts", validation=Photos(3), **options)
+    whole = train(tmp_path / "whole", validation=Photos(3), **options)
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+    assert parts.best == whole.best
+
+
+def test_environment_changes_no_step(tmp_path, monkeypatch):
+    train(tmp_path / "plain", steps=2)
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(tmp_path / "set", steps=2)
+    assert losses(tmp_path / "set") == losses(tmp_path / "plain")
+
+
+class Holder:
+    """A transform that has an option and an object."""
+
+    def __init__(self, option: int):
+        self.option, self.object = option, object()
+
+    def __call__(self, sample, generator):
+        return still(sample, generator)
+
+
+def test_transform_that_holds_objects_goes_on(tmp_path):
+    train(tmp_path, transform=Holder(1), steps=1)
+    train(tmp_path, transform=Holder(1), steps=1)
+    with pytest.raises(TrainingError, match=r"option was 1 and is now 2$"):
+        train(tmp_path, transform=Holder(2), steps=1)
