@@ -9,7 +9,7 @@ TRANSFORMERS4 := .cache/transformers-4.56.2
 PARALLEL := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-exhaustive test-fast test-transformers4 test-minimum accuracy bench bench-quick compiled gpu-check lint format types clean
+.PHONY: help setup demo train-scenes test test-exhaustive test-fast test-transformers4 test-minimum accuracy bench bench-quick compiled gpu-check lint format types clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -24,6 +24,9 @@ setup: $(STAMP) ## build the virtual environment in .venv (a few minutes, once)
 
 demo: $(STAMP) ## segment a photograph, and compare the label map with Transformers'
 	$(BIN)/python examples/demo.py
+
+train-scenes: $(STAMP) ## train a small model on generated scenes (an hour and more on two cores); goes on where it was stopped
+	$(BIN)/python examples/train_scenes.py
 
 test: $(STAMP) ## run the tests that need no GPU (ten minutes on two cores)
 	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from fastuper import street
 from fastuper.hub import atomic_path
 
 MAX_PIXELS = 250_000_000
@@ -174,12 +175,15 @@ def class_palette(classes: int | Mapping[int, str]) -> NDArray[np.uint8]:
 
     Args:
         classes: how many, or a checkpoint's `id2label`. ADE20K's own colours are returned where the names are
-            ADE20K's, otherwise N different ones: hues a golden angle apart, so that neighbours differ most.
+            ADE20K's, the scenes' own where they are theirs (`fastuper.scenes`), otherwise N different ones: hues a
+            golden angle apart, so that neighbours differ most.
     """
     if isinstance(classes, Mapping):
         names = tuple(str(classes.get(index, "")).strip() for index in range(len(classes)))
         if names == ade20k_names():
             return ade20k_palette()
+        if names == tuple(street.ID2LABEL.values()):
+            return street.PALETTE.copy()
         classes = len(classes)
     # Steps that are badly approximable by fractions: no short cycle in hue, saturation or value.
     colours: dict[tuple[int, int, int], None] = {}
