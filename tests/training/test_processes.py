@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,8 +55,34 @@ def forked(function, *arguments) -> multiprocessing.Process:
     return process
 
 
-@pytest.mark.slow
+def in_fresh_process(function, tmp_path: Path) -> None:
+    """Call a function of this file in a process of its own: one that has computed gradients must not be forked."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    code = f"from pathlib import Path; from {__name__} import *; {function.__name__}(Path({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.exhaustive
 def test_killed_run_goes_on_with_the_same_images_and_losses(tmp_path):
+    in_fresh_process(check_killed_run, tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform != "linux", reason="Gloo after a fork")
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    in_fresh_process(check_two_processes, tmp_path)
+
+
+def check_killed_run(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     process = forked(run, whole)
     process.join()
@@ -107,9 +134,7 @@ def train_together(output: Path) -> None:
     train(output, double=True, freeze_norm=True, accumulate=2, clip=0.5, validation=Photos(3, seed=1), steps=3)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Gloo after a fork")
-def test_two_processes_have_the_losses_of_one(tmp_path):
+def check_two_processes(tmp_path: Path) -> None:
     from accelerate import debug_launcher
 
     debug_launcher(train_together, (tmp_path / "two",))  # first: the processes would take over the state of one
