@@ -129,6 +129,7 @@ def test_upsample_cross_entropy() -> None:
     how = (None, [SIZE], [SIZE], 255, 0.0)
     losses, logs = forward(logits, labels, *how)
     same(losses, lambda x: F.cross_entropy(x, labels[-1:], reduction="none"), logits)
+    logs = logs.nan_to_num()  # what the programs that are left out would have written
     result = backward(grad, logits, labels, None, logs, *how[1:])
     same(result[:, -32:], lambda x: x.softmax(1)[:, -32:], logits)  # the label is another class
 
