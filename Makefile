@@ -43,7 +43,7 @@ $(TRANSFORMERS4)/.installed: $(STAMP)
 	@touch $@
 
 test-transformers4: $(TRANSFORMERS4)/.installed ## run the comparisons with Transformers against 4.56.2 as well
-	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity $(PARALLEL)
+	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity -m "not slow and not exhaustive" $(PARALLEL)
 
 test-minimum: ## run every test with the oldest versions that pyproject.toml allows, in a virtual environment of their own
 	$(PYTHON) -m venv .cache/minimum
