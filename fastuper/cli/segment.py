@@ -175,7 +175,9 @@ def _segment_all(
     """Segment every job's photo and write its files; failures are added to the list. Returns how many were written."""
     from tqdm import tqdm
 
-    id2label = network.config.id2label
+    from fastuper.evaluation import class_names
+
+    id2label = class_names(network)
     palette = class_palette(id2label)
     written = 0
     with tqdm(total=len(jobs), unit="photo", disable=None if len(jobs) > 1 else True) as bar:

@@ -20,29 +20,7 @@ from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentati
 from fastuper.cli import app
 from fastuper.data import DataError, Sample, open_dataset
 from fastuper.evaluation import evaluate
-
-NAMES = {0: "sky", 1: "façade", 2: "道路", 3: "tree", 4: "person", 5: "water"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: a tiny network whose label maps have several classes."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    backbone = ConvNextConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], out_features=["stage1", "stage2", "stage3", "stage4"]
-    )
-    config = UperNetConfig(
-        backbone_config=backbone, hidden_size=16, auxiliary_in_channels=24, auxiliary_channels=8, id2label=NAMES
-    )
-    network = UperNetForSemanticSegmentation(config)
-    for parameter in network.parameters():
-        if parameter.ndim >= 2:
-            nn.init.kaiming_normal_(parameter)
-    nn.init.normal_(network.decode_head.classifier.bias)
-    network.save_pretrained(folder)
-    UperNetImageProcessor(size={"height": 64, "width": 96}).save_pretrained(folder)
-    return folder
+from tests.end_to_end.common import NAMES
 
 
 @pytest.fixture

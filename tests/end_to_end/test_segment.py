@@ -26,6 +26,7 @@ import fastuper
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.cli import app
 from fastuper.images import class_palette
+from tests.end_to_end.common import NAMES
 
 try:
     import fcntl
@@ -35,29 +36,7 @@ except ImportError:  # not on Windows
     pty = None
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = {0: "sky", 1: "façade", 2: "道路", 3: "tree", 4: "person", 5: "water"}
 WITHOUT_TRANSFORMERS = "import sys; sys.modules['transformers'] = None; from fastuper.cli import main; main()"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: a tiny network whose label maps have several classes."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    backbone = ConvNextConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], out_features=["stage1", "stage2", "stage3", "stage4"]
-    )
-    config = UperNetConfig(
-        backbone_config=backbone, hidden_size=16, auxiliary_in_channels=24, auxiliary_channels=8, id2label=NAMES
-    )
-    network = UperNetForSemanticSegmentation(config)
-    for parameter in network.parameters():
-        if parameter.ndim >= 2:
-            nn.init.kaiming_normal_(parameter)
-    nn.init.normal_(network.decode_head.classifier.bias)
-    network.save_pretrained(folder)
-    UperNetImageProcessor(size={"height": 64, "width": 96}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -618,3 +597,21 @@ def test_every_public_name_can_be_imported() -> None:
 def test_config_of_the_model_used_here_is_in_hub_layout(model: Path) -> None:
     assert file_names(model) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     assert json.loads((model / "config.json").read_text())["id2label"]["1"] == "façade"
+
+
+def test_a_model_of_one_class(output: Path, tmp_path: Path) -> None:
+    """Its label maps have two: the background, and the class under its name."""
+    torch.manual_seed(0)
+    backbone = ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32])
+    config = UperNetConfig(backbone, hidden_size=16, auxiliary_channels=8, id2label={0: "water"})
+    network = UperNetForSemanticSegmentation(config)
+    torch.nn.init.ones_(network.decode_head.classifier.bias)  # it is everywhere
+    network.save_pretrained(tmp_path / "one")
+    UperNetImageProcessor(size={"height": 64, "width": 96}).save_pretrained(tmp_path / "one")
+    photo = tmp_path / "photo.png"
+    Image.fromarray(data.coffee()[:90, :120]).save(photo)
+    result = run(photo, "--model", tmp_path / "one", "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "water 100.0 %" in result.output
+    with Image.open(output / "photo_labels.png") as image:
+        assert np.array_equal(np.asarray(image), np.ones((90, 120)))

@@ -1,0 +1,5 @@
+"""What the tests of the command line share."""
+
+from __future__ import annotations
+
+NAMES = {0: "sky", 1: "façade", 2: "道路", 3: "tree", 4: "person", 5: "water"}
