@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,23 @@ def status(entry: str) -> int:
         if line.startswith(entry + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(entry)
+
+
+def peak_of(run: Callable[[], object]) -> dict[str, Any]:
+    """Return the peak of what `run` takes beside what is there before it, and since when the mark counts."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    baseline = status("VmRSS")
+    # Not everywhere may a process do this; then the mark since its start counts, which building does not reach.
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        mark = "reset before the run"
+    except OSError:
+        mark = "since the start"
+    kept = run()  # until the mark is read
+    peak = status("VmHWM") - baseline
+    del kept
+    return {"peak": peak, "mark": mark}
 
 
 def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
@@ -68,32 +86,33 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
             return model.segment(x, target_sizes=[target])
         return post_process(model(x).logits, target)
 
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    baseline = status("VmRSS")
-    # Not everywhere may a process do this; then the mark since its start counts, which building does not reach.
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        mark = "reset before the run"
-    except OSError:
-        mark = "since the start"
-    with torch.inference_mode():
-        start = time.perf_counter()
-        output = run(pixels)
-        seconds = time.perf_counter() - start
-    peak = status("VmHWM") - baseline
-    del output
+    seconds = 0.0
+
+    def timed() -> Any:
+        nonlocal seconds
+        with torch.inference_mode():
+            start = time.perf_counter()
+            output = run(pixels)
+            seconds = time.perf_counter() - start
+        return output
+
+    found = peak_of(timed)
     return {
-        "peak": peak,
+        "peak": found["peak"],
         "packed": packed_bytes(),
         "weights": sum(x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()]),
         "seconds": seconds,
-        "mark": mark,
+        "mark": found["mark"],
     }
 
 
 def in_fresh_process(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.memory", "--run", part, backbone, str(size), peer]
+    return said_by("bench.memory", "--run", part, backbone, str(size), peer)
+
+
+def said_by(module: str, *arguments: str) -> dict[str, Any]:
+    """Return what a module of ours, run in a process of its own, prints last as JSON; or why it was "skipped"."""
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]

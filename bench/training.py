@@ -9,12 +9,9 @@ are measured on smaller images: a step of float64 takes long.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +19,15 @@ from typing import Any
 
 import torch
 
-from bench.machine import commit, machine, now, versions, without_paths
-from bench.memory import status
+from bench.machine import commit, machine, now, versions
+from bench.memory import peak_of, said_by
 from bench.names import EAGER, FASTUPER
 from bench.results import FOLDER, TINY
 
-ROOT = Path(__file__).parent.parent
 RESULTS = FOLDER / "training.json"
 SIZE, BATCH, CLASSES = 512, 2, 150
 PEERS = [*EAGER, FASTUPER]
 GRADIENT_SIZE, SEEDS = 128, 2  # of the images whose gradients are compared with float64, and draws of them
-# To be reached: Transformers' time over ours at least, and our peak over its at most.
-FASTER, MEMORY = 1.8, 0.6
 
 Step = Callable[[], torch.Tensor]
 
@@ -118,26 +112,19 @@ def alternate(backbone: str, rounds: int) -> dict[str, dict[str, Any]]:
 def peak(peer: str, backbone: str) -> dict[str, Any]:
     """Return the peak memory of two steps over the weights, in this process, which must be fresh."""
     step = stepper(peer, backbone)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    baseline = status("VmRSS")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        mark = "reset before the steps"
-    except OSError:
-        mark = "since the start"
-    for _ in range(2):
-        step()
-    return {"peak": status("VmHWM") - baseline, "mark": mark}
+
+    def twice() -> None:
+        for _ in range(2):
+            step()
+
+    return peak_of(twice)
 
 
 def peak_in_fresh_process(peer: str, backbone: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.training", "--peak", peer, backbone]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"{peer}, {backbone}: exit status {done.returncode}: {without_paths(lines[-1])[:200]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = said_by("bench.training", "--peak", peer, backbone)
+    if "skipped" in found:
+        raise RuntimeError(f"{peer}, {backbone}: {found['skipped']}")
+    return found
 
 
 def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

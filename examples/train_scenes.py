@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,48 +47,22 @@ class Round:
     config: TrainingConfig
 
 
+COMMON = TrainingConfig(batch_size=8, weight_decay=0.05, layer_decay=1.0, clip=1.0, ema=0.99, workers=1)
 # What things are is learnt from small scenes, which cost a quarter; where they end, from larger ones.
-ROUNDS = (
-    Round(
-        "small",
-        (192, 256),
-        5000,
-        TrainingConfig(
-            steps=3400,
-            batch_size=8,
-            learning_rate=4e-3,
-            weight_decay=0.05,
-            layer_decay=1.0,
-            warmup_steps=150,
-            power=1.55,
-            clip=1.0,
-            ema=0.99,
-            workers=1,
-            log_every=50,
-            validate_every=400,
-            save_every=100,
-        ),
-    ),
-    Round(
-        "large",
-        (384, 512),
-        1500,
-        TrainingConfig(
-            steps=700,
-            batch_size=8,
-            learning_rate=1.5e-3,
-            weight_decay=0.05,
-            layer_decay=1.0,
-            warmup_steps=50,
-            clip=1.0,
-            ema=0.99,
-            workers=1,
-            log_every=25,
-            validate_every=175,
-            save_every=25,
-        ),
-    ),
+SMALL = replace(
+    COMMON,
+    steps=3400,
+    learning_rate=4e-3,
+    warmup_steps=150,
+    power=1.55,
+    log_every=50,
+    validate_every=400,
+    save_every=100,
 )
+LARGE = replace(
+    COMMON, steps=700, learning_rate=1.5e-3, warmup_steps=50, log_every=25, validate_every=175, save_every=25
+)
+ROUNDS = (Round("small", (192, 256), 5000, SMALL), Round("large", (384, 512), 1500, LARGE))
 SIZE = ROUNDS[-1].size
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from fastuper.data import scaled_size
 from fastuper_kernels.band import Band
+from fastuper_kernels.upsample_cross_entropy import with_the_other_class
 
 if TYPE_CHECKING:
     from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
@@ -320,8 +321,7 @@ class _Votes:
 
     def add(self, start: int, logits: torch.Tensor) -> None:
         """Count rows of a view's logits (classes, rows, width), of which the first is `start`."""
-        if len(logits) == 1:  # one class, beside nothing
-            logits = torch.cat([torch.zeros_like(logits), logits])
+        logits = with_the_other_class(logits[None])[0]
         rows = slice(start, start + logits.shape[1])
         if self.views == 1:
             if self.result is None:

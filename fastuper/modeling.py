@@ -355,19 +355,14 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         """Keep activations for the backward pass."""
         self._set_gradient_checkpointing(0)
 
-    def activation_checkpointing_disable(self) -> None:
-        """Do what `gradient_checkpointing_disable` does."""
-        self._set_gradient_checkpointing(0)
-
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are computed again."""
         return self.gradient_checkpointing
 
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether activations are computed again; its name in Transformers 5."""
-        return self.gradient_checkpointing
+    # Their names in Transformers 5.
+    activation_checkpointing_disable = gradient_checkpointing_disable
+    is_activation_checkpointing = is_gradient_checkpointing
 
     def _set_gradient_checkpointing(self, every: int) -> None:
         """Turn it on for every nth block of the backbone and for the heads; 0 turns it off."""

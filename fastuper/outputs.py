@@ -137,9 +137,7 @@ class ModelOutput(OrderedDict[str, Any]):
         """Refuse: an output keeps its fields."""
         raise TypeError(f"nothing can be popped from a {type(self).__name__}")
 
-    def popitem(self, *_: Any, **__: Any) -> Any:
-        """Refuse: an output keeps its fields."""
-        raise TypeError(f"nothing can be popped from a {type(self).__name__}")
+    popitem = pop
 
     def setdefault(self, *_: Any, **__: Any) -> Any:
         """Refuse: an output keeps its fields."""

@@ -91,9 +91,8 @@ def batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     A single value has no variance, so that PyTorch refuses it: an image alone, averaged over the whole map, could not
     be trained on. SyncBatchNorm is left to do what it does: other ranks may hold more, and wait for this one.
     """
-    if not norm.training or not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None:
-        return norm(x)
-    if x.shape[0] != 1 or tuple(x.shape[2:]) != (1, 1):
+    has_statistics = isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
+    if not norm.training or not has_statistics or x.shape[0] != 1 or tuple(x.shape[2:]) != (1, 1):
         return norm(x)
     if not torch.compiler.is_compiling():
         _say_once(

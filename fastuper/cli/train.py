@@ -225,9 +225,9 @@ def _numbered(training: FolderDataset, validation: FolderDataset | None) -> dict
     """Return as many classes as the label maps have, for data that does not name them."""
     from tqdm import tqdm
 
-    files = training.files + ([] if validation is None else validation.files)
     from fastuper.data import checked_classes
 
+    files = training.files + ([] if validation is None else validation.files)
     highest = 0
     for _, label_map in tqdm(files, desc="counting classes", unit="file", leave=False, disable=None):
         labels = read_labels(label_map)

@@ -382,10 +382,10 @@ def _gradients(
 def _direct_gradients(
     x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, wants_x: bool, wants_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    wanted = [wants_x, wants_weight, False]
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted)[
-        :2
-    ]
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [wants_x, wants_weight, False]
+    )
+    return of_x, of_weight
 
 
 def _winograd(
