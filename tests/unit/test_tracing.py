@@ -142,7 +142,8 @@ def check_exported(model, inputs, training, strict=False):
 @MODES
 def test_the_head_in_one_graph(training):
     model = Listed(head()).train(training)
-    check_compiled(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], "eager", training)
+    # In training the graph of the backward pass is made too.
+    check_compiled(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], "aot_eager" if training else "eager", training)
 
 
 def test_batches_and_maps_of_one():
@@ -200,7 +201,8 @@ def test_a_touched_head_exported():
 
 
 @pytest.mark.slow
-@MODES
+@pytest.mark.timeout(1800)  # the backward pass takes Inductor two minutes and more, for each of its graphs
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["eval", "train"])
 def test_the_head_compiled(training):
     model = Listed(head()).train(training)
     # In PyTorch 2.11 Inductor takes the sizes of every convolution's backward pass as given.
