@@ -22,18 +22,19 @@ $(STAMP): pyproject.toml
 
 setup: $(STAMP) ## build the virtual environment in .venv (a few minutes, once)
 
-demo: $(STAMP) ## segment a photograph, and compare the label map with Transformers'
+demo: $(STAMP) ## segment a generated scene, and compare the label map and the time with Transformers'
 	$(BIN)/python examples/demo.py
 
 train-scenes: $(STAMP) ## train a small model on generated scenes (an hour and more on two cores); goes on where it was stopped
 	$(BIN)/python examples/train_scenes.py
 
-test: $(STAMP) ## run the tests that need no GPU (ten minutes on two cores)
+test: $(STAMP) ## run the tests that need no GPU (a quarter of an hour on two cores)
 	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not exhaustive" $(PARALLEL)
 
-test-exhaustive: $(STAMP) ## run what `make test` leaves out: every backbone through Inductor, export and ONNX
+test-exhaustive: $(STAMP) ## run what `make test` leaves out: every backbone through Inductor, export and ONNX; an hour
 	$(BIN)/python -m pytest -m exhaustive $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m exhaustive $(PARALLEL)
 
 test-fast: $(STAMP) ## run the tests that take a moment
 	$(BIN)/python -m pytest -m "not slow and not exhaustive"
@@ -49,7 +50,7 @@ test-minimum: ## run every test with the oldest versions that pyproject.toml all
 	$(PYTHON) -m venv .cache/minimum
 	.cache/minimum/bin/python -m pip install --quiet --constraint tests/minimum-versions.txt --editable '.[dev]'
 	.cache/minimum/bin/python -m pytest -m "not exhaustive" $(PARALLEL)
-	TRITON_INTERPRET=1 .cache/minimum/bin/python -m pytest tests/interpreted $(PARALLEL)
+	TRITON_INTERPRET=1 .cache/minimum/bin/python -m pytest tests/interpreted -m "not exhaustive" $(PARALLEL)
 
 accuracy: $(STAMP) ## measure the distance from float64 beside Transformers, and redraw README's table
 	$(BIN)/python -m bench.accuracy

@@ -67,12 +67,27 @@ OPERATIONS: dict[tuple[str, str], Callable[[torch.Generator], Arguments]] = {
     ),
     ("upsample_argmax", "150 classes to 512 x 512"): lambda g: ([logits(g), [(512, 512)]], {}),
     ("upsample_argmax", "150 classes to 683 x 1024"): lambda g: ([logits(g), [(512, 512), (683, 1024)]], {}),
+    ("upsample_cross_entropy", "150 classes at 512 x 512, its gradient"): lambda g: (
+        [logits(g), torch.randint(150, (1, 512, 512), generator=g)],
+        {},
+    ),
 }
 
 
 def logits(generator: torch.Generator) -> torch.Tensor:
     drawn = torch.randn(1, 150, 128, 128, generator=generator, dtype=torch.float64)
     return drawn.contiguous(memory_format=CHANNELS_LAST)
+
+
+def gradient(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return the function that computes a loss's gradient by its first argument: nobody wants the loss alone."""
+
+    def call(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            return torch.autograd.grad(loss(logits, *args, **kwargs), logits)[0]
+
+    return call
 
 
 def changed(arguments: Arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
@@ -100,10 +115,12 @@ def results() -> dict[Any, Timed]:
 
 def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
     drawn = OPERATIONS[name, use](torch.Generator().manual_seed(0))
-    given = changed(drawn, lambda x: x.to(getattr(torch, dtype)))
+    given = changed(drawn, lambda x: x.to(getattr(torch, dtype)) if x.is_floating_point() else x)
     # By its path: the function of the same name hides the module in the package.
     reference = importlib.import_module(f"fastuper_kernels.{name}").reference
     ours = getattr(fastuper_kernels, name)
+    if name == "upsample_cross_entropy":
+        reference, ours = gradient(reference), gradient(ours)
 
     def build(
         function: Callable[..., Any], arguments: Arguments
@@ -117,7 +134,7 @@ def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
 
     def look(peer: str, call: Callable[[], Any]) -> dict[str, Any]:
         # The truth is the reference's in float64, of the very numbers that were given, rounded as they are.
-        args, kwargs = changed(given, torch.Tensor.double)
+        args, kwargs = changed(given, lambda x: x.double() if x.is_floating_point() else x)
         return error(call(), reference(*args, **kwargs))
 
     calls = (build(reference, changed(given, torch.Tensor.contiguous)), build(reference, given), build(ours, given))

@@ -10,6 +10,7 @@ of a pixel's colour and place alone reaches: what is missing there needs the sur
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -91,13 +92,15 @@ def main() -> None:
         for line in lines
         if line["round"] == part.name and "loss" in line
     )
+    weights = MODEL / "model.safetensors"
     summary = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "numpy": np.__version__,
         "parameters": load_model()[0].num_parameters(),
-        "bytes": (MODEL / "model.safetensors").stat().st_size,
+        "bytes": weights.stat().st_size,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "scenes": {"height": SIZE[0], "width": SIZE[1], "test": len(TEST)},
         "trained on": {part.name: part.config.steps * part.config.batch_size for part in ROUNDS},
         "seconds of training": round(seconds),

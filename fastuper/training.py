@@ -505,6 +505,9 @@ class Trainer:
         samples, accelerator = self.validation_data, self.accelerator
         assert samples is not None
         model = self.saved_model.eval()
+        if accelerator.num_processes > 1:  # without SyncBatchNorm each has statistics of its own; the first's are saved
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         own = range(accelerator.process_index, len(samples), accelerator.num_processes)
         with self._autocast():
             confusion = evaluate(
@@ -641,14 +644,15 @@ class Trainer:
         options = getattr(self.train_data.transform, "__dict__", {})
         transform = {k: v for k, v in options.items() if not k.startswith("_") and _is_plain(v)}
         values = {**config, **transform, "images": len(self.train_data), "model": model}
+        values["processor"] = self.processor.to_dict()
         return json.loads(json.dumps(values, default=str))
 
     def _compare(self, before: dict[str, Any]) -> None:
         """Raise TrainingError where the run that is to go on was another."""
         now = self._curve()
-        old_model, new_model = before.pop("model"), now.pop("model")
-        before |= {f"model.{name}": value for name, value in old_model.items()}
-        now |= {f"model.{name}": value for name, value in new_model.items()}
+        for values in (before, now):
+            for part in ("model", "processor"):
+                values |= {f"{part}.{name}": value for name, value in values.pop(part, {}).items()}
         names = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
         if names:
             differences = ", ".join(
@@ -775,8 +779,10 @@ def _accelerator(config: TrainingConfig, model: nn.Module) -> Accelerator:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import GradientAccumulationPlugin
 
-    # Our backbones use all of their parameters; of others' some have none to give a gradient to.
-    data_parallel = DistributedDataParallelKwargs(find_unused_parameters=not isinstance(model.backbone, Backbone))
+    # Our backbones use all of their parameters, up to the last map; of others' some have none to give a gradient to.
+    backbone = model.backbone
+    whole = isinstance(backbone, Backbone) and backbone.out_features[-1] == backbone.stage_names[-1]
+    data_parallel = DistributedDataParallelKwargs(find_unused_parameters=not whole)
     # Said here, lest the environment (ACCELERATE_MIXED_PRECISION and the like) change what a step does.
     return Accelerator(
         cpu=config.cpu,

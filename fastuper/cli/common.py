@@ -46,6 +46,16 @@ ModelOption = Annotated[
         "--model", "-m", metavar="FOLDER|HUB_ID", help="A checkpoint's folder, or its repository's id on the Hub."
     ),
 ]
+OptionalModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="FOLDER|HUB_ID",
+        help="A checkpoint's folder, or its repository's id on the Hub.  [default: the package's own small model, "
+        "which knows generated street scenes and nothing else]",
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto: a GPU where there is one.")
 ]
@@ -55,13 +65,28 @@ LayoutOption = Annotated[
 DtypeOption = Annotated[Dtype, typer.Option(help="The type to compute in; auto: the one the weights are stored in.")]
 
 
-def load_model(model: str, device: str, dtype: Dtype) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
-    """Return a checkpoint's network, in evaluation, and its image processor; leave where they cannot be had."""
+def load_model(
+    model: str | None, device: str, dtype: Dtype
+) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
+    """Return a checkpoint's network, in evaluation, and its image processor; leave where they cannot be had.
+
+    Without a model it is the package's own, and a line says so.
+    """
     from safetensors import SafetensorError
 
     from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper.scenes import MODEL
 
     chosen = choose_device(device)
+    if model is None:
+        typer.echo(
+            "no --model: taking the package's own, a small UPerNet-ConvNeXt that has seen generated street scenes "
+            "(fastuper.scenes) and nothing else; of photographs it knows nothing",
+            err=True,
+        )
+        model = str(MODEL)
+        if dtype is Dtype.auto:
+            dtype = Dtype.float32  # it is stored in bfloat16 to be small
     try:
         network = UperNetForSemanticSegmentation.from_pretrained(model, dtype=dtype.value, device=chosen).eval()
         if find_file(model, "preprocessor_config.json"):

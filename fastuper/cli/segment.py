@@ -1,4 +1,4 @@
-"""`fastuper segment PHOTO... --model MODEL --output FOLDER`."""
+"""`fastuper segment PHOTO... --output FOLDER [--model MODEL]`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastuper.cli.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
-    ModelOption,
+    OptionalModelOption,
     leave,
     load_model,
     make_folder,
@@ -59,10 +59,10 @@ def segment_photos(
         list[Path],
         typer.Argument(metavar="IMAGE", help="Photos, or folders: of a folder, the photos directly inside it."),
     ],
-    model: ModelOption,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the results go; made if it is missing.")
     ],
+    model: OptionalModelOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     batch_size: Annotated[

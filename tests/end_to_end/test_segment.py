@@ -26,6 +26,7 @@ import fastuper
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.cli import app
 from fastuper.images import class_palette
+from fastuper.scenes import PALETTE, scene
 from tests.end_to_end.common import NAMES
 
 try:
@@ -615,3 +616,17 @@ def test_a_model_of_one_class(output: Path, tmp_path: Path) -> None:
     assert "water 100.0 %" in result.output
     with Image.open(output / "photo_labels.png") as image:
         assert np.array_equal(np.asarray(image), np.ones((90, 120)))
+
+
+def test_without_a_model(output: Path, tmp_path: Path) -> None:
+    """The package's own knows scenes, and a line says that it knows nothing else."""
+    picture, truth = scene(7)
+    result = run(save(tmp_path / "scene.png", picture), "--output", output)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("no --model: taking the package's own")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "generated street scenes" in result.stderr
+    assert "pavement" in result.stdout
+    with Image.open(output / "scene_labels.png") as image:
+        assert image.getpalette()[: PALETTE.size] == PALETTE.ravel().tolist()
+        assert (np.asarray(image) == truth).mean() > 0.9

@@ -114,12 +114,14 @@ def test_upsampled_conv3x3() -> None:
     same(result, lambda x: F.conv2d(x, w.double(), padding=1), x)
 
 
+@pytest.mark.exhaustive  # in the interpreter
 def test_upsample_argmax() -> None:
     logits = large(1)
     labels = ops.upsample_argmax(logits, [(4 * SIZE, 4 * SIZE)], backend="triton")
     assert torch.equal(labels[-1, -1, -2:], logits[-1, :, -1, -1].argmax().expand(2))
 
 
+@pytest.mark.exhaustive  # in the interpreter
 def test_upsample_cross_entropy() -> None:
     from fastuper_kernels.gpu.upsample_cross_entropy import backward, forward
 

@@ -41,7 +41,7 @@ def model(family: str, training: bool, **values: Any) -> nn.Module:
 CASES = [pytest.param(family, {}, marks=[pytest.mark.slow] * (family == "swin"), id=family) for family in FAMILIES]
 CASES.append(
     pytest.param(
-        "swin", {"use_absolute_embeddings": True, "image_size": 160}, marks=pytest.mark.slow, id="swin-positions"
+        "swin", {"use_absolute_embeddings": True, "image_size": 160}, marks=pytest.mark.exhaustive, id="swin-positions"
     )
 )
 

@@ -1,14 +1,20 @@
 """Generated scenes: the same from the same seed, of any size, with exact labels, and not to be told by colour alone."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fastuper.data import as_samples
 from fastuper.images import class_palette
 from fastuper.metrics import ConfusionMatrix
-from fastuper.scenes import ID2LABEL, PALETTE, SceneDataset, load_model, scene
+from fastuper.scenes import ID2LABEL, MODEL, PALETTE, SceneDataset, load_model, scene
+
+LOG = Path(__file__).parents[2] / "examples" / "train_scenes.jsonl"
 
 CLASSES = len(ID2LABEL)
 SMALL = (96, 128)
@@ -140,6 +146,30 @@ def test_palette_is_told_apart() -> None:
     np.testing.assert_array_equal(class_palette(ID2LABEL), PALETTE)
     distances = np.linalg.norm(PALETTE[:, None].astype(float) - PALETTE[None], axis=-1)
     assert distances[~np.eye(CLASSES, dtype=bool)].min() > 60
+
+
+def test_the_packages_model() -> None:
+    """On six scenes of which it was trained on none."""
+    file = MODEL / "model.safetensors"
+    assert file.stat().st_size <= 6_000_000
+    assert {weight.dtype for weight in load_file(file).values()} <= {torch.bfloat16, torch.int64}
+    model, processor = load_model()
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert model.config.id2label == ID2LABEL
+    matrix = ConfusionMatrix(CLASSES)
+    for sample in SceneDataset(range(6)):
+        (labels,) = model.segment(**processor(images=sample.image, return_tensors="pt"))
+        matrix.update(labels, sample.label.astype(np.int64))
+    assert matrix.mean_iou > 0.8
+
+
+def test_the_log_is_of_the_packages_model() -> None:
+    *lines, summary = map(json.loads, LOG.read_text().splitlines())
+    assert summary["sha256"] == hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()
+    assert summary["model"]["mIoU"] >= 0.85
+    assert summary["colour and place alone"]["mIoU"] < 0.5
+    assert {line["round"] for line in lines} == set(summary["trained on"])
 
 
 def test_a_model_that_was_not_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
