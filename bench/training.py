@@ -185,6 +185,7 @@ def conclude(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backbones", nargs="+", choices=TINY, default=list(TINY), metavar="NAME")
     parser.add_argument("--peak", nargs=2, metavar=("PEER", "BACKBONE"), help="measure the memory of this one alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -201,7 +202,7 @@ def main() -> None:
         "dtype": "float32",
         "backbones": {},
     }
-    for backbone in TINY:
+    for backbone in arguments.backbones:
         row = result["backbones"][backbone] = {"peers": alternate(backbone, arguments.rounds)}
         for peer in PEERS:
             row["peers"][peer].update(peak_in_fresh_process(peer, backbone))

@@ -296,7 +296,9 @@ def _way(x: torch.Tensor, weight: torch.Tensor, trained: bool = False) -> str:
     tiles = -(-height // winograd.HEIGHT) * -(-width // winograd.WIDTH)
     if x.dtype != torch.float32 or min(channels, channels_out) < 128 or tiles < 32:
         return "direct"  # the transforms would cost more than the products that they save
-    size = min(128, 1 << tiles.bit_length() - 1)
+    # With gradients the weights are transformed three times a call, which larger maps and batches make up for.
+    tiles, largest = (tiles * x.shape[0], 512) if trained else (tiles, 128)
+    size = min(largest, 1 << tiles.bit_length() - 1)
     key = f"{channels} -> {channels_out} channels, {size} tiles"
     if trained:
         return CONV3X3(f"{key}, with gradients", partial(_trained_candidates, weight.shape, size))
