@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,11 @@ def test_the_log_is_of_the_packages_model() -> None:
     assert summary["model"]["mIoU"] >= 0.85
     assert summary["colour and place alone"]["mIoU"] < 0.5
     assert {line["round"] for line in lines} == set(summary["trained on"])
+    page = (LOG.parents[1] / "docs" / "scenes.md").read_text()
+    for reached in (summary["model"], summary["colour and place alone"]):
+        assert f"{reached['mIoU']:.3f}" in page
+        for name, value in reached["IoU"].items():
+            assert re.search(rf"\| {name} \|.* {value:.2f} \|", page), name
 
 
 def test_a_model_that_was_not_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
