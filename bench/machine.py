@@ -23,6 +23,7 @@ GENERATIONS = [
     ("GenuineIntel", 6, range(0xCF, 0xD0), "emerald-rapids"),
     ("GenuineIntel", 6, range(0x6A, 0x6D), "ice-lake"),
 ]
+ABSENT = "not installed"
 PACKAGES = ["transformers", "timm", "segmentation_models_pytorch", "onnx", "onnxscript", "onnxruntime", "openvino"]
 
 
@@ -73,7 +74,7 @@ def versions() -> dict[str, str]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            found[package] = ABSENT
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.machine import ABSENT
 from bench.names import (
     AUTOCAST,
     COMPILED,
@@ -28,6 +29,7 @@ from bench.names import (
 from bench.results import (
     FASTER,
     FOLDER,
+    MEMORY,
     TINY,
     TITLES,
     Results,
@@ -123,7 +125,9 @@ def source(results: Results, names: Sequence[str], kind: str = "tasks") -> str:
         "onnxruntime": "ONNX Runtime",
         "openvino": "OpenVINO",
     }
-    listed = ", ".join(f"{label} {versions[package]}" for package, label in labels.items() if package in versions)
+    listed = ", ".join(
+        f"{label} {versions[package]}" for package, label in labels.items() if versions.get(package, ABSENT) != ABSENT
+    )
     dates = ", ".join(sorted({key[:10] for key in ids}))
     return f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads; {listed}; {dates}."
 

@@ -52,16 +52,16 @@ COMMON = TrainingConfig(batch_size=8, weight_decay=0.05, layer_decay=1.0, clip=1
 # What things are is learnt from small scenes, which cost a quarter; where they end, from larger ones.
 SMALL = replace(
     COMMON,
-    steps=3400,
+    steps=2800,
     learning_rate=4e-3,
     warmup_steps=150,
     power=1.55,
     log_every=50,
-    validate_every=400,
+    validate_every=700,
     save_every=100,
 )
 LARGE = replace(
-    COMMON, steps=700, learning_rate=1.5e-3, warmup_steps=50, log_every=25, validate_every=175, save_every=25
+    COMMON, steps=500, learning_rate=1.5e-3, warmup_steps=50, log_every=25, validate_every=125, save_every=25
 )
 ROUNDS = (Round("small", (192, 256), 5000, SMALL), Round("large", (384, 512), 1500, LARGE))
 SIZE = ROUNDS[-1].size
