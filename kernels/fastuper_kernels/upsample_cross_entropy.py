@@ -61,8 +61,9 @@ def upsample_cross_entropy(
     Returns:
         A scalar, or (B, H, W) for "none"; in the logits' dtype, under autocast float32. Where the weights of all labels
         add up to zero, nothing is divided: if every pixel is ignored the mean is 0, and so are its gradients. (In
-        PyTorch it is NaN.) Logits that are less than their pixel's largest one by more than half of float32's largest
-        number, -inf say, count as if by that half: a class that is -inf everywhere is without influence. NaN and
+        PyTorch it is NaN.) Logits that are less than their pixel's largest one by more than half of the largest number
+        of the type that is computed in, -inf say, count as if by that half: a class that is -inf everywhere is
+        without influence. NaN and
         infinity make NaN of the losses around them.
 
         It can be differentiated by the logits, twice too, for which PyTorch's operators make the resampled logits.
