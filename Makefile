@@ -32,7 +32,7 @@ test: $(STAMP) ## run the tests that need no GPU (a quarter of an hour on two co
 	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not exhaustive" $(PARALLEL)
 
-test-exhaustive: $(STAMP) ## run what `make test` leaves out: every backbone through Inductor, export and ONNX; an hour
+test-exhaustive: $(STAMP) ## run what `make test` leaves out: Inductor, export and ONNX for every backbone; training that is killed, and in two processes; an hour
 	$(BIN)/python -m pytest -m exhaustive $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m exhaustive $(PARALLEL)
 
@@ -60,8 +60,9 @@ $(VENV)/.bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
 	@touch $@
 
-bench: $(VENV)/.bench ## time everything beside the peers: two hours and more on an idle machine
+bench: $(VENV)/.bench ## time everything beside the peers: three hours on an idle machine
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.plots
 

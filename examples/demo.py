@@ -93,6 +93,8 @@ def main() -> None:
 
     print(f"\n{verdict}.\n{right}.\n{seconds}, {how}.")
     print(f"Look at {', '.join(shown(path) for path in written)} and {shown(OUTPUT / 'scene_overlay.jpg')}.")
+    if (different & ~tied).any():
+        sys.exit("The label maps are not the same.")
 
 
 def shown(path: Path) -> str:

@@ -435,7 +435,10 @@ def _listed_classes(root: Path) -> dict[int, str] | None:
     """Return the names in a folder's classes.txt or id2label.json."""
     listed, mapped = root / "classes.txt", root / "id2label.json"
     if listed.is_file():
-        lines = listed.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = listed.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise DataError(f"{listed}: is not UTF-8; save it in that encoding") from None
         names = [line.strip() for line in lines if line.strip()]
         if not names:
             raise DataError(f"{listed}: is empty; write a class name on each line, class 0 first")
@@ -585,7 +588,7 @@ class TrainingTransform:
         for _ in range(10):
             top = int(generator.integers(labels.shape[0] - height + 1))
             left = int(generator.integers(labels.shape[1] - width + 1))
-            inside = labels[top : top + height, left : left + width]
+            inside = labels[top : top + height, left : left + width].long()
             counts = torch.bincount(inside[inside != self.ignore_index])
             if len(counts) and counts.max() <= self.max_class_share * counts.sum():
                 break

@@ -75,8 +75,9 @@ class ConfusionMatrix:
             raise ValueError(
                 f"predictions are {tuple(predictions.shape)}, labels {tuple(labels.shape)}: they must agree"
             )
+        labels = labels.long()  # first: 8 bits would take the ignore index for what it leaves modulo 256
         kept = labels != self.ignore_index
-        predictions, labels = predictions[kept].long(), labels[kept].long()
+        predictions, labels = predictions[kept].long(), labels[kept]
         if not labels.numel():
             return
         for name, values in (("predictions", predictions), ("labels", labels)):

@@ -68,8 +68,8 @@ class RunFolder:
         """Make the folder, and clear what writers that were killed left in it."""
         self.check()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for path in [*self.checkpoints.iterdir(), *self.path.iterdir()]:
-            if re.fullmatch(r"\.[0-9a-f]{32}(\.jsonl)?", path.name):
+        for path in [*self.checkpoints.iterdir(), *self.checkpoints.glob("step-*/*"), *self.path.iterdir()]:
+            if re.fullmatch(r"\.[0-9a-f]{32}(\.jsonl?)?", path.name):
                 _remove(path)
 
     def check(self) -> None:
@@ -156,8 +156,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{path} cannot be read: {reason}") from None
+        raise OSError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's message on one line, or its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_late(line: bytes, step: int) -> bool:

@@ -33,15 +33,15 @@ from tqdm import tqdm
 
 from fastuper.backbones import Backbone
 from fastuper.configuration import check_counts
-from fastuper.data import Sample, SampleDataset, TrainingDataset, TrainingTransform, as_samples
+from fastuper.data import DataError, Sample, SampleDataset, TrainingDataset, TrainingTransform, as_samples
 from fastuper.evaluation import check_classes, class_names, evaluate
 from fastuper.image_processor import UperNetImageProcessor
-from fastuper.images import blend, class_name, class_palette
+from fastuper.images import ImageError, blend, class_name, class_palette
 from fastuper.inference import Predictor
 from fastuper.metrics import ConfusionMatrix
 from fastuper.modeling import UperNetForSemanticSegmentation
 from fastuper.recipes import Recipe, learning_rate_factor, parameter_groups, recipe_for
-from fastuper.runs import STATE, RunFolder, read_state
+from fastuper.runs import STATE, RunFolder, read_state, reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -242,8 +242,12 @@ class TrainingItems(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | str:
         try:
             item = self.data[key]
-        except (OSError, ValueError, MemoryError) as error:
+        except (DataError, ImageError) as error:  # they name the file
             return str(error)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            files = getattr(self.data.samples, "files", None)
+            name = f"image {key[1]} of the training data" if files is None else files[key[1]][0]
+            return f"{name}: {reason(error)}"
         labels = item["labels"]
         wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_labels))]
         if len(wrong):  # a GPU would only say that an assertion failed
@@ -463,7 +467,8 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """See that the last step left numbers: a finite loss may have had infinite gradients."""
-        finite = {name: parameter.isfinite().all() for name, parameter in self.model.named_parameters()}
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        finite = {name: tensor.isfinite().all() for name, tensor in tensors}
         if not torch.stack([*finite.values()]).all():
             name = next(name for name, is_finite in finite.items() if not is_finite)
             raise TrainingError(
@@ -537,10 +542,9 @@ class Trainer:
         try:
             self._validate()
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise TrainingError(
-                f"the validation of step {self.step} failed: {reason}. {self._kept()}; the same run goes on from "
-                "there, and validates first"
+                f"the validation of step {self.step} failed: {reason(error)}. {self._kept()}; the same run goes on "
+                "from there, and validates first"
             ) from error
         if self.accelerator.is_main_process:
             try:
@@ -752,7 +756,7 @@ def _picture(sample: Sample, prediction: NDArray[np.integer], confusion: Confusi
     if not isinstance(photo, Image.Image):  # of other than three channels, the first ones are shown
         photo = Image.fromarray(photo[..., :3] if photo.shape[2] >= 3 else photo[..., 0]).convert("RGB")
     palette = np.concatenate([class_palette(confusion.id2label), np.zeros((1, 3), dtype=np.uint8)])
-    truth = np.where(sample.label == confusion.ignore_index, len(palette) - 1, sample.label)
+    truth = np.where(sample.label == confusion.ignore_index, len(palette) - 1, sample.label.astype(np.int64))
     shown = [(truth, 0.0), (truth, 0.6), (prediction, 0.6)]
     return np.concatenate(
         [np.asarray(blend(photo, labels, palette, alpha, max_side=512)) for labels, alpha in shown], axis=1

@@ -138,7 +138,7 @@ def train_model(
     Stopped in any way, the same command goes on from the last checkpoint, with the images and losses that would have
     come. On several GPUs or machines: `accelerate launch -m fastuper train ...`.
 
-    Exit status: 0 all steps are done, 1 training stopped, 2 nothing could start.
+    Exit status: 0 all steps are done, 1 training stopped, 2 nothing could start, 130 stopped by Ctrl-C.
     """
     try:
         from fastuper.training import Trainer, TrainingConfig, TrainingError
@@ -171,13 +171,20 @@ def train_model(
             cpu=cpu,
         )
         training, validation = _open(data, layout.value, split, validation_split, ignore_index)
-        id2label = training.id2label or _numbered(training, validation)
+        id2label = training.id2label or _found(training, validation, model)
+        if len(id2label) == 1:
+            raise ValueError(
+                f"{data} names one class, {id2label[0]}, which every pixel would be; name another one in classes.txt, "
+                f"for the pixels that are no {id2label[0]}"
+            )
         network, processor = _build(
             model, backbone or "convnext-tiny", hidden_size or 512, id2label, ignore_index, drop_path, seed, crop
         )
         if gradient_checkpointing:
             network.gradient_checkpointing_enable()
-        transform = TrainingTransform(processor, crop, ignore_index=training.ignore_index)
+        # Factor 1 is the scale that is validated at, whatever is cut out of it.
+        base_size = min(processor.size["height"], processor.size["width"])
+        transform = TrainingTransform(processor, crop, base_size=base_size, ignore_index=training.ignore_index)
         trainer = Trainer(
             network, config, training, validation, processor, output=output, transform=transform, restart=restart
         )
@@ -205,14 +212,15 @@ def _open(
     data: Path, layout: Layout, split: str | None, validation_split: str | None, ignore_index: int
 ) -> tuple[FolderDataset, FolderDataset | None]:
     """Return what to train on and what to validate on; the latter is None where there is no split for it."""
-    from fastuper.data import find_splits, open_dataset
+    from fastuper.data import SPLIT_NAMES, find_splits, open_dataset
 
-    if not find_splits(data, layout) and validation_split is None:
-        if split is None:
-            _note(f"{data} has no splits: there is no validation, and all of it is trained on")
-        else:
+    splits = find_splits(data, layout)
+    if validation_split is None and not {*splits} & {*SPLIT_NAMES[1]}:
+        if splits or split is not None:
             _note(f"{data} has no split validation: there is no validation; --validation-split names one")
-        return open_dataset(data, split, layout, ignore_index=ignore_index), None
+        else:
+            _note(f"{data} has no splits: there is no validation, and all of it is trained on")
+        return open_dataset(data, split or ("training" if splits else None), layout, ignore_index=ignore_index), None
     training, validation = (
         open_dataset(data, name, layout, ignore_index=ignore_index)
         for name in (split or "training", validation_split or "validation")
@@ -221,10 +229,11 @@ def _open(
     return training, validation
 
 
-def _numbered(training: FolderDataset, validation: FolderDataset | None) -> dict[int, str]:
-    """Return as many classes as the label maps have, for data that does not name them."""
+def _found(training: FolderDataset, validation: FolderDataset | None, model: str | None) -> dict[int, str]:
+    """Return the classes of data that does not name them: the model's where they suffice, else numbered ones."""
     from tqdm import tqdm
 
+    from fastuper import UperNetConfig
     from fastuper.data import checked_classes
 
     files = training.files + ([] if validation is None else validation.files)
@@ -236,6 +245,12 @@ def _numbered(training: FolderDataset, validation: FolderDataset | None) -> dict
         raise ValueError(
             f"all labels are 0 or ignored; if {training.ignore_index} is a class, renumber it, or give --ignore-index"
         )
+    if model is not None:
+        names = UperNetConfig.from_pretrained(model).id2label
+        names = {0: "background", 1: names[0]} if len(names) == 1 else dict(names)
+        if highest < len(names):
+            _note(f"the data's classes have no names: they are {model}'s; classes.txt, one a line, names others")
+            return names
     classes = {index: f"class {index}" for index in range(highest + 1)}
     checked_classes(classes, training.ignore_index)
     _note(f"{highest + 1} classes, which have no names: write classes.txt, one a line, to name them")

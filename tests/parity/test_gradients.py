@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastuper_kernels import winograd
 from tests.parity.models import (
     FAMILIES,
     config,
@@ -91,17 +92,29 @@ def test_a_few_steps_of_an_optimizer_end_at_the_same_weights():
         assert error(fresh, expected) > 1e-3
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_in_float32_are_as_accurate(family, training, record_property):
+@pytest.mark.parametrize(
+    ("family", "training", "hidden_size"),
+    [
+        *(
+            pytest.param(family, training, 24, id=f"{family}-{'train' if training else 'eval'}")
+            for family in FAMILIES
+            for training in (False, True)
+        ),
+        pytest.param("convnext", True, 256, marks=pytest.mark.slow, id="wide enough for Winograd"),
+    ],
+)
+def test_gradients_in_float32_are_as_accurate(family, training, hidden_size, record_property, monkeypatch):
     """The error of each parameter's gradient, root mean square over five seeds, over that of Transformers'."""
+    monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
+    by_winograd, original = [], winograd.weight_gradient
+    monkeypatch.setattr(winograd, "weight_gradient", lambda *args: by_winograd.append(args) or original(*args))
     ours_errors: dict[str, list[float]] = {}
     their_errors: dict[str, list[list[float]]] = {}
     batch = 8 if training else 2  # in training BatchNorm over two 1 x 1 cells would multiply rounding
     for seed in range(5):
         pixels = images(batch, 3, 64, 64, seed=seed, dtype=torch.float32)
         labels = segmentation_labels(batch, 64, 64, seed=seed)
-        theirs, ours = pair(config(family), dtype=torch.float32, seed=seed, train=training)
+        theirs, ours = pair(config(family, hidden_size=hidden_size), dtype=torch.float32, seed=seed, train=training)
         truth = backward(copy.deepcopy(theirs).double(), pixels.double(), labels)
         largest = max(gradient.norm() for gradient in truth.values())
         gradients = backward(ours, pixels, labels)
@@ -114,6 +127,7 @@ def test_gradients_in_float32_are_as_accurate(family, training, record_property)
                 continue
             ours_errors.setdefault(name, []).append(error(gradients[name], expected))
             their_errors.setdefault(name, []).append([error(contiguous[name], expected), error(last[name], expected)])
+    assert bool(by_winograd) == (hidden_size >= 256)
     ratios = {
         name: root_mean_square(ours_errors[name])
         / max(root_mean_square(errors) for errors in zip(*their_errors[name], strict=True))

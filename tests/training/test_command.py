@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,36 @@ def test_from_a_checkpoint_of_other_classes(data, tmp_path):
     assert saved.config.num_labels == 5
     weight = "backbone.encoder.stages.0.layers.0.pwconv1.weight"
     torch.testing.assert_close(saved.state_dict()[weight], model.state_dict()[weight])
+
+
+def test_classes_without_names_are_the_models(data, tmp_path):
+    start = tmp_path / "start"
+    tiny_model().save_pretrained(start)
+    tiny_processor().save_pretrained(start)
+    (data / "classes.txt").unlink()
+    code, text = fastuper_train(data, tmp_path / "run", "--model", str(start))
+    assert code == 0, text
+    assert f"the data's classes have no names: they are {start}'s" in text
+    saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run" / "last")
+    assert saved.config.id2label == {0: "sky", 1: "tree", 2: "road"}
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_folder_with_a_training_split_alone(data, tmp_path):
+    for kind in ("images", "labels"):
+        shutil.rmtree(data / kind / "validation")
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 0, text
+    assert "has no split validation: there is no validation" in text
+    assert not (tmp_path / "run" / "best").exists()
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_one_class_is_no_choice(data, tmp_path):
+    (data / "classes.txt").write_text("road")
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 2
+    assert "names one class, road, which every pixel would be; name another one in classes.txt" in text
 
 
 @pytest.mark.usefixtures("tiny_backbone")

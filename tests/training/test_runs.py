@@ -104,7 +104,9 @@ def test_what_a_killed_writer_left_is_cleared(run):
     for folder in (run.checkpoints, run.path):
         (folder / f".{'0123456789abcdef' * 2}").mkdir()
         (folder / ".mine").mkdir()
+    (run.folder(10) / f".{'0123456789abcdef' * 2}.json").touch()
     run.make()
+    assert not [path for path in run.folder(10).iterdir() if path.name.startswith(".")]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [".mine", "step-000000010"]
     assert sorted(path.name for path in run.path.iterdir()) == [".mine", "checkpoints", "last"]
 

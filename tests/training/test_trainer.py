@@ -371,22 +371,25 @@ def test_nan_that_is_seen_later_is_named_as_well(tmp_path, monkeypatch):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
-    """A finite loss may have infinite gradients."""
-    step = torch.optim.AdamW.step
+@pytest.mark.parametrize(
+    "name", ["backbone.embeddings.patch_embeddings.weight", "decode_head.bottleneck.batch_norm.running_var"]
+)
+def test_weights_that_are_not_finite_are_never_saved(name, tmp_path, monkeypatch):
+    """A finite loss may have infinite gradients, and a norm's statistics may overflow."""
+    step, model = torch.optim.AdamW.step, tiny_model()
 
     def overflow(optimizer, *arguments, **keywords):
         step(optimizer, *arguments, **keywords)
         if overflow.calls == 3:
-            optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+            model.state_dict()[name].fill_(math.nan)
         overflow.calls += 1
 
     overflow.calls = 0
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(
-        TrainingError, match=r"NaN or infinite after step 4, whose loss was not; the step's images: photo"
+        TrainingError, match=rf"{name} is NaN or infinite after step 4, whose loss was not; the step's images: photo"
     ):
-        train(tmp_path, steps=4, save_every=2)
+        train(tmp_path, model=model, steps=4, save_every=2)
     saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "last")
     assert all(value.isfinite().all() for value in saved.state_dict().values())
 
@@ -438,6 +441,17 @@ class Unreadable(Photos):
 def test_unreadable_image_is_named_in_one_line(workers, tmp_path):
     with pytest.raises(TrainingError, match=r"^Unreadable\[2\]: broken|^broken\.png: the file is truncated$"):
         train(tmp_path, data=Unreadable(6), workers=workers)
+
+
+class FourChannels(Photos):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample._replace(image=np.concatenate([sample.image, sample.image[..., :1]], axis=2))
+
+
+def test_image_that_cannot_be_augmented_is_named_in_one_line(tmp_path):
+    with pytest.raises(TrainingError, match=r"^image \d of the training data: .*size of tensor"):
+        train(tmp_path, data=FourChannels(6))
 
 
 def test_label_beyond_the_classes_is_named(tmp_path):

@@ -136,6 +136,11 @@ def test_class_names_beside_the_folders(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\n\n  red fox \n", encoding="utf-8")
     assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog", 2: "red fox"}
     assert open_dataset(tmp_path, id2label={0: "x", 1: "y", 2: "z"}).id2label[2] == "z"
+    (tmp_path / "classes.txt").write_text("cat\ndog", encoding="utf-8-sig")  # as Windows writes it
+    assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog"}
+    (tmp_path / "classes.txt").write_text("café", encoding="cp1252")
+    with pytest.raises(DataError, match=r"classes\.txt: is not UTF-8"):
+        open_dataset(tmp_path)
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "id2label.json").write_text(json.dumps({"1": "dog", "0": "cat", "2": "fox"}))
     assert list(open_dataset(tmp_path).id2label.items()) == [(0, "cat"), (1, "dog"), (2, "fox")]

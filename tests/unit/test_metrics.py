@@ -93,6 +93,14 @@ def test_what_is_predicted_where_labels_are_ignored_counts_nowhere() -> None:
     assert matrix.to_dict() == results[2]
 
 
+@pytest.mark.parametrize("ignored", [256, 300, -100, 65535])
+def test_an_ignore_index_beyond_8_bits(ignored: int) -> None:
+    labels = np.arange(200, dtype=np.uint8)
+    matrix = ConfusionMatrix(200, ignore_index=ignored)
+    matrix.update(labels, labels)
+    assert matrix.pixels.tolist() == [1] * 200
+
+
 def test_absent_classes_are_left_out_of_the_means() -> None:
     matrix = ConfusionMatrix(4)
     matrix.update(np.array([0, 0, 2, 0]), np.array([0, 0, 0, 1]))
