@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastuper import UperNetForSemanticSegmentation
-from tests.training.common import Photos, losses, read_log, tiny_model, train
+from tests.training.common import Photos, losses, read_log, tiny_model, tiny_processor, train, write_data
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, so as not to import torch anew")
 KILLS = 2
@@ -80,6 +80,43 @@ def test_killed_run_goes_on_with_the_same_images_and_losses(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="Gloo after a fork")
 def test_two_processes_have_the_losses_of_one(tmp_path):
     in_fresh_process(check_two_processes, tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform != "linux", reason="Gloo")
+def test_the_command_under_torchrun(tmp_path):
+    """What `accelerate launch` starts, too: two processes of the command have the losses of one, and end alike."""
+    data, start = write_data(tmp_path / "data"), tmp_path / "start"
+    tiny_model().save_pretrained(start)
+    tiny_processor().save_pretrained(start)
+    options = ["train", "--data", data, "--model", start, "--steps", 3, "--batch-size", 2, "--crop", 32, "--lr", 0.01]
+    options += ["--log-every", 1, "--workers", 0, "--freeze-norm", "--cpu"]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+
+    def run(how, output):
+        return subprocess.run(
+            [sys.executable, "-m", *how, "fastuper", *map(str, options), "--output", str(output)],
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    for how, name in (([], "one"), (torchrun, "two")):
+        done = run(how, tmp_path / name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("4 photos to train on") == 1, "one of the processes speaks"
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert len(losses(tmp_path / "two")) == 3
+    assert read_log(tmp_path / "two")[-1] == pytest.approx(read_log(tmp_path / "one")[-1])
+
+    photo = data / "images" / "training" / "2.png"
+    photo.write_bytes(photo.read_bytes()[:99])
+    done = run(torchrun, tmp_path / "broken")
+    assert done.returncode != 0
+    assert f"{photo}" in done.stdout + done.stderr
 
 
 def check_killed_run(tmp_path: Path) -> None:
