@@ -35,7 +35,7 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "demo"
-SEED = 62  # training began at 10,000
+SEED = 5  # neither among the best nor the worst; training began at 10,000
 ROUNDS = 9
 
 Labels = NDArray[np.int64]

@@ -502,7 +502,7 @@ def test_missing_preprocessor_config_is_said(model: Path, output: Path, tmp_path
 
 def test_usage_errors_are_status_2(model: Path, output: Path, tmp_path: Path) -> None:
     photo = save(tmp_path / "photo.png", data.chelsea())
-    assert run(photo, "-o", output).exit_code == 2
+    assert run(photo, "-m", model).exit_code == 2
     assert run("-m", model, "-o", output).exit_code == 2
     assert run(photo, "-m", model, "-o", output, "--batch-size", 0).exit_code == 2
     assert run(photo, "-m", model, "-o", output, "--dtype", "int8").exit_code == 2
