@@ -32,7 +32,7 @@ test: $(STAMP) ## run the tests that need no GPU (a quarter of an hour on two co
 	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not exhaustive" $(PARALLEL)
 
-test-exhaustive: $(STAMP) ## run what `make test` leaves out: Inductor, export and ONNX for every backbone; training that is killed, and in two processes; an hour
+test-exhaustive: $(STAMP) ## run what `make test` leaves out: Inductor, export and ONNX for every backbone; training under torchrun; an hour
 	$(BIN)/python -m pytest -m exhaustive $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m exhaustive $(PARALLEL)
 

@@ -71,12 +71,12 @@ def in_fresh_process(function, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_killed_run_goes_on_with_the_same_images_and_losses(tmp_path):
     in_fresh_process(check_killed_run, tmp_path)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Gloo after a fork")
 def test_two_processes_have_the_losses_of_one(tmp_path):
     in_fresh_process(check_two_processes, tmp_path)
