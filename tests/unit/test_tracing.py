@@ -262,6 +262,26 @@ def test_the_loss_in_one_graph():
         assert (parameter.grad - expected.grad).norm() < 1e-3 * expected.grad.norm() + 1e-6
 
 
+class LossAndLogits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, labels):
+        output = self.model(pixel_values, labels=labels)
+        return output.loss, output.logits
+
+
+def test_the_loss_exported():
+    """The logits are in the graph: nobody could ask for them later."""
+    model, (pixels,) = LossAndLogits(whole("convnext", True)), image_inputs(2, 64, 96)
+    labels = torch.randint(5, (2, 64, 96))
+    loss, logits = torch.export.export(copy.deepcopy(model), (pixels, labels)).module()(pixels, labels)
+    expected_loss, expected = copy.deepcopy(model)(pixels, labels)
+    assert error(loss, expected_loss) < 1e-5
+    assert error(logits, expected) < 1e-5
+
+
 @pytest.mark.exhaustive
 def test_segment_in_one_graph():
     """The same labels; one more graph for each number of images, as the result is a list of so many."""
