@@ -19,7 +19,7 @@ from fastuper.inference import Predictor, Prepared
 from fastuper.metrics import ConfusionMatrix
 
 if TYPE_CHECKING:
-    from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 
 
 def evaluate(
@@ -101,7 +101,11 @@ def evaluate(
 
 def class_names(model: UperNetForSemanticSegmentation) -> dict[int, str]:
     """Return the names of the classes that label maps have: the configuration's, or two for a model of one class."""
-    config = model.config
+    return classes_of(model.config)
+
+
+def classes_of(config: UperNetConfig) -> dict[int, str]:
+    """Return likewise those of a model with this configuration."""
     if config.num_labels == 1:
         return {0: "background", 1: str(config.id2label[0])}
     return {index: str(config.id2label.get(index, f"class {index}")) for index in range(config.num_labels)}

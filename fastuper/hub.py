@@ -120,6 +120,11 @@ def pin_revision(source: str | os.PathLike[str], options: HubOptions) -> HubOpti
     return replace(options, revision=path.parents[len(Path(options.subfolder).parts)].name)
 
 
+def reason(error: BaseException) -> str:
+    """Return an error's message on one line, or its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; the error names the file."""
     try:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastuper import street
-from fastuper.hub import atomic_path
+from fastuper.hub import atomic_path, reason
 
 MAX_PIXELS = 250_000_000
 """The largest photo that `read_image` decodes unless told otherwise: 750 MB of RGB."""
@@ -123,8 +123,7 @@ def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, str | None]:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{path}: cannot be decoded ({reason}); the file is truncated or damaged") from error
+        raise ImageError(f"{path}: cannot be decoded ({reason(error)}); the file is truncated or damaged") from error
 
 
 def _open(path: Path) -> Image.Image:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastuper.hub import atomic_folder, atomic_path
+from fastuper.hub import atomic_folder, atomic_path, reason
 
 STATE = "training_state.pt"
 BEST = "validation.json"
@@ -157,11 +157,6 @@ def read_state(folder: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise OSError(f"{path} cannot be read: {reason(error)}") from None
-
-
-def reason(error: BaseException) -> str:
-    """Return an error's message on one line, or its name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_late(line: bytes, step: int) -> bool:

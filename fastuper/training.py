@@ -35,13 +35,14 @@ from fastuper.backbones import Backbone
 from fastuper.configuration import check_counts
 from fastuper.data import DataError, Sample, SampleDataset, TrainingDataset, TrainingTransform, as_samples
 from fastuper.evaluation import check_classes, class_names, evaluate
+from fastuper.hub import reason
 from fastuper.image_processor import UperNetImageProcessor
 from fastuper.images import ImageError, blend, class_name, class_palette
 from fastuper.inference import Predictor
 from fastuper.metrics import ConfusionMatrix
 from fastuper.modeling import UperNetForSemanticSegmentation
 from fastuper.recipes import Recipe, learning_rate_factor, parameter_groups, recipe_for
-from fastuper.runs import STATE, RunFolder, read_state, reason
+from fastuper.runs import STATE, RunFolder, read_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

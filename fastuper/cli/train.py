@@ -235,6 +235,7 @@ def _found(training: FolderDataset, validation: FolderDataset | None, model: str
 
     from fastuper import UperNetConfig
     from fastuper.data import checked_classes
+    from fastuper.evaluation import classes_of
 
     files = training.files + ([] if validation is None else validation.files)
     highest = 0
@@ -246,8 +247,7 @@ def _found(training: FolderDataset, validation: FolderDataset | None, model: str
             f"all labels are 0 or ignored; if {training.ignore_index} is a class, renumber it, or give --ignore-index"
         )
     if model is not None:
-        names = UperNetConfig.from_pretrained(model).id2label
-        names = {0: "background", 1: names[0]} if len(names) == 1 else dict(names)
+        names = classes_of(UperNetConfig.from_pretrained(model))
         if highest < len(names):
             _note(f"the data's classes have no names: they are {model}'s; classes.txt, one a line, names others")
             return names

@@ -63,8 +63,7 @@ def upsample_cross_entropy(
         add up to zero, nothing is divided: if every pixel is ignored the mean is 0, and so are its gradients. (In
         PyTorch it is NaN.) Logits that are less than their pixel's largest one by more than half of the largest number
         of the type that is computed in, -inf say, count as if by that half: a class that is -inf everywhere is
-        without influence. NaN and
-        infinity make NaN of the losses around them.
+        without influence. NaN and infinity make NaN of the losses around them.
 
         It can be differentiated by the logits, twice too, for which PyTorch's operators make the resampled logits.
 

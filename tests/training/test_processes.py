@@ -19,6 +19,8 @@ from tests.training.common import Photos, losses, read_log, tiny_model, tiny_pro
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, so as not to import torch anew")
 KILLS = 2
+ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
 
 
 class Noting(Photos):
@@ -57,13 +59,11 @@ def forked(function, *arguments) -> multiprocessing.Process:
 
 def in_fresh_process(function, tmp_path: Path) -> None:
     """Call a function of this file in a process of its own: one that has computed gradients must not be forked."""
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     code = f"from pathlib import Path; from {__name__} import *; {function.__name__}(Path({str(tmp_path)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": paths},
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": PATHS},
         capture_output=True,
         text=True,
         check=False,
@@ -91,13 +91,11 @@ def test_the_command_under_torchrun(tmp_path):
     tiny_processor().save_pretrained(start)
     options = ["train", "--data", data, "--model", start, "--steps", 3, "--batch-size", 2, "--crop", 32, "--lr", 0.01]
     options += ["--log-every", 1, "--workers", 0, "--freeze-norm", "--cpu"]
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
 
     def run(how, output):
         return subprocess.run(
             [sys.executable, "-m", *how, "fastuper", *map(str, options), "--output", str(output)],
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
