@@ -19,8 +19,8 @@ import torch
 # Entries, of all models together. A model has about twenty; they go with its weights.
 MAX_PACKS = 256
 
-# Values of a narrow weight that are converted at a time.
-CONVERTED = 1 << 18
+# Values of a weight that are multiplied at a time.
+BLOCK = 1 << 18
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -144,11 +144,16 @@ def fingerprint(weight: torch.Tensor) -> Fingerprint:
 
 
 def _product(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return x @ key in key's dtype, with no more of x converted to it at a time than stays in a core's cache."""
-    if x.dtype == key.dtype:
-        return torch.mv(x, key)
-    step = max(1, CONVERTED // max(1, x.shape[1]))
-    return torch.cat([torch.mv(rows.to(key.dtype), key) for rows in x.split(step)])
+    """Return x @ key in key's dtype, in blocks of rows that stay in a cache.
+
+    Not by `torch.mv`: in MKL its sums depend on the number of threads, and weights would be packed again for it.
+    """
+    step = max(1, BLOCK // max(1, x.shape[1]))
+    block, sums = key.new_empty(min(step, len(x)), x.shape[1]), key.new_empty(len(x))
+    for start in range(0, len(x), step):
+        rows = x[start : start + step]
+        torch.sum(torch.mul(rows, key, out=block[: len(rows)]), 1, out=sums[start : start + step])
+    return sums
 
 
 _all_keys: dict[torch.dtype, torch.Tensor] = {}
