@@ -31,7 +31,7 @@ from fastuper.gradient_checkpointing import Checkpointed, checkpointed
 from fastuper.head import FCNHead, UperNetHead
 from fastuper.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
-from fastuper_kernels.modes import is_eager
+from fastuper_kernels.modes import is_autocast, is_eager
 from fastuper_kernels.upsample_cross_entropy import check_values, with_the_other_class
 
 
@@ -141,7 +141,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
 
         logits: Any = None
         if output_logits is None and loss is not None and as_dict and is_eager() and not _in_ddp():
-            logits = Deferred(full_size)
+            logits = Deferred(full_size, coarse.device.type)
         elif output_logits is not False:
             logits = full_size()
         output = known_to_transformers(SemanticSegmenterOutput)(loss, logits, hidden_states, attentions)
@@ -159,8 +159,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
         total = upsample_cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
         count = torch.as_tensor(num_items_in_batch, device=total.device)
         loss = total / (count + (count == 0))  # nothing but ignored pixels: 0, as without it
-        under_autocast = torch.is_autocast_enabled(total.device.type)
-        return loss if under_autocast else loss.to(coarse.dtype)
+        return loss if is_autocast(total.device.type) else loss.to(coarse.dtype)
 
     @torch.no_grad()
     def segment(

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
+from fastuper_kernels.modes import autocast_as_it_is
+
 Output = TypeVar("Output", bound="ModelOutput")
 
 
@@ -19,16 +21,19 @@ class Deferred:
     """A value that is computed when somebody first looks at it.
 
     Args:
-        compute: returns the value. It runs with gradients on or off as they are now, wherever it is called.
+        compute: returns the value. It runs with gradients and autocast on or off as they are now, wherever it is
+            called.
+        device: the type of device that it computes on.
     """
 
-    def __init__(self, compute: Callable[[], Any]):
+    def __init__(self, compute: Callable[[], Any], device: str):
         self.compute = compute
         self.with_gradients, self.in_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self.autocast = autocast_as_it_is(device)
 
     def __call__(self) -> Any:
         """Return the value."""
-        with torch.inference_mode(self.in_inference), torch.set_grad_enabled(self.with_gradients):
+        with torch.inference_mode(self.in_inference), torch.set_grad_enabled(self.with_gradients), self.autocast:
             return self.compute()
 
 

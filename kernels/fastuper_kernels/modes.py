@@ -73,6 +73,13 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
+def autocast_as_it_is(device: str) -> Any:
+    """Return a context in which autocast is what it is now, for a type of device, wherever the context is entered."""
+    if not _has_autocast(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+
+
 def without_autocast(x: torch.Tensor) -> Any:
     """Return a context in which operators keep the dtypes they are given."""
     device = x.device.type

@@ -400,7 +400,7 @@ def test_what_is_given_is_left_alone():
 def test_results_are_new_tensors():
     """Nothing that is returned is part of a cache, or of another result."""
     model = UperNetForSemanticSegmentation(
-        UperNetConfig(backbone_config=ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4))
+        UperNetConfig(backbone_config=ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1] * 4))
     )
     model.eval()
     pixels = torch.randn(1, 3, 64, 64)
