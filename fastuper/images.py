@@ -27,6 +27,7 @@ OVERLAY_SIDE = 4096
 """The longest side of the photo in an overlay; larger photos are shrunk for it (their label maps never are)."""
 
 _GREY_TO_8_BIT = 257  # 65535 / 255: white stays white
+_SPREAD = {"L;2": 85, "L;4": 17}  # greys of 2 and 4 bits: Pillow multiplies them, so that white is white
 _WHITE = (255, 255, 255)
 _INK = (32, 33, 36)
 _FAINT = (128, 132, 138)
@@ -57,7 +58,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
             conversion to 8 bit (32-bit integers and floats). One line that names the file, the reason and, where
             there is one, the remedy.
     """
-    upright, file_format = _decode(Path(path), max_pixels)
+    upright, file_format, _ = _decode(Path(path), max_pixels)
     try:
         return _to_rgb(upright, file_format)
     except ValueError as error:
@@ -67,8 +68,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
 def read_labels(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> NDArray[np.integer]:
     """Read a label map: an image of one channel whose pixel values are class numbers.
 
-    Grey of 1, 8 and 16 bits (of TIFF also 32), and palettes, of which the indices are taken and not the colours. The
-    EXIF orientation is applied, as to the photo.
+    Grey of 1, 2, 4, 8 and 16 bits (of TIFF also 32), and palettes, of which the indices are taken and not the colours.
+    The EXIF orientation is applied, as to the photo.
 
     Args:
         path: the file; the format is told by its content, not by its name.
@@ -81,7 +82,7 @@ def read_labels(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -
         ImageError: as `read_image`; or the file has several channels, holds fractions, or is a JPEG, whose values are
             not those that were saved.
     """
-    upright, file_format = _decode(Path(path), max_pixels)
+    upright, file_format, raw_mode = _decode(Path(path), max_pixels)
     if file_format in ("JPEG", "MPO"):
         raise ImageError(f"{path}: is a JPEG, whose values are not those that were saved; save label maps as PNG")
     if len(upright.getbands()) > 1:
@@ -91,11 +92,12 @@ def read_labels(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -
         )
     if upright.mode == "F":
         raise ImageError(f"{path}: holds 32-bit floats, where class numbers are expected; save it as an 8-bit grey PNG")
-    return np.array(upright, dtype=np.uint8 if upright.mode in ("1", "L", "P") else np.int32)
+    labels = np.array(upright, dtype=np.uint8 if upright.mode in ("1", "L", "P") else np.int32)
+    return labels // _SPREAD.get(raw_mode[:3], 1)
 
 
-def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, str | None]:
-    """Return a file's first picture, upright, in the mode it has, and its format."""
+def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, str | None, str]:
+    """Return a file's first picture, upright, in the mode it has; its format; and what Pillow calls its pixels."""
     try:
         if path.is_dir():
             raise ImageError(f"{path}: is a folder, not an image")
@@ -110,8 +112,11 @@ def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, str | None]:
                     f"{path}: {width} x {height} = {width * height:,} pixels is over the limit of {max_pixels:,}; "
                     "a larger one is read with max_pixels=N (--max-pixels N)"
                 )
+            tiles = getattr(image, "tile", None)  # gone once it is loaded
+            arguments = tiles[0][3] if tiles else None
+            raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
             image.load()
-            return ImageOps.exif_transpose(image), image.format
+            return ImageOps.exif_transpose(image), image.format, raw_mode if isinstance(raw_mode, str) else ""
     except ImageError:
         raise
     except FileNotFoundError:

@@ -130,12 +130,17 @@ class RunFolder:
         """Return the folder of the checkpoint after this many steps."""
         return self.checkpoints / f"step-{step:09d}"
 
-    def truncate_log(self, step: int) -> None:
-        """Drop the log's lines about later steps, and a line that a killed process left unfinished."""
+    def truncate_log(self, step: int, validated: bool = True) -> None:
+        """Drop the log's lines about later steps, and a line that a killed process left unfinished.
+
+        Args:
+            step: the last one that is kept.
+            validated: whether the line of its validation is kept; it is not where that was not finished.
+        """
         if not self.log.is_file():
             return
         lines = self.log.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and not _is_late(line, step)]
+        kept = [line for line in lines if line.endswith(b"\n") and not _is_late(line, step, validated)]
         if kept == lines:
             return
         with atomic_path(self.log) as temporary:
@@ -159,10 +164,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise OSError(f"{path} cannot be read: {reason(error)}") from None
 
 
-def _is_late(line: bytes, step: int) -> bool:
-    """Return whether a line of the log is about a later step; one that is not ours is not."""
+def _is_late(line: bytes, step: int, validated: bool) -> bool:
+    """Return whether a line of the log is about what comes after a step; one that is not ours is not."""
     try:
-        return bool(json.loads(line)["step"] > step)
+        values = json.loads(line)
+        return bool(values["step"] > step or (values["step"] == step and "mIoU" in values and not validated))
     except (ValueError, LookupError, TypeError):
         return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -33,7 +34,15 @@ from tqdm import tqdm
 
 from fastuper.backbones import Backbone
 from fastuper.configuration import check_counts
-from fastuper.data import DataError, Sample, SampleDataset, TrainingDataset, TrainingTransform, as_samples
+from fastuper.data import (
+    DataError,
+    FolderDataset,
+    Sample,
+    SampleDataset,
+    TrainingDataset,
+    TrainingTransform,
+    as_samples,
+)
 from fastuper.evaluation import check_classes, class_names, evaluate
 from fastuper.hub import reason
 from fastuper.image_processor import UperNetImageProcessor
@@ -353,7 +362,8 @@ class Trainer:
         fused = accelerator.device.type in ("cpu", "cuda")
         groups = parameter_groups(self.model, self.plan.recipe)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
-        self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
+        # Not Accelerate's optimizer: it does nothing while any loop of this process is in the midst of accumulating.
+        self.parallel, self.optimizer = accelerator.prepare(self.model), optimizer
         factor = partial(
             learning_rate_factor, steps=config.steps, warmup_steps=self.plan.warmup_steps, power=config.power
         )
@@ -372,9 +382,13 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is NaN or infinite, an image cannot be read, or a checkpoint cannot be written; the
-                message names the step and the files. The last good checkpoint stays, and the same call goes on from it.
+                message names the step and the files. The last good checkpoint stays, and a new `Trainer` with the same
+                arguments goes on from it.
         """
         config, accelerator = self.config, self.accelerator
+        self.optimizer.zero_grad()  # of a step that was interrupted, where this is called again
+        self._unchecked.clear()
+        self._unlogged.clear()
         if self.step == config.steps and not self._unvalidated:
             self._say(f"{self.run.path} has all {config.steps} steps")
             return
@@ -467,11 +481,15 @@ class Trainer:
         self._unchecked.clear()
 
     def _check_weights(self) -> None:
-        """See that the last step left numbers: a finite loss may have had infinite gradients."""
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
-        finite = {name: tensor.isfinite().all() for name, tensor in tensors}
-        if not torch.stack([*finite.values()]).all():
-            name = next(name for name, is_finite in finite.items() if not is_finite)
+        """See that the last step left numbers: a finite loss may have had infinite gradients.
+
+        All processes together, for each may have statistics of its own.
+        """
+        tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
+        wrong = self.accelerator.reduce((~finite).long(), "sum").tolist()
+        if any(wrong):
+            name = next(name for name, count in zip(tensors, wrong, strict=True) if count)
             raise TrainingError(
                 self._not_finite(f"{name} is NaN or infinite after step {self.step}, whose loss was not", self._names)
             )
@@ -498,9 +516,15 @@ class Trainer:
         self._unlogged.clear()
         self._clock = now
         if self.writer is not None:
-            self.run.write_log({"step": self.step, **values})
-            for name, value in values.items():
-                self.writer.add_scalar(f"train/{name}", value, self.step)
+            try:
+                self.run.write_log({"step": self.step, **values})
+                for name, value in values.items():
+                    self.writer.add_scalar(f"train/{name}", value, self.step)
+            except OSError as error:
+                raise TrainingError(
+                    f"the losses up to step {self.step} could not be logged in {self.run.path}: {reason(error)}. "
+                    f"{self._kept()}"
+                ) from None
         shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.2e}"}
         if self.best is not None:
             shown["best mIoU"] = f"{self.best['mIoU']:.4f}"
@@ -521,6 +545,8 @@ class Trainer:
             )
         confusion.matrix = accelerator.reduce(confusion.matrix, "sum")
         scores = {"mIoU": confusion.mean_iou, "mean accuracy": confusion.mean_accuracy}
+        if math.isnan(scores["mIoU"]):
+            raise ValueError(f"all pixels of the validation data are ignored (label {confusion.ignore_index})")
         if self.best is None or scores["mIoU"] > self.best["mIoU"]:
             self.best = {"step": self.step, "mIoU": scores["mIoU"]}
         if self.writer is not None:
@@ -637,7 +663,7 @@ class Trainer:
                     f"BatchNorm has seen {before} images at once until here and now sees {now}: losses may differ"
                 )
         if self.accelerator.is_main_process:
-            self.run.truncate_log(self.step)
+            self.run.truncate_log(self.step, validated=not self._unvalidated)
             if self.step:
                 self.run.settle(self.step, self._best_step)
 
@@ -649,6 +675,8 @@ class Trainer:
         options = getattr(self.train_data.transform, "__dict__", {})
         transform = {k: v for k, v in options.items() if not k.startswith("_") and _is_plain(v)}
         values = {**config, **transform, "images": len(self.train_data), "model": model}
+        if isinstance(self.train_data.samples, FolderDataset):
+            values["images' names"] = _digest([photo for photo, _ in self.train_data.samples.files])
         values["processor"] = self.processor.to_dict()
         return json.loads(json.dumps(values, default=str))
 
@@ -710,12 +738,24 @@ class Trainer:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.step + 1)
-        stack.callback(writer.close)
+
+        def close() -> None:
+            with contextlib.suppress(OSError):  # a full disk has stopped the training already, or it is at its end
+                writer.close()
+
+        stack.callback(close)
         return writer
 
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(message)
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Return what tells other files from these, wherever their folder lies."""
+    above = Path(os.path.commonpath([file.parent for file in files])).parent
+    names = "\n".join(Path(os.path.relpath(file, above)).as_posix() for file in files)
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _is_plain(value: Any) -> bool:
@@ -789,9 +829,17 @@ def _accelerator(config: TrainingConfig, model: nn.Module) -> Accelerator:
     whole = isinstance(backbone, Backbone) and backbone.out_features[-1] == backbone.stage_names[-1]
     data_parallel = DistributedDataParallelKwargs(find_unused_parameters=not whole)
     # Said here, lest the environment (ACCELERATE_MIXED_PRECISION and the like) change what a step does.
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         kwargs_handlers=[data_parallel],
     )
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"Accelerate is configured for {kind}, and training here is data parallel alone: choose no {kind} in "
+            "`accelerate config`, or give `accelerate launch --multi_gpu`"
+        )
+    return accelerator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastuper.cli.common import EXPECTED, LayoutName, LayoutOption, leave, one_line
-from fastuper.hub import find_file
+from fastuper.hub import find_file, reason
 from fastuper.images import read_labels
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def train_model(
         typer.echo("fastuper: stopped; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
     except (TrainingError, *EXPECTED) as error:
-        typer.echo(f"fastuper: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"fastuper: {reason(error)}", err=True)  # whole: it lists files
         raise typer.Exit(1) from None
     trainer.accelerator.end_training()
     _note(f"{trainer.run.last} is the model" + ("" if validation is None else f", {trainer.run.best} the best one"))
@@ -271,6 +271,7 @@ def _build(
     import torch
 
     from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper.evaluation import check_classes, classes_of
     from fastuper.recipes import BACKBONES
 
     torch.manual_seed(seed)
@@ -282,6 +283,9 @@ def _build(
             common["id2label"] = {0: id2label[1]}
         elif config.num_labels != len(id2label):
             _note(f"{model} has {config.num_labels} classes and the data {len(id2label)}: the classifiers begin anew")
+        elif id2label != (names := classes_of(config)):
+            check_classes(id2label, names)  # the same ones in another order would be learned anew, and nobody know why
+            _note(f"{model}'s classes have other names than the data's: its classifiers go on from them, by number")
         config = UperNetConfig.from_dict(config.to_dict(), **common)
     elif backbone in BACKBONES:
         config = UperNetConfig(BACKBONES[backbone](), **common, **heads)
@@ -305,9 +309,14 @@ def _build(
 
 
 def _set_drop_path(config: UperNetConfig, rate: float) -> None:
+    from fastuper.configuration import ForeignBackboneConfig, named_backbone_config
+
+    backbone = config.backbone_config or named_backbone_config(config)
+    if not hasattr(backbone, "drop_path_rate"):
+        raise ValueError(f"--drop-path: the configuration of a {backbone.model_type} has no such rate; leave it out")
     if config.backbone_config is None:
         config.backbone_kwargs = {**(config.backbone_kwargs or {}), "drop_path_rate": rate}
-    elif hasattr(config.backbone_config, "drop_path_rate"):
-        config.backbone_config.drop_path_rate = rate
+    elif isinstance(backbone, ForeignBackboneConfig):
+        backbone.values["drop_path_rate"] = rate
     else:
-        raise ValueError(f"--drop-path: a {config.backbone_config.model_type} has no stochastic depth; leave it out")
+        backbone.drop_path_rate = rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import numpy as np
@@ -11,9 +12,11 @@ import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastuper import UperNetForSemanticSegmentation
+from fastuper import UperNetConfig, UperNetForSemanticSegmentation
 from fastuper.cli import app
-from fastuper.cli.train import _build, _open
+from fastuper.cli.train import _build, _open, _set_drop_path
+from fastuper.configuration import named_backbone_config
+from fastuper.images import ade20k_names
 from fastuper.recipes import BACKBONES
 from tests.training.common import losses, read_log, tiny_model, tiny_processor, write_data
 
@@ -59,6 +62,7 @@ def test_from_folder_to_checkpoint(data, tmp_path):
     assert f"{output}/last is the model, {output}/best the best one" in text
     assert len(losses(output)) == 3
     assert any("mIoU" in line for line in read_log(output))
+    assert re.search(r"\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d+, lr=.*best mIoU=0\.\d+\]", text), repr(text)
     pixel_values = torch.rand(1, 3, 64, 64)
     for name in ("last", "best"):
         ours = UperNetForSemanticSegmentation.from_pretrained(output / name)
@@ -115,6 +119,88 @@ def test_classes_without_names_are_the_models(data, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_backbone")
+def test_ade20k(data, tmp_path):
+    """Its label 0 is ignored, and label 1 is class 0."""
+    root = tmp_path / "ade"
+    for split in ("training", "validation"):
+        for path in (data / "images" / split).iterdir():
+            image, label = (np.asarray(Image.open(data / kind / split / path.name)) for kind in ("images", "labels"))
+            for kind in ("images", "annotations"):
+                (root / kind / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / "images" / split / path.with_suffix(".jpg").name)
+            annotation = np.where(label == 255, 0, label + 1).astype(np.uint8)
+            Image.fromarray(annotation).save(root / "annotations" / split / path.name)
+    code, text = fastuper_train(root, tmp_path / "run")
+    assert code == 0, text
+    assert "4 photos to train on, 2 to validate on" in text
+    saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run" / "best")
+    assert saved.config.id2label == dict(enumerate(ade20k_names()))
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_cityscapes(data, tmp_path):
+    root = tmp_path / "cityscapes"
+    for split, name in (("training", "train"), ("validation", "val")):
+        for path in (data / "images" / split).iterdir():
+            image, label = (np.asarray(Image.open(data / kind / split / path.name)) for kind in ("images", "labels"))
+            for kind, ending, array in (
+                ("leftImg8bit", "leftImg8bit", image),
+                ("gtFine", "gtFine_labelIds", np.where(label == 255, 0, label + 23)),  # sky, person, rider; 0 is none
+            ):
+                folder = root / kind / name / "ulm"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array.astype(np.uint8)).save(folder / f"ulm_{path.stem}_000019_{ending}.png")
+    code, text = fastuper_train(root, tmp_path / "run")
+    assert code == 0, text
+    assert "4 photos to train on, 2 to validate on" in text
+    saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run" / "best")
+    assert (saved.config.num_labels, saved.config.id2label[10]) == (19, "sky")
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_other_images_are_another_run(data, tmp_path):
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 0, text
+    moved = data.rename(tmp_path / "moved")
+    code, text = fastuper_train(moved, tmp_path / "run")
+    assert code == 0, text
+    assert "has all 3 steps" in text
+    for kind in ("images", "labels"):
+        (moved / kind / "training" / "0.png").rename(moved / kind / "training" / "9.png")
+    code, text = fastuper_train(moved, tmp_path / "run")
+    assert code == 2
+    assert "holds another run" in text
+    assert "images' names was" in text
+
+
+@pytest.mark.parametrize("names", ["road sky tree", "sky tree road", "cat dog fox"])
+def test_a_checkpoints_classes_of_other_names(names, data, tmp_path):
+    start = tmp_path / "start"
+    tiny_model().save_pretrained(start)
+    (data / "classes.txt").write_text(names.replace(" ", "\n"))
+    code, text = fastuper_train(data, tmp_path / "run", "--model", str(start))
+    moved = names.startswith("road")
+    assert code == (2 if moved else 0), text
+    assert ("the dataset's classes are the model's in another order (class 0 is road" in text) is moved
+    assert (f"{start}'s classes have other names than the data's" in text) is names.startswith("cat")
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["of a checkpoint", "by name"])
+def test_stochastic_depth_of_other_libraries_backbones(saved, tmp_path):
+    backbone = transformers.ConvNextV2Config(drop_path_rate=0.1)
+    backbone.save_pretrained(tmp_path)
+    config = UperNetConfig(backbone) if saved else UperNetConfig(backbone=str(tmp_path))
+    _set_drop_path(config, 0.25)
+    found = config.backbone_config if saved else named_backbone_config(config)
+    assert found.to_dict()["drop_path_rate"] == 0.25
+    timm = UperNetConfig(backbone="resnet18", use_timm_backbone=True)
+    with pytest.raises(ValueError, match="--drop-path: the configuration of a timm_backbone has no such rate"):
+        _set_drop_path(timm, 0.25)
+
+
+@pytest.mark.usefixtures("tiny_backbone")
 def test_folder_with_a_training_split_alone(data, tmp_path):
     for kind in ("images", "labels"):
         shutil.rmtree(data / kind / "validation")
@@ -153,7 +239,7 @@ def test_what_cannot_start_is_said_in_one_line(data, tmp_path):
         (["--model", str(tmp_path / "nowhere")], "neither a folder here nor"),
         (["--batch-size", "3", "--accumulate", "2"], "batch_size=3 must be a multiple of 1 processes x accumulate=2"),
         (["--validation-split", "holdout"], "has no split holdout; it has training, validation"),
-        (["--backbone", "resnet-18", "--drop-path", "0.1"], "a resnet has no stochastic depth"),
+        (["--backbone", "resnet-18", "--drop-path", "0.1"], "the configuration of a resnet has no such rate"),
         (["--model", "a", "--backbone", "swin-tiny"], "--backbone is of a new UPerNet, and --model has its own"),
         (["--model", "a", "--hidden-size", "8"], "--hidden-size is of a new UPerNet, and --model has its own"),
         (["--ema", "2"], "ema must be more than 0 and at most 1"),

@@ -82,10 +82,17 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     in_fresh_process(check_two_processes, tmp_path)
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"],
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "-m"],
+}
+
+
 @pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="Gloo")
-def test_the_command_under_torchrun(tmp_path):
-    """What `accelerate launch` starts, too: two processes of the command have the losses of one, and end alike."""
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_the_command_under_a_launcher(launcher, tmp_path):
+    """Two processes of the command have the losses of one, and end alike."""
     data, start = write_data(tmp_path / "data"), tmp_path / "start"
     tiny_model().save_pretrained(start)
     tiny_processor().save_pretrained(start)
@@ -101,8 +108,7 @@ def test_the_command_under_torchrun(tmp_path):
             check=False,
         )
 
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    for how, name in (([], "one"), (torchrun, "two")):
+    for how, name in (([], "one"), (launcher, "two")):
         done = run(how, tmp_path / name)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("4 photos to train on") == 1, "one of the processes speaks"
@@ -112,7 +118,7 @@ def test_the_command_under_torchrun(tmp_path):
 
     photo = data / "images" / "training" / "2.png"
     photo.write_bytes(photo.read_bytes()[:99])
-    done = run(torchrun, tmp_path / "broken")
+    done = run(launcher, tmp_path / "broken")
     assert done.returncode != 0
     assert f"{photo}" in done.stdout + done.stderr
 

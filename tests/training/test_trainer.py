@@ -7,6 +7,7 @@ import json
 import math
 import sys
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 import fastuper.training
 from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
-from fastuper.data import DataError, TrainingDataset, TrainingTransform
+from fastuper.data import DataError, Sample, TrainingDataset, TrainingTransform
 from fastuper.recipes import RECIPES, parameter_groups
 from fastuper.training import GlobalBatches, TrainingConfig, TrainingError
 from tests.training.common import (
@@ -223,6 +224,55 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(step, tmp_path, monkeypat
         assert torch.equal(parts.saved_model.state_dict()[name], value), name
     # Images of the steps that were done are not read again.
     assert len(data.read) == (5 - (3 if step == 3 else 0)) * 2
+
+
+def test_the_same_trainer_goes_on_after_it_was_interrupted(tmp_path, monkeypatch):
+    """In the midst of a step, when some of its gradients were there already."""
+    options = {"steps": 4, "batch_size": 4, "accumulate": 2, "freeze_norm": True}
+    train(tmp_path / "whole", **options)
+    loss, trainers, calls = fastuper.training.Trainer._loss, [], []
+
+    def stop(trainer, *arguments):
+        calls.append(trainers.append(trainer))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastuper.training.Trainer, "_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", **options)
+    assert trainers[0].step == 2
+    trainers[0].train()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_another_loop_in_the_midst_of_accumulating_stops_no_step(tmp_path):
+    plain = train(tmp_path / "plain", steps=2)
+    state = plain.accelerator.gradient_state
+    state._set_sync_gradients(False)
+    try:
+        train(tmp_path / "beside", steps=2)
+    finally:
+        state._set_sync_gradients(True)
+    assert losses(tmp_path / "beside") == losses(tmp_path / "plain")
+    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "plain")[1]
+
+
+def test_validation_that_was_not_finished_is_logged_once(tmp_path, monkeypatch):
+    options = {"steps": 3, "validate_every": 2, "validation": Photos(2, seed=1)}
+    train(tmp_path / "whole", **options)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastuper.training.RunFolder, "write_best", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", **options)
+    assert "mIoU" in read_log(tmp_path / "parts")[-1]
+    train(tmp_path / "parts", **options)
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
 
 
 def test_stochastic_depth_draws_differently_at_each_step(tmp_path):
@@ -514,6 +564,50 @@ def test_recipes_decide_what_is_left_open():
     assert (plan.warmup_steps, plan.validate_every, plan.save_every) == (10, 7, 7)
 
 
+@pytest.mark.parametrize("where", ["log", "events"])
+def test_disk_that_is_full_when_losses_are_logged(where, tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    target, name = (fastuper.training.RunFolder, "write_log") if where == "log" else (SummaryWriter, "add_scalar")
+    options = {"steps": 3, "save_every": 1}
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, full)
+        patch.setattr(SummaryWriter, "close", full)  # what it holds back cannot be written either
+        with pytest.raises(TrainingError) as raised:
+            train(tmp_path, **options)
+    assert f"the losses up to step 2 could not be logged in {tmp_path}: " in str(raised.value)
+    assert "No space left on device. The checkpoint of step 1 is intact" in str(raised.value)
+    train(tmp_path, **options)
+    assert len(losses(tmp_path)) == 3
+
+
+class Ignored(Photos):
+    def __getitem__(self, index: int):
+        image, label, name = super().__getitem__(index)
+        return Sample(image, np.full_like(label, 255), name)
+
+
+def test_validation_without_a_pixel_that_counts(tmp_path):
+    message = "validation of step 1 failed: all pixels of the validation data are ignored .label 255.. The checkpoint"
+    with pytest.raises(TrainingError, match=message):
+        train(tmp_path, steps=2, validation=Ignored(2))
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_other_kinds_of_parallelism_are_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType(kind))
+    with pytest.raises(ValueError, match=f"Accelerate is configured for {kind}, and training here is data parallel"):
+        train(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_missing_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r"training needs tensorboard: pip install 'fastuper\[train\]'"):
@@ -535,7 +629,9 @@ def test_environment_changes_no_step(tmp_path, monkeypatch):
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    train(tmp_path / "set", steps=2)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    trainer = train(tmp_path / "set", steps=2)
+    assert trainer.parallel is trainer.model
     assert losses(tmp_path / "set") == losses(tmp_path / "plain")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,24 @@ def test_cityscapes(tmp_path: Path, by_train_id: bool) -> None:
     assert sample.name.endswith("ulm_000001_000019_leftImg8bit.png")
     assert len(dataset.id2label) == 19
     assert (dataset.id2label[0], dataset.id2label[18]) == ("road", "bicycle")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_labels_of_few_bits(bits: int, tmp_path: Path) -> None:
+    """As optimizers of PNG files write them; Pillow shows greys of 2 and 4 bits spread over 8."""
+    values = (np.arange(5 * 7).reshape(5, 7) % (1 << bits)).astype(np.uint8)
+    digits = values[..., None] >> np.arange(bits)[::-1] & 1
+    lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in digits.reshape(5, -1))
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 7, 5, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    path = tmp_path / "labels.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks))
+    np.testing.assert_array_equal(read_labels(path), values)
+    assert read_labels(path).dtype == np.uint8
 
 
 def test_class_names_beside_the_folders(tmp_path: Path) -> None:
