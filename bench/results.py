@@ -30,8 +30,7 @@ from bench.names import (
 
 FOLDER = Path(__file__).parent / "results"
 TINY = {"convnext-t": "ConvNeXt-T", "swin-t": "Swin-T"}
-# Of a step of training ConvNeXt-T: the least ratio of times, the largest of memory.
-FASTER, MEMORY = 1.8, 0.6
+LOSS = "loss"  # of training, what is measured alone
 TITLES = {**TINY, "convnext-b": "ConvNeXt-B", "swin-b": "Swin-B", "convnext-l": "ConvNeXt-L", "swin-l": "Swin-L"}
 
 MACHINE_EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
@@ -185,11 +184,22 @@ def conclude(results: Results) -> None:
     """Store what follows from the measurements: targets, each met or missed, and limits."""
     results["targets"] = []
     for target in TARGETS:
-        value = target.value(results)
-        entry: dict[str, Any] = {"name": target.name, "kind": target.kind, "bound": target.bound, "value": value}
-        entry["met"] = None if value is None else target.met(value)
-        results["targets"].append(entry)
+        results["targets"].append(_judged(target, target.value(results)))
     results["limits"] = limits(results)
+
+
+def training_targets(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what was to be reached by a step of training, of bench.training's results, each met or missed."""
+    row = training["backbones"].get("convnext-t", {})
+    return [
+        _judged(Target("ConvNeXt-T, a step, over Transformers", "speedup", 1.8), row.get("faster")),
+        _judged(Target("ConvNeXt-T, peak memory of a step", "memory", 0.6), row.get("memory")),
+    ]
+
+
+def _judged(target: Target, value: float | None) -> dict[str, Any]:
+    met = None if value is None else target.met(value)
+    return {"name": target.name, "kind": target.kind, "bound": target.bound, "value": value, "met": met}
 
 
 def verdict(target: dict[str, Any]) -> str:

@@ -67,27 +67,12 @@ OPERATIONS: dict[tuple[str, str], Callable[[torch.Generator], Arguments]] = {
     ),
     ("upsample_argmax", "150 classes to 512 x 512"): lambda g: ([logits(g), [(512, 512)]], {}),
     ("upsample_argmax", "150 classes to 683 x 1024"): lambda g: ([logits(g), [(512, 512), (683, 1024)]], {}),
-    ("upsample_cross_entropy", "150 classes at 512 x 512, its gradient"): lambda g: (
-        [logits(g), torch.randint(150, (1, 512, 512), generator=g)],
-        {},
-    ),
 }
 
 
 def logits(generator: torch.Generator) -> torch.Tensor:
     drawn = torch.randn(1, 150, 128, 128, generator=generator, dtype=torch.float64)
     return drawn.contiguous(memory_format=CHANNELS_LAST)
-
-
-def gradient(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return the function that computes a loss's gradient by its first argument: nobody wants the loss alone."""
-
-    def call(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with torch.enable_grad():
-            logits = logits.detach().requires_grad_()
-            return torch.autograd.grad(loss(logits, *args, **kwargs), logits)[0]
-
-    return call
 
 
 def changed(arguments: Arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
@@ -119,8 +104,6 @@ def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
     # By its path: the function of the same name hides the module in the package.
     reference = importlib.import_module(f"fastuper_kernels.{name}").reference
     ours = getattr(fastuper_kernels, name)
-    if name == "upsample_cross_entropy":
-        reference, ours = gradient(reference), gradient(ours)
 
     def build(
         function: Callable[..., Any], arguments: Arguments

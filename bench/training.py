@@ -1,9 +1,10 @@
-"""A step of training beside Transformers: `python -m bench.training` writes bench/results/training.json.
+"""Training beside Transformers: `python -m bench.training` writes bench/results/training.json.
 
 A step is forward, backward and AdamW. For each backbone all take turns, each with weights, optimizer and memory layout
 of its own; the images, labels and starting weights are the same. Peak memory is that of two steps (the second has the
 optimizer's averages) over the weights, in a fresh process each: see bench.memory. The gradients' distances from float64
-are measured on smaller images: a step of float64 takes long.
+are measured on smaller images: a step of float64 takes long. The loss is measured alone as well, from logits at stride
+4 to their gradient.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import torch
 from bench.machine import commit, machine, now, versions
 from bench.memory import peak_of, said_by
 from bench.names import EAGER, FASTUPER
-from bench.results import FOLDER, TINY
+from bench.results import FOLDER, LOSS, TINY, training_targets
 
 RESULTS = FOLDER / "training.json"
 SIZE, BATCH, CLASSES = 512, 2, 150
 PEERS = [*EAGER, FASTUPER]
-GRADIENT_SIZE, SEEDS = 128, 2  # of the images whose gradients are compared with float64, and draws of them
+GRADIENT_SIZE, SEEDS = 128, 5  # of the images whose gradients are compared with float64, and draws of them
 
 Step = Callable[[], torch.Tensor]
 
@@ -68,7 +69,10 @@ def data(peer: str, size: int, batch: int, seed: int = 0, classes: int = CLASSES
 
 
 def stepper(peer: str, backbone: str) -> Step:
-    """Return a function that takes a step and returns its loss."""
+    """Return a function that takes a step and returns its loss; of `LOSS`, one that takes its gradient."""
+    if backbone == LOSS:
+        logits, labels = loss_data(peer)
+        return lambda: loss_and_gradient(peer, logits, labels)[0]
     model = build(peer, backbone)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05)
     return step_of(model, data(peer, SIZE, BATCH), optimizer)
@@ -89,6 +93,29 @@ def step_of(
         return loss.detach()
 
     return step
+
+
+def loss_data(peer: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits at stride 4, as a head has them, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(BATCH, CLASSES, SIZE // 4, SIZE // 4, generator=generator)
+    layout = torch.contiguous_format if peer == EAGER[0] else torch.channels_last
+    return logits.contiguous(memory_format=layout), data(peer, SIZE, BATCH, seed)["labels"]
+
+
+def loss_and_gradient(peer: str, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss and its gradient by the logits, Transformers' way or ours."""
+    import torch.nn.functional as F
+
+    from fastuper_kernels import upsample_cross_entropy
+
+    logits = logits.detach().requires_grad_()
+    if peer == FASTUPER:
+        loss = upsample_cross_entropy(logits, labels, ignore_index=255)
+    else:
+        full = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+        loss = F.cross_entropy(full, labels, ignore_index=255)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
 def alternate(backbone: str, rounds: int) -> dict[str, dict[str, Any]]:
@@ -125,6 +152,20 @@ def peak_in_fresh_process(peer: str, backbone: str) -> dict[str, Any]:
     if "skipped" in found:
         raise RuntimeError(f"{peer}, {backbone}: {found['skipped']}")
     return found
+
+
+def loss_distances() -> dict[str, Any]:
+    """Return likewise how far the gradient of the loss alone is from float64's: one ratio."""
+    errors: dict[str, list[float]] = {peer: [] for peer in PEERS}
+    for seed in range(SEEDS):
+        logits, labels = loss_data(EAGER[0], seed)
+        truth = loss_and_gradient(EAGER[0], logits.double(), labels)[1]
+        for peer in PEERS:
+            found = loss_and_gradient(peer, *loss_data(peer, seed))[1]
+            errors[peer].append(((found.double() - truth).norm() / truth.norm()).item())
+    means = {peer: statistics.fmean(error**2 for error in found) ** 0.5 for peer, found in errors.items()}
+    ratio = means[FASTUPER] / max(means[peer] for peer in EAGER)
+    return {"median_errors": means, "median_ratio": ratio, "largest_ratio": ratio, "size": SIZE, "seeds": SEEDS}
 
 
 def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,7 +225,7 @@ def conclude(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of the loss alone: five times as many")
     parser.add_argument("--backbones", nargs="+", choices=TINY, default=list(TINY), metavar="NAME")
     parser.add_argument("--peak", nargs=2, metavar=("PEER", "BACKBONE"), help="measure the memory of this one alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -201,17 +242,24 @@ def main() -> None:
         "batch": BATCH,
         "dtype": "float32",
         "backbones": {},
+        "loss": {},
     }
     if arguments.output.exists():  # rows of the same code, machine and libraries stay
         before = json.loads(arguments.output.read_text())
         if all(before[key] == result[key] for key in ("commit", "machine", "versions", "size", "batch")):
             result["backbones"] = before["backbones"]
-    for backbone in arguments.backbones:
-        row = result["backbones"][backbone] = {"peers": alternate(backbone, arguments.rounds)}
+    for backbone in [LOSS, *arguments.backbones]:
+        is_loss = backbone == LOSS
+        row: dict[str, Any] = {"peers": alternate(backbone, arguments.rounds * (5 if is_loss else 1))}
         for peer in PEERS:
             row["peers"][peer].update(peak_in_fresh_process(peer, backbone))
-        row["gradients"] = distances(backbone)
+        row["gradients"] = loss_distances() if is_loss else distances(backbone)
         conclude(row)
+        if is_loss:
+            result["loss"] = row
+        else:
+            result["backbones"][backbone] = row
+        result["targets"] = training_targets(result)
         print(backbone, {key: row[key] for key in ("faster", "memory", "gradients")}, flush=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
