@@ -36,7 +36,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def test_evaluation(launched: set[str]) -> None:
     theirs, ours = (model.to(DEVICE) for model in pair(config("convnext"), dtype=torch.float32))
-    pixels = images(2, 3, 64, 96, dtype=torch.float32).to(DEVICE)
+    pixels = images(2, 3, 32, 64, dtype=torch.float32).to(DEVICE)
     with torch.no_grad():
         truth = theirs.double()(pixels.double()).logits
         logits = ours(pixels).logits

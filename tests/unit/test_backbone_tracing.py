@@ -38,12 +38,18 @@ def model(family: str, training: bool, **values: Any) -> nn.Module:
     return Maps(backbone)
 
 
-CASES = [pytest.param(family, {}, marks=[pytest.mark.slow] * (family == "swin"), id=family) for family in FAMILIES]
-CASES.append(
-    pytest.param(
-        "swin", {"use_absolute_embeddings": True, "image_size": 160}, marks=pytest.mark.exhaustive, id="swin-positions"
-    )
-)
+def case(family: str, training: bool, name: str = "", **values: Any) -> Any:
+    """Each family is traced as it is used, and ConvNeXt in training too; the rest is of the same kind."""
+    marks = [pytest.mark.slow] * (family == "swin")
+    if name or (training and family != "convnext"):
+        marks = [pytest.mark.exhaustive]
+    return pytest.param(family, values, training, marks=marks, id=f"{name or family}-{'train' if training else 'eval'}")
+
+
+CASES = [case(family, training) for training in (False, True) for family in FAMILIES]
+CASES += [
+    case("swin", training, "swin-positions", use_absolute_embeddings=True, image_size=160) for training in (False, True)
+]
 
 
 def compare(traced: Any, eager: nn.Module) -> None:
@@ -54,8 +60,7 @@ def compare(traced: Any, eager: nn.Module) -> None:
                 assert error(result, expected) < 1e-13, shape
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(("family", "values"), CASES)
+@pytest.mark.parametrize(("family", "values", "training"), CASES)
 def test_export_with_dynamic_sizes(family, values, training):
     if family.startswith("resnet") and pooling_asks():
         pytest.skip("this PyTorch's max pooling exports for odd sizes or for even ones")
@@ -65,8 +70,7 @@ def test_export_with_dynamic_sizes(family, values, training):
     compare(program.module(), eager)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(("family", "values"), CASES)
+@pytest.mark.parametrize(("family", "values", "training"), CASES)
 def test_compile_in_one_graph_for_all_sizes(family, values, training):
     eager, graphs = model(family, training, **values), []
 

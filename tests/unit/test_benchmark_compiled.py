@@ -12,7 +12,13 @@ pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang+
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["frozen-last", "frozen-first"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param((False, True), id="frozen-last", marks=pytest.mark.exhaustive),
+        pytest.param((True, False), id="frozen-first"),
+    ],
+)
 def test_freezing_makes_weights_constants(order: tuple[bool, bool]):
     torch._dynamo.reset()
     with torch.inference_mode():
