@@ -282,6 +282,25 @@ def test_the_loss_exported():
     assert error(logits, expected) < 1e-5
 
 
+def test_the_loss_exported_without_logits():
+    model, (pixels,) = whole("convnext", True), image_inputs(2, 64, 96)
+    labels = torch.randint(5, (2, 64, 96))
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values, labels):
+            return self.model(pixel_values, labels=labels, output_logits=False).loss
+
+    program = torch.export.export(Loss(), (pixels, labels))
+    assert error(program.module()(pixels, labels), model(pixels, labels=labels).loss) < 1e-5
+    made = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert len(made) > 100
+    assert all(tensor.shape != (2, 5, 64, 96) for tensor in made)
+
+
 @pytest.mark.exhaustive
 def test_segment_in_one_graph():
     """The same labels; one more graph for each number of images, as the result is a list of so many."""

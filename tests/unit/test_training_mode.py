@@ -299,6 +299,18 @@ def kept_bytes(network: UperNetForSemanticSegmentation) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def test_maps_that_are_kept_are_channels_last():
+    network, kept = model("resnet"), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        network(**batch()).loss.backward()
+    own = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
+    maps = [x for x in kept if x.ndim == 4 and x.untyped_storage().data_ptr() not in own]
+    # (B, C, H, W); the loss's own are (B, H, W, classes).
+    strides = [x.stride(3 if x.shape[3] == 5 else 1) for x in maps if x.shape[1] > 1 and x.shape[2:].numel() > 1]
+    assert len(strides) > 100
+    assert set(strides) == {1}
+
+
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_checkpointing_keeps_less(kind):
     network = model(kind)
