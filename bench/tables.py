@@ -248,9 +248,9 @@ def training_table(_: Results | None) -> str:
         f"A step (forward, backward, AdamW) on {result['batch']} images of {result['size']} x {result['size']}, "
         "float32, 150 classes: medians of rounds in which all take turns, and peak memory over the weights in fresh "
         "processes; Transformers in the better of its two memory layouts. Gradients' errors: ours from float64 over "
-        "Transformers' in the worse of them, the median over the parameters and the largest "
-        f"({size} x {size}, {result['loss']['gradients']['seeds']} draws). The loss alone: from logits at stride 4 to "
-        "their gradient; Transformers resamples them first. "
+        "Transformers' in the worse of them, the median over the parameters and the largest; geometric means over "
+        f"{result['loss']['gradients']['seeds']} draws of {size} x {size}, of the loss alone {result['size']} x "
+        f"{result['size']}. That goes from logits at stride 4 to their gradient; Transformers resamples them first. "
         + source({"machine": result["machine"], "runs": {result["run"]: result}, "tasks": {"": result}}, [""])
         + f" To reach: {reached}."
         + " `python -m bench.training` repeats it."

@@ -8,7 +8,7 @@ import pytest
 
 from bench import plots, tables
 from bench.names import COMPILED, EAGER, FASTUPER, ONNX, OPENVINO
-from bench.results import TARGETS, Results, conclude, load, load_training, summary, verdict
+from bench.results import TARGETS, Results, conclude, load, load_training, summary, training_targets, verdict
 
 PEERS = [*EAGER, OPENVINO, ONNX, COMPILED, FASTUPER]
 RUN = "2030-01-02 03:04:05"
@@ -78,6 +78,13 @@ def test_medians_ratios_and_targets(results):
     assert by_name["tasks at which the accuracy rule is broken"]["value"] == 1
     (limit,) = results["limits"]
     assert limit["limit"] == pytest.approx(2.5e11 / 7.7e11)
+
+
+def test_what_training_was_to_reach():
+    faster, memory = training_targets({"backbones": {"convnext-t": {"faster": 1.5, "memory": 0.5}}})
+    assert (faster["value"], faster["met"], verdict(faster)) == (1.5, False, "missed by a factor of 1.20")
+    assert (memory["value"], memory["met"], verdict(memory)) == (0.5, True, "met")
+    assert [verdict(target) for target in training_targets({"backbones": {}})] == ["not measured"] * 2
 
 
 def test_pages_are_drawn_from_the_results_alone(results):
