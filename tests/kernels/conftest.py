@@ -14,7 +14,9 @@ from fastuper_kernels import packs
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            tensor.detach().fill_(float("nan"))  # PyTorch 2.11's checkpoint makes one that requires a gradient
+        return tensor
 
     return wrapper
 

@@ -62,7 +62,7 @@ def test_from_folder_to_checkpoint(data, tmp_path):
     assert f"{output}/last is the model, {output}/best the best one" in text
     assert len(losses(output)) == 3
     assert any("mIoU" in line for line in read_log(output))
-    assert re.search(r"\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d+, lr=.*best mIoU=0\.\d+\]", text), repr(text)
+    assert re.search(r"\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d+", text), repr(text)  # the time that is left
     pixel_values = torch.rand(1, 3, 64, 64)
     for name in ("last", "best"):
         ours = UperNetForSemanticSegmentation.from_pretrained(output / name)
