@@ -339,7 +339,8 @@ def test_the_model_compiled(family, training):
     if (
         training
     ):  # of one size, as crops are: with several, PyTorch 2.14's Inductor fails, of Transformers' model as well
-        check_compiled(model, inputs[:1] * 2, "inductor", training, dynamic=False, limit=1)
+        # Four images: over two, the norm of the pyramid's one cell magnifies rounding beyond what is allowed.
+        check_compiled(model, inputs[-1:] * 2, "inductor", training, dynamic=False, limit=1)
     else:
         check_compiled(model, inputs, "inductor", training, limit=COMPILATIONS + 1 + parities(family))
 
