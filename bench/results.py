@@ -182,9 +182,7 @@ def limits(results: Results) -> list[dict[str, Any]]:
 
 def conclude(results: Results) -> None:
     """Store what follows from the measurements: targets, each met or missed, and limits."""
-    results["targets"] = []
-    for target in TARGETS:
-        results["targets"].append(_judged(target, target.value(results)))
+    results["targets"] = [_judged(target, target.value(results)) for target in TARGETS]
     results["limits"] = limits(results)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from bench.machine import commit, machine, now, versions
 from bench.memory import peak_of, said_by
@@ -105,8 +106,6 @@ def loss_data(peer: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def loss_and_gradient(peer: str, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss and its gradient by the logits, Transformers' way or ours."""
-    import torch.nn.functional as F
-
     from fastuper_kernels import upsample_cross_entropy
 
     logits = logits.detach().requires_grad_()
@@ -154,20 +153,6 @@ def peak_in_fresh_process(peer: str, backbone: str) -> dict[str, Any]:
     return found
 
 
-def loss_distances() -> dict[str, Any]:
-    """Return likewise how far the gradient of the loss alone is from float64's: one ratio."""
-    errors: dict[str, list[float]] = {peer: [] for peer in PEERS}
-    for seed in range(SEEDS):
-        logits, labels = loss_data(EAGER[0], seed)
-        truth = loss_and_gradient(EAGER[0], logits.double(), labels)[1]
-        for peer in PEERS:
-            found = loss_and_gradient(peer, *loss_data(peer, seed))[1]
-            errors[peer].append(float(f"{((found.double() - truth).norm() / truth.norm()).item():.3g}"))
-    means = {peer: statistics.geometric_mean(found) for peer, found in errors.items()}
-    ratio = means[FASTUPER] / max(means[peer] for peer in EAGER)
-    return {"median_errors": errors, "median_ratio": ratio, "largest_ratio": ratio, "size": SIZE, "seeds": SEEDS}
-
-
 def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the loss and the gradients of every parameter, as our model names it."""
     from tests.parity.models import named_gradients
@@ -179,6 +164,17 @@ def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
     return {"loss": loss.detach(), **found}
 
 
+def drawn_gradients(peer: str, backbone: str, seed: int, exact: bool = False) -> dict[str, torch.Tensor]:
+    """Return a peer's gradients of one draw, in float32, or `exact` ones in float64; of `LOSS` the logits' own."""
+    dtype = torch.float64 if exact else torch.float32
+    if backbone == LOSS:
+        logits, labels = loss_data(peer, seed)
+        return {"logits": loss_and_gradient(peer, logits.to(dtype), labels)[1]}
+    batch = data(peer, GRADIENT_SIZE, 4, seed)
+    pixel_values = batch["pixel_values"].to(dtype)
+    return gradients(build(peer, backbone, seed).to(dtype), {**batch, "pixel_values": pixel_values})
+
+
 def distances(backbone: str) -> dict[str, Any]:
     """Return how far float32's gradients are from float64's, ours over the larger of Transformers' two layouts.
 
@@ -188,26 +184,21 @@ def distances(backbone: str) -> dict[str, Any]:
     """
     errors: dict[str, dict[str, list[float]]] = {peer: {} for peer in PEERS}
     for seed in range(SEEDS):
-        truth_of = build(EAGER[0], backbone, seed).double()
-        batch = data(EAGER[0], GRADIENT_SIZE, 4, seed)
-        truth = gradients(truth_of, {**batch, "pixel_values": batch["pixel_values"].double()})
-        del truth_of
+        truth = drawn_gradients(EAGER[0], backbone, seed, exact=True)
         largest = max(gradient.norm() for gradient in truth.values())
         for peer in PEERS:
-            found = gradients(build(peer, backbone, seed), data(peer, GRADIENT_SIZE, 4, seed))
+            found = drawn_gradients(peer, backbone, seed)
             for name, gradient in truth.items():
                 if gradient.norm() > 1e-9 * largest:  # a key's bias has no gradient but rounding
                     distance = ((found[name].double() - gradient).norm() / gradient.norm()).item()
                     errors[peer].setdefault(name, []).append(max(distance, 1e-12))
-    means = {peer: {name: statistics.geometric_mean(x) for name, x in found.items()} for peer, found in errors.items()}
-    ratios = {name: mean / max(means[peer][name] for peer in EAGER) for name, mean in means[FASTUPER].items()}
-    squares = {
-        peer: {name: statistics.fmean(error**2 for error in found) for name, found in of.items()}
-        for peer, of in errors.items()
-    }
-    by_squares = [
-        (square / max(squares[peer][name] for peer in EAGER)) ** 0.5 for name, square in squares[FASTUPER].items()
-    ]
+
+    def ratios_of(mean: Callable[[list[float]], float]) -> dict[str, float]:
+        means = {peer: {name: mean(draws) for name, draws in of.items()} for peer, of in errors.items()}
+        return {name: ours / max(means[peer][name] for peer in EAGER) for name, ours in means[FASTUPER].items()}
+
+    ratios = ratios_of(statistics.geometric_mean)
+    by_squares = ratios_of(lambda draws: statistics.fmean(error**2 for error in draws) ** 0.5)
     worst = max(ratios, key=ratios.__getitem__)
     return {
         "median_errors": {
@@ -217,8 +208,8 @@ def distances(backbone: str) -> dict[str, Any]:
         "median_ratio": statistics.median(ratios.values()),
         "largest_ratio": ratios[worst],
         "largest_at": worst,
-        "median_ratio_of_squares": statistics.median(by_squares),
-        "size": GRADIENT_SIZE,
+        "median_ratio_of_squares": statistics.median(by_squares.values()),
+        "size": SIZE if backbone == LOSS else GRADIENT_SIZE,
         "seeds": SEEDS,
     }
 
@@ -261,7 +252,7 @@ def main() -> None:
         row: dict[str, Any] = {"peers": alternate(backbone, arguments.rounds * (5 if is_loss else 1))}
         for peer in PEERS:
             row["peers"][peer].update(peak_in_fresh_process(peer, backbone))
-        row["gradients"] = loss_distances() if is_loss else distances(backbone)
+        row["gradients"] = distances(backbone)
         conclude(row)
         if is_loss:
             result["loss"] = row

@@ -336,10 +336,9 @@ def test_segment_exported():
 @pytest.mark.parametrize("family", BACKBONES)
 def test_the_model_compiled(family, training):
     model, inputs = Logits(whole(family, training)), images_for(family)
-    if (
-        training
-    ):  # of one size, as crops are: with several, PyTorch 2.14's Inductor fails, of Transformers' model as well
-        # Four images: over two, the norm of the pyramid's one cell magnifies rounding beyond what is allowed.
+    if training:
+        # Of one size, as crops are: with several PyTorch 2.14's Inductor fails, of Transformers' model as well. Four
+        # images: over two, the norm of the pyramid's one cell magnifies rounding beyond what is allowed.
         check_compiled(model, inputs[-1:] * 2, "inductor", training, dynamic=False, limit=1)
     else:
         check_compiled(model, inputs, "inductor", training, limit=COMPILATIONS + 1 + parities(family))
