@@ -40,7 +40,7 @@ from bench.names import EAGER as LAYOUTS
 from bench.results import Target, verdict
 from bench.roofline import Gpu, Shapes, head, loss
 from fastuper_kernels import tune
-from fastuper_kernels.choices import replace_json
+from fastuper_kernels.dispatch.choices import replace_json
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU is for the test of this file
@@ -48,7 +48,7 @@ OURS, EAGER, COMPILED = "fastuper", "PyTorch", "PyTorch, compiled"
 THEIRS, CHANNELS_LAST = LAYOUTS
 TESTS = [
     "tests/interpreted",
-    "tests/unit/test_capture.py",
+    "tests/models/test_cuda_graph.py",
     *(f"tests/parity/test_{name}.py" for name in ("forward", "gradients", "accuracy", "segment")),
 ]
 LARGE = "tests/interpreted/test_large.py"

@@ -66,7 +66,7 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
 
     import fastuper
     from bench.peers import BACKBONES, CLASSES, post_process
-    from fastuper_kernels.packs import packed_bytes
+    from fastuper_kernels.cpu.packs import packed_bytes
     from tests.parity.models import images, randomize, uninitialized
 
     config = transformers.UperNetConfig(

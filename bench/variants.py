@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.peers import CHANNELS_LAST, CONTIGUOUS, Peer, Task, World, transformers_eager
-from fastuper.plain import fold
+from fastuper.models.untouched import fold
 from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, upsampled_conv3x3
-from fastuper_kernels.pyramid_pool import grids
+from fastuper_kernels.ops.pyramid_pool import grids
 
 
 class StepwiseHead(nn.Module):

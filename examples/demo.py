@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from transformers import UperNetForSemanticSegmentation as TheirModel
 
-from fastuper.hub import atomic_path
-from fastuper.metrics import ConfusionMatrix
+from fastuper.evaluation.confusion import ConfusionMatrix
+from fastuper.io.hub import atomic_path
 from fastuper.scenes import ID2LABEL, MODEL, PALETTE, load_model, scene
 
 try:  # Transformers 5: the processor that resizes with Pillow, as 4.x does

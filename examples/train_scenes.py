@@ -2,7 +2,7 @@
 
     python examples/train_scenes.py         about an hour on two cores; what was stopped goes on where it was
 
-Then the weights, rounded to bfloat16, go to fastuper/scenes_model/, and what they reach on scenes that nothing was
+Then the weights, rounded to bfloat16, go to fastuper/scenes/model/, and what they reach on scenes that nothing was
 trained on or chosen by goes to examples/train_scenes.jsonl, with the losses on the way. There too is what a classifier
 of a pixel's colour and place alone reaches: what is missing there needs the surroundings.
 """
@@ -26,8 +26,8 @@ from torch import nn
 
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.data import Sample, SampleDataset, TrainingTransform
-from fastuper.hub import atomic_path
-from fastuper.metrics import ConfusionMatrix
+from fastuper.evaluation.confusion import ConfusionMatrix
+from fastuper.io.hub import atomic_path
 from fastuper.scenes import ID2LABEL, MODEL, SceneDataset, load_model
 from fastuper.training import Trainer, TrainingConfig
 
@@ -167,7 +167,7 @@ def build_model() -> UperNetForSemanticSegmentation:
 def ship(checkpoint: Path) -> None:
     """Put a checkpoint into the package, in bfloat16."""
     model = UperNetForSemanticSegmentation.from_pretrained(checkpoint, dtype="bfloat16")
-    unfinished = MODEL.with_name(".scenes_model")
+    unfinished = MODEL.with_name(".model")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     UperNetImageProcessor.from_pretrained(checkpoint).save_pretrained(unfinished)

@@ -1,12 +1,13 @@
 """UPerNet for semantic segmentation: the same network as Hugging Face Transformers', with less work."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastuper.io.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastuper.configuration import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig
-    from fastuper.image_processor import BatchFeature, UperNetImageProcessor
-    from fastuper.modeling import UperNetForSemanticSegmentation
+    from fastuper.data.processor import BatchFeature, UperNetImageProcessor
+    from fastuper.models.configuration import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig
+    from fastuper.models.upernet import UperNetForSemanticSegmentation
 
 __version__ = "0.1.0"
 
@@ -20,25 +21,15 @@ __all__ = [
     "UperNetImageProcessor",
 ]
 
-# Each name is imported when it is first used: torch takes seconds, for which `fastuper --help` need not wait.
-_MODULES = {
-    "BatchFeature": "image_processor",
-    "ConvNextConfig": "configuration",
-    "ResNetConfig": "configuration",
-    "SwinConfig": "configuration",
-    "UperNetConfig": "configuration",
-    "UperNetForSemanticSegmentation": "modeling",
-    "UperNetImageProcessor": "image_processor",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BatchFeature": "fastuper.data.processor",
+        "ConvNextConfig": "fastuper.models.configuration",
+        "ResNetConfig": "fastuper.models.configuration",
+        "SwinConfig": "fastuper.models.configuration",
+        "UperNetConfig": "fastuper.models.configuration",
+        "UperNetForSemanticSegmentation": "fastuper.models.upernet",
+        "UperNetImageProcessor": "fastuper.data.processor",
+    },
+)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from fastuper.hub import find_file
+from fastuper.io.hub import find_file
 
 if TYPE_CHECKING:
     import torch
@@ -75,13 +75,13 @@ def load_model(
     from safetensors import SafetensorError
 
     from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
-    from fastuper.scenes import MODEL
+    from fastuper.scenes.dataset import MODEL
 
     chosen = choose_device(device)
     if model is None:
         typer.echo(
             "no --model: taking the package's own, a small UPerNet-ConvNeXt that has seen generated street scenes "
-            "(fastuper.scenes) and nothing else; of photographs it knows nothing",
+            "(fastuper.scenes.dataset) and nothing else; of photographs it knows nothing",
             err=True,
         )
         model = str(MODEL)

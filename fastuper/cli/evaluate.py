@@ -82,9 +82,9 @@ def evaluate_model(
     """
     from tqdm import tqdm
 
-    from fastuper.data import find_splits, open_dataset
-    from fastuper.evaluation import check_classes, class_names, evaluate
-    from fastuper.metrics import check_picture
+    from fastuper.data.samples import find_splits, open_dataset
+    from fastuper.evaluation.confusion import check_picture
+    from fastuper.evaluation.loop import check_classes, class_names, evaluate
 
     try:
         factors = [float(factor) for factor in scales.split(",")]

@@ -25,8 +25,7 @@ from fastuper.cli.common import (
     make_folder,
     one_line,
 )
-from fastuper.hub import atomic_path
-from fastuper.images import (
+from fastuper.data.images import (
     MAX_PIXELS,
     ImageError,
     class_name,
@@ -37,6 +36,7 @@ from fastuper.images import (
     read_image,
     save_label_png,
 )
+from fastuper.io.hub import atomic_path
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,7 @@ def _segment_all(
     """Segment every job's photo and write its files; failures are added to the list. Returns how many were written."""
     from tqdm import tqdm
 
-    from fastuper.evaluation import class_names
+    from fastuper.evaluation.loop import class_names
 
     id2label = class_names(network)
     palette = class_palette(id2label)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastuper.cli.common import EXPECTED, LayoutName, LayoutOption, leave, one_line
-from fastuper.hub import find_file, reason
-from fastuper.images import read_labels
+from fastuper.data.images import read_labels
+from fastuper.io.hub import find_file, reason
 
 if TYPE_CHECKING:
     from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
-    from fastuper.data import FolderDataset, Layout
+    from fastuper.data.samples import FolderDataset, Layout
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
@@ -141,10 +141,10 @@ def train_model(
     Exit status: 0 all steps are done, 1 training stopped, 2 nothing could start, 130 stopped by Ctrl-C.
     """
     try:
-        from fastuper.training import Trainer, TrainingConfig, TrainingError
+        from fastuper.training.trainer import Trainer, TrainingConfig, TrainingError
     except ImportError as error:
         leave(one_line(error))
-    from fastuper.data import TrainingTransform
+    from fastuper.data.samples import TrainingTransform
 
     try:
         for option, value in (("--backbone", backbone), ("--hidden-size", hidden_size)):
@@ -212,7 +212,7 @@ def _open(
     data: Path, layout: Layout, split: str | None, validation_split: str | None, ignore_index: int
 ) -> tuple[FolderDataset, FolderDataset | None]:
     """Return what to train on and what to validate on; the latter is None where there is no split for it."""
-    from fastuper.data import SPLIT_NAMES, find_splits, open_dataset
+    from fastuper.data.samples import SPLIT_NAMES, find_splits, open_dataset
 
     splits = find_splits(data, layout)
     if validation_split is None and not {*splits} & {*SPLIT_NAMES[1]}:
@@ -234,8 +234,8 @@ def _found(training: FolderDataset, validation: FolderDataset | None, model: str
     from tqdm import tqdm
 
     from fastuper import UperNetConfig
-    from fastuper.data import checked_classes
-    from fastuper.evaluation import classes_of
+    from fastuper.data.samples import checked_classes
+    from fastuper.evaluation.loop import classes_of
 
     files = training.files + ([] if validation is None else validation.files)
     highest = 0
@@ -271,8 +271,8 @@ def _build(
     import torch
 
     from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
-    from fastuper.evaluation import check_classes, classes_of
-    from fastuper.recipes import BACKBONES
+    from fastuper.evaluation.loop import check_classes, classes_of
+    from fastuper.recipes.recipes import BACKBONES
 
     torch.manual_seed(seed)
     common: dict[str, Any] = {"id2label": id2label, "loss_ignore_index": ignore_index}
@@ -309,7 +309,7 @@ def _build(
 
 
 def _set_drop_path(config: UperNetConfig, rate: float) -> None:
-    from fastuper.configuration import ForeignBackboneConfig, named_backbone_config
+    from fastuper.models.configuration import ForeignBackboneConfig, named_backbone_config
 
     backbone = config.backbone_config or named_backbone_config(config)
     if not hasattr(backbone, "drop_path_rate"):

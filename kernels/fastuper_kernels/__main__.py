@@ -1,6 +1,6 @@
 """`python -m fastuper_kernels`: which way each operation takes on this machine, and why."""
 
-from fastuper_kernels.choices import table
-from fastuper_kernels.linear import LIMITS
+from fastuper_kernels.cpu.linear import LIMITS
+from fastuper_kernels.dispatch.choices import table
 
 print(*table(), *LIMITS, sep="\n")

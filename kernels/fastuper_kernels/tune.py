@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastuper_kernels.choices import may_measure, replace_json, table
-from fastuper_kernels.conv_bn_relu import CONV
+from fastuper_kernels.dispatch.choices import may_measure, replace_json, table
+from fastuper_kernels.ops.conv_bn_relu import CONV
 
 
 class Layer(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from bench import compiled
-from fastuper_kernels.backend import interpreted
+from fastuper_kernels.dispatch.backend import interpreted
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastuper.scenes import PALETTE, scene
+from fastuper.scenes.dataset import PALETTE, scene
 
 ROOT = Path(__file__).parents[2]
 

@@ -33,8 +33,8 @@ def test_wheel_holds_two_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names}
     assert roots == {"fastuper", "fastuper_kernels", f"fastuper-{wheel.name.split('-')[1]}.dist-info"}
-    model = [f"fastuper/scenes_model/{name}.json" for name in ("config", "preprocessor_config")]
-    model.append("fastuper/scenes_model/model.safetensors")
+    model = [f"fastuper/scenes/model/{name}.json" for name in ("config", "preprocessor_config")]
+    model.append("fastuper/scenes/model/model.safetensors")
     for file in ("fastuper/py.typed", "fastuper_kernels/py.typed", "fastuper/ade20k.json", *model):
         assert file in names
     tracked = {
@@ -66,7 +66,7 @@ model.save_pretrained({str(tmp_path / "model")!r})
 again = fastuper.UperNetForSemanticSegmentation.from_pretrained({str(tmp_path / "model")!r})
 x = torch.rand(1, 3, 40, 50)
 assert torch.equal(model(x).logits, again(x).logits)
-from fastuper.scenes import load_model, scene
+from fastuper.scenes.dataset import load_model, scene
 network, processor = load_model()
 picture, truth = scene(0)
 (labels,) = network.segment(**processor(images=picture, return_tensors="pt"))

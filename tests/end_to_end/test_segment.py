@@ -25,8 +25,8 @@ from typer.testing import CliRunner, Result
 import fastuper
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.cli import app
-from fastuper.images import class_palette
-from fastuper.scenes import PALETTE, scene
+from fastuper.data.images import class_palette
+from fastuper.scenes.dataset import PALETTE, scene
 from tests.end_to_end.common import NAMES
 
 try:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import fastuper_kernels as ops
-from fastuper_kernels.backend import interpreted
+from fastuper_kernels.dispatch.backend import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, CHANNELS, SIZE = 1030, 512, 64  # 2.16e9 numbers

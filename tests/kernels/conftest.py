@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastuper_kernels import packs
+from fastuper_kernels.cpu import packs
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from fastuper_kernels import resample
-from fastuper_kernels.band import Band, bilinear_chain, bilinear_taps, blocks_of, inputs_of
+from fastuper_kernels.cpu import resample
+from fastuper_kernels.cpu.band import Band, bilinear_chain, bilinear_taps, blocks_of, inputs_of
 from tests.kernels.common import random, traced
 
-band_module = importlib.import_module("fastuper_kernels.band")
+band_module = importlib.import_module("fastuper_kernels.cpu.band")
 
 many = settings(max_examples=80, deadline=None, derandomize=True)
 sizes = st.integers(1, 40)

@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from fastuper_kernels import conv_bn_relu, winograd
+from fastuper_kernels import conv_bn_relu
+from fastuper_kernels.cpu import winograd
 from tests.kernels.common import (
     DTYPES,
     LAYOUTS,
@@ -32,7 +33,7 @@ from tests.kernels.common import (
     traced,
 )
 
-module = importlib.import_module("fastuper_kernels.conv_bn_relu")
+module = importlib.import_module("fastuper_kernels.ops.conv_bn_relu")
 reference = module.reference
 WEIGHT_LAYOUTS = ["contiguous", "channels-last", "strided", "channels-of-more"]
 

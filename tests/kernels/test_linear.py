@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fastuper_kernels import linear
-from fastuper_kernels.linear import ACTIVATIONS, LINEAR
+from fastuper_kernels.cpu.linear import ACTIVATIONS, LINEAR
 
 WAYS = ["plain", "conv", "onednn", "float32"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -141,7 +141,7 @@ def test_without_onednn(monkeypatch):
     x, weight, bias, _ = operands(64, 24)
     called = []
     # The package's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["fastuper_kernels.linear"], "_onednn", lambda *_: called.append(1))
+    monkeypatch.setattr(sys.modules["fastuper_kernels.cpu.linear"], "_onednn", lambda *_: called.append(1))
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         assert error(linear(x, weight, bias), truth_of(x, weight, bias, None, None)) < 1e-6
     assert not called

@@ -12,8 +12,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastuper_kernels import conv_bn_relu, packs, upsampled_conv3x3, winograd
-from fastuper_kernels.packs import fingerprint, packed
+from fastuper_kernels import conv_bn_relu, upsampled_conv3x3
+from fastuper_kernels.cpu import packs, winograd
+from fastuper_kernels.cpu.packs import fingerprint, packed
 from tests.kernels.common import laid_out, name_of, random
 
 many = settings(max_examples=80, deadline=None, derandomize=True)
@@ -438,7 +439,7 @@ def test_no_operation_uses_a_stale_pack(change, dtype):
         pytest.skip("NumPy has no bfloat16")
     weight = torch.nn.Parameter(random(64, 64, 3, 3).to(dtype))
     x = random(1, 64, 9, 9, seed=1).to(dtype)
-    module = importlib.import_module("fastuper_kernels.upsampled_conv3x3")
+    module = importlib.import_module("fastuper_kernels.ops.upsampled_conv3x3")
     with torch.no_grad():
         conv_bn_relu(x, weight)
         upsampled_conv3x3([x], [weight], (18, 18))

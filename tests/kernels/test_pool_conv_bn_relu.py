@@ -24,7 +24,7 @@ from tests.kernels.common import (
     traced,
 )
 
-reference = importlib.import_module("fastuper_kernels.pool_conv_bn_relu").reference
+reference = importlib.import_module("fastuper_kernels.ops.pool_conv_bn_relu").reference
 
 
 def test_signature():

@@ -25,7 +25,7 @@ from tests.kernels.common import (
     same,
 )
 
-reference = importlib.import_module("fastuper_kernels.pyramid_pool").reference
+reference = importlib.import_module("fastuper_kernels.ops.pyramid_pool").reference
 
 
 def test_signature():

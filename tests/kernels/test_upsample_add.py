@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastuper_kernels import upsample_add
 from tests.kernels.common import DTYPES, LAYOUTS, check_accuracy, check_every_way, laid_out, parameters_of, random, same
 
-reference = importlib.import_module("fastuper_kernels.upsample_add").reference
+reference = importlib.import_module("fastuper_kernels.ops.upsample_add").reference
 
 
 def resampling_matrix(size_in: int, size_out: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from tests.kernels.common import (
     traced,
 )
 
-module = importlib.import_module("fastuper_kernels.upsampled_conv3x3")
+module = importlib.import_module("fastuper_kernels.ops.upsampled_conv3x3")
 reference = module.reference
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fastuper_kernels import winograd
+from fastuper_kernels.cpu import winograd
 from tests.kernels.common import error, laid_out, random, rms
 
 

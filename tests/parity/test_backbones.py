@@ -11,7 +11,7 @@ import transformers
 from transformers.activations import ACT2FN
 
 import fastuper
-from fastuper.backbones.layers import ACTIVATIONS, activation
+from fastuper.models.backbones.layers import ACTIVATIONS, activation
 from tests.parity.models import HEAD, STAGES, error, images, randomize, segmentation_labels
 
 BOUND = 1e-10

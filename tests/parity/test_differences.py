@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastuper
-from fastuper import plain
+from fastuper.models import untouched as plain
 from tests.parity.models import BACKBONES, STAGES, VERSION_5, config, error, images, pair, segmentation_labels
 
 BOUND = 1e-10

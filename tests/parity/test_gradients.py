@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastuper_kernels import winograd
+from fastuper_kernels.cpu import winograd
 from tests.parity.models import (
     FAMILIES,
     config,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastuper import UperNetImageProcessor
-from fastuper.inference import Predictor
+from fastuper.inference.predictor import Predictor
 from tests.parity.models import config, pair
 
 PROCESSOR = UperNetImageProcessor(size={"height": 72, "width": 96})

@@ -46,7 +46,7 @@ def test_outputs_are_transformers_own_once_it_is_imported():
     ours = pair(config("convnext"), dtype=torch.float32)[1]
     with torch.no_grad():
         output = ours(images(1, 3, 33, 40, dtype=torch.float32))
-    assert isinstance(output, fastuper.outputs.SemanticSegmenterOutput)
+    assert isinstance(output, fastuper.models.outputs.SemanticSegmenterOutput)
     assert isinstance(output, transformers.utils.ModelOutput)
     copies = [copy.deepcopy(output), pickle.loads(pickle.dumps(output)), type(output)(dict(output))]
     values, spec = torch.utils._pytree.tree_flatten(output)

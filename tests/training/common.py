@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
-from fastuper.data import Sample
-from fastuper.training import Trainer, TrainingConfig
+from fastuper.data.samples import Sample
+from fastuper.training.trainer import Trainer, TrainingConfig
 
 CLASSES = {0: "sky", 1: "tree", 2: "road"}
 SIZE = 32

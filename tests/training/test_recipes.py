@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, PolynomialLR
 
 from fastuper import ConvNextConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
-from fastuper.recipes import BACKBONES, RECIPES, learning_rate_factor, parameter_groups, recipe_for
+from fastuper.recipes.recipes import BACKBONES, RECIPES, learning_rate_factor, parameter_groups, recipe_for
 
 
 def build(backbone_config, **options) -> UperNetForSemanticSegmentation:

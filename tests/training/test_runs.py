@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from fastuper.hub import atomic_folder
-from fastuper.runs import STATE, RunFolder, read_state
+from fastuper.io.hub import atomic_folder
+from fastuper.training.runs import STATE, RunFolder, read_state
 
 
 def write(content: str):

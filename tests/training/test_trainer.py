@@ -15,11 +15,11 @@ import transformers
 from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
-import fastuper.training
+import fastuper.training.trainer
 from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
-from fastuper.data import DataError, Sample, TrainingDataset, TrainingTransform
-from fastuper.recipes import RECIPES, parameter_groups
-from fastuper.training import GlobalBatches, TrainingConfig, TrainingError
+from fastuper.data.samples import DataError, Sample, TrainingDataset, TrainingTransform
+from fastuper.recipes.recipes import RECIPES, parameter_groups
+from fastuper.training.trainer import GlobalBatches, TrainingConfig, TrainingError
 from tests.training.common import (
     Photos,
     losses,
@@ -33,14 +33,14 @@ from tests.training.common import (
 
 def interrupt(monkeypatch, step: int) -> None:
     """Have the trainer stop after some steps, in the middle of the next."""
-    loss = fastuper.training.Trainer._loss
+    loss = fastuper.training.trainer.Trainer._loss
 
     def stop(trainer, *arguments):
         if trainer.step == step:
             raise KeyboardInterrupt
         return loss(trainer, *arguments)
 
-    monkeypatch.setattr(fastuper.training.Trainer, "_loss", stop)
+    monkeypatch.setattr(fastuper.training.trainer.Trainer, "_loss", stop)
 
 
 # ------------------------------------------------------------------------------------------------------ order of images
@@ -230,7 +230,7 @@ def test_the_same_trainer_goes_on_after_it_was_interrupted(tmp_path, monkeypatch
     """In the midst of a step, when some of its gradients were there already."""
     options = {"steps": 4, "batch_size": 4, "accumulate": 2, "freeze_norm": True}
     train(tmp_path / "whole", **options)
-    loss, trainers, calls = fastuper.training.Trainer._loss, [], []
+    loss, trainers, calls = fastuper.training.trainer.Trainer._loss, [], []
 
     def stop(trainer, *arguments):
         calls.append(trainers.append(trainer))
@@ -239,7 +239,7 @@ def test_the_same_trainer_goes_on_after_it_was_interrupted(tmp_path, monkeypatch
         return loss(trainer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fastuper.training.Trainer, "_loss", stop)
+        patch.setattr(fastuper.training.trainer.Trainer, "_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", **options)
     assert trainers[0].step == 2
@@ -267,7 +267,7 @@ def test_validation_that_was_not_finished_is_logged_once(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fastuper.training.RunFolder, "write_best", stop)
+        patch.setattr(fastuper.training.trainer.RunFolder, "write_best", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", **options)
     assert "mIoU" in read_log(tmp_path / "parts")[-1]
@@ -411,7 +411,7 @@ def test_nan_stops_and_names_step_and_files(tmp_path):
 
 def test_nan_that_is_seen_later_is_named_as_well(tmp_path, monkeypatch):
     """As on a GPU, whose losses are looked at when they are logged: two steps after the first NaN here."""
-    monkeypatch.setattr(fastuper.training, "_looks_at_each_step", lambda device: False)
+    monkeypatch.setattr(fastuper.training.trainer, "_looks_at_each_step", lambda device: False)
     order = [index for batch in GlobalBatches(6, 2, 1, 9) for _, index in batch]
     assert order.index(4) in (2, 3)
     names = ", ".join(f"photo{i}.png" if i != 4 else "poisoned.png" for i in order[2:4])
@@ -450,7 +450,7 @@ def test_full_disk_keeps_the_older_checkpoint(kilobytes, tmp_path, monkeypatch):
     """Writes that really fail, in the middle of a file: of those that are larger than a limit."""
     import resource
 
-    write = fastuper.training.Trainer._write
+    write = fastuper.training.trainer.Trainer._write
     run, folders, written = tmp_path / "run", [], []
 
     def limited(trainer, folder):
@@ -465,7 +465,7 @@ def test_full_disk_keeps_the_older_checkpoint(kilobytes, tmp_path, monkeypatch):
             written.append(sorted(path.name for path in folder.iterdir()))
 
     with monkeypatch.context() as patch:
-        patch.setattr(fastuper.training.Trainer, "_write", limited)
+        patch.setattr(fastuper.training.trainer.Trainer, "_write", limited)
         with pytest.raises(TrainingError) as raised:
             train(run, steps=4, save_every=2)
     message = str(raised.value)
@@ -571,7 +571,9 @@ def test_disk_that_is_full_when_losses_are_logged(where, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    target, name = (fastuper.training.RunFolder, "write_log") if where == "log" else (SummaryWriter, "add_scalar")
+    target, name = (
+        (fastuper.training.trainer.RunFolder, "write_log") if where == "log" else (SummaryWriter, "add_scalar")
+    )
     options = {"steps": 3, "save_every": 1}
     with monkeypatch.context() as patch:
         interrupt(patch, 1)

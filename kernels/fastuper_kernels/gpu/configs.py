@@ -1,8 +1,8 @@
 """Which configuration of a kernel runs: forced, or measured on this GPU, or else a heuristic's.
 
 What was tuned on a GPU that was really used is in tuned.json, under the device's name; what `python -m
-fastuper_kernels.tune` measures is in the user's cache (see `fastuper_kernels.choices`). For every other device and
-shape a heuristic picks one, labelled as such by `python -m fastuper_kernels.tune --show`.
+fastuper_kernels.tune` measures is in the user's cache (see `fastuper_kernels.dispatch.choices`). For every other
+device and shape a heuristic picks one, labelled as such by `python -m fastuper_kernels.tune --show`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fastuper_kernels.choices import cache_file, forced, may_measure
-from fastuper_kernels.conv_bn_relu import CONV
+from fastuper_kernels.dispatch.choices import cache_file, forced, may_measure
+from fastuper_kernels.ops.conv_bn_relu import CONV
 
 SHIPPED = Path(__file__).parent / "tuned.json"
 

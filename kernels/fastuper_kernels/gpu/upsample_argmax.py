@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastuper_kernels.gpu.layout import nhwc, on_its_device
 from fastuper_kernels.gpu.tiles import TAPS, band, taps_of_chain
-from fastuper_kernels.upsample_argmax import upsample_argmax as public
+from fastuper_kernels.ops.upsample_argmax import upsample_argmax as public
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastuper_kernels.gpu.layout import from_nhwc, nhwc, on_its_device
 from fastuper_kernels.gpu.tiles import TAPS, band, taps_of_chain
-from fastuper_kernels.upsample_cross_entropy import Options, of_pytorch, walk
+from fastuper_kernels.ops.upsample_cross_entropy import Options, of_pytorch, walk
 
 # Pixels of a row that a program of the forward pass compares, and those that one of the backward pass takes at a time.
 PIXELS, PIXELS_BACK = 32, 16

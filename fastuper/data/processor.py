@@ -1,0 +1,729 @@
+"""From photographs to `pixel_values`, from annotations to `labels`, from logits to label maps.
+
+`UperNetImageProcessor` reads the `preprocessor_config.json` of UPerNet checkpoints and gives, bit for bit, what the
+Pillow backend of Transformers' `SegformerImageProcessor` gives (the class those files name), without Transformers or
+torchvision.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import warnings
+from collections import UserDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+
+from fastuper.io.hub import HubOptions, atomic_path, find_file, read_json
+from fastuper_kernels import upsample_argmax
+from fastuper_kernels.ops.upsample_cross_entropy import with_the_other_class
+
+Image: TypeAlias = "PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str]"
+Images: TypeAlias = "Image | Sequence[Image]"
+
+CONFIG_FILE = "preprocessor_config.json"
+OPTIONS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_reduce_labels",
+)
+# The classes whose files are read; any other's may ask for a crop or a padding that would silently not be done here.
+READ_TYPES = (
+    "SegformerImageProcessor",
+    "SegformerImageProcessorFast",
+    "SegformerImageProcessorPil",
+    "SegformerFeatureExtractor",
+    "UperNetImageProcessor",
+)
+WRITTEN_TYPE = "SegformerImageProcessor"
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# 8-bit pixels are looked up this many rows at a time.
+ROWS = 64
+
+
+class BatchFeature(UserDict[str, Any]):
+    """A dictionary of arrays whose keys are attributes too, as Transformers' class of this name.
+
+    `model(**inputs)` works.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        # `data` is missing while an instance is being copied or unpickled: looking it up there would never end.
+        if name == "data" or name not in self.data:
+            raise AttributeError(f"no {name!r} here; there are {sorted(self.__dict__.get('data', ()))}")
+        return self.data[name]
+
+    def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Move every tensor to a device and cast the floating-point ones to a dtype, in place.
+
+        Args:
+            *args: what `torch.Tensor.to` takes: a device, a dtype, or a device and a dtype.
+            **kwargs: `device`, `dtype` and `non_blocking`, as there.
+
+        Returns:
+            This object. Labels keep their integer dtype, and lists of numpy arrays stay as they are.
+
+        Raises:
+            TypeError: the first argument is neither a device nor a dtype.
+        """
+        device = kwargs.get("device")
+        if device is None and args:
+            if isinstance(args[0], (str, int, torch.device)):
+                device = args[0]
+            elif not isinstance(args[0], torch.dtype):
+                raise TypeError(f"to() takes a device or a dtype, not {type(args[0]).__name__}")
+        for key, value in self.data.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.is_floating_point():
+                self.data[key] = value.to(*args, **kwargs)
+            elif device is not None:
+                self.data[key] = value.to(device=device, non_blocking=kwargs.get("non_blocking", False))
+        return self
+
+
+class UperNetImageProcessor:
+    """Resize, rescale and normalize images; resize and renumber their segmentation maps.
+
+    The order is: resize with Pillow in 8 bits, multiply by `rescale_factor` in float64 and round to float32, subtract
+    `image_mean`, divide by `image_std`. Pixel values are equal bit for bit to those of Transformers 5.x's
+    `SegformerImageProcessorPil` (which are those of 4.56's `SegformerImageProcessor`), dtype included.
+
+    `AutoImageProcessor` of Transformers 5.x prefers another backend where torchvision is installed, which rounds the
+    resized pixels differently. Over four photographs (scikit-image's astronaut, chelsea, coffee and rocket) and four
+    sizes (512 x 512, 384 x 640, 333 x 517, 1024 x 768), torchvision 0.29.2: no pixel differs by more than one of 256
+    levels, 0.0175 in `pixel_values`; the mean difference of an image is at most 0.15 levels, 0.0026, and below 0.013
+    levels in 13 of the 16. Of a segmentation map it may take the neighbouring pixel where two are equally near.
+
+    Differences from the reference, each of them where it fails, guesses or changes its input:
+
+    - PIL images are brought to as many channels as `image_mean` has. For three: grey, palette, black-and-white, alpha
+      and CMYK images and other colour spaces are converted to RGB (alpha is dropped); the reference raises an error,
+      or takes the values of another colour space for RGB. For one: converted to grey. 16-bit grey keeps its upper
+      8 bits; Pillow's own conversion would make all above 255 white. Where `image_mean` and `image_std` are single
+      numbers, grey images have one channel and all others three.
+    - Arrays say nothing of their colours, so their channels are never converted: one that does not have as many as
+      `image_mean` is refused.
+    - Images of more than four channels are resized, each channel alone. (Arrays of two and four channels are resized as
+      Pillow does it, and so does the reference: the last channel is taken for alpha, by which the others are weighted.)
+    - The channels are found by the length of `image_mean` before they are guessed.
+    - `data_format` is honoured, and None as an option of one call leaves the processor's own, as in 4.56; 5.x ignores
+      the one and takes the other for False.
+    - Segmentation maps may hold labels outside 0 to 255 (int32), and the caller's array is not changed by
+      `do_reduce_labels`. Boolean maps are 0 and 1.
+    - The old name `reduce_labels`, which Transformers ignores by now, means `do_reduce_labels`.
+    - Files may be given by path, and are turned upright by their EXIF tag, as in 5.x; an image already open is taken
+      as it lies.
+
+    Args:
+        do_resize: resize images and maps to `size`.
+        size: `{"height": ..., "width": ...}`, a pair (height, width), or one number for a square. Default 512 x 512.
+        resample: Pillow's filter for images, `PIL.Image.Resampling` or its number; maps take the nearest pixel.
+        do_rescale: multiply the images by `rescale_factor`.
+        rescale_factor: 1 / 255 makes 8-bit levels values from 0 to 1.
+        do_normalize: subtract `image_mean`, divide by `image_std`.
+        image_mean: one number a channel, or one for all. Default: ImageNet's, in RGB order.
+        image_std: likewise.
+        do_reduce_labels: label 0 becomes 255 (ignored by the loss) and every other label one less, as ADE20K needs.
+        reduce_labels: the old name of `do_reduce_labels`.
+
+    Raises:
+        TypeError, ValueError: an option has no meaning; the message names it.
+    """
+
+    model_input_names = ("pixel_values",)
+
+    def __init__(
+        self,
+        do_resize: bool = True,
+        size: Mapping[str, int] | Sequence[int] | int | None = None,
+        resample: int = PIL.Image.Resampling.BILINEAR,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: float | Sequence[float] | None = None,
+        image_std: float | Sequence[float] | None = None,
+        do_reduce_labels: bool = False,
+        *,
+        reduce_labels: bool = False,
+    ) -> None:
+        self.do_resize = bool(do_resize)
+        self.size = _checked_size({"height": 512, "width": 512} if size is None else size)
+        self.resample = _checked_resample(resample)
+        self.do_rescale = bool(do_rescale)
+        self.rescale_factor = float(rescale_factor)
+        self.do_normalize = bool(do_normalize)
+        self.image_mean = _checked_statistic("image_mean", IMAGENET_MEAN if image_mean is None else image_mean)
+        self.image_std = _checked_statistic("image_std", IMAGENET_STD if image_std is None else image_std)
+        self.do_reduce_labels = bool(do_reduce_labels or reduce_labels)
+        # Keys of a configuration file that mean nothing here, so that saving it again does not lose them.
+        self.extra: dict[str, Any] = {}
+        if self.do_normalize:
+            if np.any(np.asarray(self.image_std) == 0):
+                raise ValueError(f"image_std is {self.image_std}; a zero in it would divide by zero")
+            if _length(self.image_mean) and _length(self.image_std) not in (None, _length(self.image_mean)):
+                raise ValueError(f"image_mean {self.image_mean} and image_std {self.image_std} differ in length")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        subfolder: str = "",
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> UperNetImageProcessor:
+        """Read the `preprocessor_config.json` of a checkpoint.
+
+        Args:
+            source: a folder, that file itself, or the id of a Hub repository.
+            token: for private repositories.
+            cache_dir: where downloads are kept.
+            subfolder: where in the folder or the repository the file lies.
+            revision: a branch, tag or commit of the repository.
+            local_files_only: look only in the cache.
+            **overrides: constructor arguments that replace those of the file.
+
+        Raises:
+            OSError: there is no such file, or it is not JSON.
+            TypeError: an override is unknown.
+            ValueError: the file is another processor's, or an option has no meaning.
+        """
+        path: Path | None = Path(source)
+        if not Path(source).is_file():
+            options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only)
+            path = find_file(source, CONFIG_FILE, options)
+        if path is None:
+            raise FileNotFoundError(
+                f"{source} has no {CONFIG_FILE}; UperNetImageProcessor() gives the usual one, save_pretrained writes it"
+            )
+        overrides = _checked_overrides(overrides)  # an error of the caller's, not of the file
+        try:
+            return cls.from_dict(read_json(path), **overrides)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> UperNetImageProcessor:
+        """Build a processor from what a `preprocessor_config.json` holds; unknown keys are kept in `extra`.
+
+        Raises:
+            TypeError: an override is unknown.
+            ValueError: the file is another processor's, or an option has no meaning.
+        """
+        config = {**config, **_checked_overrides(overrides)}
+        kind = config.pop("image_processor_type", None)
+        # Files from before image processors had their name carry this key too; Transformers drops it as misleading.
+        kind = kind or config.pop("feature_extractor_type", None)
+        config.pop("feature_extractor_type", None)
+        if kind not in (None, *READ_TYPES):
+            raise ValueError(
+                f"{CONFIG_FILE} is for {kind}, which may work differently; load it with transformers' "
+                "AutoImageProcessor, or pass its values to UperNetImageProcessor(...)"
+            )
+        reduce_labels = config.pop("reduce_labels", None)
+        config.setdefault("do_reduce_labels", reduce_labels)
+        processor = cls(**{name: config[name] for name in OPTIONS if config.get(name) is not None})
+        processor.extra = {name: value for name, value in config.items() if name not in OPTIONS}
+        return processor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `preprocessor_config.json` holds; Transformers reads it as its `SegformerImageProcessor`."""
+        return {**self.extra, **self._options(), "image_processor_type": WRITTEN_TYPE}
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, safe_serialization: bool = True) -> list[str]:
+        """Write `preprocessor_config.json` into a folder, which is made where it is missing.
+
+        Args:
+            folder: where to.
+            safe_serialization: about weights, of which there are none here; Transformers' pipelines pass it to
+                everything they save.
+
+        Returns:
+            The path written, in a list.
+        """
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return [str(path)]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, sort_keys=True)}"
+
+    def __call__(self, images: Images, segmentation_maps: Images | None = None, **options: Any) -> BatchFeature:
+        """Call `preprocess`."""
+        return self.preprocess(images, segmentation_maps, **options)
+
+    def preprocess(
+        self,
+        images: Images,
+        segmentation_maps: Images | None = None,
+        *,
+        return_tensors: str | None = None,
+        device: torch.device | str | int | None = None,
+        data_format: str | None = "channels_first",
+        input_data_format: str | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
+        """Turn images, and their segmentation maps, into what the model takes.
+
+        Args:
+            images: one image or a list: PIL images, files, numpy arrays or tensors of shape (H, W, C) or (C, H, W), or
+                batches of them with one more dimension. Values are 8-bit levels, as integers or floats, or floats from
+                0 to 1 with `do_rescale=False`. Without resizing, any numbers do.
+            segmentation_maps: one an image, of its size: PIL images of one channel (L, P, I, 1), files of them, or
+                integer arrays or tensors of shape (H, W) or (N, H, W).
+            return_tensors: "pt" for tensors, "np" for arrays, both with a batch dimension; None for lists of arrays.
+            device: where the tensors go, with `return_tensors="pt"`.
+            data_format: "channels_first" for (C, H, W) results, "channels_last" for (H, W, C).
+            input_data_format: how arrays and tensors are laid out, by the same names. None: found from the shape.
+            **overrides: constructor arguments, for this call only; None leaves the processor's own.
+
+        Returns:
+            `pixel_values`: float32 (N, C, height, width); the images' own dtype where nothing is computed, their own
+            floating dtype where `do_rescale` and `do_resize` are off. With maps, `labels`: int64 (N, height, width).
+
+        Raises:
+            TypeError: something is no image, a list mixes kinds, or an override is unknown.
+            ValueError: values, channels, sizes or counts do not fit; the message says which image and what would do.
+        """
+        overrides = _checked_overrides(overrides)
+        # The attributes may have been changed since they were checked: a processor of this call's own checks again.
+        given = {name: value for name, value in overrides.items() if value is not None}
+        own = UperNetImageProcessor(**{**self._options(), **given})
+        _check_choice("return_tensors", return_tensors, (None, "pt", "np"))
+        _check_choice("data_format", data_format, (None, "channels_first", "channels_last"))
+        _check_choice("input_data_format", input_data_format, (None, "channels_first", "channels_last"))
+
+        pictures = _flat_list("images", images, 3)
+        maps = None if segmentation_maps is None else _flat_list("segmentation_maps", segmentation_maps, 2)
+        if maps is not None and len(maps) != len(pictures):
+            raise ValueError(f"{len(maps)} segmentation_maps for {len(pictures)} images; give one map an image")
+
+        pixel_values, labels = [], []
+        for index, picture in enumerate(pictures):
+            name = f"images[{index}]"
+            opened = own._open_image(name, picture, input_data_format)
+            if maps is not None:
+                label_map = _open_map(f"segmentation_maps[{index}]", maps[index])
+                if label_map.shape != _height_width(opened):
+                    raise ValueError(
+                        f"segmentation_maps[{index}] is {_by(label_map.shape)} and {name} {_by(_height_width(opened))} "
+                        "(height x width); an image and its map must have the same size"
+                    )
+                labels.append(own._finish_map(f"segmentation_maps[{index}]", label_map))
+            pixels = own._finish_image(name, opened)
+            if data_format == "channels_last":
+                pixels = np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
+            pixel_values.append(pixels)
+
+        data = BatchFeature({"pixel_values": pixel_values})
+        if maps is not None:
+            data["labels"] = labels
+        if return_tensors is not None:
+            for key, arrays in data.items():
+                batch = _stack(key, arrays)
+                data[key] = torch.from_numpy(batch).to(device) if return_tensors == "pt" else batch
+        return data
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Return the label of each pixel: logits resized bilinearly to each target size, then the largest class.
+
+        Args:
+            outputs: the model's output; `outputs.logits` is (N, num_labels, h, w).
+            target_sizes: (height, width) of each image, N pairs or an (N, 2) tensor. None keeps the size of the logits.
+
+        Returns:
+            N int64 tensors of shape (height, width), on the device of the logits. Among equal logits the first class
+            wins; of a single class the label is 1 where its logit is above 0.
+
+        Raises:
+            ValueError: the target sizes are not as many as the images, or not pairs of integers from 1.
+        """
+        logits = with_the_other_class(outputs.logits)
+        if target_sizes is None:
+            return list(logits.argmax(dim=1))
+        if isinstance(target_sizes, torch.Tensor):
+            target_sizes = target_sizes.tolist()
+        if len(target_sizes) != len(logits):
+            raise ValueError(
+                f"{len(target_sizes)} target_sizes for {len(logits)} images; give one (height, width) an image"
+            )
+        return [upsample_argmax(logits[index : index + 1], [size])[0] for index, size in enumerate(target_sizes)]
+
+    def _options(self) -> dict[str, Any]:
+        """Return the constructor arguments that this processor has now."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def _channels(self) -> int | None:
+        """Return how many channels the statistics are for; None where they are for any number."""
+        return _length(self.image_mean) or _length(self.image_std)
+
+    def _open_image(self, name: str, image: Image, input_data_format: str | None) -> PIL.Image.Image | np.ndarray:
+        """Return an image as a PIL image of mode L or RGB, or as a checked view (C, H, W) of an array."""
+        if isinstance(image, (str, os.PathLike)):
+            image = PIL.ImageOps.exif_transpose(_read_file(name, image))
+        if isinstance(image, PIL.Image.Image):
+            if 0 in image.size:
+                raise ValueError(f"{name} is {_by(_height_width(image))} (height x width): it has no pixels")
+            image = self._convert_mode(name, image)
+            if image.mode in ("L", "RGB"):
+                return image
+            return np.moveaxis(np.asarray(image), -1, 0)
+        array = _numpy(name, image)
+        if 0 in array.shape:
+            raise ValueError(f"{name} has shape {array.shape}: it has no pixels")
+        array = self._channels_first(name, array, input_data_format)
+        self._check_values(name, array)
+        return array
+
+    def _convert_mode(self, name: str, image: PIL.Image.Image) -> PIL.Image.Image:
+        """Bring a PIL image to as many channels as the statistics are for."""
+        channels = self._channels()
+        if image.mode in ("I", "F"):
+            raise ValueError(
+                f"{name} has mode {image.mode}, in which no value stands for white; scale it to 8 bits (mode L), "
+                "or pass it as an array"
+            )
+        if image.mode.startswith("I;16"):
+            # Pillow's conversion to L would clip at 255.
+            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if channels is None:
+            channels = 1 if image.mode in ("1", "L", "LA") else 3
+        if channels in (1, 3):
+            mode = "L" if channels == 1 else "RGB"
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # from which Pillow drops the alpha without a warning
+            try:
+                return image if image.mode == mode else image.convert(mode)
+            except ValueError as error:
+                raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot make {mode}: {error}") from None
+        if self.do_normalize and len(image.getbands()) != channels:
+            raise ValueError(
+                f"{name} has mode {image.mode} with {len(image.getbands())} channels, image_mean is for {channels}; "
+                "pass an array of as many channels"
+            )
+        return image if len(image.getbands()) > 1 else image.convert("L")
+
+    def _channels_first(self, name: str, array: np.ndarray, layout: str | None) -> np.ndarray:
+        """Return a view (C, H, W) of an array in either layout."""
+        channels = self._channels()
+        strict = self.do_normalize and channels is not None
+        if layout is None:
+            # 1, 3 and 4 are what the reference looks for; the first dimension wins where both would do, as there.
+            likely = (channels,) if strict else (1, 3, 4, channels)
+            first, last = array.shape[0] in likely, array.shape[-1] in likely
+            if first and last:
+                warnings.warn(
+                    f"an image has shape {array.shape}: taking the first dimension for the channels; "
+                    "say input_data_format if that is wrong",
+                    stacklevel=5,
+                )
+            if not first and not last:
+                wanted = f"the {channels} channels of image_mean" if strict else "1, 3 or 4 channels"
+                raise ValueError(
+                    f"{name} has shape {array.shape}, where neither the first nor the last dimension is {wanted}; "
+                    "repeat a grey image to 3 channels, drop alpha, give image_mean and image_std of the right length, "
+                    "or, for other channels, input_data_format"
+                )
+            layout = "channels_first" if first else "channels_last"
+        array = array if layout == "channels_first" else np.moveaxis(array, -1, 0)
+        if strict and len(array) != channels:
+            raise ValueError(
+                f"{name} has {len(array)} channels ({layout}), image_mean is for {channels}; "
+                "give image_mean and image_std of the image's length, or another input_data_format"
+            )
+        return array
+
+    def _check_values(self, name: str, array: np.ndarray) -> None:
+        """Refuse numbers that cannot be pixels; warn of those that look rescaled already."""
+        if array.dtype == np.uint8:
+            return
+        low, high = array.min(), array.max()  # a NaN shows in both
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{name} holds NaN or infinite values; replace them (numpy.nan_to_num) first")
+        if self.do_rescale and low >= 0 and high <= 1:
+            # The same words for every image: by default Python then shows them once.
+            warnings.warn(
+                "an image has values from 0 to 1 only, as if rescaled already; pass do_rescale=False unless its levels "
+                "are from 0 to 255",
+                stacklevel=5,
+            )
+
+    def _finish_image(self, name: str, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
+        """Resize, rescale and normalize an opened image; the result is a new array (C, height, width)."""
+        if self.do_resize:
+            pixels = self._resize(name, image)
+        elif isinstance(image, PIL.Image.Image):
+            pixels = _pil_channels_first(image)
+        else:
+            pixels = image
+        if not (self.do_rescale or self.do_normalize):
+            return np.array(pixels, order="C")
+        if pixels.dtype != np.uint8:
+            return self._compute(pixels)
+        # 8-bit pixels can only become 256 values a channel: compute those, by the same steps, and look the rest up.
+        levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1)
+        table = self._compute(np.repeat(levels, len(pixels), axis=0))
+        result = np.empty(pixels.shape, table.dtype)
+        for channel, values in enumerate(table[:, :, 0]):
+            # By rows: `take` makes 64-bit indices of the pixels it is given. mode="clip" saves it a copy of `out`.
+            for row in range(0, pixels.shape[1], ROWS):
+                rows = slice(row, row + ROWS)
+                np.take(values, pixels[channel, rows], out=result[channel, rows], mode="clip")
+        return result
+
+    def _compute(self, pixels: np.ndarray) -> np.ndarray:
+        """Rescale and normalize (C, H, W), in the reference's dtypes and order of operations."""
+        if self.do_rescale:
+            pixels = _rescale(pixels, self.rescale_factor)
+        if self.do_normalize:
+            dtype = pixels.dtype if pixels.dtype.kind == "f" else np.dtype(np.float32)
+            mean, std = (np.array(value, dtype).reshape(-1, 1, 1) for value in (self.image_mean, self.image_std))
+            # Rescaling has made a new array already; otherwise the subtraction makes it, and the image stays as it was.
+            pixels = np.subtract(pixels, mean, out=pixels if self.do_rescale else None, dtype=dtype)
+            pixels /= std
+        return pixels
+
+    def _resize(self, name: str, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
+        """Resize to (C, height, width) in 8 bits: uint8, or float32 for an image with values from 0 to 1."""
+        size = (self.size["width"], self.size["height"])  # Pillow's order
+        resample = PIL.Image.Resampling(self.resample)
+        if isinstance(image, PIL.Image.Image):
+            return _pil_channels_first(image.resize(size, resample))
+        levels, fractions = _eight_bits(name, image)
+        if len(levels) <= 4:
+            # One PIL image, L, LA, RGB or RGBA, as in the reference: with two and four channels Pillow weights the
+            # others by the last.
+            whole = PIL.Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1))
+            resized = _pil_channels_first(whole.resize(size, resample))
+        else:
+            resized = np.stack([np.asarray(PIL.Image.fromarray(level).resize(size, resample)) for level in levels])
+        return _rescale(resized, 1 / 255) if fractions else resized
+
+    def _finish_map(self, name: str, label_map: np.ndarray) -> np.ndarray:
+        """Resize and renumber a map (H, W); the result is a new int64 array."""
+        if self.do_resize:
+            if label_map.dtype != np.uint8:
+                low, high = int(label_map.min()), int(label_map.max())
+                if low < -(2**31) or high >= 2**31:
+                    raise ValueError(f"{name} has labels from {low} to {high}, beyond what Pillow can resize (32 bits)")
+                label_map = label_map.astype(np.int32)
+            size = (self.size["width"], self.size["height"])
+            label_map = np.asarray(PIL.Image.fromarray(label_map).resize(size, PIL.Image.Resampling.NEAREST))
+        labels = label_map.astype(np.int64)
+        if self.do_reduce_labels:
+            # As in the reference, 255 stays. Taking the nearest pixel first changes nothing and leaves less to do.
+            labels[labels == 0] = 255
+            labels -= 1
+            labels[labels == 254] = 255
+        return labels
+
+
+def _checked_size(size: Any) -> dict[str, int]:
+    """Return a size as a dictionary of a height and a width."""
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    elif isinstance(size, (list, tuple)) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    try:
+        values = dict(size)
+        result = {name: operator.index(values.pop(name)) for name in ("height", "width")}
+    except (KeyError, TypeError, ValueError):
+        values, result = {}, {}
+    if not result or values or min(result.values()) < 1:
+        raise ValueError(
+            f'size is {size}; give {{"height": ..., "width": ...}}, both at least 1, or one number for a square'
+        )
+    return result
+
+
+def _checked_resample(resample: Any) -> int:
+    """Return the number of one of Pillow's filters."""
+    try:
+        return int(PIL.Image.Resampling(resample))
+    except ValueError:
+        names = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in PIL.Image.Resampling)
+        raise ValueError(f"resample is {resample!r}; Pillow's filters are {names}") from None
+
+
+def _checked_statistic(name: str, value: Any) -> float | list[float]:
+    """Return a mean or a deviation as one float, or as a list of one a channel."""
+    try:
+        result = [float(item) for item in value] if np.ndim(value) == 1 else float(value)
+    except (TypeError, ValueError):
+        result = []
+    if result == [] or not np.all(np.isfinite(result)):
+        raise ValueError(f"{name} is {value!r}; give one finite number a channel, or one for all")
+    return result
+
+
+def _length(statistic: float | list[float]) -> int | None:
+    return len(statistic) if isinstance(statistic, list) else None
+
+
+def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides under the names of today; TypeError for one that is no argument."""
+    renamed = {"do_reduce_labels" if name == "reduce_labels" else name: value for name, value in overrides.items()}
+    if unknown := sorted(renamed.keys() - set(OPTIONS)):
+        raise TypeError(f"unknown argument {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+    return renamed
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    # `in` compares by ==, so the members of Transformers' TensorType and ChannelDimension do as well as their values.
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, choices))}")
+
+
+def _flat_list(name: str, images: Any, ndim: int) -> list[Any]:
+    """Return images as a list, batches and lists in it taken apart, all of one kind."""
+    items = _flatten(name, images, ndim)
+    if not items:
+        raise ValueError(f"{name} is empty; give at least one")
+    kinds = {_kind(item) for item in items}
+    if len(kinds) > 1:
+        raise TypeError(f"{name} mixes {' and '.join(sorted(kinds))}; give a list of one kind")
+    return items
+
+
+def _flatten(name: str, images: Any, ndim: int) -> list[Any]:
+    if isinstance(images, (list, tuple)):
+        return [item for image in images for item in _flatten(name, image, ndim)]
+    if isinstance(images, (PIL.Image.Image, str, os.PathLike)):
+        return [images]
+    if not isinstance(images, (np.ndarray, torch.Tensor)):
+        raise TypeError(f"{name} holds {type(images).__name__}; give PIL images, file names, numpy arrays or tensors")
+    if images.ndim == ndim:
+        return [images]
+    if images.ndim == ndim + 1:
+        return list(images)
+    remedy = ""
+    if images.ndim == 2:
+        remedy = "; pass a grey image as PIL.Image.fromarray(array), or repeat it to 3 channels"
+    raise ValueError(
+        f"{name} holds an array of shape {tuple(images.shape)} where {ndim} dimensions are expected{remedy}"
+    )
+
+
+def _kind(image: Any) -> str:
+    if isinstance(image, np.ndarray):
+        return "numpy arrays"
+    return "tensors" if isinstance(image, torch.Tensor) else "PIL images or files"
+
+
+def _numpy(name: str, image: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Return the numbers of an array or a tensor, wherever that is, without a copy where there need not be one."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    if image.dtype.kind not in "buif":
+        raise TypeError(f"{name} has dtype {image.dtype}; give integers or floats")
+    return image
+
+
+def _pil_channels_first(image: PIL.Image.Image) -> np.ndarray:
+    """Return the pixels of a PIL image as a view (C, H, W)."""
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def _height_width(image: PIL.Image.Image | np.ndarray) -> tuple[int, ...]:
+    return image.size[::-1] if isinstance(image, PIL.Image.Image) else image.shape[-2:]
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))
+
+
+def _rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """Multiply in float64 and round to float32, without an array of float64."""
+    result = np.empty_like(pixels, dtype=np.float32)
+    return np.multiply(pixels, factor, out=result, dtype=np.float64, casting="unsafe")
+
+
+def _eight_bits(name: str, array: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return an image (C, H, W) as 8-bit levels, and whether its values were fractions of 1.
+
+    The rule is the reference's: whole numbers are levels, anything else must lie from 0 to 1 and is cut to 255 steps.
+    """
+    if array.dtype == np.uint8:
+        return array, False
+    low, high = array.min(), array.max()
+    whole = array.dtype.kind != "f" or all(np.allclose(channel, channel.astype(int)) for channel in array)
+    limit = 255 if whole else 1
+    if low < 0 or high > limit:
+        raise ValueError(
+            f"{name} has values from {low} to {high}; Pillow resizes whole levels from 0 to 255 and fractions from "
+            "0 to 1 only: scale the image, or resize it yourself and pass do_resize=False"
+        )
+    return (array if whole else _rescale(array, 255)).astype(np.uint8), not whole
+
+
+def _read_file(name: str, path: str | os.PathLike[str]) -> PIL.Image.Image:
+    """Return a file's image, decoded; the error names the file."""
+    try:
+        with PIL.Image.open(path) as file:
+            file.load()
+            return file
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: there is no file {path}") from None
+    except (OSError, SyntaxError) as error:  # Pillow raises both on damaged files
+        reason = "no image that Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise OSError(f"{name}: {path} cannot be read: {reason}") from None
+
+
+def _open_map(name: str, segmentation_map: Image) -> np.ndarray:
+    """Return a segmentation map as whole numbers (H, W)."""
+    if isinstance(segmentation_map, (str, os.PathLike)):
+        return _open_map(name, _read_file(name, segmentation_map))
+    if isinstance(segmentation_map, PIL.Image.Image):
+        if len(segmentation_map.getbands()) != 1:
+            raise ValueError(
+                f"{name} has mode {segmentation_map.mode}; give one channel of labels (mode L, P or I), not colours"
+            )
+        array = np.asarray(segmentation_map)
+    else:
+        array = _numpy(name, segmentation_map)
+    if array.size == 0:
+        raise ValueError(f"{name} is {_by(array.shape)} (height x width): it has no pixels")
+    if array.dtype == bool:
+        return array.astype(np.uint8)  # no view: Pillow's mode 1 holds its True as 255
+    if array.dtype.kind == "f" and not (np.isfinite(array).all() and np.array_equal(array, np.floor(array))):
+        raise ValueError(f"{name} holds fractions, NaN or infinite values; labels are whole numbers")
+    return array
+
+
+def _stack(key: str, arrays: list[np.ndarray]) -> np.ndarray:
+    """Return arrays as one batch; they are this call's own, so a batch of one needs no copy."""
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{key} differ in shape, {' and '.join(map(str, sorted(shapes)))}; resize them (do_resize=True), or leave "
+            "return_tensors at None for a list"
+        )
+    return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]

@@ -1,0 +1,23 @@
+"""Label maps of whole images: in windows, at several scales, mirrored."""
+
+from typing import TYPE_CHECKING
+
+from fastuper.io.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastuper.inference.predictor import PredictionError, Predictor, Prepared
+
+__all__ = [
+    "PredictionError",
+    "Predictor",
+    "Prepared",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "PredictionError": "fastuper.inference.predictor",
+        "Predictor": "fastuper.inference.predictor",
+        "Prepared": "fastuper.inference.predictor",
+    },
+)

@@ -1,0 +1,1 @@
+"""Files, the Hub and messages: what every other room stands on."""

@@ -1,0 +1,1 @@
+"""The networks: configurations, backbones, heads, and the models made of them."""

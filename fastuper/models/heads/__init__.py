@@ -1,0 +1,1 @@
+"""The heads: from a backbone's feature maps to logits."""

@@ -1,0 +1,42 @@
+"""How the published UPerNets were trained."""
+
+from typing import TYPE_CHECKING
+
+from fastuper.io.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastuper.recipes.recipes import (
+        BACKBONES,
+        RECIPES,
+        Recipe,
+        decays,
+        learning_rate_factor,
+        learning_rate_scale,
+        parameter_groups,
+        recipe_for,
+    )
+
+__all__ = [
+    "BACKBONES",
+    "RECIPES",
+    "Recipe",
+    "decays",
+    "learning_rate_factor",
+    "learning_rate_scale",
+    "parameter_groups",
+    "recipe_for",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BACKBONES": "fastuper.recipes.recipes",
+        "RECIPES": "fastuper.recipes.recipes",
+        "Recipe": "fastuper.recipes.recipes",
+        "decays": "fastuper.recipes.recipes",
+        "learning_rate_factor": "fastuper.recipes.recipes",
+        "learning_rate_scale": "fastuper.recipes.recipes",
+        "parameter_groups": "fastuper.recipes.recipes",
+        "recipe_for": "fastuper.recipes.recipes",
+    },
+)

@@ -1,0 +1,30 @@
+"""Generated street scenes, and the small model trained on them."""
+
+from typing import TYPE_CHECKING
+
+from fastuper.io.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastuper.scenes.dataset import MODEL, SceneDataset, load_model, scene
+    from fastuper.scenes.street import ID2LABEL, PALETTE
+
+__all__ = [
+    "ID2LABEL",
+    "MODEL",
+    "PALETTE",
+    "SceneDataset",
+    "load_model",
+    "scene",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ID2LABEL": "fastuper.scenes.street",
+        "MODEL": "fastuper.scenes.dataset",
+        "PALETTE": "fastuper.scenes.street",
+        "SceneDataset": "fastuper.scenes.dataset",
+        "load_model": "fastuper.scenes.dataset",
+        "scene": "fastuper.scenes.dataset",
+    },
+)

@@ -1,0 +1,1 @@
+"""When and which way an operation runs: modes, backends, measured choices."""

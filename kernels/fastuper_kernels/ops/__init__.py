@@ -1,0 +1,1 @@
+"""The operations: signature, checks, definition (`reference`), and which way each call takes."""

@@ -1,0 +1,502 @@
+"""Datasets in their layouts, what bad ones are told, and augmentation that can be repeated."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from fastuper import UperNetImageProcessor
+from fastuper.data.images import ImageError, ade20k_names, class_palette, read_labels
+from fastuper.data.samples import (
+    CITYSCAPES_CLASSES,
+    DataError,
+    FolderDataset,
+    Sample,
+    TrainingDataset,
+    TrainingTransform,
+    as_samples,
+    find_splits,
+    open_dataset,
+    scaled_size,
+)
+
+RANDOM = np.random.default_rng(0)
+
+
+def photo(path: Path, height: int = 6, width: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def label_map(path: Path, values: object = 0, height: int = 6, width: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.broadcast_to(np.asarray(values), (height, width))
+    Image.fromarray(array.astype(np.uint16 if array.max() > 255 else np.uint8)).save(path)
+    return path
+
+
+def pair(root: Path, name: str = "a", values: object = 0) -> None:
+    photo(root / "images" / f"{name}.jpg")
+    label_map(root / "labels" / f"{name}.png", values)
+
+
+# Layouts
+
+
+def test_folders_are_paired_by_name_in_their_subfolders(tmp_path: Path) -> None:
+    for number, name in enumerate(("b", "deep/er/a", "deep/b", "a.b")):
+        pair(tmp_path, name, number)
+    (tmp_path / "images" / ".hidden.jpg").write_bytes(b"")
+    (tmp_path / "labels" / "notes.txt").write_text("no label map")
+    dataset = open_dataset(tmp_path)
+    found = {Path(sample.name).relative_to(tmp_path / "images").as_posix(): sample.label[0, 0] for sample in dataset}
+    assert found == {"b.jpg": 0, "deep/er/a.jpg": 1, "deep/b.jpg": 2, "a.b.jpg": 3}
+    assert dataset.id2label is None
+    assert find_splits(tmp_path) == []
+    assert dataset[0].image.mode == "RGB"
+
+
+def test_splits_by_any_of_their_names(tmp_path: Path) -> None:
+    for split, value in (("train", 1), ("val", 2), ("extra", 3)):
+        photo(tmp_path / "images" / split / "x.png")
+        label_map(tmp_path / "labels" / split / "x.png", value)
+    assert find_splits(tmp_path) == ["extra", "train", "val"]
+    for split, value in (("training", 1), ("train", 1), ("validation", 2), ("extra", 3)):
+        (sample,) = open_dataset(tmp_path, split)
+        assert (sample.label == value).all()
+    with pytest.raises(DataError, match="has no split test; it has extra, train, val"):
+        open_dataset(tmp_path, "test")
+    with pytest.raises(DataError, match="has the splits extra, train, val; say which"):
+        open_dataset(tmp_path)
+
+
+def test_ade20k(tmp_path: Path) -> None:
+    values = np.arange(48).reshape(6, 8)
+    values[5] = [0, 150, 149, 1, 255, 0, 150, 2]
+    photo(tmp_path / "images" / "validation" / "ADE_val_00000001.jpg")
+    label_map(tmp_path / "annotations" / "validation" / "ADE_val_00000001.png", values)
+    dataset = open_dataset(tmp_path, "val")
+    assert dataset.id2label == dict(enumerate(ade20k_names()))
+    processor = UperNetImageProcessor(do_resize=False, do_reduce_labels=True)
+    images, labels = (Image.open(path) for path in dataset.files[0])
+    expected = processor([images], [labels], return_tensors="np")["labels"][0]
+    np.testing.assert_array_equal(dataset[0].label, expected)
+    assert set(expected[5].tolist()) == {255, 149, 148, 0, 1}
+
+    label_map(dataset.files[0][1], 151)
+    with pytest.raises(DataError, match=r"00000001.png: holds the label 150, but there are 150 classes \(0 to 149\)"):
+        dataset[0]
+
+
+def test_annotations_that_are_not_ade20k_keep_their_label_0_unless_told(tmp_path: Path) -> None:
+    photo(tmp_path / "images" / "train" / "x.png")
+    label_map(tmp_path / "annotations" / "train" / "x.png", 1)
+    with pytest.raises(DataError, match="not its splits; say layout ade20k if label 0 is to be ignored, or rename"):
+        open_dataset(tmp_path, "train")
+    assert (open_dataset(tmp_path, "train", "ade20k")[0].label == 0).all()
+    (tmp_path / "images" / "train").rename(tmp_path / "images" / "training")
+    (tmp_path / "annotations" / "train").rename(tmp_path / "annotations" / "training")
+    assert len(open_dataset(tmp_path, "train")) == 1
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(DataError, match="not its classes; say layout ade20k"):
+        open_dataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("by_train_id", [True, False])
+def test_cityscapes(tmp_path: Path, by_train_id: bool) -> None:
+    ids = np.arange(34).repeat(2)[:48].reshape(6, 8)
+    ids[0, :7] = [33, 32, 31, 28, 27, 26, 255]
+    classes = list(CITYSCAPES_CLASSES)
+    train_ids = np.vectorize(lambda value: classes.index(value) if value in classes else 255)(ids)
+    start = tmp_path / "gtFine" / "train" / "ulm" / "ulm_000001_000019_gtFine"
+    photo(tmp_path / "leftImg8bit" / "train" / "ulm" / "ulm_000001_000019_leftImg8bit.png")
+    label_map(start.with_name(start.name + "_labelIds.png"), ids)
+    label_map(start.with_name(start.name + "_color.png"), 9)
+    if by_train_id:
+        label_map(start.with_name(start.name + "_labelTrainIds.png"), train_ids)
+    dataset = open_dataset(tmp_path, "training")
+    (sample,) = dataset
+    np.testing.assert_array_equal(sample.label, train_ids)
+    assert sample.name.endswith("ulm_000001_000019_leftImg8bit.png")
+    assert len(dataset.id2label) == 19
+    assert (dataset.id2label[0], dataset.id2label[18]) == ("road", "bicycle")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_labels_of_few_bits(bits: int, tmp_path: Path) -> None:
+    """As optimizers of PNG files write them; Pillow shows greys of 2 and 4 bits spread over 8."""
+    values = (np.arange(5 * 7).reshape(5, 7) % (1 << bits)).astype(np.uint8)
+    digits = values[..., None] >> np.arange(bits)[::-1] & 1
+    lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in digits.reshape(5, -1))
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 7, 5, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    path = tmp_path / "labels.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks))
+    np.testing.assert_array_equal(read_labels(path), values)
+    assert read_labels(path).dtype == np.uint8
+
+
+def test_class_names_beside_the_folders(tmp_path: Path) -> None:
+    pair(tmp_path, values=2)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n\n  red fox \n", encoding="utf-8")
+    assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog", 2: "red fox"}
+    assert open_dataset(tmp_path, id2label={0: "x", 1: "y", 2: "z"}).id2label[2] == "z"
+    (tmp_path / "classes.txt").write_text("cat\ndog", encoding="utf-8-sig")  # as Windows writes it
+    assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog"}
+    (tmp_path / "classes.txt").write_text("café", encoding="cp1252")
+    with pytest.raises(DataError, match=r"classes\.txt: is not UTF-8"):
+        open_dataset(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    (tmp_path / "id2label.json").write_text(json.dumps({"1": "dog", "0": "cat", "2": "fox"}))
+    assert list(open_dataset(tmp_path).id2label.items()) == [(0, "cat"), (1, "dog"), (2, "fox")]
+    for wrong in ({"1": "dog"}, {"a": "cat"}, {}):
+        (tmp_path / "id2label.json").write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match=r"id2label\.json: write"):
+            open_dataset(tmp_path)
+
+
+def test_more_classes_than_255_need_another_ignore_index(tmp_path: Path) -> None:
+    classes = {number: str(number) for number in range(300)}
+    pair(tmp_path, values=299)
+    with pytest.raises(ValueError, match="ignore_index 255 is also a class"):
+        open_dataset(tmp_path, id2label=classes)
+    dataset = open_dataset(tmp_path, id2label=classes, ignore_index=65535)
+    assert dataset[0].label.max() == 299
+    label_map(tmp_path / "labels" / "a.png", 65535)
+    assert dataset[0].label.max() == 65535
+
+
+# Bad input
+
+
+def test_what_has_no_counterpart_is_counted_and_named(tmp_path: Path) -> None:
+    for number in range(6):
+        photo(tmp_path / "images" / f"{number}.jpg")
+    label_map(tmp_path / "labels" / "5.png")
+    with pytest.raises(DataError) as error:
+        open_dataset(tmp_path)
+    some = ", ".join(str(tmp_path / "images" / f"{number}.jpg") for number in range(3))
+    assert f"5 of 6 photos have no label map of the same name in {tmp_path / 'labels'}: {some}, ...;" in str(
+        error.value
+    )
+    for number in range(5):
+        (tmp_path / "images" / f"{number}.jpg").unlink()
+    label_map(tmp_path / "labels" / "6.png")
+    with pytest.raises(DataError, match=r"1 of 2 label maps have no photo of the same name in .*images: .*6\.png; add"):
+        open_dataset(tmp_path)
+    photo(tmp_path / "images" / "5.png")
+    with pytest.raises(DataError, match=r"5\.jpg and .*5\.png have the same name"):
+        open_dataset(tmp_path)
+
+
+def test_folders_that_are_empty_or_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing: there is no such folder"):
+        open_dataset(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"holds none of images/ and annotations/ \(ade20k\), leftImg8bit/"):
+        open_dataset(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(DataError, match=r"images: holds no photos \(names end in one of \.jpg"):
+        open_dataset(tmp_path)
+    photo(tmp_path / "images" / "a.jpg")
+    with pytest.raises(DataError, match="labels: holds no label maps"):
+        open_dataset(tmp_path)
+    with pytest.raises(DataError, match="has no splits, so no validation: put its files into images/validation"):
+        open_dataset(tmp_path, "validation")
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(DataError, match="fits the layouts ade20k and folders; say which"):
+        open_dataset(tmp_path)
+    with pytest.raises(ValueError, match="layout is 'coco'; give auto, ade20k"):
+        open_dataset(tmp_path, layout="coco")
+
+
+def test_sizes_that_differ(tmp_path: Path) -> None:
+    pair(tmp_path)
+    label_map(tmp_path / "labels" / "a.png", height=8, width=6)
+    with pytest.raises(DataError, match=r"labels.a\.png: the label map is 8 x 6 and its image .*a\.jpg 6 x 8 \(height"):
+        open_dataset(tmp_path)[0]
+
+
+def test_labels_that_are_no_classes(tmp_path: Path) -> None:
+    pair(tmp_path, values=np.array([0, 1, 2, 3, 4, 5, 255, 200]))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(
+        DataError, match=r"a\.png: holds the labels 2, 3, 4, 5, 200, but there are 2 classes \(0 to 1\)"
+    ):
+        open_dataset(tmp_path)[0]
+    label_map(tmp_path / "labels" / "a.png", 40_000)
+    with pytest.raises(DataError, match="holds the label 40000, but there are 2 classes"):
+        open_dataset(tmp_path)[0]
+
+
+def test_label_files_of_every_kind(tmp_path: Path) -> None:
+    values = np.arange(48).reshape(6, 8) % 3
+    grey = Image.fromarray(values.astype(np.uint8))
+    palette = grey.copy()
+    palette.putpalette(class_palette(3).tobytes())
+    for name, image in {
+        "grey.png": grey,
+        "palette.png": palette,
+        "deep.png": Image.fromarray(values.astype(np.uint16)),
+        "wide.tif": Image.fromarray(values.astype(np.int32)),
+    }.items():
+        image.save(tmp_path / name)
+        read = read_labels(tmp_path / name)
+        np.testing.assert_array_equal(read, values)
+        assert read.dtype == (np.uint8 if name in ("grey.png", "palette.png") else np.int32)
+    Image.fromarray(values == 1).save(tmp_path / "black.png")
+    np.testing.assert_array_equal(read_labels(tmp_path / "black.png"), values == 1)
+
+
+def test_label_files_that_are_none(tmp_path: Path) -> None:
+    grey = Image.new("L", (8, 6))
+    grey.convert("RGB").save(tmp_path / "rgb.png")
+    grey.save(tmp_path / "grey.jpg")
+    grey.convert("F").save(tmp_path / "floats.tif")
+    grey.convert("LA").save(tmp_path / "alpha.png")
+    label_map(tmp_path / "cut.png", RANDOM.integers(0, 200, (60, 80)), 60, 80)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    (tmp_path / "empty.png").touch()
+    for name, reason in {
+        "rgb.png": r"has the 3 channels R, G, B, where one of class numbers is expected; .* save it as",
+        "alpha.png": "has the 2 channels L, A",
+        "grey.jpg": "is a JPEG, whose values are not those that were saved",
+        "floats.tif": "holds 32-bit floats",
+        "cut.png": "truncated or damaged",
+        "empty.png": "the file is empty",
+        "gone.png": "no such file",
+    }.items():
+        with pytest.raises(ImageError, match=f"^{re.escape(str(tmp_path / name))}: .*{reason}") as error:
+            read_labels(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_options_that_contradict(tmp_path: Path) -> None:
+    pair(tmp_path)
+    with pytest.raises(ValueError, match="give one of them"):
+        FolderDataset(tmp_path / "images", tmp_path / "labels", reduce_labels=True, label_ids={1: 0})
+    with pytest.raises(ValueError, match="from 0 without gaps"):
+        FolderDataset(tmp_path / "images", tmp_path / "labels", id2label={1: "one"})
+
+
+# Other people's datasets
+
+
+class Foreign(Dataset):
+    def __init__(self, *items: object) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> object:
+        return self.items[index]
+
+
+def test_any_dataset_becomes_samples() -> None:
+    pixels = RANDOM.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    label = RANDOM.integers(0, 3, (6, 8))
+    picture = Image.fromarray(pixels)
+    grey = Image.fromarray(label.astype(np.uint8))
+    dataset = Foreign(
+        (picture, grey),
+        [torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(label)[None]],
+        {"image": pixels, "annotation": grey},
+        {"pixel_values": picture.convert("RGBA"), "labels": label.astype(np.uint16), "name": "third"},
+        Sample(picture, label, "fourth"),
+    )
+    samples = as_samples(dataset, id2label={0: "a", 1: "b", 2: "c"})
+    assert len(samples) == 5
+    for sample in samples:
+        np.testing.assert_array_equal(np.asarray(sample.image), pixels)
+        np.testing.assert_array_equal(sample.label, label)
+    assert [sample.name for sample in samples] == ["Foreign[0]", "Foreign[1]", "Foreign[2]", "third", "fourth"]
+    assert samples.ignore_index == 255
+    assert as_samples(samples) is samples
+    assert as_samples(samples, ignore_index=-1).id2label == samples.id2label
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((np.zeros((6, 8, 3), np.float32), np.zeros((6, 8), int)), r"Foreign\[0\]: the image is float32 of shape"),
+        ((np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8))), r"Foreign\[0\]: the label map is float64"),
+        ((np.zeros((6, 8, 3), np.uint8), np.zeros((8, 6), int)), r"is 8 x 6 and its image Foreign\[0\] 6 x 8"),
+        ((np.zeros((6, 8, 3), np.uint8), np.full((6, 8), -1)), "holds the label -1, but there are 2 classes"),
+        ({"image": np.zeros((6, 8, 3), np.uint8), "mask": 0}, "has no label or labels or annotation; it has image, m"),
+        (np.zeros((6, 8, 3)), r"Foreign\[0\] is a ndarray; an item is"),
+    ],
+)
+def test_items_that_are_no_samples(item: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_samples(Foreign(item), id2label={0: "a", 1: "b"})[0]
+
+
+def test_a_dataset_without_numbers_is_refused() -> None:
+    with pytest.raises(TypeError, match="generator has no length"):
+        as_samples(item for item in ())
+
+
+# Augmentation
+
+torchvision = pytest.importorskip("torchvision")
+
+
+def blocks(height: int = 96, width: int = 128) -> Sample:
+    """A photo whose colour says the label, in blocks of 16 x 16; the first row of them is ignored.
+
+    Red is 60 times the label and blue 25 times its square, so that no mixture of two colours is a third.
+    """
+    label = np.add.outer(np.arange(height // 16), 2 * np.arange(width // 16)) % 4
+    label = np.kron(label, np.ones((16, 16), int)).astype(np.uint8)
+    pixels = np.stack([label * 60, np.full_like(label, 128), label * label * 25], -1)
+    label[:16] = 255
+    return Sample(Image.fromarray(pixels), label, "blocks")
+
+
+def test_an_epoch_is_the_same_whoever_makes_it() -> None:
+    samples = as_samples(Foreign(*([blocks()] * 4)))
+    dataset = TrainingDataset(samples, TrainingTransform(UperNetImageProcessor(), 48), seed=7)
+    keys = [(epoch, index) for epoch in (0, 1) for index in range(4)]
+    torch.manual_seed(1)
+    here = [dataset[key] for key in keys]
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    for workers in (0, 2):
+        loader = DataLoader(dataset, batch_size=None, sampler=keys[::-1], num_workers=workers)
+        for item, expected in zip(list(loader)[::-1], here, strict=True):
+            assert torch.equal(item["pixel_values"], expected["pixel_values"])
+            assert torch.equal(item["labels"], expected["labels"])
+    assert len({tuple(item["pixel_values"].flatten().tolist()) for item in here}) == 8
+    other = TrainingDataset(samples, dataset.transform, seed=8)
+    assert not torch.equal(other[0, 0]["pixel_values"], here[0]["pixel_values"])
+    batch = next(iter(DataLoader(dataset, batch_size=2, sampler=keys)))
+    assert batch["pixel_values"].shape == (2, 3, 48, 48)
+    assert batch["labels"].dtype == torch.int64
+    assert batch["name"] == ["blocks", "blocks"]
+
+
+def test_pixels_and_labels_stay_together() -> None:
+    processor = UperNetImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.25, 0.2])
+    transform = TrainingTransform(processor, (120, 104), base_size=96, photometric=False)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
+    seen = set()
+    for seed in range(12):
+        item = transform(blocks(), np.random.default_rng(seed))
+        pixels, labels = item["pixel_values"], item["labels"]
+        assert pixels.dtype == torch.float32
+        assert pixels.shape == (3, 120, 104)
+        assert labels.shape == (120, 104)
+        levels = (pixels * std + mean) * 255
+        padding = (pixels == 0).all(0)  # the mean
+        assert (labels[padding] == 255).all()
+        seen.add(bool(padding.any()))
+        # Away from the blocks' edges, where colours mix, the colour says the label.
+        number = (levels[0] / 60).round()
+        pure = ((levels[0] - 60 * number).abs() < 0.01) & ((levels[2] - 25 * number**2).abs() < 0.01)
+        inside = pure & (labels != 255) & ~padding
+        assert inside.float().mean() > 0.1
+        assert torch.equal(number[inside], labels[inside].float())
+    assert seen == {True, False}
+
+
+def test_without_chance_it_is_the_processor() -> None:
+    sample = blocks()
+    processor = UperNetImageProcessor(size=(96, 128))
+    transform = TrainingTransform(processor, scale=(1, 1), flip=0, photometric=False, base_size=96)
+    item = transform(sample, np.random.default_rng(0))
+    expected = processor([sample.image], [sample.label], return_tensors="pt")
+    torch.testing.assert_close(item["pixel_values"][None], expected["pixel_values"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(item["labels"][None], expected["labels"])
+    flipped = TrainingTransform(processor, scale=(1, 1), flip=1, photometric=False, base_size=96)
+    mirrored = flipped(sample, np.random.default_rng(0))
+    assert torch.equal(mirrored["pixel_values"], item["pixel_values"].flip(-1))
+    assert torch.equal(mirrored["labels"], item["labels"].flip(-1))
+    bare = UperNetImageProcessor(size=(96, 128), do_normalize=False, do_rescale=False)
+    item = TrainingTransform(bare, scale=(1, 1), flip=0, photometric=False, base_size=96)(
+        sample, np.random.default_rng(0)
+    )
+    np.testing.assert_array_equal(item["pixel_values"].permute(1, 2, 0).numpy(), np.asarray(sample.image))
+
+
+def test_one_class_does_not_fill_the_crop() -> None:
+    label = np.zeros((64, 256), np.uint8)
+    label[:, 200:] = 1
+    label[:, 100:150] = 255
+    sample = Sample(np.zeros((64, 256, 3), np.uint8), label, "mostly 0")
+
+    def largest_shares(limit: float) -> list[float]:
+        transform = TrainingTransform(
+            UperNetImageProcessor(), 64, scale=(1, 1), photometric=False, max_class_share=limit
+        )
+        shares = []
+        for seed in range(40):
+            labels = transform(sample, np.random.default_rng(seed))["labels"]
+            counts = np.bincount(labels[labels != 255].numpy(), minlength=2)
+            shares.append(counts.max() / max(counts.sum(), 1))
+        return shares
+
+    assert np.mean(np.array(largest_shares(1.0)) > 0.75) > 0.4
+    assert np.mean(np.array(largest_shares(0.75)) > 0.75) < 0.2  # ten tries may all fail
+
+
+def test_sizes_are_those_of_mmsegmentation() -> None:
+    assert scaled_size(512, 683, 512) == (512, 683)
+    assert scaled_size(256, 341, 512, 0.5) == (256, 341)
+    assert scaled_size(100, 1000, 512, 2.0) == (410, 4096)  # 2048 x 512 bounds the longer side
+    assert scaled_size(1024, 2048, 1024, 2.0) == (2048, 4096)
+
+
+def test_colours_change_and_images_of_more_channels_do_not() -> None:
+    sample = blocks()
+    plain = TrainingTransform(UperNetImageProcessor(), 96, scale=(1, 1), flip=0, photometric=False)
+    vivid = TrainingTransform(UperNetImageProcessor(), 96, scale=(1, 1), flip=0)
+    differences = [
+        (
+            vivid(sample, np.random.default_rng(s))["pixel_values"]
+            - plain(sample, np.random.default_rng(s))["pixel_values"]
+        )
+        for s in range(8)
+    ]
+    assert sum(bool(difference.any()) for difference in differences) >= 6
+    processor = UperNetImageProcessor(image_mean=[0.5] * 5, image_std=[0.2] * 5)
+    image = RANDOM.integers(0, 256, (96, 96, 5), dtype=np.uint8)
+    item = TrainingTransform(processor, 96, scale=(1, 1), flip=0)(
+        Sample(image, np.zeros((96, 96), np.uint8), "five channels"), np.random.default_rng(0)
+    )
+    expected = (image / 255 - 0.5) / 0.2
+    np.testing.assert_allclose(item["pixel_values"].permute(1, 2, 0).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_above_8_bits_and_below_0_survive() -> None:
+    label = np.array([[-100, 300], [70_000, 5]]).repeat(32, 0).repeat(32, 1)
+    sample = Sample(np.zeros((64, 64, 3), np.uint8), label, "many classes")
+    transform = TrainingTransform(UperNetImageProcessor(), 100, scale=(1.3, 1.3), ignore_index=-100, base_size=64)
+    labels = transform(sample, np.random.default_rng(0))["labels"]
+    assert set(labels.unique().tolist()) == {-100, 300, 70_000, 5}
+    assert (labels[:, 90:] == -100).all()
+
+
+def test_arguments_without_meaning_and_a_missing_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = UperNetImageProcessor()
+    for wrong in ({"crop_size": 0}, {"base_size": 0}, {"scale": (2, 1)}, {"max_class_share": 0}, {"flip": 2}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            TrainingTransform(processor, **wrong)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastuper\[train\]'"):
+        TrainingTransform(processor)

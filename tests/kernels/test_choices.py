@@ -1,0 +1,233 @@
+"""Measured choices: when they are measured, kept, shown and forced, and when a heuristic decides instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from fastuper_kernels.dispatch import choices
+from fastuper_kernels.dispatch.choices import CHOICES, Choice
+from tests.unit.test_imports import environment
+
+
+@pytest.fixture
+def choice(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path))
+    monkeypatch.setattr(choices, "SECONDS", 0.02)
+    yield Choice("walk", ("slow", "quick", "absent"), "slow", "it was here first")
+    del CHOICES["walk"]
+
+
+class Candidates:
+    """Two ways, one of which is quicker, and how often they were asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self):
+        self.asked += 1
+        return {"slow": lambda: time.sleep(0.002), "quick": lambda: None}
+
+
+def test_measured_once_and_kept(choice, tmp_path):
+    candidates = Candidates()
+    assert [choice("float32", candidates) for _ in range(3)] == ["quick"] * 3
+    assert candidates.asked == 1
+    (entry, result), *others = json.loads((tmp_path / "choices.json").read_text()).items()
+    assert not others
+    assert entry.startswith("walk | float32 | ")
+    assert torch.__version__ in entry
+    assert f"{torch.get_num_threads()} threads" in entry
+    assert result["option"] == "quick"
+    assert set(result["milliseconds"]) == {"slow", "quick"}
+    choice.forget()  # as another process would
+    assert choice("float32", candidates) == "quick"
+    assert candidates.asked == 1
+    assert choice("bfloat16", candidates) == "quick"
+    assert candidates.asked == 2
+    assert len(json.loads((tmp_path / "choices.json").read_text())) == 2
+
+
+def test_the_capture_of_a_cuda_graph_takes_what_was_measured_and_measures_nothing(choice, monkeypatch):
+    candidates = Candidates()
+    choice("before", candidates)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert (choice("before", candidates), choice("meanwhile", candidates)) == ("quick", "slow")
+    assert candidates.asked == 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choice("meanwhile", candidates) == "quick"
+
+
+def test_another_clock(choice):
+    assert choice("", Candidates(), clock=lambda functions: {"slow": 1.0, "quick": 2.0}) == "slow"
+
+
+def test_each_number_of_threads_is_measured(choice):
+    candidates, before = Candidates(), torch.get_num_threads()
+    choice("", candidates)
+    try:
+        torch.set_num_threads(before + 1)
+        choice("", candidates)
+    finally:
+        torch.set_num_threads(before)
+    assert candidates.asked == 2
+
+
+def test_the_default_stays_where_another_is_hardly_quicker(choice, monkeypatch):
+    monkeypatch.setattr(choices, "time_each", lambda _: {"slow": 1.0, "quick": 0.97})
+    assert choice("", Candidates()) == "slow"
+
+
+def test_forced(choice, monkeypatch):
+    candidates = Candidates()
+    monkeypatch.setenv("FASTUPER_CHOICES", " linear=plain, walk = absent,")
+    assert choice("", candidates) == "absent"
+    with torch.no_grad():
+        monkeypatch.setenv("FASTUPER_CHOICES", "linear=plain")
+        assert choice("", candidates) == "quick"
+    assert candidates.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run=quick", r"no choice 'run'; known are conv, conv3x3, linear, .*walk"),
+        ("walk=fast", "walk is one of slow, quick, absent, not 'fast'"),
+        ("walk", "not ''"),
+    ],
+)
+def test_what_cannot_be_forced(choice, monkeypatch, text, message):
+    monkeypatch.setenv("FASTUPER_CHOICES", text)
+    with pytest.raises(ValueError, match=message):
+        choice("", Candidates())
+
+
+def test_not_in_deterministic_mode(choice):
+    candidates = Candidates()
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert choice("", candidates) == "slow"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert candidates.asked == 0
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, "quick"), (2, "slow")])
+def test_not_on_several_ranks(choice, monkeypatch, ranks, expected):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    assert choice("", Candidates()) == expected
+
+
+def test_not_while_tracing(choice):
+    candidates, seen = Candidates(), []
+
+    class Traced(torch.nn.Module):
+        def forward(self, x):
+            seen.append(choice("", candidates))
+            return x + 1
+
+    torch.export.export(Traced(), (torch.ones(2),))
+    torch.jit.trace(Traced(), torch.ones(2), check_trace=False)
+    torch.func.vmap(Traced())(torch.ones(2, 2))
+    assert set(seen) == {"slow"}
+    assert candidates.asked == 0
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"walk": 3}'])
+def test_a_broken_file_is_replaced(choice, tmp_path, content):
+    (tmp_path / "choices.json").write_text(content)
+    assert choice("", Candidates()) == "quick"
+    assert any(key.startswith("walk | ") for key in json.loads((tmp_path / "choices.json").read_text()))
+
+
+def test_an_unknown_option_in_the_file_is_measured_again(choice, tmp_path):
+    choice("", Candidates())
+    path = tmp_path / "choices.json"
+    path.write_text(path.read_text().replace('"option": "quick"', '"option": "gone"'))
+    choice.forget()
+    candidates = Candidates()
+    assert choice("", candidates) == "quick"
+    assert candidates.asked == 1
+
+
+def test_a_folder_that_cannot_be_written(choice, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path / "file" / "below"))  # root could write to a read-only folder
+    candidates = Candidates()
+    assert [choice("", candidates) for _ in range(2)] == ["quick"] * 2
+    assert candidates.asked == 1
+
+
+def test_nothing_half_written_is_left(choice, monkeypatch, tmp_path):
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert choice("", Candidates()) == "quick"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_home(choice, monkeypatch):
+    def fail() -> None:
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("FASTUPER_CACHE")
+    monkeypatch.setattr(choices.Path, "home", fail)
+    assert choices.cache_file() is None
+    assert choice("", Candidates()) == "quick"
+
+
+def test_eight_threads_measure_once(choice):
+    candidates, results = Candidates(), []
+    threads = [threading.Thread(target=lambda: results.append(choice("", candidates))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == ["quick"] * 8
+    assert candidates.asked == 1
+
+
+def test_measuring_leaves_the_random_numbers_alone(monkeypatch, tmp_path):
+    from fastuper_kernels import linear
+    from fastuper_kernels.cpu.linear import LINEAR
+
+    monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path))
+    LINEAR.forget()
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        linear(torch.ones(3, 4), torch.ones(5, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    LINEAR.forget()
+
+
+def test_a_name_is_taken_once(choice):
+    with pytest.raises(ValueError, match="there is a choice 'walk' already"):
+        Choice("walk", ("a",), "a", "")
+
+
+def test_the_table(choice, monkeypatch):
+    choice("float32", Candidates())
+    lines = "\n".join(choices.table())
+    assert "walk: slow | quick | absent" in lines
+    assert "slow: where nothing is measured (it was here first)" in lines
+    assert "quick: measured for float32" in lines
+    monkeypatch.setenv("FASTUPER_CHOICES", "walk=absent")
+    assert "absent: forced by FASTUPER_CHOICES" in "\n".join(choices.table())
+
+
+def test_the_command():
+    command = [sys.executable, "-m", "fastuper_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    assert "linear: plain | conv | onednn | float32" in done.stdout
+    assert "linear: float32 is for float16 operands" in done.stdout  # where what is forced is not what is taken
+    assert not done.stderr

@@ -1,0 +1,91 @@
+"""Small heads with random weights, and what they compute when every module is called as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastuper import UperNetConfig
+from fastuper.models.heads.upernet import ConvModule, UperNetHead, concatenate_at_first_size
+from fastuper_kernels import upsample_add
+
+CHANNELS = [8, 12, 16, 24]
+SIZES = [(17, 22), (9, 11), (5, 6), (3, 3)]
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter and statistic, so that none is 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.ndim == 1:
+            tensor.uniform_(-0.3, 0.3, generator=generator)
+        elif tensor.is_floating_point():
+            bound = (3 / tensor[0].numel()) ** 0.5
+            tensor.uniform_(-bound, bound, generator=generator)
+    return module
+
+
+def head(hidden_size: int = 12, seed: int = 0, channels: Sequence[int] = CHANNELS, **values: Any) -> Any:
+    """Return a head in evaluation."""
+    config = UperNetConfig(**{"hidden_size": hidden_size, "num_labels": 5, **values})
+    return randomize(UperNetHead(config, channels), seed).eval()
+
+
+def feature_maps(
+    batch: int = 2,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    channels: Sequence[int] = CHANNELS,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, c, *size) for c, size in zip(channels, sizes, strict=True)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+class Listed(nn.Module):
+    """A head that takes its maps one by one, as tracers want them."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, *maps: torch.Tensor) -> torch.Tensor:
+        return self.head(maps)
+
+
+class Unfused:
+    """Within it every ConvModule calls its children."""
+
+    def __enter__(self) -> None:
+        self.kept = ConvModule.is_fusible
+        ConvModule.is_fusible = lambda self: False  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        ConvModule.is_fusible = self.kept  # type: ignore[method-assign]
+
+
+def as_written(head: Any, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a head's logits as the paper, mmsegmentation and Transformers write them."""
+    *lower, top = maps
+    with Unfused():
+        pooled = [branch(top) for branch in head.psp_modules]
+        levels = [head.bottleneck(concatenate_at_first_size([top, *pooled]))]
+        for x, lateral in reversed(list(zip(lower, head.lateral_convs, strict=True))):
+            levels.insert(0, upsample_add(levels[0], lateral(x)))
+        fine = [conv(x) for conv, x in zip(head.fpn_convs, levels, strict=False)]
+        return head.classifier(head.fpn_bottleneck(concatenate_at_first_size([*fine, levels[-1]])))
+
+
+def error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return ||result - truth|| / ||truth||."""
+    assert result.shape == truth.shape
+    result, truth = result.detach().double(), truth.detach().double()
+    assert truth.isfinite().all()
+    return ((result - truth).norm() / truth.norm()).item()

@@ -1,0 +1,84 @@
+"""Backbones through `torch.export` and `torch.compile` with sizes that vary, against eager runs at other sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models.pooling import pooling_asks
+from tests.models.test_rewrites import build
+from tests.parity.models import FAMILIES, error, images
+
+# Nothing is a multiple of 32, nor of Swin's patches and windows. The traced size has two windows in the last stage of
+# a Swin: where there is one, PyTorch takes the number 1 as given.
+TRACED = (2, 3, 160, 192)
+OTHERS = [(1, 3, 177, 231), (3, 3, 229, 165), (2, 3, 161, 200)]
+
+
+class Maps(nn.Module):
+    """A backbone whose result is a list: a BackboneOutput is no pytree."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        output = self.backbone(pixel_values, output_hidden_states=True)
+        return [*output.feature_maps, *output.hidden_states]
+
+
+def model(family: str, training: bool, **values: Any) -> nn.Module:
+    backbone = build(family, **values).train(training)
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # each pass must leave the statistics as they are, to be compared with another
+    return Maps(backbone)
+
+
+def case(family: str, training: bool, name: str = "", **values: Any) -> Any:
+    """Each family is traced as it is used, and ConvNeXt in training too; the rest is of the same kind."""
+    marks = [pytest.mark.slow] * (family == "swin")
+    if name or (training and family != "convnext"):
+        marks = [pytest.mark.exhaustive]
+    return pytest.param(family, values, training, marks=marks, id=f"{name or family}-{'train' if training else 'eval'}")
+
+
+CASES = [case(family, training) for training in (False, True) for family in FAMILIES]
+CASES += [
+    case("swin", training, "swin-positions", use_absolute_embeddings=True, image_size=160) for training in (False, True)
+]
+
+
+def compare(traced: Any, eager: nn.Module) -> None:
+    with torch.no_grad():
+        for shape in [TRACED, *OTHERS]:
+            pixels = images(*shape)
+            for result, expected in zip(traced(pixels), eager(pixels), strict=True):
+                assert error(result, expected) < 1e-13, shape
+
+
+@pytest.mark.parametrize(("family", "values", "training"), CASES)
+def test_export_with_dynamic_sizes(family, values, training):
+    if family.startswith("resnet") and pooling_asks():
+        pytest.skip("this PyTorch's max pooling exports for odd sizes or for even ones")
+    eager, auto = model(family, training, **values), torch.export.Dim.AUTO
+    with torch.no_grad():
+        program = torch.export.export(eager, (images(*TRACED),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    compare(program.module(), eager)
+
+
+@pytest.mark.parametrize(("family", "values", "training"), CASES)
+def test_compile_in_one_graph_for_all_sizes(family, values, training):
+    eager, graphs = model(family, training, **values), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compare(torch.compile(eager, fullgraph=True, dynamic=True, backend=backend), eager)
+    # A batch of 1 has a graph of its own.
+    assert len(graphs) <= (4 if family.startswith("resnet") and pooling_asks() else 2)

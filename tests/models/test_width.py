@@ -1,0 +1,413 @@
+"""Memory and layouts: no map wider than hidden_size at stride 4, in any of the ways that a head can run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastuper.models.heads.upernet
+from fastuper import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper_kernels import upsampled_conv3x3
+from fastuper_kernels.cpu.linear import linear
+from tests.models.heads import Listed, as_written, error, feature_maps, head, randomize
+from tests.models.test_upernet import BACKBONES
+from tests.models.test_upernet import model as small_model
+
+HIDDEN = 64
+SIZES = [(40, 48), (20, 24), (10, 12), (5, 6)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured():
+    """What measures the ways of a linear layer, once a process, is none of a head's maps."""
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            linear(torch.ones(2, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype))
+
+
+class Shapes(TorchDispatchMode):
+    """Note the shape of every tensor that an operator returns, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.shapes.update(tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+def assert_narrow(shapes, batch):
+    """No map at stride 4 is wider than hidden_size, with its channels before or after its positions.
+
+    Nor is anything much larger, in whatever shape. The largest are what is resampled along one axis alone: three taps
+    of hidden_size channels at (H / 2, W).
+    """
+    assert shapes
+    for shape in shapes:
+        if len(shape) >= 3:
+            # No map here has as many columns as channels: what ends in hidden_size has its channels there.
+            first = [] if shape[-1] == HIDDEN else [shape[-3:]]
+            for channels, height, width in (*first, (shape[-1], *shape[-3:-1])):
+                assert channels <= HIDDEN or height < SIZES[0][0] or width < SIZES[0][1], shape
+        assert math.prod(shape) <= 1.6 * batch * HIDDEN * SIZES[0][0] * SIZES[0][1], shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_training(dtype):
+    """Every operator's result, forward and backward."""
+    model, maps = head(HIDDEN).to(dtype).train(), feature_maps(sizes=SIZES, dtype=dtype)
+    with Shapes() as seen:
+        model(maps).square().mean().backward()
+    assert_narrow(seen.shapes, 2)
+
+
+class Frozen(nn.Module):
+    """As detectron2 and torchvision have it."""
+
+    def __init__(self, count):
+        super().__init__()
+        for name, value in {"scale": 1.5, "shift": 0.1}.items():
+            self.register_buffer(name, torch.full((1, count, 1, 1), value))
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+class Subclass(nn.BatchNorm2d):
+    pass
+
+
+NORMS = {
+    "sync": nn.SyncBatchNorm,
+    "subclass": Subclass,
+    "group": lambda count: nn.GroupNorm(4, count),
+    "frozen": Frozen,
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_other_norms(kind, training):
+    """What follows a convolution is called as it stands, and decides nothing about the convolution.
+
+    The activation is a smooth one: of a ReLU's, a rounding error at 0 would change whole gradients.
+    """
+    model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
+    for module in list(model.modules()):
+        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+            module.batch_norm, module.activation = randomize(NORMS[kind](HIDDEN)), nn.SiLU()
+    single = copy.deepcopy(model.train(training))
+    other = copy.deepcopy(model).double()
+    with torch.set_grad_enabled(training), Shapes() as seen:
+        result = model(maps)
+        if training:
+            result.square().mean().backward()
+    assert_narrow(seen.shapes, 2)
+    truth = as_written(other, [x.double() for x in maps])
+    assert error(result, truth) < 1e-5
+    if training:
+        truth.square().mean().backward()
+        as_written(single, maps).square().mean().backward()
+        triples = zip(model.named_parameters(), single.parameters(), other.parameters(), strict=True)
+        for (name, ours), written, theirs in triples:
+            assert error(ours.grad, theirs.grad) < max(2 * error(written.grad, theirs.grad), 1e-5), name
+        for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
+            assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6), name
+
+
+def test_training_without_a_mode():
+    """A mode has operators of its own for company: the profiler sees those of the path that is really taken."""
+    model, maps = head(HIDDEN).train(), feature_maps(sizes=SIZES)
+    assert_narrow(profiled(lambda: model(maps).square().mean().backward()), 2)
+
+
+def profiled(function):
+    """Return the shapes of all operators' operands in a call."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        function()
+    shapes = set()
+    for event in profiler.events():
+        shapes.update(tuple(shape) for shape in event.input_shapes if shape and all(type(n) is int for n in shape))
+    return shapes
+
+
+class Written(Listed):
+    def forward(self, *maps):
+        return as_written(self.head, maps)
+
+
+def shapes_of(graph):
+    """Return the shapes of all values in an exported program."""
+    values = [value for node in graph.graph.nodes for value in tree_leaves(node.meta.get("val"))]
+    return {tuple(value.shape) for value in values if isinstance(value, torch.Tensor)}
+
+
+def test_the_check_sees_the_network_as_written():
+    model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
+    with torch.no_grad():
+        shapes = profiled(lambda: as_written(model, maps))
+        with Shapes() as seen:
+            as_written(model, maps)
+        graph = torch.export.export(Written(model), tuple(maps))
+    for each in (shapes, seen.shapes, shapes_of(graph)):
+        assert (2, 4 * HIDDEN, *SIZES[0]) in each
+        with pytest.raises(AssertionError):
+            assert_narrow(each, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
+def test_inference(dtype, strips, monkeypatch):
+    if strips:
+        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+    model, maps = head(HIDDEN).to(dtype), feature_maps(sizes=SIZES, dtype=dtype)
+    with torch.no_grad():
+        assert_narrow(profiled(lambda: model(maps)), 2)
+        with Shapes() as seen:
+            model(maps)
+    assert_narrow(seen.shapes, 2)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_traced_graph(training):
+    model = Listed(head(HIDDEN)).train(training)
+    with torch.set_grad_enabled(training):
+        graph = torch.export.export(model, tuple(feature_maps(sizes=SIZES)))
+    assert_narrow(shapes_of(graph), 2)
+    assert_narrow(shapes_of(graph.run_decompositions()), 2)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def peak(function):
+    """Return the most bytes that were allocated at a time in a call, beyond those at its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    now = most = 0
+    # Allocations (positive) and releases (negative).
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_memory_is_linear_in_the_pixels(training):
+    model = head(HIDDEN).train(training)
+
+    def run(factor):
+        maps = feature_maps(2, [(factor * h, factor * w) for h, w in SIZES])
+        with torch.set_grad_enabled(training):
+            model(maps)  # bands and packs
+            return peak(lambda: model(maps).sum().backward() if training else model(maps))
+
+    small, large = run(2), run(4)
+    assert 1.5 * small < large <= 4.4 * small
+
+
+def test_the_last_steps_in_strips_need_no_more_for_larger_maps(monkeypatch):
+    """Beyond the levels below stride 4 and the logits: what was 64 channels at stride 4 is a strip of them."""
+    model = head(HIDDEN)
+    monkeypatch.setattr(sys.modules[upsampled_conv3x3.__module__], "CHUNK_POSITIONS", SIZES[-1][0] * SIZES[-1][1])
+
+    def run(factor):
+        maps = feature_maps(1, [(factor * h, w) for h, w in SIZES])
+        with torch.no_grad():
+            above = model.pyramid_pooling(maps[-1])
+            levels = [above]
+            for i in (2, 1):
+                above = model.add_lateral(model.lateral_convs[i], maps[i], above)
+                levels.insert(0, model.fpn_convs[i](above))
+            model.in_strips(maps[0], above, levels)
+            logits = 4 * 5 * factor * SIZES[0][0] * SIZES[0][1]
+            return peak(lambda: model.in_strips(maps[0], above, levels)) - logits
+
+    monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 4 * HIDDEN * SIZES[0][1] * 16)
+    small, large = run(4), run(16)
+    assert large < 1.1 * small
+    monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1 << 40)
+
+
+# Strips --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(17, 22), (9, 11), (5, 6), (3, 3)],
+        [(33, 5), (17, 3), (9, 2), (5, 1)],
+        [(1, 1), (1, 1), (1, 1), (1, 1)],
+        [(49, 20), (24, 10), (13, 5), (6, 2)],
+        [(16, 16), (40, 3), (4, 30), (7, 7)],
+    ],
+    ids=["odd", "slim", "one", "three-strips", "any"],
+)
+@pytest.mark.parametrize("hidden_size", [12, 64])
+def test_strips_give_the_same_logits(dtype, sizes, hidden_size, monkeypatch):
+    model, maps = head(hidden_size), feature_maps(sizes=sizes)
+    with torch.no_grad():
+        truth = as_written(copy.deepcopy(model).double(), [x.double() for x in maps])
+        model, maps = model.to(dtype), [x.to(dtype) for x in maps]
+        # The reference in either layout: its float32 convolutions err twice as much in one of them.
+        wide = {"memory_format": torch.channels_last}
+        others = as_written(copy.deepcopy(model).to(**wide), [x.to(**wide) for x in maps])
+        written = max(error(other, truth) for other in (as_written(model, maps), others))
+        whole = model(maps)
+        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
+        assert model.runs_in_strips(maps[0])
+        result = model(maps)
+    assert result.dtype == whole.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    # float64 is the truth itself, but for its rounding.
+    limit = 1e-13 if dtype == torch.float64 else max(1.25 * written, 4 * eps)
+    assert error(whole, truth) <= limit
+    assert error(result, truth) <= limit
+    assert error(result, whole) <= 4 * limit
+
+
+@pytest.mark.parametrize("rows", [16, 32, 48])
+def test_strips_of_any_height(rows, monkeypatch):
+    model, maps = head(HIDDEN), feature_maps(1, [(77, 10), (39, 5), (20, 3), (10, 2)])
+    with torch.no_grad():
+        expected = model(maps)
+        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 4 * HIDDEN * 10 * rows)
+        assert model.runs_in_strips(maps[0])
+        assert error(model(maps), expected) < 1e-6
+
+
+# What is returned ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
+def test_logits_are_contiguous(family, strips, monkeypatch):
+    if strips:
+        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
+    model, pixels = randomize(small_model(family, hidden_size=16)), torch.randn(2, 3, 70, 90)
+    odd = torch.randn(2, 3, 90, 140).transpose(2, 3)[:, :, ::2]
+    layouts = {
+        "contiguous": pixels,
+        "channels_last": pixels.contiguous(memory_format=torch.channels_last),
+        "expanded": pixels[:1].expand(2, -1, -1, -1),
+        "strided": odd.contiguous(),
+    }
+    same = {"strided": odd}
+    for name, x in layouts.items():
+        for given in (x, same.get(name, x)):
+            with torch.no_grad():
+                logits = model(given).logits
+                assert logits.is_contiguous()
+                assert logits.dtype == torch.float32
+                assert logits.view(-1).shape == (2 * 5 * x.shape[2] * x.shape[3],)
+                assert error(logits, model(x.contiguous()).logits) < 1e-5
+        logits = model.train()(x).logits
+        assert logits.is_contiguous()
+        model.eval()
+    one = small_model(family)(torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)).logits
+    assert one.stride() == (5 * 64 * 64, 64 * 64, 64, 1)
+
+
+def test_logits_of_a_model_in_channels_last():
+    model = randomize(small_model("resnet", hidden_size=64))
+    pixels = torch.randn(2, 3, 70, 90)
+    with torch.no_grad():
+        expected = model(pixels).logits
+        result = model.to(memory_format=torch.channels_last)(pixels.to(memory_format=torch.channels_last)).logits
+    assert result.is_contiguous()
+    assert error(result, expected) < 1e-5
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
+def test_autocast(cast, training, strips, monkeypatch):
+    """The head's logits have autocast's dtype, as those of the network written in PyTorch's modules; weights stay."""
+    if strips:
+        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
+    model, maps = head(HIDDEN).train(training), feature_maps(sizes=SIZES)
+    other = copy.deepcopy(model)
+    with torch.set_grad_enabled(training):
+        with torch.autocast("cpu", dtype=cast):
+            result, written = model(maps), as_written(other, maps)
+        truth = as_written(copy.deepcopy(other).double(), [x.double() for x in maps])
+    assert result.dtype == written.dtype
+    assert error(result, truth) <= max(1.25 * error(written, truth), 4 * torch.finfo(cast).eps)
+    if training:
+        result.float().square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_autocast_changes_nothing_for_later_calls():
+    model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
+    with torch.no_grad():
+        before = model(maps)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                model(maps)
+        assert torch.equal(model(maps), before)
+
+
+def test_autocast_of_a_wide_model():
+    """float64 is left alone by autocast."""
+    model, maps = head(12).double(), feature_maps(dtype=torch.float64)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=True):
+        assert model(maps).dtype == torch.float64
+
+
+def test_threads():
+    """The caller's number of threads is used, and left as it is."""
+    model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                results.append(model(maps))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert error(*results) < 1e-6
+
+
+def test_what_is_given_is_left_alone():
+    model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    before = [x.clone() for x in maps]
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model(maps)
+    assert all(torch.equal(x, y) for x, y in zip(maps, before, strict=True))
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+def test_results_are_new_tensors():
+    """Nothing that is returned is part of a cache, or of another result."""
+    model = UperNetForSemanticSegmentation(
+        UperNetConfig(backbone_config=ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1] * 4))
+    )
+    model.eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        first = model(pixels).logits
+        kept = first.clone()
+        model(torch.randn(1, 3, 64, 64))
+        assert torch.equal(first, kept)
+        first.zero_()
+        assert torch.equal(model(pixels).logits, kept)
