@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from transformers import UperNetForSemanticSegmentation as TheirModel
 
 from fastuper.evaluation.confusion import ConfusionMatrix
-from fastuper.io.hub import atomic_path
+from fastuper.io.files import atomic_path
 from fastuper.scenes import ID2LABEL, MODEL, PALETTE, load_model, scene
 
 try:  # Transformers 5: the processor that resizes with Pillow, as 4.x does

@@ -27,7 +27,7 @@ from torch import nn
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.data import Sample, SampleDataset, TrainingTransform
 from fastuper.evaluation.confusion import ConfusionMatrix
-from fastuper.io.hub import atomic_path
+from fastuper.io.files import atomic_path
 from fastuper.scenes import ID2LABEL, MODEL, SceneDataset, load_model
 from fastuper.training import Trainer, TrainingConfig
 

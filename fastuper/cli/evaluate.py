@@ -82,7 +82,7 @@ def evaluate_model(
     """
     from tqdm import tqdm
 
-    from fastuper.data.samples import find_splits, open_dataset
+    from fastuper.data.folders import find_splits, open_dataset
     from fastuper.evaluation.confusion import check_picture
     from fastuper.evaluation.loop import check_classes, class_names, evaluate
 

@@ -25,18 +25,10 @@ from fastuper.cli.common import (
     make_folder,
     one_line,
 )
-from fastuper.data.images import (
-    MAX_PIXELS,
-    ImageError,
-    class_name,
-    class_palette,
-    class_shares,
-    format_share,
-    overlay,
-    read_image,
-    save_label_png,
-)
-from fastuper.io.hub import atomic_path
+from fastuper.data.classes import class_name, class_palette
+from fastuper.data.images import MAX_PIXELS, ImageError, read_image
+from fastuper.data.overlay import class_shares, format_share, overlay, save_label_png
+from fastuper.io.files import atomic_path
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,12 @@ import typer
 
 from fastuper.cli.common import EXPECTED, LayoutName, LayoutOption, leave, one_line
 from fastuper.data.images import read_labels
-from fastuper.io.hub import find_file, reason
+from fastuper.io.hub import find_file
+from fastuper.io.messages import reason
 
 if TYPE_CHECKING:
     from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
-    from fastuper.data.samples import FolderDataset, Layout
+    from fastuper.data.folders import FolderDataset, Layout
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
@@ -141,10 +142,11 @@ def train_model(
     Exit status: 0 all steps are done, 1 training stopped, 2 nothing could start, 130 stopped by Ctrl-C.
     """
     try:
-        from fastuper.training.trainer import Trainer, TrainingConfig, TrainingError
+        from fastuper.training.config import TrainingConfig, TrainingError
+        from fastuper.training.trainer import Trainer
     except ImportError as error:
         leave(one_line(error))
-    from fastuper.data.samples import TrainingTransform
+    from fastuper.data.augment import TrainingTransform
 
     try:
         for option, value in (("--backbone", backbone), ("--hidden-size", hidden_size)):
@@ -212,7 +214,7 @@ def _open(
     data: Path, layout: Layout, split: str | None, validation_split: str | None, ignore_index: int
 ) -> tuple[FolderDataset, FolderDataset | None]:
     """Return what to train on and what to validate on; the latter is None where there is no split for it."""
-    from fastuper.data.samples import SPLIT_NAMES, find_splits, open_dataset
+    from fastuper.data.folders import SPLIT_NAMES, find_splits, open_dataset
 
     splits = find_splits(data, layout)
     if validation_split is None and not {*splits} & {*SPLIT_NAMES[1]}:

@@ -5,22 +5,11 @@ from typing import TYPE_CHECKING
 from fastuper.io.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastuper.data.augment import TrainingDataset, TrainingTransform, scaled_size
+    from fastuper.data.folders import SPLIT_NAMES, FolderDataset, find_splits, open_dataset
     from fastuper.data.images import ImageError, read_image, read_labels
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
-    from fastuper.data.samples import (
-        IGNORE_INDEX,
-        SPLIT_NAMES,
-        DataError,
-        FolderDataset,
-        Sample,
-        SampleDataset,
-        TrainingDataset,
-        TrainingTransform,
-        as_samples,
-        find_splits,
-        open_dataset,
-        scaled_size,
-    )
+    from fastuper.data.samples import IGNORE_INDEX, DataError, Sample, SampleDataset, as_samples
 
 __all__ = [
     "IGNORE_INDEX",
@@ -47,20 +36,20 @@ __getattr__, __dir__ = lazy_names(
     {
         "BatchFeature": "fastuper.data.processor",
         "DataError": "fastuper.data.samples",
-        "FolderDataset": "fastuper.data.samples",
+        "FolderDataset": "fastuper.data.folders",
         "IGNORE_INDEX": "fastuper.data.samples",
         "ImageError": "fastuper.data.images",
-        "SPLIT_NAMES": "fastuper.data.samples",
+        "SPLIT_NAMES": "fastuper.data.folders",
         "Sample": "fastuper.data.samples",
         "SampleDataset": "fastuper.data.samples",
-        "TrainingDataset": "fastuper.data.samples",
-        "TrainingTransform": "fastuper.data.samples",
+        "TrainingDataset": "fastuper.data.augment",
+        "TrainingTransform": "fastuper.data.augment",
         "UperNetImageProcessor": "fastuper.data.processor",
         "as_samples": "fastuper.data.samples",
-        "find_splits": "fastuper.data.samples",
-        "open_dataset": "fastuper.data.samples",
+        "find_splits": "fastuper.data.folders",
+        "open_dataset": "fastuper.data.folders",
         "read_image": "fastuper.data.images",
         "read_labels": "fastuper.data.images",
-        "scaled_size": "fastuper.data.samples",
+        "scaled_size": "fastuper.data.augment",
     },
 )

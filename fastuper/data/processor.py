@@ -22,9 +22,10 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from fastuper.io.hub import HubOptions, atomic_path, find_file, read_json
+from fastuper.io.files import atomic_path, read_json
+from fastuper.io.hub import HubOptions, find_file
 from fastuper_kernels import upsample_argmax
-from fastuper_kernels.ops.upsample_cross_entropy import with_the_other_class
+from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 Image: TypeAlias = "PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str]"
 Images: TypeAlias = "Image | Sequence[Image]"
@@ -364,7 +365,7 @@ class UperNetImageProcessor:
         Raises:
             ValueError: the target sizes are not as many as the images, or not pairs of integers from 1.
         """
-        logits = with_the_other_class(outputs.logits)
+        logits = as_two_classes(outputs.logits)
         if target_sizes is None:
             return list(logits.argmax(dim=1))
         if isinstance(target_sizes, torch.Tensor):

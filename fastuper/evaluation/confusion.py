@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastuper.data.images import class_name, format_share
+from fastuper.data.classes import class_name
+from fastuper.data.overlay import format_share
 from fastuper.data.samples import IGNORE_INDEX
-from fastuper.io.hub import atomic_path
+from fastuper.io.files import atomic_path
 
 
 class ConfusionMatrix:

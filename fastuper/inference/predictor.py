@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from fastuper.data.samples import scaled_size
+from fastuper.data.augment import scaled_size
 from fastuper_kernels.cpu.band import Band
-from fastuper_kernels.ops.upsample_cross_entropy import with_the_other_class
+from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 if TYPE_CHECKING:
     from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
@@ -321,7 +321,7 @@ class _Votes:
 
     def add(self, start: int, logits: torch.Tensor) -> None:
         """Count rows of a view's logits (classes, rows, width), of which the first is `start`."""
-        logits = with_the_other_class(logits[None])[0]
+        logits = as_two_classes(logits[None])[0]
         rows = slice(start, start + logits.shape[1])
         if self.views == 1:
             if self.result is None:

@@ -1,13 +1,8 @@
-"""Files of a checkpoint folder or a Hub repository: finding them, and writing them whole or not at all."""
+"""Files of a checkpoint: in a local folder or a Hub repository."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,69 +113,3 @@ def pin_revision(source: str | os.PathLike[str], options: HubOptions) -> HubOpti
         return options
     # .../models--organization--name/snapshots/<commit>/<subfolder>/config.json
     return replace(options, revision=path.parents[len(Path(options.subfolder).parts)].name)
-
-
-def reason(error: BaseException) -> str:
-    """Return an error's message on one line, or its name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; the error names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise OSError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise OSError(f"{path} holds {type(value).__name__} where a JSON object is expected")
-    return value
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes `path`'s place when the block ends, and goes if it fails.
-
-    A reader sees the old file or the new one, never a part of it, whenever the writer is stopped.
-    """
-    path = Path(path)
-    # Not the target's name with something added: that may be as long as a name can be.
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new folder beside `path` to write files into; it becomes `path` when the block ends, or goes if it fails.
-
-    A reader sees no folder or the whole of it, whenever the writer is stopped or the power fails: the files are on the
-    disk before the folder has its name. A writer that is killed leaves a hidden folder behind, `.` and 32 digits.
-
-    Raises:
-        OSError: `path` is there already, or something could not be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in [*temporary.iterdir(), temporary]:
-            _flush(file)
-        os.rename(temporary, path)
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

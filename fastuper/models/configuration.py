@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from fastuper.io.hub import HubOptions, atomic_path, find_file, read_json
+from fastuper.io.files import atomic_path, read_json
+from fastuper.io.hub import HubOptions, find_file
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from fastuper_kernels.dispatch.modes import autocast_as_it_is
+from fastuper_kernels.dispatch.modes import current_autocast
 
 Output = TypeVar("Output", bound="ModelOutput")
 
@@ -29,7 +29,7 @@ class Deferred:
     def __init__(self, compute: Callable[[], Any], device: str):
         self.compute = compute
         self.with_gradients, self.in_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.autocast = autocast_as_it_is(device)
+        self.autocast = current_autocast(device)
 
     def __call__(self) -> Any:
         """Return the value."""

@@ -29,7 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fastuper.io.hub import HubOptions, atomic_path, find_file, pin_revision, read_json
+from fastuper.io.files import atomic_path, read_json
+from fastuper.io.hub import HubOptions, find_file, pin_revision
 from fastuper.models.configuration import as_dtype
 
 logger = logging.getLogger("fastuper")

@@ -27,7 +27,7 @@ GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 logger = logging.getLogger(__name__)
 
 
-def is_plain(*modules: nn.Module) -> bool:
+def is_untouched(*modules: nn.Module) -> bool:
     """Return whether nothing sees these modules being called, and whether their classes are ours or PyTorch's own.
 
     Children are not looked at. A module is not plain where a hook is registered on it (or on all modules), where its
@@ -56,10 +56,10 @@ def _is_replaced(module: nn.Module) -> bool:
 
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a module is plain and of this very class, not of a subclass."""
-    return type(module) is kind and is_plain(module)
+    return type(module) is kind and is_untouched(module)
 
 
-def is_same_conv(conv: nn.Module) -> bool:
+def is_supported_conv(conv: nn.Module) -> bool:
     """Return whether a module is a convolution that `conv_bn_relu` computes, and nobody has touched it."""
     return (
         is_exactly(conv, nn.Conv2d)

@@ -21,7 +21,8 @@ from fastuper.models.configuration import (
 )
 from fastuper.models.cuda_graph import Captured
 from fastuper.models.gradient_checkpointing import Checkpointed, checkpointed
-from fastuper.models.heads.upernet import FCNHead, UperNetHead
+from fastuper.models.heads.fcn import FCNHead
+from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
 from fastuper.models.pretrained import (
     CheckpointError,
@@ -32,7 +33,7 @@ from fastuper.models.pretrained import (
 )
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager
-from fastuper_kernels.ops.upsample_cross_entropy import check_values, with_the_other_class
+from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes, check_values
 
 
 class UperNetForSemanticSegmentation(PretrainedMixin):
@@ -198,7 +199,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             raise ValueError(
                 f"{len(targets)} target_sizes for a batch of {len(pixel_values)} images; give one an image"
             )
-        logits = with_the_other_class(self.decode_head(self._features(pixel_values, False, False)[0]))
+        logits = as_two_classes(self.decode_head(self._features(pixel_values, False, False)[0]))
         if logits.is_cuda and all(target == targets[0] for target in targets):  # in one launch
             labels = list(upsample_argmax(logits, _chain(size, targets[0])))
         else:
@@ -233,7 +234,7 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
 
         def labels(x: torch.Tensor) -> torch.Tensor:
             assert target_size is not None
-            coarse = with_the_other_class(self.decode_head(self._features(x, False, False)[0]))
+            coarse = as_two_classes(self.decode_head(self._features(x, False, False)[0]))
             return upsample_argmax(coarse, _chain(size, (target_size[0], target_size[1])))
 
         return Captured(self, logits if target_size is None else labels, pixel_values)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from fastuper.io.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastuper.training.config import TrainingConfig, TrainingError
     from fastuper.training.runs import RunFolder
-    from fastuper.training.trainer import Trainer, TrainingConfig, TrainingError
+    from fastuper.training.trainer import Trainer
 
 __all__ = [
     "RunFolder",
@@ -20,7 +21,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "RunFolder": "fastuper.training.runs",
         "Trainer": "fastuper.training.trainer",
-        "TrainingConfig": "fastuper.training.trainer",
-        "TrainingError": "fastuper.training.trainer",
+        "TrainingConfig": "fastuper.training.config",
+        "TrainingError": "fastuper.training.config",
     },
 )

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from fastuper.io.hub import atomic_folder, atomic_path, reason
+from fastuper.io.files import atomic_folder, atomic_path
+from fastuper.io.messages import reason
 
 STATE = "training_state.pt"
 BEST = "validation.json"

@@ -16,7 +16,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,263 +28,29 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from fastuper.data.images import ImageError, blend, class_name, class_palette
+from fastuper.data.augment import TrainingDataset, TrainingTransform
+from fastuper.data.classes import class_name, class_palette
+from fastuper.data.folders import FolderDataset
+from fastuper.data.overlay import blend
 from fastuper.data.processor import UperNetImageProcessor
-from fastuper.data.samples import (
-    DataError,
-    FolderDataset,
-    Sample,
-    SampleDataset,
-    TrainingDataset,
-    TrainingTransform,
-    as_samples,
-)
+from fastuper.data.samples import Sample, SampleDataset, as_samples
 from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.evaluation.loop import check_classes, class_names, evaluate
 from fastuper.inference.predictor import Predictor
-from fastuper.io.hub import reason
+from fastuper.io.messages import reason
 from fastuper.models.backbones import Backbone
-from fastuper.models.configuration import check_counts
 from fastuper.models.upernet import UperNetForSemanticSegmentation
-from fastuper.recipes.recipes import Recipe, learning_rate_factor, parameter_groups, recipe_for
+from fastuper.recipes.recipes import learning_rate_factor, parameter_groups
+from fastuper.training.batches import Batch, Collate, GlobalBatches, TrainingItems, seed_of
+from fastuper.training.config import FREE, TrainingConfig, TrainingError
 from fastuper.training.runs import STATE, RunFolder, read_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.utils.tensorboard import SummaryWriter
-
-
-class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message is one line that names the reason and the remedy."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train. What is None follows from the recipe or from the number of steps.
-
-    Args:
-        steps: how many times the weights are changed.
-        batch_size: images of a step, all processes and pieces together.
-        accumulate: how many pieces each process takes its part of a step's images in, one after another: the memory
-            of one piece, the gradients of all.
-        recipe: "convnext", "swin", or "auto": by the backbone. See `fastuper.recipes.recipes`.
-        learning_rate: of the heads; the recipe's where None.
-        weight_decay: the recipe's where None.
-        layer_decay: what the backbone's learning rates fall by, stage by stage; the recipe's where None.
-        warmup_steps: steps in which the learning rate rises; 1,500, but at most a tenth of all, where None.
-        power: of the polynomial by which the learning rate falls to 0.
-        clip: the largest norm of the gradient; a larger one is scaled down to it. None lets all pass.
-        bf16: whether to compute in bfloat16 where autocast says so; weights and optimizer stay in float32.
-        ema: how much of the averaged weights stays at each step (0.999, say); the average is what is validated and
-            saved. None keeps no average.
-        freeze_norm: whether BatchNorm normalises with its running statistics and leaves them as they are.
-        seed: what the order of the images, the augmentation and stochastic depth are drawn from.
-        workers: processes that prepare images, for each process that trains; 0 has the latter do it.
-        log_every: steps between two lines of the log; on a GPU, also those between two looks at the loss.
-        validate_every: steps between two validations; a tenth of all where None.
-        save_every: steps between two checkpoints; `validate_every` where None. Each validation is saved as well.
-        pictures: predicted pictures in each validation's TensorBoard entry.
-        cpu: whether to leave the GPU alone.
-
-    Raises:
-        ValueError: a value that cannot be; the message names it.
-    """
-
-    steps: int = 160_000
-    batch_size: int = 16
-    accumulate: int = 1
-    recipe: str = "auto"
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    layer_decay: float | None = None
-    warmup_steps: int | None = None
-    power: float = 1.0
-    clip: float | None = None
-    bf16: bool = False
-    ema: float | None = None
-    freeze_norm: bool = False
-    seed: int = 0
-    workers: int = 2
-    log_every: int = 10
-    validate_every: int | None = None
-    save_every: int | None = None
-    pictures: int = 4
-    cpu: bool = False
-
-    def __post_init__(self) -> None:
-        at_least_one = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "save_every")
-        for least, names in ((1, at_least_one), (0, ("warmup_steps", "seed", "workers", "pictures"))):
-            check_counts(least, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
-        for name in ("learning_rate", "power", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be more than 0, got {value!r}")
-        if self.weight_decay is not None and not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}")
-        for name in ("layer_decay", "ema"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be more than 0 and at most 1, got {value!r}")
-        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be fewer than the {self.steps} steps")
-        recipe_for(self.recipe, "")
-
-    def plan(self, backbone_type: str) -> Plan:
-        """Return what the recipe and the number of steps decide, where the configuration does not."""
-        recipe = recipe_for(self.recipe, backbone_type)
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
-        validate_every = self.validate_every or max(self.steps // 10, 1)
-        return Plan(
-            recipe=dataclasses.replace(recipe, **{name: value for name, value in own.items() if value is not None}),
-            warmup_steps=min(1500, self.steps // 10) if self.warmup_steps is None else self.warmup_steps,
-            validate_every=validate_every,
-            save_every=self.save_every or validate_every,
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a `TrainingConfig` leaves open, decided."""
-
-    recipe: Recipe
-    warmup_steps: int
-    validate_every: int
-    save_every: int
-
-
-# May differ when a run goes on: they change no loss, or (`accumulate`) by rounding and what BatchNorm sees at once.
-# The recipe's numbers are compared, its name is not.
-FREE = ("recipe", "accumulate", "workers", "log_every", "validate_every", "save_every", "pictures", "cpu")
-
-
-@dataclass
-class Batch:
-    """Images of one piece of a step.
-
-    Attributes:
-        pixel_values: (B, C, H, W), normalised.
-        labels: (B, H, W), int64.
-        names: what to call each image in a message.
-        valid: how many pixels are not ignored, an int64 scalar.
-    """
-
-    pixel_values: torch.Tensor
-    labels: torch.Tensor
-    names: list[str]
-    valid: torch.Tensor
-
-    def pin_memory(self) -> Batch:
-        """Return it in memory that a GPU reads by itself; what `DataLoader` calls."""
-        return dataclasses.replace(self, pixel_values=self.pixel_values.pin_memory(), labels=self.labels.pin_memory())
-
-
-class GlobalBatches(Sampler[list[tuple[int, int]]]):
-    """Which images a process takes, as (epoch, index): the pieces of one step after another.
-
-    An epoch is a permutation that the seed and the epoch's number decide, and epochs follow one another without a
-    gap: a step may end one and begin the next. Of the `batch_size` images of a step the process of rank r takes the
-    ones at r, r + world_size, ...
-
-    Args:
-        length: images there are.
-        batch_size: images of a step; a multiple of `world_size * accumulate`.
-        seed: see above.
-        steps: the number of steps.
-        start: the first step.
-        rank: of this process.
-        world_size: processes there are.
-        accumulate: pieces of each process's part.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        steps: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-    ):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.steps, self.start = steps, start
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.batch_size // self.world_size // self.accumulate
-        epoch, order = -1, torch.empty(0)
-        for step in range(self.start, self.steps):
-            keys = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-                    order = torch.randperm(self.length, generator=generator)
-                keys.append((epoch, int(order[position % self.length])))
-            mine = keys[self.rank :: self.world_size]
-            for start in range(0, len(mine), size):
-                yield mine[start : start + size]
-
-
-def seed_of(seed: int, purpose: str, *numbers: int) -> int:
-    """Return a seed that a purpose and some numbers decide; unlike their sum, no two of them have the same."""
-    key = [seed, *purpose.encode(), *numbers]
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-class TrainingItems(Dataset[Any]):
-    """What `TrainingDataset` has, looked at; or the error's message where an image cannot be used.
-
-    What a worker raises would arrive as a traceback.
-    """
-
-    def __init__(self, data: TrainingDataset, num_labels: int, ignore_index: int):
-        self.data, self.num_labels, self.ignore_index = data, num_labels, ignore_index
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | str:
-        try:
-            item = self.data[key]
-        except (DataError, ImageError) as error:  # they name the file
-            return str(error)
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            files = getattr(self.data.samples, "files", None)
-            name = f"image {key[1]} of the training data" if files is None else files[key[1]][0]
-            return f"{name}: {reason(error)}"
-        labels = item["labels"]
-        wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_labels))]
-        if len(wrong):  # a GPU would only say that an assertion failed
-            return (
-                f"{item['name']}: label {int(wrong[0])} is neither one of the model's {self.num_labels} classes nor "
-                f"{self.ignore_index}, which is ignored"
-            )
-        return item
-
-
-class Collate:
-    """Makes a `Batch` of items, or returns the first error's message."""
-
-    def __init__(self, ignore_index: int):
-        self.ignore_index = ignore_index
-
-    def __call__(self, items: list[Any]) -> Batch | str:
-        """Stack the items."""
-        for item in items:
-            if isinstance(item, str):
-                return item
-        labels = torch.stack([item["labels"] for item in items])
-        return Batch(
-            pixel_values=torch.stack([item["pixel_values"] for item in items]),
-            labels=labels,
-            names=[item["name"] for item in items],
-            valid=(labels != self.ignore_index).sum(),
-        )
 
 
 class Trainer:

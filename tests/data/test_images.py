@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from fastuper.data import images
-from fastuper.data.images import ImageError, class_palette, class_shares, overlay, read_image, save_label_png
+from fastuper.data import classes
+from fastuper.data import overlay as overlays
+from fastuper.data.classes import class_palette
+from fastuper.data.images import ImageError, read_image
+from fastuper.data.overlay import class_shares, overlay, save_label_png
 
 
 @pytest.fixture
@@ -193,7 +196,7 @@ def test_own_limit_stands_in_for_pillows(photo: Image.Image, tmp_path: Path, mon
 
 
 def test_ade20k_names_and_colours() -> None:
-    names, palette = images.ade20k_names(), images.ade20k_palette()
+    names, palette = classes.ade20k_names(), classes.ade20k_palette()
     assert len(names) == len(set(names)) == 150
     assert names[:5] == ("wall", "building", "sky", "floor", "tree")
     assert names[-5:] == ("shower", "radiator", "glass", "clock", "flag")
@@ -211,15 +214,15 @@ def test_ade20k_names_and_colours() -> None:
 
 
 def test_ade20k_palette_is_a_copy() -> None:
-    images.ade20k_palette()[:] = 0
-    assert images.ade20k_palette().any()
+    classes.ade20k_palette()[:] = 0
+    assert classes.ade20k_palette().any()
 
 
 def test_ade20k_colours_are_used_for_ade20k_names_only() -> None:
-    names = dict(enumerate(images.ade20k_names()))
+    names = dict(enumerate(classes.ade20k_names()))
     as_on_the_hub = names | {7: "bed "}
-    np.testing.assert_array_equal(class_palette(as_on_the_hub), images.ade20k_palette())
-    assert not np.array_equal(class_palette(names | {7: "cot"}), images.ade20k_palette())
+    np.testing.assert_array_equal(class_palette(as_on_the_hub), classes.ade20k_palette())
+    assert not np.array_equal(class_palette(names | {7: "cot"}), classes.ade20k_palette())
     np.testing.assert_array_equal(class_palette(names | {7: "cot"}), class_palette(150))
 
 
@@ -316,7 +319,7 @@ def test_overlay_of_any_size(size: tuple[int, int]) -> None:
     width, height = size
     labels = np.arange(width * height).reshape(height, width) % 40
     picture = overlay(Image.new("RGB", size, "white"), labels, {}, class_palette(40))
-    assert 96 <= max(picture.size) <= images.OVERLAY_SIDE + 1500
+    assert 96 <= max(picture.size) <= overlays.OVERLAY_SIDE + 1500
     assert picture.height >= 96
 
 
@@ -344,4 +347,4 @@ def test_overlay_refuses_a_label_map_of_another_size() -> None:
     ("share", "text"), [(1, "100.0 %"), (0.1234, "12.3 %"), (0.0005, "0.1 %"), (0.0004, "< 0.1 %"), (0, "0.0 %")]
 )
 def test_shares_are_written_as_percentages(share: float, text: str) -> None:
-    assert images.format_share(share) == text
+    assert overlays.format_share(share) == text

@@ -16,19 +16,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastuper import UperNetImageProcessor
-from fastuper.data.images import ImageError, ade20k_names, class_palette, read_labels
-from fastuper.data.samples import (
-    CITYSCAPES_CLASSES,
-    DataError,
-    FolderDataset,
-    Sample,
-    TrainingDataset,
-    TrainingTransform,
-    as_samples,
-    find_splits,
-    open_dataset,
-    scaled_size,
-)
+from fastuper.data.augment import TrainingDataset, TrainingTransform, scaled_size
+from fastuper.data.classes import ade20k_names, class_palette
+from fastuper.data.folders import CITYSCAPES_CLASSES, FolderDataset, find_splits, open_dataset
+from fastuper.data.images import ImageError, read_labels
+from fastuper.data.samples import DataError, Sample, as_samples
 
 RANDOM = np.random.default_rng(0)
 

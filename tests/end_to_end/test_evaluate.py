@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.cli import app
-from fastuper.data.samples import DataError, Sample, open_dataset
+from fastuper.data.folders import open_dataset
+from fastuper.data.samples import DataError, Sample
 from fastuper.evaluation.loop import evaluate
 from tests.end_to_end.common import NAMES
 

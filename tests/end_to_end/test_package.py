@@ -35,7 +35,7 @@ def test_wheel_holds_two_packages_and_nothing_else(wheel: Path) -> None:
     assert roots == {"fastuper", "fastuper_kernels", f"fastuper-{wheel.name.split('-')[1]}.dist-info"}
     model = [f"fastuper/scenes/model/{name}.json" for name in ("config", "preprocessor_config")]
     model.append("fastuper/scenes/model/model.safetensors")
-    for file in ("fastuper/py.typed", "fastuper_kernels/py.typed", "fastuper/ade20k.json", *model):
+    for file in ("fastuper/py.typed", "fastuper_kernels/py.typed", "fastuper/data/ade20k.json", *model):
         assert file in names
     tracked = {
         str(path.relative_to(root))
@@ -66,7 +66,7 @@ model.save_pretrained({str(tmp_path / "model")!r})
 again = fastuper.UperNetForSemanticSegmentation.from_pretrained({str(tmp_path / "model")!r})
 x = torch.rand(1, 3, 40, 50)
 assert torch.equal(model(x).logits, again(x).logits)
-from fastuper.scenes.dataset import load_model, scene
+from fastuper.scenes import load_model, scene
 network, processor = load_model()
 picture, truth = scene(0)
 (labels,) = network.segment(**processor(images=picture, return_tensors="pt"))

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 import fastuper
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.cli import app
-from fastuper.data.images import class_palette
+from fastuper.data.classes import class_palette
 from fastuper.scenes.dataset import PALETTE, scene
 from tests.end_to_end.common import NAMES
 

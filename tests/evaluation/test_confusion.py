@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastuper.data.images import ade20k_names
+from fastuper.data.classes import ade20k_names
 from fastuper.evaluation.confusion import ConfusionMatrix
 
 RANDOM = np.random.default_rng(0)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastuper import UperNetImageProcessor, inference
+from fastuper import UperNetImageProcessor
+from fastuper.inference import predictor as inference
 from fastuper.inference.predictor import PredictionError, Predictor, Prepared
 
 PROCESSOR = UperNetImageProcessor(

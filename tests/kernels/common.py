@@ -188,9 +188,9 @@ def strips(height: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def parameters_of(function: Callable[..., Any]) -> list[tuple[str, str, Any]]:
-    """Return the (name, kind, default) of every parameter but `rows` and `backend`, which are how, and not what."""
+    """Return the (name, kind, default) of every parameter but `strip` and `backend`, which are how, and not what."""
     return [
         (p.name, str(p.kind.description), "required" if p.default is p.empty else p.default)
         for p in inspect.signature(function).parameters.values()
-        if p.name not in ("rows", "backend")
+        if p.name not in ("strip", "backend")
     ]

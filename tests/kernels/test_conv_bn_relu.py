@@ -111,7 +111,7 @@ def test_strips_make_the_whole(batch, k, size, coarse, given, relu, cuts, way):
             some["addend"] = some["addend"][:, :, start:stop]
         window = x[:, :, max(start - margin, 0) : min(stop + margin, height)]
         call = traced if way == "traced" else lambda function, *a, **b: function(*a, **b)
-        parts.append(call(conv_bn_relu, window, weight, **some, relu=relu, rows=(start, stop, height)))
+        parts.append(call(conv_bn_relu, window, weight, **some, relu=relu, strip=(start, stop, height)))
     same(torch.cat(parts, dim=2), reference(x, weight, **kwargs, relu=relu))
 
 
@@ -130,7 +130,7 @@ def test_strips_by_winograd(rows, layout, monkeypatch):
     some["addend"] = some["addend"][:, :, start:stop]
     window = x[:, :, max(start - 1, 0) : min(stop + 1, height)]
     with torch.inference_mode():
-        ours = conv_bn_relu(window, weight, **some, rows=rows)
+        ours = conv_bn_relu(window, weight, **some, strip=rows)
     assert used
     assert (ours.double() - expected).norm() < 1e-6 * expected.norm()
 
@@ -224,7 +224,7 @@ def test_autocast(rows, way, k, dtype):
         tensor.requires_grad_(way == "training")
     call = traced if way == "traced" else lambda function, *a, **b: function(*a, **b)
     with torch.autocast("cpu", dtype=dtype):
-        y = call(conv_bn_relu, x, weight, **kwargs, rows=rows)
+        y = call(conv_bn_relu, x, weight, **kwargs, strip=rows)
     assert y.dtype == dtype
     assert (y.double() - expected).norm() < 4 * torch.finfo(dtype).eps * expected.norm()
     if way == "training":
@@ -244,7 +244,7 @@ def test_gradients(k):
     assert torch.autograd.gradgradcheck(function, tensors)
     strip = x.detach()[:, :, :3].clone().requires_grad_()
     if k == 3:
-        assert torch.autograd.gradcheck(lambda x, w: conv_bn_relu(x, w, rows=(0, 2, 4)), (strip, weight))
+        assert torch.autograd.gradcheck(lambda x, w: conv_bn_relu(x, w, strip=(0, 2, 4)), (strip, weight))
 
 
 def train(x, weight, addend, grad, function):
@@ -329,7 +329,7 @@ def test_compiled(rows, k):
         if rows is not None:
             expected, kwargs["addend"], x = expected[:, :, :2], kwargs["addend"][:, :, :2], x[:, :, : 2 + k // 2]
         window = None if rows is None else (0, 2, height)
-        same(compiled(x, weight, **kwargs, rows=window), expected)
+        same(compiled(x, weight, **kwargs, strip=window), expected)
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
@@ -460,13 +460,13 @@ def test_shapes_that_do_not_fit(training, shapes, others, message):
 
 @pytest.mark.parametrize("rows", [(2, 2, 5), (3, 2, 5), (-1, 2, 5), (2, 6, 5)], ids=str)
 def test_rows_that_are_none(rows):
-    with pytest.raises(ValueError, match=r"rows \(.*\) are not"):
-        conv_bn_relu(ZEROS, torch.zeros(8, 4, 3, 3), rows=rows)
+    with pytest.raises(ValueError, match=r"strip \(.*\) is not \(start, stop, height\) of rows"):
+        conv_bn_relu(ZEROS, torch.zeros(8, 4, 3, 3), strip=rows)
 
 
 def test_rows_that_x_does_not_hold():
-    with pytest.raises(ValueError, match=r"x must hold 4 rows to compute rows \(1, 3, 5\) of a 3 x 3 conv, got 5"):
-        conv_bn_relu(ZEROS, torch.zeros(8, 4, 3, 3), rows=(1, 3, 5))
+    with pytest.raises(ValueError, match=r"x must hold 4 rows to compute strip \(1, 3, 5\) of a 3 x 3 conv, got 5"):
+        conv_bn_relu(ZEROS, torch.zeros(8, 4, 3, 3), strip=(1, 3, 5))
 
 
 @pytest.mark.parametrize("name", ["weight", "addend", "upsampled"])

@@ -96,7 +96,7 @@ def test_strips_make_the_whole(sizes, size, cuts, way):
     levels, weights = operands(2, [3] * len(sizes), 2, sizes)
     weights[0].requires_grad_(way == "training")
     call = traced if way == "traced" else lambda function, *a, **b: function(*a, **b)
-    parts = [call(upsampled_conv3x3, levels, weights, size, rows=rows) for rows in strips(size[0], cuts)]
+    parts = [call(upsampled_conv3x3, levels, weights, size, strip=rows) for rows in strips(size[0], cuts)]
     assert [part.shape[2] for part in parts] == [stop - start for start, stop in strips(size[0], cuts)]
     same(torch.cat(parts, dim=2), reference(levels, weights, size))
 
@@ -149,7 +149,7 @@ def test_gradients(sizes):
 
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
-    assert torch.autograd.gradcheck(lambda *t: upsampled_conv3x3(t[:2], t[2:], (4, 5), rows=(1, 3)), tensors)
+    assert torch.autograd.gradcheck(lambda *t: upsampled_conv3x3(t[:2], t[2:], (4, 5), strip=(1, 3)), tensors)
 
 
 @pytest.mark.parametrize("wanted", ["levels", "weights", "one"])
@@ -184,7 +184,7 @@ def test_a_strip_compiled():
     torch._dynamo.reset()
     levels, weights = operands(2, [3], 4, [(5, 7)])
     compiled = torch.compile(upsampled_conv3x3, fullgraph=True, backend="aot_eager")
-    same(compiled(levels, weights, (11, 15), rows=(2, 5)), reference(levels, weights, (11, 15))[:, :, 2:5])
+    same(compiled(levels, weights, (11, 15), strip=(2, 5)), reference(levels, weights, (11, 15))[:, :, 2:5])
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
@@ -240,7 +240,7 @@ def test_tensors_without_values(device):
     mode = torch._subclasses.FakeTensorMode()
     x, weight = (t.to("meta") if device == "meta" else mode.from_tensor(t) for t in (levels[0], weights[0]))
     for training in (False, True):
-        y = upsampled_conv3x3([x], [weight.requires_grad_(training)], (10, 9), rows=(0, 4))
+        y = upsampled_conv3x3([x], [weight.requires_grad_(training)], (10, 9), strip=(0, 4))
         assert y.shape == (2, 4, 4, 9)
 
 
@@ -365,8 +365,8 @@ def test_shapes_that_do_not_fit(training, levels, weights, size, message):
 
 @pytest.mark.parametrize("rows", [(2, 2), (3, 2), (-1, 2), (2, 10)], ids=str)
 def test_rows_that_are_none(rows):
-    with pytest.raises(ValueError, match=r"rows \(.*\) are not rows of a map of size \(9, 9\)"):
-        upsampled_conv3x3([torch.zeros(X)], [torch.zeros(W)], (9, 9), rows=rows)
+    with pytest.raises(ValueError, match=r"strip \(.*\) is not \(start, stop\) of rows of a map of size \(9, 9\)"):
+        upsampled_conv3x3([torch.zeros(X)], [torch.zeros(W)], (9, 9), strip=rows)
 
 
 @pytest.mark.parametrize("training", [False, True])

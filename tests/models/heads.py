@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fastuper import UperNetConfig
-from fastuper.models.heads.upernet import ConvModule, UperNetHead, concatenate_at_first_size
+from fastuper.models.heads.conv_module import ConvModule, concatenate_at_first_size
+from fastuper.models.heads.upernet import UperNetHead
 from fastuper_kernels import upsample_add
 
 CHANNELS = [8, 12, 16, 24]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastuper import UperNetConfig
-from fastuper.models.heads.upernet import FCNHead, UperNetHead
+from fastuper.models.heads.fcn import FCNHead
+from fastuper.models.heads.upernet import UperNetHead
 
 
 def config(**values):

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastuper.models.heads.upernet
-from fastuper.models.untouched import is_plain
+from fastuper.models.untouched import is_untouched
 from tests.models.heads import as_written, error, feature_maps, head, randomize
 
 CALLED = [name for name, module in head().named_modules() if not isinstance(module, nn.ModuleList)]
@@ -178,10 +178,10 @@ def test_forward_replaced_on_the_instance(name, strips):
     module.forward = lambda x: kept(x) * 1.5 + 0.25
     check(model, original)
     module.forward = kept  # accelerate, taking its hooks away, leaves this
-    assert is_plain(module)
+    assert is_untouched(module)
     assert torch.equal(check(model), check(original))
     module.forward = original.get_submodule(name).forward  # another instance's
-    assert not is_plain(module)
+    assert not is_untouched(module)
 
 
 class Doubled(nn.Conv2d):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastuper
-from fastuper.models import untouched as plain
+from fastuper.models import untouched
 from tests.parity.models import BACKBONES, STAGES, VERSION_5, config, error, images, pair, segmentation_labels
 
 BOUND = 1e-10
@@ -188,7 +188,7 @@ def test_an_image_alone_is_trained_on(family, caplog):
     pixels, labels = images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         theirs(pixels, labels=labels)
-    plain._say_once.cache_clear()
+    untouched._say_once.cache_clear()
     norms = {name: copy.deepcopy(norm) for name, norm in ours.named_modules() if isinstance(norm, nn.BatchNorm2d)}
     for _ in range(2):
         ours(pixels, labels=labels).loss.backward()
@@ -210,12 +210,12 @@ def test_synchronized_norms_are_left_alone():
     """Other ranks may hold more than the one cell that this one has, and wait for it."""
     norm = nn.SyncBatchNorm(3)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        plain.batch_norm(norm, torch.randn(1, 3, 1, 1))
+        untouched.batch_norm(norm, torch.randn(1, 3, 1, 1))
 
 
 def test_a_hooked_norm_is_called_for_a_single_cell():
     norm, seen = nn.BatchNorm2d(3), []
     norm.register_forward_hook(lambda module, *_: seen.append(module.training))
-    plain.batch_norm(norm, torch.randn(1, 3, 1, 1))
+    untouched.batch_norm(norm, torch.randn(1, 3, 1, 1))
     assert seen == [False]
     assert norm.training

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastuper.data.images import class_palette
+from fastuper.data.classes import class_palette
 from fastuper.data.samples import as_samples
 from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.scenes.dataset import ID2LABEL, MODEL, PALETTE, SceneDataset, load_model, scene

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.data.samples import Sample
-from fastuper.training.trainer import Trainer, TrainingConfig
+from fastuper.training.config import TrainingConfig
+from fastuper.training.trainer import Trainer
 
 CLASSES = {0: "sky", 1: "tree", 2: "road"}
 SIZE = 32

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from fastuper.io.hub import atomic_folder
+from fastuper.io.files import atomic_folder
 from fastuper.training.runs import STATE, RunFolder, read_state
 
 

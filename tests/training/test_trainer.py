@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 import fastuper.training.trainer
 from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
-from fastuper.data.samples import DataError, Sample, TrainingDataset, TrainingTransform
+from fastuper.data.augment import TrainingDataset, TrainingTransform
+from fastuper.data.samples import DataError, Sample
 from fastuper.recipes.recipes import RECIPES, parameter_groups
-from fastuper.training.trainer import GlobalBatches, TrainingConfig, TrainingError
+from fastuper.training.batches import GlobalBatches
+from fastuper.training.config import TrainingConfig, TrainingError
 from tests.training.common import (
     Photos,
     losses,

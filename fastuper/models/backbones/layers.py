@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.models.configuration import BackboneConfig
-from fastuper.models.untouched import is_exactly, is_plain
+from fastuper.models.untouched import is_exactly, is_untouched
 from fastuper_kernels import linear
 from fastuper_kernels.dispatch.modes import is_eager, is_eager_inference
 
@@ -172,7 +172,7 @@ so little that malloc gives the same memory to the next block."""
 def is_plain_mlp(norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module) -> bool:
     """Return whether `residual_mlp` computes what these modules do, one after the other."""
     layers = is_exactly(first, nn.Linear) and is_exactly(second, nn.Linear) and is_exactly(norm, nn.LayerNorm)
-    return layers and is_plain(act)
+    return layers and is_untouched(act)
 
 
 def residual_mlp(

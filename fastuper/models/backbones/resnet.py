@@ -9,7 +9,7 @@ from fastuper.models.backbones.layers import Backbone, activation, channels_last
 from fastuper.models.configuration import ResNetConfig
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.outputs import BackboneOutput
-from fastuper.models.untouched import batch_norm, fold, is_exactly, is_fixed_norm, is_same_conv
+from fastuper.models.untouched import batch_norm, fold, is_exactly, is_fixed_norm, is_supported_conv
 from fastuper_kernels import conv_bn_relu
 
 
@@ -33,7 +33,7 @@ class ResNetConvLayer(nn.Module):
         """Return whether `conv_bn_relu` is the same function, so that the norm and ReLU take no time of their own."""
         act = self.activation
         return (
-            is_same_conv(self.convolution)
+            is_supported_conv(self.convolution)
             and self.convolution.bias is None
             and is_fixed_norm(self.normalization)
             and (is_exactly(act, nn.ReLU) or is_exactly(act, nn.Identity))

@@ -28,7 +28,7 @@ from fastuper.models.backbones.layers import (
 from fastuper.models.configuration import SwinConfig
 from fastuper.models.gradient_checkpointing import Checkpointed, recomputed
 from fastuper.models.outputs import BackboneOutput
-from fastuper.models.untouched import is_exactly, is_plain
+from fastuper.models.untouched import is_exactly, is_untouched
 from fastuper_kernels import linear
 from fastuper_kernels.dispatch.modes import is_eager
 
@@ -353,7 +353,7 @@ class SwinLayer(Checkpointed):
         """Return what the MLP adds to a map (B, H, W, C)."""
         first, act = self.intermediate.dense, self.intermediate.intermediate_act_fn
         plain = is_plain_mlp(self.layernorm_after, first, act, self.output.dense)
-        if not plain or not is_plain(self.intermediate, self.output):
+        if not plain or not is_untouched(self.intermediate, self.output):
             return self.output(self.intermediate(self.layernorm_after(x)))
         hidden = recomputed(lambda x: first(self.layernorm_after(x)), x)
         return recomputed(lambda x: self.output(act(x)), hidden)
@@ -397,7 +397,7 @@ class SwinLayer(Checkpointed):
         return (
             all(is_exactly(layer, nn.Linear) for layer in linears)
             and is_plain_mlp(*mlp)
-            and is_plain(self.attention, attention, output, self.intermediate, self.output)
+            and is_untouched(self.attention, attention, output, self.intermediate, self.output)
             and all(map(does_nothing, (self.drop_path, attention.dropout, output.dropout, self.output.dropout)))
             and on_cpu_without_gradients(x, attention, *linears, *mlp)
         )

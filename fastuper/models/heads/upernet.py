@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fastuper.models.configuration import UperNetConfig
 from fastuper.models.gradient_checkpointing import Checkpointed
-from fastuper.models.untouched import batch_norm, fold, is_exactly, is_fixed_norm, is_same_conv
-from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, pyramid_pool, upsample_add, upsampled_conv3x3
-from fastuper_kernels.cpu.packs import looked_at_once
+from fastuper.models.heads.conv_module import ConvModule, convolve_levels, is_fusible
+from fastuper.models.untouched import fold, is_exactly, is_supported_conv
+from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, pyramid_pool, upsample_add
+from fastuper_kernels.cpu.packs import fingerprint_once
 from fastuper_kernels.dispatch.modes import autocast, is_eager_inference
 from fastuper_kernels.ops.pyramid_pool import grids
 from fastuper_kernels.ops.upsampled_conv3x3 import UpsampledConv3x3
@@ -26,60 +26,6 @@ from fastuper_kernels.ops.upsampled_conv3x3 import UpsampledConv3x3
 # same memory to the next strip (with 16 MB it went back to the system in between, and each page cost a fault). Images
 # whose map is larger run in strips.
 STRIP_BYTES = 8 << 20
-
-
-class ConvModule(nn.Module):
-    """Convolution without bias and with "same" padding, BatchNorm, ReLU."""
-
-    def __init__(self, dim_in: int, dim: int, kernel_size: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim_in, dim, kernel_size, padding=kernel_size // 2, bias=False)
-        self.batch_norm = nn.BatchNorm2d(dim)
-        self.activation = nn.ReLU()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, C_in, H, W) to (B, C, H, W)."""
-        return self.fused(x) if self.is_fusible() else self.activation(batch_norm(self.batch_norm, self.conv(x)))
-
-    def is_fusible(self) -> bool:
-        """Return whether `fused` is the same function: a matter of the convolution, as it calls the other two."""
-        return is_same_conv(self.conv) and self.conv.bias is None
-
-    def fused(
-        self,
-        x: torch.Tensor,
-        coarser: Sequence[torch.Tensor] = (),
-        *,
-        upsampled: torch.Tensor | None = None,
-        rows: tuple[int, int, int] | None = None,
-    ) -> torch.Tensor:
-        """Return the module's result for [x, *coarser resampled to x's size], plus `upsampled`, resampled.
-
-        Nothing is resampled before it is convolved, and nothing is concatenated.
-
-        Args:
-            x: (B, C, H, W), for the convolution's first C input channels.
-            coarser: maps (B, C_l, H_l, W_l) for its other ones.
-            upsampled: (B, C_out, h, w), added at the end.
-            rows: see `conv_bn_relu`; in evaluation alone.
-        """
-        weight, *weights = self.conv.weight.split([x.shape[1], *(level.shape[1] for level in coarser)], dim=1)
-        addend = None
-        if coarser:
-            height, window = (x.shape[2], None) if rows is None else (rows[2], rows[:2])
-            addend = upsampled_conv3x3(coarser, weights, (height, x.shape[3]), rows=window)
-        if self.is_folding():
-            scale, shift = fold(self.batch_norm)
-            return conv_bn_relu(x, weight, scale, shift, addend=addend, upsampled=upsampled, rows=rows)
-        y = self.activation(batch_norm(self.batch_norm, conv_bn_relu(x, weight, addend=addend, relu=False)))
-        return y if upsampled is None else upsample_add(upsampled, y)
-
-    def is_folding(self) -> bool:
-        """Return whether the norm is a fixed scale and shift here and the activation ReLU, so that none is called.
-
-        The norm is one in evaluation with gradients off, where it is a BatchNorm that nobody has touched.
-        """
-        return is_fixed_norm(self.batch_norm) and is_exactly(self.activation, nn.ReLU)
 
 
 class UperNetHead(Checkpointed):
@@ -159,7 +105,7 @@ class UperNetHead(Checkpointed):
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return the classes' logits (B, num_labels, H, W) of the fused levels (B, hidden_size, H, W)."""
         conv = self.classifier
-        if is_same_conv(conv):
+        if is_supported_conv(conv):
             return conv_bn_relu(x, conv.weight, shift=conv.bias, relu=False)
         return conv(x)
 
@@ -177,7 +123,7 @@ class UperNetHead(Checkpointed):
                 is_fusible(module, kernel) and module.is_folding()
                 for module, kernel in zip(modules, kernels, strict=True)
             )
-            and is_same_conv(self.classifier)
+            and is_supported_conv(self.classifier)
             and self.classifier.kernel_size == (1, 1)
         )
 
@@ -196,7 +142,7 @@ class UperNetHead(Checkpointed):
         x, above, *levels = autocast(x, above, *levels)
         size = (len(x), self.classifier.weight.shape[0], *x.shape[2:])
         logits = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        with looked_at_once():
+        with fingerprint_once():
             for image in zip(*(maps.split(1) for maps in (logits, x, above, *levels)), strict=True):
                 self._image_in_strips(*image)
         return logits
@@ -218,12 +164,12 @@ class UperNetHead(Checkpointed):
             stop = min(start + step, height)
             first, fine_end = fine_end, min(stop + 2, height)
             if first < fine_end:
-                rows = lateral.fused(x[:, :, first:fine_end], upsampled=above, rows=(first, fine_end, height))
+                rows = lateral.fused(x[:, :, first:fine_end], upsampled=above, strip=(first, fine_end, height))
             fine = _below(fine, rows if first < fine_end else None)
             first, inner_end = inner_end, min(stop + 1, height)
-            inner = _below(inner, fpn.fused(fine, rows=(first, inner_end, height)) if first < inner_end else None)
+            inner = _below(inner, fpn.fused(fine, strip=(first, inner_end, height)) if first < inner_end else None)
             addend = coarser.rows(start, stop)
-            fused = conv_bn_relu(inner, weight, scale, shift, addend=addend, rows=(start, stop, height))
+            fused = conv_bn_relu(inner, weight, scale, shift, addend=addend, strip=(start, stop, height))
             logits[:, :, start:stop] = self.classify(fused)
 
 
@@ -231,12 +177,6 @@ def _below(kept: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor
     """Return the last two of the rows (B, C, h, W) that were kept, and the new ones."""
     parts = [] if kept is None else [kept[:, :, -2:]]
     return torch.cat(parts if rows is None else [*parts, rows], dim=2)
-
-
-def is_fusible(module: Any, kernel_size: tuple[int, int] | None = None) -> bool:
-    """Return whether a module is a `ConvModule` that may be `fused`, and its kernel of the size that is given."""
-    fusible = is_exactly(module, ConvModule) and module.is_fusible()
-    return fusible and kernel_size in (None, module.conv.kernel_size)
 
 
 def _is_pooling_branch(branch: Any) -> bool:
@@ -247,64 +187,3 @@ def _is_pooling_branch(branch: Any) -> bool:
         and isinstance(branch[0].output_size, int)
         and is_fusible(branch[1], (1, 1))
     )
-
-
-def convolve_levels(module: Any, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a module's result for its levels, resampled to the size of the first and concatenated."""
-    if is_fusible(module, (3, 3)):
-        return module.fused(levels[0], levels[1:])
-    return module(concatenate_at_first_size(levels))
-
-
-def concatenate_at_first_size(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Resample maps (bilinear) to the size of the first, and concatenate their channels."""
-    first, *others = maps
-    size = first.shape[2:]
-    resampled = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in others]
-    return torch.cat([first, *resampled], dim=1)
-
-
-class FCNHead(Checkpointed):
-    """The auxiliary head (https://arxiv.org/abs/1411.4038): a few 3x3 convolutions on one of the feature maps.
-
-    Args:
-        config: the `auxiliary_*` options and `num_labels`.
-        in_channels: channels of the backbone's feature maps, finest first.
-        in_index: which of the maps it reads.
-
-    Raises:
-        ValueError: there is no such map, or the options do not fit its channels.
-    """
-
-    def __init__(self, config: UperNetConfig, in_channels: Sequence[int], in_index: int = 2):
-        super().__init__()
-        if in_index >= len(in_channels):
-            raise ValueError(
-                f"the auxiliary head reads feature map {in_index + 1}, the backbone gives {len(in_channels)}: name "
-                "more stages in out_features, or set use_auxiliary_head=False"
-            )
-        given, dim = config.auxiliary_in_channels, config.auxiliary_channels
-        dim_in = in_channels[in_index] if given is None else given
-        if dim_in != in_channels[in_index]:
-            raise ValueError(
-                f"auxiliary_in_channels={given}, but the map that it reads has {in_channels[in_index]} channels"
-            )
-        if config.auxiliary_num_convs == 0 and dim_in != dim:
-            raise ValueError(
-                f"without convolutions (auxiliary_num_convs=0) the {dim_in} channels of the feature map must be "
-                f"auxiliary_channels, which is {dim}"
-            )
-        self.in_index = in_index
-        self.convs: nn.Module = nn.Sequential(
-            *(ConvModule(dim if i else dim_in, dim, 3) for i in range(config.auxiliary_num_convs))
-        )
-        self.conv_cat = ConvModule(dim_in + dim, dim, 3) if config.auxiliary_concat_input else None
-        self.classifier = nn.Conv2d(dim, config.num_labels, kernel_size=1)
-
-    def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return logits (B, num_labels, H, W) at the size of the map that it reads."""
-        x = feature_maps[self.in_index]
-        out = self.convs(x)
-        if self.conv_cat is not None:
-            out = self.conv_cat(torch.cat([x, out], dim=1))
-        return self.classifier(out)

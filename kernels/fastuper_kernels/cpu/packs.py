@@ -89,7 +89,7 @@ def packed(
 
 
 @contextlib.contextmanager
-def looked_at_once() -> Iterator[None]:
+def fingerprint_once() -> Iterator[None]:
     """Within it, this thread takes a weight that it has looked at to stay as it is: for a loop over parts of a map."""
     outer, _seen.keys = _seen.keys, set()
     try:

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from fastuper_kernels.dispatch.modes import is_eager, is_plain
+from fastuper_kernels.dispatch.modes import is_eager, is_ordinary
 
 VARIABLE = "FASTUPER_BACKEND"
 BACKENDS = ("auto", "triton", "torch")
@@ -69,7 +69,7 @@ def _why_not(tensors: list[torch.Tensor]) -> str | None:
         return None
     if not is_eager():
         return "PyTorch's own operators are what is traced, transformed or counted here"
-    return None if is_plain(*tensors) else "an operand is a subclass of Tensor, or not strided"
+    return None if is_ordinary(*tensors) else "an operand is a subclass of Tensor, or not strided"
 
 
 @torch.compiler.assume_constant_result

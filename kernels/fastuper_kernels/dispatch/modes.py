@@ -26,7 +26,7 @@ def is_eager() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
-def is_plain(*tensors: torch.Tensor | None) -> bool:
+def is_ordinary(*tensors: torch.Tensor | None) -> bool:
     """Return whether these are ordinary tensors; None stands for an operand that is left out.
 
     Subclasses of Tensor (quantised, sharded, fake) bring operators of their own, which a hand-written path would go
@@ -37,7 +37,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 
 def is_eager_inference(*tensors: torch.Tensor | None) -> bool:
     """Return whether these run eagerly and no gradient flows through them, so that a hand-written path is the same."""
-    if not is_eager() or not is_plain(*tensors):
+    if not is_eager() or not is_ordinary(*tensors):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
@@ -73,7 +73,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
-def autocast_as_it_is(device: str) -> Any:
+def current_autocast(device: str) -> Any:
     """Return a context in which autocast is what it is now, for a type of device, wherever the context is entered."""
     if not _has_autocast(device):
         return nullcontext()

@@ -21,12 +21,12 @@ from fastuper_kernels.dispatch.modes import (
     check_dtypes,
     is_eager,
     is_eager_inference,
-    is_plain,
+    is_ordinary,
     without_autocast,
 )
 from fastuper_kernels.ops.upsample_add import upsample_add
 
-Rows = tuple[int, int, int]
+Strip = tuple[int, int, int]
 
 CONV3X3 = Choice(
     "conv3x3",
@@ -54,7 +54,7 @@ def conv_bn_relu(
     addend: torch.Tensor | None = None,
     upsampled: torch.Tensor | None = None,
     relu: bool = True,
-    rows: Rows | None = None,
+    strip: Strip | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Return `relu((conv(x) + addend) * scale + shift) + bilinear(upsampled to the output's size)`.
@@ -69,21 +69,21 @@ def conv_bn_relu(
         addend: (B, C_out, H, W), part of the convolution's sum.
         upsampled: (B, C_out, h, w), resampled (bilinear, align_corners=False) and added at the end.
         relu: whether negative values become zero, before `upsampled` is added.
-        rows: (start, stop, height): compute rows [start, stop) of a map of that height alone. x then holds these rows
+        strip: (start, stop, height): compute rows [start, stop) of a map of that height alone. x then holds these rows
             and, for k = 3, the neighbouring ones inside the map; `addend` holds these rows; `upsampled` is whole. This
             takes PyTorch's operators alone.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
-        (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), of x's dtype (under autocast: of its dtype). In
+        (B, C_out, H, W), or with `strip` (B, C_out, stop - start, W), of x's dtype (under autocast: of its dtype). In
         channels_last memory; where gradients flow or something traces, as PyTorch's own convolution leaves it.
 
     Raises:
         ValueError: shapes that do not fit, empty maps, x, weight, addend and upsampled of several dtypes, or a backend
             that cannot take them.
     """
-    whole = rows is None
-    rows = _check(x, weight, scale, shift, addend, upsampled, rows)
+    whole = strip is None
+    strip = _check(x, weight, scale, shift, addend, upsampled, strip)
     x, addend, upsampled = autocast(x, addend, upsampled)
     if whole and takes_triton(backend, x, weight, scale, shift, addend, upsampled):
         from fastuper_kernels.gpu.conv_bn_relu import conv_bn_relu as kernel
@@ -91,9 +91,9 @@ def conv_bn_relu(
         return kernel(x, *autocast(weight), scale, shift, addend, upsampled, relu)
     if x.device.type == "cpu" and is_eager_inference(x, weight, scale, shift, addend, upsampled):
         with without_autocast(x):
-            return _inference(x, weight, scale, shift, addend, upsampled, relu, rows)
+            return _inference(x, weight, scale, shift, addend, upsampled, relu, strip)
     (weight,) = autocast(weight)
-    return _plain(x, weight, scale, shift, addend, upsampled, relu, rows)
+    return _plain(x, weight, scale, shift, addend, upsampled, relu, strip)
 
 
 def reference(
@@ -136,8 +136,8 @@ def _check(
     shift: torch.Tensor | None,
     addend: torch.Tensor | None,
     upsampled: torch.Tensor | None,
-    rows: Rows | None,
-) -> Rows:
+    strip: Strip | None,
+) -> Strip:
     """Return the rows to compute.
 
     Raises:
@@ -154,17 +154,17 @@ def _check(
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{name} must be ({channels},), one a channel of the output, got {tuple(vector.shape)}")
-    if rows is None:
-        rows = (0, x.shape[2], x.shape[2])
+    if strip is None:
+        strip = (0, x.shape[2], x.shape[2])
     else:
-        start, stop, height = rows
+        start, stop, height = strip
         if not 0 <= start < stop <= height:
-            raise ValueError(f"rows {rows} are not (start, stop, height) of rows in a map of that height")
+            raise ValueError(f"strip {strip} is not (start, stop, height) of rows in a map of that height")
         margin = k // 2
         given = min(stop + margin, height) - max(start - margin, 0)
         if x.shape[2] != given:
-            raise ValueError(f"x must hold {given} rows to compute rows {rows} of a {k} x {k} conv, got {x.shape[2]}")
-    shape = (x.shape[0], channels, rows[1] - rows[0], x.shape[3])
+            raise ValueError(f"x must hold {given} rows to compute strip {strip} of a {k} x {k} conv, got {x.shape[2]}")
+    shape = (x.shape[0], channels, strip[1] - strip[0], x.shape[3])
     if addend is not None and addend.shape != shape:
         raise ValueError(f"addend must have the output's shape {tuple(shape)}, got {tuple(addend.shape)}")
     fits = upsampled is None or (
@@ -173,7 +173,7 @@ def _check(
     if upsampled is not None and not fits:
         raise ValueError(f"upsampled must be ({shape[0]}, {channels}, h, w), got {tuple(upsampled.shape)}")
     check_dtypes(x=x, weight=weight, addend=addend, upsampled=upsampled)
-    return rows
+    return strip
 
 
 def _plain(
@@ -184,10 +184,10 @@ def _plain(
     addend: torch.Tensor | None,
     upsampled: torch.Tensor | None,
     relu: bool,
-    rows: Rows,
+    strip: Strip,
 ) -> torch.Tensor:
     """PyTorch's operators, to be traced and differentiated."""
-    start, stop, height = rows
+    start, stop, height = strip
     if start == 0 and stop == height:
         if _trains_by_winograd(x, weight, addend):
             # Outside of the function: gradients of gradients go back through what it keeps.
@@ -196,7 +196,7 @@ def _plain(
             return y if upsampled is None else upsample_add(upsampled, y)
         return reference(x, weight, scale, shift, addend=addend, upsampled=upsampled, relu=relu)
     margin = weight.shape[-1] // 2
-    y = F.conv2d(_between_zeros(x, margin, rows), weight, padding=(0, margin))
+    y = F.conv2d(_between_zeros(x, margin, strip), weight, padding=(0, margin))
     y = _epilogue(y, scale, shift, addend, relu)
     if upsampled is not None:
         size = (height, x.shape[3])
@@ -204,9 +204,9 @@ def _plain(
     return y.to(x.dtype)
 
 
-def _between_zeros(x: torch.Tensor, margin: int, rows: Rows) -> torch.Tensor:
+def _between_zeros(x: torch.Tensor, margin: int, strip: Strip) -> torch.Tensor:
     """Return x with rows of zeros where the map ends."""
-    start, stop, height = rows
+    start, stop, height = strip
     return F.pad(x, (0, 0, margin if start == 0 else 0, margin if stop == height else 0))
 
 
@@ -218,7 +218,7 @@ def _inference(
     addend: torch.Tensor | None,
     upsampled: torch.Tensor | None,
     relu: bool,
-    rows: Rows,
+    strip: Strip,
 ) -> torch.Tensor:
     """On a CPU: by GEMMs over the positions, or by Winograd's transform a few rows at a time."""
     x = x.contiguous(memory_format=torch.channels_last)
@@ -227,12 +227,12 @@ def _inference(
             kernels, scale = packed(weight, _winograd_folded, x.dtype, scale), None
         else:
             kernels = packed(weight, winograd.pack, x.dtype)
-        y = _winograd(x, kernels, scale, shift, addend, relu, rows)
+        y = _winograd(x, kernels, scale, shift, addend, relu, strip)
     elif addend is None and (scale is None or x.dtype != torch.float16):
         kernel = packed(weight, _contiguous, x.dtype) if scale is None else packed(weight, _folded, x.dtype, scale)
-        y = _convolve(x, kernel, None if shift is None else shift.to(x.dtype), relu, rows)
+        y = _convolve(x, kernel, None if shift is None else shift.to(x.dtype), relu, strip)
     else:  # weights of float16 times a scale could be too small for the type
-        y = _convolve(x, packed(weight, _contiguous, x.dtype), None, False, rows)
+        y = _convolve(x, packed(weight, _contiguous, x.dtype), None, False, strip)
         if addend is not None:
             y.add_(addend)
         if scale is not None or shift is not None:
@@ -240,7 +240,7 @@ def _inference(
         if relu:
             y.relu_()
     if upsampled is not None:
-        add_upsampled_(y, upsampled, rows)
+        add_upsampled_(y, upsampled, strip)
     return y
 
 
@@ -259,18 +259,20 @@ def _contiguous(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype, copy=True).contiguous(memory_format=torch.channels_last)
 
 
-def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool, rows: Rows) -> torch.Tensor:
+def _convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool, strip: Strip
+) -> torch.Tensor:
     """Return the convolution, with the bias and ReLU in its epilogue where that is possible."""
     if weight.shape[-1] == 1:
         batch, channels, height, width = x.shape
         flat = x.permute(0, 2, 3, 1).reshape(-1, channels)
         y = linear(flat, weight.flatten(1), bias, activation="relu" if relu else None)
         return y.view(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2)
-    start, stop, height = rows
+    start, stop, height = strip
     if start == 0 and stop == height:
         y = F.conv2d(x, weight, bias, padding=1)
     else:
-        y = F.conv2d(_between_zeros(x, 1, rows), weight, bias, padding=(0, 1))
+        y = F.conv2d(_between_zeros(x, 1, strip), weight, bias, padding=(0, 1))
     y = y.contiguous(memory_format=torch.channels_last)
     return y.relu_() if relu else y
 
@@ -343,7 +345,7 @@ def _trains_by_winograd(x: torch.Tensor, weight: torch.Tensor, addend: torch.Ten
 
     A weight's gradient comes with it: where the transform pays forwards it does so backwards.
     """
-    if x.device.type != "cpu" or weight.shape[-1] != 3 or not is_eager() or not is_plain(x, weight, addend):
+    if x.device.type != "cpu" or weight.shape[-1] != 3 or not is_eager() or not is_ordinary(x, weight, addend):
         return False
     if weight.dtype != x.dtype or 0 in x.shape or min(weight.shape[:2]) < TRAINED_CHANNELS:
         return False
@@ -397,9 +399,9 @@ def _winograd(
     shift: torch.Tensor | None,
     addend: torch.Tensor | None,
     relu: bool,
-    rows: Rows,
+    strip: Strip,
 ) -> torch.Tensor:
-    start, stop, height = rows
+    start, stop, height = strip
     out = x.new_empty(x.shape[0], stop - start, x.shape[3], kernels[0].shape[0])
     halo = (int(start > 0), int(stop < height))
     scale, shift = (None if vector is None else vector.to(x.dtype) for vector in (scale, shift))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastuper_kernels.cpu.band import pool_matrix
 from fastuper_kernels.dispatch.backend import takes_triton
-from fastuper_kernels.dispatch.modes import is_eager, is_plain, without_autocast
+from fastuper_kernels.dispatch.modes import is_eager, is_ordinary, without_autocast
 
 
 def pyramid_pool(x: torch.Tensor, scales: Sequence[int], *, backend: str = "auto") -> torch.Tensor:
@@ -36,7 +36,7 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int], *, backend: str = "auto
         from fastuper_kernels.gpu.pyramid_pool import pyramid_pool as kernel
 
         return kernel(x, list(scales))
-    if is_eager() and not is_plain(x):
+    if is_eager() and not is_ordinary(x):
         return reference(x, scales)
     batch, channels, height, width = x.shape
     wide = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastuper_kernels.cpu.band import bilinear_chain, blocks_of
 from fastuper_kernels.dispatch.backend import takes_triton
-from fastuper_kernels.dispatch.modes import is_eager, is_plain, without_autocast
+from fastuper_kernels.dispatch.modes import is_eager, is_ordinary, without_autocast
 
 # Rows and columns of labels that are made at a time, and bytes of resampled logits: they stay in a core's own cache.
 ROWS, COLUMNS = 64, 64
@@ -64,7 +64,7 @@ def upsample_argmax(
     if logits.dtype == torch.float16:  # whose numbers end where logits may be
         logits = logits.float()
     logits = _finite(logits)
-    if not is_eager() or not is_plain(logits):
+    if not is_eager() or not is_ordinary(logits):
         return reference(logits, sizes, dtype=dtype)
     labels = logits.new_empty((len(logits), *sizes[-1]), dtype=dtype)
     with torch.no_grad(), without_autocast(logits):
@@ -103,7 +103,7 @@ def _integer(value: Any) -> Any:
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
     """Return the logits with numbers in the place of infinities and NaN: zero times those would be NaN."""
-    if is_eager() and is_plain(logits) and logits.device.type == "cpu":
+    if is_eager() and is_ordinary(logits) and logits.device.type == "cpu":
         # Looked at before they are copied: a sum takes next to no time, and one that overflows costs the copy alone.
         total = logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32))
         if total.isfinite():

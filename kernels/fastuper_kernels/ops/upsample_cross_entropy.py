@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastuper_kernels.cpu.band import bilinear_chain, blocks_of
 from fastuper_kernels.dispatch.backend import takes_triton
-from fastuper_kernels.dispatch.modes import is_autocast, is_eager, is_plain, without_autocast
+from fastuper_kernels.dispatch.modes import is_autocast, is_eager, is_ordinary, without_autocast
 from fastuper_kernels.ops.upsample_argmax import check_sizes
 
 # Rows and columns of pixels that are compared at a time, and bytes of resampled logits: they stay in a core's cache.
@@ -80,8 +80,8 @@ def upsample_cross_entropy(
     options = Options(sizes, ignore_index, label_smoothing, reduction)
     if is_autocast(logits.device.type) and logits.dtype != torch.float64:
         logits = logits.float()
-    logits, labels = with_the_other_class(logits), labels.long()
-    eager = is_eager() and is_plain(logits, labels, weight)
+    logits, labels = as_two_classes(logits), labels.long()
+    eager = is_eager() and is_ordinary(logits, labels, weight)
     if eager and logits.device.type == "cpu":
         check_values(labels, logits.shape[1], ignore_index)
     if takes_triton(backend, logits, labels, weight):
@@ -111,7 +111,7 @@ def reference(
     """The definition of `upsample_cross_entropy`."""
     sizes = check_sizes([labels.shape[1:]] if sizes is None else sizes)
     options = Options(sizes, ignore_index, label_smoothing, reduction)
-    return of_pytorch(with_the_other_class(logits), labels.long(), weight, options)
+    return of_pytorch(as_two_classes(logits), labels.long(), weight, options)
 
 
 def of_pytorch(
@@ -181,7 +181,7 @@ def check_values(labels: torch.Tensor, classes: int, ignore_index: int) -> None:
         raise ValueError(f"labels must be from 0 to {classes - 1}, or ignore_index={ignore_index}; found {found}")
 
 
-def with_the_other_class(logits: torch.Tensor) -> torch.Tensor:
+def as_two_classes(logits: torch.Tensor) -> torch.Tensor:
     """Return the logits of two classes, where those of one are given."""
     return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 

@@ -23,7 +23,7 @@ from fastuper_kernels.dispatch.modes import (
     check_dtypes,
     is_eager,
     is_eager_inference,
-    is_plain,
+    is_ordinary,
     without_autocast,
 )
 
@@ -38,7 +38,7 @@ def upsampled_conv3x3(
     weights: Sequence[torch.Tensor],
     size: tuple[int, int],
     *,
-    rows: tuple[int, int] | None = None,
+    strip: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Return `sum_l conv3x3(bilinear(levels[l] to size), weights[l])`, zero padding, align_corners=False.
@@ -47,35 +47,35 @@ def upsampled_conv3x3(
         levels: maps (B, C_l, H_l, W_l) of any sizes, smaller or larger than `size`.
         weights: (C_out, C_l, 3, 3) for each level; slices of one weight will do.
         size: (H, W) of the result.
-        rows: (start, stop): compute these rows of the result alone.
+        strip: (start, stop): compute these rows of the result alone.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
-        (B, C_out, H, W), or with `rows` (B, C_out, stop - start, W), of the levels' dtype (under autocast: of its
+        (B, C_out, H, W), or with `strip` (B, C_out, stop - start, W), of the levels' dtype (under autocast: of its
         dtype). In channels_last memory; where something traces, as PyTorch's own convolution leaves it.
 
     Raises:
         ValueError: no levels, shapes that do not fit, empty maps, several dtypes, or a backend that cannot take them.
     """
-    _check(levels, weights, size, rows)
+    _check(levels, weights, size, strip)
     levels = autocast(*levels)
-    start, stop = (0, size[0]) if rows is None else rows
+    start, stop = (0, size[0]) if strip is None else strip
     if takes_triton(backend, *levels, *weights):
         from fastuper_kernels.gpu.upsampled_conv3x3 import upsampled_conv3x3 as kernel
 
         whole: torch.Tensor = kernel(list(levels), list(autocast(*weights)), *size)
-        return whole if rows is None else whole[:, :, start:stop]
+        return whole if strip is None else whole[:, :, start:stop]
     if levels[0].device.type == "cpu" and is_eager_inference(*levels, *weights):
         return UpsampledConv3x3(levels, weights, size, stop).rows(start, stop)
     weights = autocast(*weights)
-    if is_eager() and not is_plain(*levels, *weights):
+    if is_eager() and not is_ordinary(*levels, *weights):
         return reference(levels, weights, size)[:, :, start:stop]
     total = None
     for level, weight in zip(levels, weights, strict=True):
         part = _eager(level, weight, size) if is_eager() else _traced(level, weight, size)
         total = part if total is None else total + part
     assert total is not None
-    return total if rows is None else total[:, :, start:stop]
+    return total if strip is None else total[:, :, start:stop]
 
 
 def reference(levels: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
@@ -92,7 +92,7 @@ def _check(
     levels: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
     size: tuple[int, int],
-    rows: tuple[int, int] | None,
+    strip: tuple[int, int] | None,
 ) -> None:
     if not levels or len(levels) != len(weights):
         raise ValueError(f"there must be a weight for each level, and one at least: {len(levels)} and {len(weights)}")
@@ -108,8 +108,8 @@ def _check(
             )
     named = {f"{name}[{i}]": t for name, ts in (("levels", levels), ("weights", weights)) for i, t in enumerate(ts)}
     check_dtypes(**named)
-    if rows is not None and not 0 <= rows[0] < rows[1] <= size[0]:
-        raise ValueError(f"rows {rows} are not rows of a map of size {tuple(size)}")
+    if strip is not None and not 0 <= strip[0] < strip[1] <= size[0]:
+        raise ValueError(f"strip {strip} is not (start, stop) of rows of a map of size {tuple(size)}")
 
 
 def _taps(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -1,0 +1,58 @@
+"""The auxiliary head (https://arxiv.org/abs/1411.4038)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastuper.models.configuration import UperNetConfig
+from fastuper.models.gradient_checkpointing import Checkpointed
+from fastuper.models.heads.conv_module import ConvModule
+
+
+class FCNHead(Checkpointed):
+    """The auxiliary head (https://arxiv.org/abs/1411.4038): a few 3x3 convolutions on one of the feature maps.
+
+    Args:
+        config: the `auxiliary_*` options and `num_labels`.
+        in_channels: channels of the backbone's feature maps, finest first.
+        in_index: which of the maps it reads.
+
+    Raises:
+        ValueError: there is no such map, or the options do not fit its channels.
+    """
+
+    def __init__(self, config: UperNetConfig, in_channels: Sequence[int], in_index: int = 2):
+        super().__init__()
+        if in_index >= len(in_channels):
+            raise ValueError(
+                f"the auxiliary head reads feature map {in_index + 1}, the backbone gives {len(in_channels)}: name "
+                "more stages in out_features, or set use_auxiliary_head=False"
+            )
+        given, dim = config.auxiliary_in_channels, config.auxiliary_channels
+        dim_in = in_channels[in_index] if given is None else given
+        if dim_in != in_channels[in_index]:
+            raise ValueError(
+                f"auxiliary_in_channels={given}, but the map that it reads has {in_channels[in_index]} channels"
+            )
+        if config.auxiliary_num_convs == 0 and dim_in != dim:
+            raise ValueError(
+                f"without convolutions (auxiliary_num_convs=0) the {dim_in} channels of the feature map must be "
+                f"auxiliary_channels, which is {dim}"
+            )
+        self.in_index = in_index
+        self.convs: nn.Module = nn.Sequential(
+            *(ConvModule(dim if i else dim_in, dim, 3) for i in range(config.auxiliary_num_convs))
+        )
+        self.conv_cat = ConvModule(dim_in + dim, dim, 3) if config.auxiliary_concat_input else None
+        self.classifier = nn.Conv2d(dim, config.num_labels, kernel_size=1)
+
+    def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return logits (B, num_labels, H, W) at the size of the map that it reads."""
+        x = feature_maps[self.in_index]
+        out = self.convs(x)
+        if self.conv_cat is not None:
+            out = self.conv_cat(torch.cat([x, out], dim=1))
+        return self.classifier(out)
