@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from transformers import UperNetForSemanticSegmentation as TheirModel
 
 from fastuper.evaluation.confusion import ConfusionMatrix
-from fastuper.io.files import atomic_path
 from fastuper.scenes import ID2LABEL, MODEL, PALETTE, load_model, scene
+from fastuper_kernels.dispatch.files import atomic_path
 
 try:  # Transformers 5: the processor that resizes with Pillow, as 4.x does
     from transformers import SegformerImageProcessorPil as TheirProcessor

@@ -27,9 +27,9 @@ from torch import nn
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.data import Sample, SampleDataset, TrainingTransform
 from fastuper.evaluation.confusion import ConfusionMatrix
-from fastuper.io.files import atomic_path
 from fastuper.scenes import ID2LABEL, MODEL, SceneDataset, load_model
 from fastuper.training import Trainer, TrainingConfig
+from fastuper_kernels.dispatch.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = Path(__file__).with_suffix(".jsonl")

@@ -1,9 +1,8 @@
 """UPerNet for semantic segmentation: the same network as Hugging Face Transformers', with less work."""
 
-from typing import TYPE_CHECKING
+from fastuper_kernels.dispatch.lazy import lazy_names
 
-from fastuper.io.lazy import lazy_names
-
+TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
 if TYPE_CHECKING:
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
     from fastuper.models.configuration import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig

@@ -28,7 +28,7 @@ from fastuper.cli.common import (
 from fastuper.data.classes import class_name, class_palette
 from fastuper.data.images import MAX_PIXELS, ImageError, read_image
 from fastuper.data.overlay import class_shares, format_share, overlay, save_label_png
-from fastuper.io.files import atomic_path
+from fastuper_kernels.dispatch.files import atomic_path
 
 if TYPE_CHECKING:
     import torch

@@ -1,9 +1,8 @@
 """Datasets, image files, class names and colours, augmentation, and the image processor."""
 
-from typing import TYPE_CHECKING
+from fastuper_kernels.dispatch.lazy import lazy_names
 
-from fastuper.io.lazy import lazy_names
-
+TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
 if TYPE_CHECKING:
     from fastuper.data.augment import TrainingDataset, TrainingTransform, scaled_size
     from fastuper.data.folders import SPLIT_NAMES, FolderDataset, find_splits, open_dataset

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from fastuper.data.classes import class_name
-from fastuper.io.files import atomic_path
+from fastuper_kernels.dispatch.files import atomic_path
 
 OVERLAY_SIDE = 4096
 """The longest side of the photo in an overlay; larger photos are shrunk for it (their label maps never are)."""

@@ -22,9 +22,10 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from fastuper.io.files import atomic_path, read_json
+from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file
 from fastuper_kernels import upsample_argmax
+from fastuper_kernels.dispatch.files import atomic_path
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 Image: TypeAlias = "PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str]"

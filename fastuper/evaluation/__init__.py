@@ -1,9 +1,8 @@
 """A model on a dataset: the confusion matrix and the measures that follow from it."""
 
-from typing import TYPE_CHECKING
+from fastuper_kernels.dispatch.lazy import lazy_names
 
-from fastuper.io.lazy import lazy_names
-
+TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
 if TYPE_CHECKING:
     from fastuper.evaluation.confusion import ConfusionMatrix
     from fastuper.evaluation.loop import check_classes, class_names, evaluate

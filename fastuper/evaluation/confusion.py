@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastuper.data.classes import class_name
 from fastuper.data.overlay import format_share
 from fastuper.data.samples import IGNORE_INDEX
-from fastuper.io.files import atomic_path
+from fastuper_kernels.dispatch.files import atomic_path
 
 
 class ConfusionMatrix:

@@ -1,9 +1,8 @@
 """Label maps of whole images: in windows, at several scales, mirrored."""
 
-from typing import TYPE_CHECKING
+from fastuper_kernels.dispatch.lazy import lazy_names
 
-from fastuper.io.lazy import lazy_names
-
+TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
 if TYPE_CHECKING:
     from fastuper.inference.predictor import PredictionError, Predictor, Prepared
 

@@ -24,22 +24,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes `path`'s place when the block ends, and goes if it fails.
-
-    A reader sees the old file or the new one, never a part of it, whenever the writer is stopped.
-    """
-    path = Path(path)
-    # Not the target's name with something added: that may be as long as a name can be.
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a new folder beside `path` to write files into; it becomes `path` when the block ends, or goes if it fails.
 

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from fastuper.io.files import atomic_path, read_json
+from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file
+from fastuper_kernels.dispatch.files import atomic_path
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fastuper.io.files import atomic_path, read_json
+from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file, pin_revision
 from fastuper.models.configuration import as_dtype
+from fastuper_kernels.dispatch.files import atomic_path
 
 logger = logging.getLogger("fastuper")
 

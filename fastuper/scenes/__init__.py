@@ -1,9 +1,8 @@
 """Generated street scenes, and the small model trained on them."""
 
-from typing import TYPE_CHECKING
+from fastuper_kernels.dispatch.lazy import lazy_names
 
-from fastuper.io.lazy import lazy_names
-
+TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
 if TYPE_CHECKING:
     from fastuper.scenes.dataset import MODEL, SceneDataset, load_model, scene
     from fastuper.scenes.street import ID2LABEL, PALETTE

@@ -1,9 +1,8 @@
 """The training loop."""
 
-from typing import TYPE_CHECKING
+from fastuper_kernels.dispatch.lazy import lazy_names
 
-from fastuper.io.lazy import lazy_names
-
+TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
 if TYPE_CHECKING:
     from fastuper.training.config import TrainingConfig, TrainingError
     from fastuper.training.runs import RunFolder

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from fastuper.io.files import atomic_folder, atomic_path
+from fastuper.io.files import atomic_folder
 from fastuper.io.messages import reason
+from fastuper_kernels.dispatch.files import atomic_path
 
 STATE = "training_state.pt"
 BEST = "validation.json"

@@ -1,14 +1,18 @@
 """The operations UPerNet is made of. Imports torch, and never fastuper."""
 
-from fastuper_kernels.cpu.linear import linear
-from fastuper_kernels.ops.conv_bn_relu import conv_bn_relu
-from fastuper_kernels.ops.fold_norm import fold_norm
-from fastuper_kernels.ops.pool_conv_bn_relu import pool_conv_bn_relu
-from fastuper_kernels.ops.pyramid_pool import pyramid_pool
-from fastuper_kernels.ops.upsample_add import upsample_add
-from fastuper_kernels.ops.upsample_argmax import upsample_argmax
-from fastuper_kernels.ops.upsample_cross_entropy import upsample_cross_entropy
-from fastuper_kernels.ops.upsampled_conv3x3 import upsampled_conv3x3
+from fastuper_kernels.dispatch.lazy import lazy_names
+
+TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+if TYPE_CHECKING:
+    from fastuper_kernels.cpu.linear import linear
+    from fastuper_kernels.ops.conv_bn_relu import conv_bn_relu
+    from fastuper_kernels.ops.fold_norm import fold_norm
+    from fastuper_kernels.ops.pool_conv_bn_relu import pool_conv_bn_relu
+    from fastuper_kernels.ops.pyramid_pool import pyramid_pool
+    from fastuper_kernels.ops.upsample_add import upsample_add
+    from fastuper_kernels.ops.upsample_argmax import upsample_argmax
+    from fastuper_kernels.ops.upsample_cross_entropy import upsample_cross_entropy
+    from fastuper_kernels.ops.upsampled_conv3x3 import upsampled_conv3x3
 
 __all__ = [
     "conv_bn_relu",
@@ -21,3 +25,18 @@ __all__ = [
     "upsample_cross_entropy",
     "upsampled_conv3x3",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "conv_bn_relu": "fastuper_kernels.ops.conv_bn_relu",
+        "fold_norm": "fastuper_kernels.ops.fold_norm",
+        "linear": "fastuper_kernels.cpu.linear",
+        "pool_conv_bn_relu": "fastuper_kernels.ops.pool_conv_bn_relu",
+        "pyramid_pool": "fastuper_kernels.ops.pyramid_pool",
+        "upsample_add": "fastuper_kernels.ops.upsample_add",
+        "upsample_argmax": "fastuper_kernels.ops.upsample_argmax",
+        "upsample_cross_entropy": "fastuper_kernels.ops.upsample_cross_entropy",
+        "upsampled_conv3x3": "fastuper_kernels.ops.upsampled_conv3x3",
+    },
+)

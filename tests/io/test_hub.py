@@ -10,8 +10,9 @@ import pytest
 from huggingface_hub import errors
 
 import fastuper.io.hub
-from fastuper.io.files import atomic_path, read_json
+from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file, pin_revision
+from fastuper_kernels.dispatch.files import atomic_path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "fedcba9876543210fedcba9876543210fedcba98"

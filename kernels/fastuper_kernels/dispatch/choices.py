@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastuper_kernels.dispatch.files import atomic_path
 from fastuper_kernels.dispatch.modes import is_eager
 
 FORCED = "FASTUPER_CHOICES"
@@ -203,14 +203,8 @@ def replace_json(path: Path, value: Any) -> None:
         OSError: it cannot be written; the file is then as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _is_result(value: Any, options: tuple[str, ...]) -> bool:

@@ -1,17 +1,21 @@
-"""Lazy names for a package's `__init__`: each public name is imported from its file when it is first used."""
+"""Lazy names for a package's `__init__`: each public name is imported from its file when it is first used.
+
+PyTorch takes seconds to import; `fastuper --help` does not wait for it. This file imports nothing that costs time.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` (PEP 562) for a package.
-
-    PyTorch takes seconds to import; `fastuper --help` does not wait for it.
 
     Args:
         package: the package's `__name__`.
