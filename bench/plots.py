@@ -1,4 +1,4 @@
-"""The plots of README, drawn from the committed results alone: `python -m bench.plots` writes docs/bench-*.svg."""
+"""The plots of README and docs/: `python -m bench.plots` draws docs/*.svg from the committed results alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from bench.results import TINY, Results, best, load, load_training
 
 DOCS = Path(__file__).parent.parent / "docs"
 OURS, THEIRS, TEXT, PALE = "#d9480f", "#adb5bd", "#343a40", "#e9ecef"
-LINES = {FASTUPER: OURS, "Transformers": "#495057", "auxiliary head taken off": "#868e96", OPENVINO: "#4c6ef5"}
+LINES = {FASTUPER: OURS, "Transformers": "#495057", "without auxiliary head": "#868e96", OPENVINO: "#4c6ef5"}
+# Steps of the waterfall whose names in the results need their context.
+STEPS = {
+    "no auxiliary head": "without auxiliary head",
+    "our head as it is": "fastuper's head",
+    "our backbone": "fastuper's backbone",
+    "the rest: fastuper": "everything else: fastuper",
+}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "svg.hashsalt": "fastuper",  # else every drawing has other ids
+    "svg.hashsalt": "fastuper",  # without it the ids of a drawing are random
     "svg.fonttype": "none",
     "axes.edgecolor": "#adb5bd",
     "axes.labelcolor": TEXT,
@@ -31,9 +38,14 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture: its file's name, what it shows, what it needs of the results, and what draws it.
+    """A picture.
 
-    One `of_sizes` needs larger images and memory too: a point alone is no curve.
+    Args:
+        name: the name of the file, without its suffix.
+        caption: what the picture shows.
+        section: the part of the results that it needs, at 512 x 512.
+        draw: fills a figure from results.
+        of_sizes: the picture also needs images of 1024 x 1024 and peak memory, because one point is no curve.
     """
 
     name: str
@@ -43,52 +55,55 @@ class Plot:
     of_sizes: bool = False
 
     def drawable(self, results: Results) -> bool:
+        """Return whether the results hold everything that the picture needs."""
         larger = all(f"{self.section} {key} 1024 float32" in results["tasks"] for key in TINY)
         return bool(tasks(results, self.section)) and (not self.of_sizes or bool(larger and results["memory"]))
 
 
 def tasks(results: Results, part: str) -> dict[str, str]:
-    """Return the tasks of a part at 512 in float32 that were measured: title by name."""
+    """Return the measured tasks of a part at 512 x 512 in float32: the backbone's title by task name."""
     names = {f"{part} {key} 512 float32": title for key, title in TINY.items()}
     return {name: title for name, title in names.items() if name in results["tasks"]}
 
 
 def label_bars(axes: Any, bars: Any, labels: list[str]) -> None:
     axes.bar_label(bars, labels=labels, padding=4, fontsize=8)
-    axes.set_xlim(0, 1.7 * max(bar.get_width() for bar in bars))  # room for the labels
+    axes.set_xlim(0, 1.4 * max(bar.get_width() for bar in bars))  # room for the labels
+
+
+def peer_times(results: Results, task: str) -> dict[str, float]:
+    """Return the median seconds of each library and mode, each in its faster memory layout, under a short name."""
+    found: dict[str, float] = {}
+    for peer, row in results["tasks"][task]["peers"].items():
+        if "rounds" not in row or peer == CONVOLUTION:
+            continue
+        name = peer.removesuffix(", channels_last").replace("segmentation_models_pytorch", "smp")
+        name = name.replace("compiled", "torch.compile").replace(", no auxiliary", " without auxiliary")
+        found[name] = min(median(row["rounds"]), found.get(name, float("inf")))
+    return found
 
 
 def peers(figure: Any, results: Results) -> None:
-    """One panel a backbone; the fastest on top."""
+    """Draw a panel for each backbone, and in it a bar for each peer; the fastest for the first backbone is on top."""
     found = tasks(results, "logits")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    for axes, (name, title) in zip(panels, found.items(), strict=True):
-        rows = results["tasks"][name]["peers"]
-        times = {peer: median(row["rounds"]) for peer, row in rows.items() if "rounds" in row and peer != CONVOLUTION}
-        # Each library and mode once, in its faster layout.
-        merged: dict[str, float] = {}
-        for peer, time in times.items():
-            plain = peer.removesuffix(", channels_last").replace("segmentation_models_pytorch", "smp")
-            merged[plain] = min(time, merged.get(plain, time))
-        order = sorted(merged, key=lambda peer: -merged[peer])
-        ours = merged.get(FASTUPER)
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    measured = {title: peer_times(results, name) for name, title in found.items()}
+    first = next(iter(measured.values()))
+    order = sorted(set().union(*measured.values()), key=lambda peer: (-first.get(peer, 0.0), peer))
+    for axes, (title, times) in zip(panels, measured.items(), strict=True):
+        ours = times.get(FASTUPER)
+        values = [times.get(peer, 0.0) for peer in order]
         colours = [OURS if peer.startswith(FASTUPER) else THEIRS for peer in order]
-        bars = axes.barh(order, [merged[peer] for peer in order], color=colours, height=0.7)
-        label_bars(
-            axes,
-            bars,
-            [
-                f"{merged[peer]:.2f} s" + (f"  ({merged[peer] / ours:.1f} x)" if ours and peer != FASTUPER else "")
-                for peer in order
-            ],
-        )
+        ratios = [f"  ({time / ours:.1f} x)" if ours and time != ours else "" for time in values]
+        labels = [f"{time:.2f} s{ratio}" if time else "" for time, ratio in zip(values, ratios, strict=True)]
+        label_bars(axes, axes.barh(order, values, color=colours, height=0.7), labels)
         axes.set_title(f"{title}, 512 x 512, float32", fontsize=10)
-        axes.set_xlabel("seconds for full logits")
+        axes.set_xlabel("seconds for the logits")
         axes.tick_params(axis="y", length=0)
 
 
 def sizes(figure: Any, results: Results) -> None:
-    """Time and memory against the image's side; a row a backbone."""
+    """Draw time and memory against the side of the image, a row of panels for each backbone."""
     from matplotlib import ticker
 
     found = tasks(results, "logits")
@@ -97,7 +112,7 @@ def sizes(figure: Any, results: Results) -> None:
     memory = {
         FASTUPER: FASTUPER,
         "Transformers": EAGER[0],
-        "auxiliary head taken off": WITHOUT_AUXILIARY[0],
+        "without auxiliary head": WITHOUT_AUXILIARY[0],
     }
     for (time_axes, memory_axes), (key, title) in zip(
         panels, ((k, t) for k, t in TINY.items() if t in found.values()), strict=True
@@ -116,8 +131,8 @@ def sizes(figure: Any, results: Results) -> None:
                     style,
                 )
         for axes, unit in (
-            (time_axes, "seconds for full logits"),
-            (memory_axes, "GB over the weights (dotted: label maps)"),
+            (time_axes, "seconds for the logits"),
+            (memory_axes, "peak GB over the weights"),
         ):
             axes.set(xscale="log", yscale="log", ylabel=unit, xlabel="side of the image")
             axes.set_xticks([512, 1024, 2048], ["512", "1024", "2048"])
@@ -139,12 +154,12 @@ def line(axes: Any, label: str, points: list[tuple[int, float]], style: str = "-
 
 
 def waterfall(figure: Any, results: Results) -> None:
-    """A bar a step; what the step saved is pale; the error beside the time."""
+    """Draw a bar for each step; the time that the step saved is pale; the error is beside the time."""
     found = tasks(results, "waterfall")
     panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for axes, (name, title) in zip(panels, found.items(), strict=True):
         rows = {step: row for step, row in results["tasks"][name]["peers"].items() if "rounds" in row}
-        steps, times = list(rows), [median(row["rounds"]) for row in rows.values()]
+        steps, times = [STEPS.get(step, step) for step in rows], [median(row["rounds"]) for row in rows.values()]
         before = [times[0], *times[:-1]]
         axes.barh(
             steps, [max(a - b, 0) for a, b in zip(before, times, strict=True)], left=times, color=PALE, height=0.7
@@ -161,38 +176,39 @@ def waterfall(figure: Any, results: Results) -> None:
                 va="center",
                 fontsize=7.5,
             )
-        if axes is panels[0]:  # the panels share it
+        if axes is panels[0]:  # the panels share this axis
             axes.invert_yaxis()
         axes.set_xlim(0, 1.5 * max(times))
         axes.set_title(f"{title}, 512 x 512, float32", fontsize=10)
-        axes.set_xlabel("seconds for full logits")
+        axes.set_xlabel("seconds for the logits")
         axes.tick_params(axis="y", length=0)
 
 
 PLOTS = [
     Plot(
         "bench-peers",
-        "Seconds for full logits, each library in its faster layout (smp: segmentation_models_pytorch)",
+        "Seconds for the logits of one image, each library in its faster memory layout "
+        "(smp: segmentation_models_pytorch)",
         "logits",
         peers,
     ),
     Plot(
         "bench-sizes",
-        "Time and peak memory against the size of the image (dotted: label maps)",
+        "Time and peak memory against the size of the image (solid: logits, dotted: label maps)",
         "logits",
         sizes,
         of_sizes=True,
     ),
-    Plot("bench-waterfall", "Which idea brought what: each step keeps those above it", "waterfall", waterfall),
+    Plot("bench-waterfall", "The gain of each technique: each step keeps the steps above it", "waterfall", waterfall),
 ]
 SHAPES = {"bench-peers": (10, 3.8), "bench-sizes": (9, 6.4), "bench-waterfall": (11, 3.8)}
 
 
 def training(figure: Any, result: dict[str, Any]) -> None:
-    """Seconds and peak memory of a step, of bench.training's results: a pair of bars a backbone."""
+    """Draw seconds and peak memory of a training step, from bench.training's results: two bars for each backbone."""
     values = {
         "seconds for a step": lambda peer: median(peer["rounds"]),
-        "GB over the weights, at most": lambda peer: peer["peak"] / 1e9,
+        "peak GB over the weights": lambda peer: peer["peak"] / 1e9,
     }
     panels = figure.subplots(1, len(values), squeeze=False)[0]
     for axes, (label, value) in zip(panels, values.items(), strict=True):
@@ -212,17 +228,18 @@ def training(figure: Any, result: dict[str, Any]) -> None:
 
 
 def draw(results: Results, folder: Path = DOCS) -> list[Path]:
-    """Write every plot that the results suffice for, and return their files."""
+    """Write every plot whose measurements the results hold, and return the files."""
     drawable = [plot for plot in PLOTS if plot.drawable(results)]
     return [picture(folder / f"{plot.name}.svg", SHAPES[plot.name], plot.draw, results) for plot in drawable]
 
 
 def draw_training(result: dict[str, Any], folder: Path = DOCS) -> Path:
-    """Write the picture of bench.training's results, and return its file."""
+    """Write the picture of bench.training's results, and return the file."""
     return picture(folder / "training.svg", (9, 2.4), training, result)
 
 
 def picture(path: Path, shape: tuple[float, float], fill: Callable[[Any, Any], None], results: Any) -> Path:
+    """Write an SVG whose bytes depend on the results and on matplotlib's version alone; return its path."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -231,7 +248,7 @@ def picture(path: Path, shape: tuple[float, float], fill: Callable[[Any, Any], N
     with matplotlib.rc_context(STYLE):
         figure = pyplot.figure(figsize=shape, layout="constrained", facecolor="white")
         fill(figure, results)
-        figure.savefig(path, metadata={"Date": None})  # its creator is matplotlib, with the version
+        figure.savefig(path, metadata={"Date": None})  # "Creator" stays: matplotlib and its version
         pyplot.close(figure)
     return path
 

@@ -1,4 +1,4 @@
-"""The tables of README and docs/, from the committed results alone: `python -m bench.tables` rewrites them in place."""
+"""The tables of README and docs/: `python -m bench.tables` rewrites them in place, from the committed results alone."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from bench.names import (
     TUNED,
     WITHOUT_AUXILIARY,
 )
+from bench.plots import PLOTS, STEPS
 from bench.results import (
     FOLDER,
     LOSS,
@@ -44,29 +45,37 @@ from bench.results import (
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+ACCURACY = ROOT / "docs" / "accuracy.md"
 NOT_MEASURED = "Not measured yet: `make bench`."
 MEMORY_PEERS = (EAGER[0], WITHOUT_AUXILIARY[0], FASTUPER)
 
 
 def scientific(value: float) -> str:
-    """Return 0.00000123 as 1.2e-6, and 0 as 0."""
+    """Write 0.00000123 as 1.2e-6, and 0 as 0."""
     return f"{value:.1e}".replace("e-0", "e-") if value else "0"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table."""
+    """Return the lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cells) + " |" if cells[0] != "---" else "|" + "---|" * len(head) for cells in lines]
 
 
-def accuracy_table(results: Results | None) -> str:
-    """Return the table of errors against float64."""
-    result = json.loads((FOLDER / "accuracy.json").read_text())
+def load_accuracy() -> dict[str, Any]:
+    """Return the results of `make accuracy`."""
+    return json.loads((FOLDER / "accuracy.json").read_text())
+
+
+def accuracy_table(_: Results | None) -> str:
+    """Return the table of errors against float64, from `make accuracy`'s results."""
+    result = load_accuracy()
     head = [
         "UPerNet with",
-        "float64: ours from Transformers'",
-        "float32: ours, Transformers'",
-        "bfloat16: ours, Transformers'",
+        "float64: fastuper from Transformers",
+        "float32: fastuper",
+        "float32: Transformers",
+        "bfloat16: fastuper",
+        "bfloat16: Transformers",
         "labels that differ, float32",
     ]
     rows = []
@@ -74,28 +83,44 @@ def accuracy_table(results: Results | None) -> str:
         cells = [row["backbone"], scientific(row["float64"])]
         for dtype in ("float32", "bfloat16"):
             errors = dict(row[dtype]["errors"])
-            cells.append(f"{scientific(errors.pop('fastuper'))}, {scientific(max(errors.values()))}")
+            cells += [scientific(errors.pop("fastuper")), scientific(max(errors.values()))]
         labels = row["float32"]["labels"]
         cells.append(f"{labels['differ']:,} of {labels['pixels']:,}")
         rows.append(cells)
     versions = result["versions"]
     note = (
-        f"Relative errors of the logits against float64, root mean square over {result['seeds']} draws of weights and "
-        f"of {result['size']} x {result['size']} images, 150 classes; Transformers' in the worse of its two memory "
-        f"layouts ([the rule](docs/accuracy.md)). Transformers {versions['transformers']}, PyTorch "
-        f"{versions['torch']}, "
-        f"{result['machine']}, {result['date']}; `make accuracy` repeats it."
+        "The second column is the relative difference between the logits of both libraries in float64. The next four "
+        "columns are relative errors of the logits against float64. Both are root mean squares over "
+        f"{result['seeds']} draws of weights and of {result['size']} x {result['size']} images, with 150 classes. For "
+        "Transformers the table gives the larger error of its two memory layouts. "
+        f"Transformers {versions['transformers']}, PyTorch {versions['torch']}, {result['machine']}, "
+        f"{result['date']}. `make accuracy` repeats the measurement."
     )
     return "\n".join([*table(head, rows), "", note])
 
 
+def exact_lines(_: Results | None) -> str:
+    """Return README's two sentences about accuracy, with ConvNeXt-T's figures."""
+    result = load_accuracy()
+    row = result["rows"][0]
+    errors = dict(row["float32"]["errors"])
+    ours, theirs, labels = errors.pop("fastuper"), max(errors.values()), row["float32"]["labels"]
+    return (
+        f"With the same weights, the float32 logits of UPerNet-{row['backbone']} have a relative error of "
+        f"{scientific(ours)} against float64; those of Transformers have {scientific(theirs)}. "
+        f"{labels['differ']:,} of {labels['pixels']:,} labels differ, and at "
+        f"{labels['differ_beyond_rounding'] or 'none'} of these pixels float64 decides between the two classes "
+        "([the rule and all numbers](docs/accuracy.md))."
+    )
+
+
 def duration(value: float) -> str:
-    """Return seconds with three digits."""
+    """Write seconds with three digits."""
     return f"{value * 1e3:.3g} ms" if value < 0.1 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
 
 
 def cell(results: Results, task: str, peers: Sequence[str]) -> str:
-    """Return the median of the fastest of some peers, and how many times ours that is."""
+    """Return the median of the fastest of some peers, and its ratio to fastuper's median."""
     time, ours = best(results, task, peers), seconds(results, task, FASTUPER)
     if time is None:
         rows = [results["tasks"].get(task, {}).get("peers", {}).get(peer, {}) for peer in peers]
@@ -106,26 +131,30 @@ def cell(results: Results, task: str, peers: Sequence[str]) -> str:
 
 
 def compared(results: Results, columns: dict[str, str], rows: dict[str, Sequence[str]]) -> list[str]:
-    """Return a table of times: tasks in columns, peers in rows; rows and columns without any time are left out."""
+    """Return a table of times: tasks in columns, peers in rows. Rows and columns without times are left out."""
     columns = {title: task for title, task in columns.items() if task in results["tasks"]}
     cells = {title: [cell(results, task, peers) for task in columns.values()] for title, peers in rows.items()}
     return table(["", *columns], [[title, *row] for title, row in cells.items() if any(row)])
 
 
-def source(results: Results, names: Sequence[str], kind: str = "tasks") -> str:
-    """Return where some tasks come from: machine, versions, dates."""
+LIBRARIES = {
+    "torch": "PyTorch",
+    "transformers": "Transformers",
+    "segmentation_models_pytorch": "segmentation_models_pytorch",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+
+
+def source(
+    results: Results, names: Sequence[str], kind: str = "tasks", libraries: Sequence[str] = tuple(LIBRARIES)
+) -> str:
+    """Return the machine, the libraries' versions and the dates that some tasks were measured with."""
     machine = results["machine"]
     ids = sorted({results[kind][name]["run"] for name in names if name in results[kind]})
     versions = {package: version for key in ids for package, version in results["runs"][key]["versions"].items()}
-    labels = {
-        "torch": "PyTorch",
-        "transformers": "Transformers",
-        "segmentation_models_pytorch": "segmentation_models_pytorch",
-        "onnxruntime": "ONNX Runtime",
-        "openvino": "OpenVINO",
-    }
     listed = ", ".join(
-        f"{label} {versions[package]}" for package, label in labels.items() if versions.get(package, ABSENT) != ABSENT
+        f"{LIBRARIES[package]} {versions[package]}" for package in libraries if versions.get(package, ABSENT) != ABSENT
     )
     dates = ", ".join(sorted({key[:10] for key in ids}))
     return f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads; {listed}; {dates}."
@@ -135,7 +164,7 @@ SPEED_ROWS: dict[str, Sequence[str]] = {
     FASTUPER: [FASTUPER],
     "fastuper, `torch.compile`": [OURS_COMPILED],
     "Transformers": EAGER,
-    "Transformers, auxiliary head taken off": WITHOUT_AUXILIARY,
+    "Transformers without auxiliary head": WITHOUT_AUXILIARY,
     "Transformers, `torch.compile`": [COMPILED],
     "Transformers, `torch.compile`, freezing": [FROZEN],
     "Transformers, `torch.compile`, freezing, max-autotune": [TUNED],
@@ -151,33 +180,32 @@ BFLOAT16_ROWS = {
 
 
 def tiny(part: str, size: int = 512, dtype: str = "float32", title: str = "") -> dict[str, str]:
-    """Return the columns of a part with both Tiny backbones."""
+    """Return the columns of a part with both Tiny backbones: task name by title."""
     return {f"{title or part}, {name}": f"{part} {key} {size} {dtype}" for key, name in TINY.items()}
 
 
 def speed_table(results: Results | None) -> str:
-    """Return full logits and photo to labels against the peers."""
-    columns = {**tiny("logits"), **tiny("labels", title="photo to labels")}
+    """Return the times of logits and of label maps beside the peers'."""
+    columns = {**tiny("logits"), **tiny("labels", title="label map")}
     if results is None or not any(task in results["tasks"] for task in columns.values()):
         return NOT_MEASURED
     note = (
-        "Seconds for one image of 512 x 512, float32, and how many times ours that is: medians of rounds in which all "
-        "take turns, each library in its faster memory layout. Photo to labels: to a label map of 683 x 1024. "
-        + source(results, list(columns.values()))
-        + " `make bench` repeats it; [how it is measured](docs/benchmarks.md)."
+        "Seconds for one image of 512 x 512, float32, and in parentheses the ratio to fastuper. Each figure is a "
+        "median of rounds in which all peers take turns, each library in its faster memory layout. The label maps have "
+        "683 x 1024 pixels. " + source(results, list(columns.values()))
     )
     return "\n".join([*compared(results, columns, SPEED_ROWS), "", note])
 
 
 def times_table(columns: dict[str, str], rows: dict[str, Sequence[str]], results: Results | None) -> str:
-    """Return a table of times with its source."""
+    """Return a table of times, and below it the machine, versions and dates."""
     if results is None or not any(task in results["tasks"] for task in columns.values()):
         return NOT_MEASURED
     return "\n".join([*compared(results, columns, rows), "", source(results, list(columns.values()))])
 
 
 def larger_table(results: Results | None) -> str:
-    """Return Tiny, Base and Large beside each other: the share of the backbone grows, the gain shrinks."""
+    """Return the times of Tiny, Base and Large: the backbone's share of the work grows, and the gain shrinks."""
     names = [f"logits {key} 512 float32" for key in TITLES]
     if results is None or not any(name in results["tasks"] for name in names):
         return NOT_MEASURED
@@ -191,12 +219,12 @@ def larger_table(results: Results | None) -> str:
             continue
         work = f"{flop['as_written'] / 1e9:.0f}", f"{flop['logits'] / 1e9:.0f}"
         rows.append([TITLES[key], *work, duration(theirs), duration(ours), f"{theirs / ours:.2f} x"])
-    head = ["", "GFLOP as everyone writes it", "GFLOP as we do", "Transformers", "fastuper", "faster"]
+    head = ["", "GFLOP, Transformers", "GFLOP, fastuper", "Transformers", "fastuper", "faster"]
     return "\n".join([*table(head, rows), "", source(results, names)])
 
 
 def memory_table(results: Results | None) -> str:
-    """Return the peak memory over the weights."""
+    """Return the peak memory over the weights, beside Transformers'."""
     if results is None or not results["memory"]:
         return NOT_MEASURED
     rows = []
@@ -211,15 +239,27 @@ def memory_table(results: Results | None) -> str:
         cells.append(f"{ours['packed'] / 1e9:.2f} GB" if "packed" in ours else "")
         cells.append(f"{ours['peak'] / min(theirs):.2f}" if theirs and "peak" in ours else "")
         rows.append(cells)
-    head = ["", "Transformers", "auxiliary head taken off", FASTUPER, "of it packed weights", "of Transformers' least"]
-    note = "Peak memory of one run over the weights, each in a fresh process, float32. " + source(
+    head = [
+        "",
+        "Transformers",
+        "Transformers without auxiliary head",
+        FASTUPER,
+        "of which packed weights",
+        "fastuper / smaller Transformers",
+    ]
+    note = "Peak memory of one run, less the weights, each in a fresh process, float32. " + source(
         results, list(results["memory"]), "memory"
     )
     return "\n".join([*table(head, rows), "", note])
 
 
+def training_source(result: dict[str, Any]) -> str:
+    """Return the machine, the versions and the date of bench.training's results."""
+    return source({"machine": result["machine"], "runs": {result["run"]: result}, "tasks": {"": result}}, [""])
+
+
 def training_table(_: Results | None) -> str:
-    """Return a training step's time and peak memory beside Transformers', and what was to be reached."""
+    """Return the time and peak memory of a training step beside Transformers', and the targets."""
     result = load_training()
     if result is None:
         return "Not measured yet: `python -m bench.training`."
@@ -242,25 +282,35 @@ def training_table(_: Results | None) -> str:
             ]
         )
     size = next(iter(result["backbones"].values()))["gradients"]["size"]
-    head = ["", "Transformers", FASTUPER, "faster", "peak memory, Transformers", FASTUPER, "of it", "gradients' errors"]
-    reached = ", ".join(f"{target['name']} {target['bound']:g} ({verdict(target)})" for target in result["targets"])
+    head = [
+        "",
+        "time, Transformers",
+        "time, fastuper",
+        "faster",
+        "peak memory, Transformers",
+        "peak memory, fastuper",
+        "memory ratio",
+        "gradient errors: median, largest",
+    ]
+    targets = ", ".join(f"{target['name']} {target['bound']:g} ({verdict(target)})" for target in result["targets"])
     note = (
-        f"A step (forward, backward, AdamW) on {result['batch']} images of {result['size']} x {result['size']}, "
-        "float32, 150 classes: medians of rounds in which all take turns, and peak memory over the weights in fresh "
-        "processes; Transformers in the better of its two memory layouts. Gradients' errors: ours from float64 over "
-        "Transformers' in the worse of them, the median over the parameters and the largest; geometric means over "
-        f"{result['loss']['gradients']['seeds']} draws of {size} x {size}, of the loss alone {result['size']} x "
-        f"{result['size']}. That goes from logits at stride 4 to their gradient; Transformers resamples them first. "
-        + source({"machine": result["machine"], "runs": {result["run"]: result}, "tasks": {"": result}}, [""])
-        + f" To reach: {reached}."
-        + " `python -m bench.training` repeats it."
+        f"A step is forward, backward and AdamW on {result['batch']} images of {result['size']} x {result['size']}, "
+        "float32, 150 classes. Times are medians of rounds in which all take turns; peak memory is measured in fresh "
+        "processes, less the weights. Transformers runs in the better of its two memory layouts. The last column "
+        "divides fastuper's error against float64 by Transformers' in its worse layout: the median over the parameters "
+        f"and the largest, geometric means over {result['loss']['gradients']['seeds']} draws of {size} x {size} (the "
+        f"loss alone: {result['size']} x {result['size']}). The loss alone starts at logits of stride 4 and ends at "
+        "their gradient; Transformers resamples the logits first. "
+        + training_source(result)
+        + f" Targets: {targets}."
+        + " `python -m bench.training` repeats the measurement."
     )
-    caption = "Seconds and peak memory of a step of training"
-    return "\n".join([*table(head, rows), "", note, "", f"![{caption}](docs/training.svg)"])
+    caption = "Seconds and peak memory of a training step"
+    return "\n".join([*table(head, rows), "", note, "", f"![{caption}](training.svg)"])
 
 
 def targets_table(results: Results | None) -> str:
-    """Return what was to be reached, and whether it is."""
+    """Return the targets, the measured values and the verdicts."""
     if results is None or all(target["value"] is None for target in results["targets"]):
         return NOT_MEASURED
     rows = []
@@ -271,11 +321,11 @@ def targets_table(results: Results | None) -> str:
             value = f"{int(target['value'])} of {len(rules(results))}"
         verdict_ = verdict(target)
         rows.append([target["name"], bound, value, verdict_ if target["met"] else f"**{verdict_}**"])
-    return "\n".join(table(["", "to reach", "measured", ""], rows))
+    return "\n".join(table(["", "target", "measured", "verdict"], rows))
 
 
 def limits_table(results: Results | None) -> str:
-    """Return how far ours is from what the operations take at the rate of one convolution."""
+    """Return fastuper's time beside the time of its operations at the rate of one convolution."""
     if results is None or not results["limits"]:
         return NOT_MEASURED
     rows = []
@@ -291,11 +341,13 @@ def limits_table(results: Results | None) -> str:
                 f"{entry['share']:.0%}",
             ]
         )
-    return "\n".join(table(["512 x 512", "operations", "one convolution", "limit", "ours", "of the rate"], rows))
+    return "\n".join(
+        table(["512 x 512", "operations", "rate of one convolution", "limit", "fastuper", "share of the rate"], rows)
+    )
 
 
 def operations_table(results: Results | None) -> str:
-    """Return each operation against its reference."""
+    """Return the time and error of each operation beside its reference's."""
     entries = {} if results is None else {n: t for n, t in results["tasks"].items() if t["section"] == "operations"}
     if results is None or not entries:
         return NOT_MEASURED
@@ -311,24 +363,24 @@ def operations_table(results: Results | None) -> str:
         ]
         title = f"`{entry['part']}`, {entry['use']}, {entry['dtype']}"
         rows.append([title, duration(theirs), duration(ours), f"{theirs / ours:.2f} x", *errors])
-    head = ["", "reference, in the faster layout", FASTUPER, "faster", "our error", "the reference's"]
+    head = ["", "reference, faster layout", FASTUPER, "faster", "error, fastuper", "error, reference"]
     return "\n".join([*table(head, rows), "", source(results, list(entries))])
 
 
 def waterfall_table(results: Results | None) -> str:
-    """Return which idea brought what: time and error of each step from Transformers to ours."""
+    """Return the gain of each technique: time and error of each step from Transformers to fastuper."""
     names = [f"waterfall {key} 512 float32" for key in TINY]
     if results is None or not any(name in results["tasks"] for name in names):
         return NOT_MEASURED
     names = [name for name in names if name in results["tasks"]]
-    head = ["each step with those above it"]
+    head = ["step, together with the steps above it"]
     for name in names:
-        head += [TITLES[results["tasks"][name]["backbone"]], "brings", "error"]
+        head += [TITLES[results["tasks"][name]["backbone"]], "gain", "error"]
     steps = list(results["tasks"][names[0]]["peers"])
     before: dict[str, float] = {}
     rows = []
     for step in steps:
-        cells = [step]
+        cells = [STEPS.get(step, step)]
         for name in names:
             row = results["tasks"][name]["peers"].get(step, {})
             if "rounds" not in row:
@@ -343,7 +395,7 @@ def waterfall_table(results: Results | None) -> str:
 
 
 def accuracy_of_timed_table(results: Results | None) -> str:
-    """Return the distance from float64 of what was timed."""
+    """Return the error against float64 of each timed output, beside the largest error that the rule allows."""
     if results is None:
         return NOT_MEASURED
     rows = []
@@ -356,11 +408,11 @@ def accuracy_of_timed_table(results: Results | None) -> str:
         else:
             cells = [f"{rule['differ_beyond_rounding']:,} of {rule['pixels']:,} labels", "0"]
         rows.append([name, *cells, "holds" if rule["met"] else "**broken**"])
-    return "\n".join(table(["", "ours", "allowed", "the rule"], rows)) if rows else NOT_MEASURED
+    return "\n".join(table(["task", FASTUPER, "allowed", "the rule"], rows)) if rows else NOT_MEASURED
 
 
 def failures_list(results: Results | None) -> str:
-    """Return what peers could not do, and why."""
+    """Return the tasks that peers failed at, with their errors."""
     if results is None:
         return NOT_MEASURED
     found: dict[str, list[str]] = {}
@@ -368,18 +420,125 @@ def failures_list(results: Results | None) -> str:
         for peer, row in entry["peers"].items():
             if row.get("skipped") not in (None, "not asked for"):
                 found.setdefault(f"{peer}: {row['skipped']}", []).append(name)
-    # Errors may hold anything: in backticks it stays text.
+    # Backticks keep Markdown in an error's text from taking effect.
     return "\n".join(f"- {', '.join(names)}: `{why.replace('`', '')}`" for why, names in found.items()) or "None."
 
 
-def plots_block(results: Results | None) -> str:
-    """Return the pictures that bench.plots has drawn from these results."""
-    from bench.plots import PLOTS
-
-    if results is None:
+def plot_block(name: str, folder: str, results: Results | None) -> str:
+    """Return a picture that bench.plots draws from these results; `folder` is its path from the page, "" or "docs/"."""
+    (plot,) = [plot for plot in PLOTS if plot.name == name]
+    if results is None or not plot.drawable(results):
         return NOT_MEASURED
-    drawn = [plot for plot in PLOTS if plot.drawable(results)]
-    return "\n\n".join(f"![{plot.caption}](docs/{plot.name}.svg)" for plot in drawn) or NOT_MEASURED
+    return f"![{plot.caption}]({folder}{plot.name}.svg)"
+
+
+def ratio(value: float) -> str:
+    """Write how many times as fast something is: 2.8x."""
+    return f"{value:.1f}x"
+
+
+TWO = ("torch", "transformers")  # the libraries that README's own tables compare
+
+
+def headline(results: Results | None) -> str:
+    """Return README's first sentence: the gain over Transformers, and under which conditions."""
+    task = "logits convnext-t 512 float32"
+    theirs, ours = (None, None) if results is None else (best(results, task, EAGER), seconds(results, task, FASTUPER))
+    if results is None or theirs is None or ours is None:
+        return NOT_MEASURED
+    return (
+        f"UPerNet for semantic segmentation in PyTorch and Triton: **{ratio(theirs / ours)} faster on a CPU with "
+        "ConvNeXt-T, same checkpoints, same outputs: change one import.**\n\n"
+        f"({duration(ours)} instead of {duration(theirs)} for the logits of one 512 x 512 image in float32, beside "
+        f"Hugging Face Transformers in its faster memory layout. {source(results, [task], libraries=TWO)})"
+    )
+
+
+def numbers_table(results: Results | None) -> str:
+    """Return README's three numbers: logits, a large label map and a training step, each with its link."""
+    training = load_training()
+    if results is None or training is None:
+        return NOT_MEASURED
+    rows, names = [], []
+    logits = "logits convnext-t 512 float32"
+    theirs, ours = best(results, logits, EAGER), seconds(results, logits, FASTUPER)
+    if theirs is not None and ours is not None:
+        link = f"[{ratio(theirs / ours)} faster](docs/benchmarks.md#time)"
+        rows.append(["logits, 512 x 512", duration(theirs), f"**{duration(ours)}**", link])
+        names.append(logits)
+    labels = "labels convnext-t 2048 float32"
+    theirs, ours = best(results, labels, EAGER), seconds(results, labels, FASTUPER)
+    peaks = {peer: row.get("peak") for peer, row in results["memory"].get(labels, {}).get("peers", {}).items()}
+    peak = min((found for name in MEMORY_PEERS[:-1] if (found := peaks.get(name))), default=None)
+    ours_peak = peaks.get(FASTUPER)
+    if theirs is not None and ours is not None and peak and ours_peak:
+        link = f"[{ratio(theirs / ours)} faster, {ours_peak / peak:.2f} of the memory](docs/benchmarks.md#memory)"
+        cells = [f"{duration(time)}, {size / 1e9:.1f} GB" for time, size in ((theirs, peak), (ours, ours_peak))]
+        rows.append(["label map, 2048 x 2048", cells[0], f"**{cells[1]}**", link])
+        names.append(labels)
+    step = training["backbones"].get("convnext-t")
+    if step is not None:
+        medians = {peer: median(found["rounds"]) for peer, found in step["peers"].items()}
+        peaks = {peer: found["peak"] for peer, found in step["peers"].items()}
+        fastest, least = min(medians[peer] for peer in EAGER), min(peaks[peer] for peer in EAGER)
+        cells = [
+            f"{duration(time)}, {size / 1e9:.1f} GB"
+            for time, size in ((fastest, least), (medians[FASTUPER], peaks[FASTUPER]))
+        ]
+        link = f"[{ratio(step['faster'])} faster, {step['memory']:.2f} of the memory](docs/benchmarks.md#training)"
+        title = f"training step, {training['batch']} images of {training['size']} x {training['size']}"
+        rows.append([title, cells[0], f"**{cells[1]}**", link])
+    if not rows:
+        return NOT_MEASURED
+    note = (
+        f"UPerNet-ConvNeXt-T, float32, 150 classes. GB are peak memory less the weights. Inference: "
+        f"{source(results, names, libraries=TWO)} Training: {training_source(training)}"
+    )
+    return "\n".join([*table(["", "Transformers", FASTUPER, ""], rows), "", note])
+
+
+# The checkpoints that Transformers' authors converted from mmsegmentation: backbone, training crop, pretraining, and
+# mIoU on ADE20K's validation set (one scale, no flip) from mmsegmentation's configs/convnext and configs/swin README.
+PUBLISHED = {
+    "openmmlab/upernet-convnext-tiny": ("ConvNeXt-T", 512, "1K", 46.11),
+    "openmmlab/upernet-convnext-small": ("ConvNeXt-S", 512, "1K", 48.56),
+    "openmmlab/upernet-convnext-base": ("ConvNeXt-B", 512, "1K", 48.71),
+    "openmmlab/upernet-convnext-large": ("ConvNeXt-L", 640, "21K", 53.16),
+    "openmmlab/upernet-convnext-xlarge": ("ConvNeXt-XL", 640, "21K", 53.58),
+    "openmmlab/upernet-swin-tiny": ("Swin-T", 512, "1K", 44.41),
+    "openmmlab/upernet-swin-small": ("Swin-S", 512, "1K", 47.72),
+    "openmmlab/upernet-swin-base": ("Swin-B, window 12", 512, "22K", 50.76),
+    "openmmlab/upernet-swin-large": ("Swin-L, window 12", 512, "22K", 52.25),
+}
+ZOO = "https://github.com/open-mmlab/mmsegmentation/tree/main/configs"
+
+
+def models_table(results: Results | None) -> str:
+    """Return the published checkpoints: backbone, mIoU as published, time and memory as measured here."""
+    keys = {title: key for key, title in TITLES.items()}
+    rows, names = [], []
+    for hub, (backbone, crop, pretraining, miou) in PUBLISHED.items():
+        cells = [f"[{hub}](https://huggingface.co/{hub})", backbone, f"ImageNet-{pretraining}, {crop}", f"{miou:.2f}"]
+        times, memory = "not measured", "not measured"
+        if results is not None and backbone in keys:
+            task = f"logits {keys[backbone]} 512 float32"
+            theirs, ours = best(results, task, EAGER), seconds(results, task, FASTUPER)
+            if theirs is not None and ours is not None:
+                times = f"**{duration(ours)}** ({duration(theirs)})"
+                names.append(task)
+            peers = results["memory"].get(task, {}).get("peers", {})
+            if all("peak" in peers.get(peer, {}) for peer in (EAGER[0], FASTUPER)):
+                memory = f"{peers[FASTUPER]['peak'] / 1e9:.2f} GB ({peers[EAGER[0]]['peak'] / 1e9:.2f} GB)"
+        rows.append([*cells, times, memory])
+    head = ["checkpoint", "backbone", "pretraining, crop", "mIoU", "time (Transformers)", "peak memory (Transformers)"]
+    note = (
+        f"mIoU: ADE20K validation, one scale, as published by mmsegmentation ([ConvNeXt]({ZOO}/convnext), "
+        f"[Swin]({ZOO}/swin)), not measured again here. Time and peak memory less the weights: logits of a 512 x 512 "
+        "image, float32, random weights of the same shapes."
+    )
+    if results is not None and names:
+        note += f" {source(results, names, libraries=TWO)}"
+    return "\n".join([*table(head, rows), "", note])
 
 
 Draw = Callable[["Results | None"], str]
@@ -390,19 +549,27 @@ SIZES = {
 }
 PAGES: dict[Path, dict[str, Draw]] = {
     README: {
-        "accuracy": accuracy_table,
-        "speed": speed_table,
-        "plots": plots_block,
-        "memory": memory_table,
-        "larger": larger_table,
-        "training": training_table,
+        "headline": headline,
+        "peers": partial(plot_block, "bench-peers", "docs/"),
+        "numbers": numbers_table,
+        "models": models_table,
+        "waterfall": partial(plot_block, "bench-waterfall", "docs/"),
+        "exact": exact_lines,
     },
+    ACCURACY: {"accuracy": accuracy_table},
     BENCHMARKS: {
         "targets": targets_table,
         "limits": limits_table,
+        "peers": partial(plot_block, "bench-peers", ""),
+        "speed": speed_table,
+        "larger": larger_table,
         "bfloat16": partial(times_table, tiny("logits", dtype="bfloat16"), BFLOAT16_ROWS),
         "parts": partial(times_table, {**tiny("head"), **tiny("backbone")}, SPEED_ROWS),
         "sizes": partial(times_table, SIZES, SPEED_ROWS),
+        "sizes-plot": partial(plot_block, "bench-sizes", ""),
+        "memory": memory_table,
+        "training": training_table,
+        "waterfall-plot": partial(plot_block, "bench-waterfall", ""),
         "waterfall": waterfall_table,
         "operations": operations_table,
         "accuracy-of-timed": accuracy_of_timed_table,
@@ -413,7 +580,11 @@ NEWEST: Any = object()
 
 
 def with_tables(text: str, page: Path = README, results: Results | None = NEWEST) -> str:
-    """Return a page's text with each of its `<!-- table: NAME -->` blocks filled anew."""
+    """Return a page's text in which each `<!-- table: NAME -->` block is drawn from the results.
+
+    Raises:
+        ValueError: the page lacks a block, or has it twice.
+    """
     if results is NEWEST:
         results = load()
     for name, draw in PAGES[page].items():

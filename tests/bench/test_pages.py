@@ -1,4 +1,4 @@
-"""What `make bench` writes becomes tables, pictures and verdicts, the same each time."""
+"""Tables, pictures and verdicts drawn from results: their figures, and that every drawing is the same."""
 
 import copy
 import re
@@ -74,13 +74,13 @@ def test_medians_ratios_and_targets(results):
     assert (memory["value"], memory["met"]) == (0.5, True), "of Transformers' least"
     apart = by_name["ConvNeXt-T, peak memory of logits at 1024, packed weights apart"]
     assert apart["value"] == pytest.approx(0.45)
-    assert by_name["Swin-T, peak memory of logits at 1024"]["met"] is None
+    assert by_name["Swin-T, peak memory of logits at 1024"]["met"] is None  # it was not measured
     assert by_name["tasks at which the accuracy rule is broken"]["value"] == 1
     (limit,) = results["limits"]
     assert limit["limit"] == pytest.approx(2.5e11 / 7.7e11)
 
 
-def test_what_training_was_to_reach():
+def test_targets_of_training():
     faster, memory = training_targets({"backbones": {"convnext-t": {"faster": 1.5, "memory": 0.5}}})
     assert (faster["value"], faster["met"], verdict(faster)) == (1.5, False, "missed by a factor of 1.20")
     assert (memory["value"], memory["met"], verdict(memory)) == (0.5, True, "met")
@@ -93,21 +93,29 @@ def test_pages_are_drawn_from_the_results_alone(results):
         text = page.read_text()
         drawn = tables.with_tables(text, page, results)
         assert drawn == tables.with_tables(drawn, page, results)
-        # Back to what is committed: nothing outside the blocks was touched.
+        # Drawn from the committed results again, the page is as committed: nothing outside the blocks has changed.
         assert tables.with_tables(drawn, page) == text
     assert results == before
     readme = tables.with_tables(tables.README.read_text(), tables.README, results)
-    assert "| Transformers | 3 s (3.00 x) |" in readme
-    assert "A CPU (AVX512), 2 threads; PyTorch 9.9, OpenVINO 8.8; 2030-01-02." in readme
+    assert "**3.0x faster on a CPU with ConvNeXt-T" in readme
+    assert "(1 s instead of 3 s for the logits of one 512 x 512 image" in readme
+    assert "A CPU (AVX512), 2 threads; PyTorch 9.9; 2030-01-02." in readme
+    assert "| logits, 512 x 512 | 3 s | **1 s** | [3.0x faster](docs/benchmarks.md#time) |" in readme
+    assert "| ConvNeXt-T | ImageNet-1K, 512 | 46.11 | **1 s** (3 s) | not measured |" in readme
     page = tables.with_tables(tables.BENCHMARKS.read_text(), tables.BENCHMARKS, results)
+    assert "| Transformers | 3 s (3.00 x) |" in page
+    assert "A CPU (AVX512), 2 threads; PyTorch 9.9, OpenVINO 8.8; 2030-01-02." in page
     assert "| at least 2.2 x | 1.50 | **missed by a factor of 1.47** |" in page
     assert "- head swin-t 512 float32: `OpenVINO: RuntimeError: no such operator x`" in page
     assert "missed by a factor" in summary(results)
 
 
 def test_without_results_pages_say_so():
-    text = tables.with_tables(tables.README.read_text(), tables.README, None)
+    text = tables.with_tables(tables.BENCHMARKS.read_text(), tables.BENCHMARKS, None)
     assert f"<!-- table: speed -->\n{tables.NOT_MEASURED}\n<!-- end -->" in text
+    text = tables.with_tables(tables.README.read_text(), tables.README, None)
+    for name in ("headline", "peers", "numbers", "waterfall"):
+        assert f"<!-- table: {name} -->\n{tables.NOT_MEASURED}\n<!-- end -->" in text
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -126,21 +134,21 @@ def test_pictures_are_the_same_each_time(results, tmp_path: Path):
 
 
 def without_last_digits(picture: str) -> str:
-    """Return a picture without what depends on the processor: a coordinate's last digits, and names made of them."""
+    """Return a picture without what depends on the processor: the last digits of coordinates, and names from them."""
     picture = re.sub(r"\b[mp][0-9a-f]{10}\b", "part", picture)
-    # matplotlib's version has no such digits.
+    # matplotlib's version has fewer digits after the point and stays.
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.3f}", picture)
 
 
 def check_pictures(results: Results | None, committed: Path, folder: Path) -> None:
-    """Compare pictures with those drawn anew: their bytes, or their texts where another matplotlib drew them."""
+    """Draw the pictures again and compare them: their bytes, or their texts if another matplotlib drew them."""
     drawn = plots.draw(results, folder) if results is not None else []
     names = [path.name for path in drawn]
     assert sorted(names) == sorted(path.name for path in committed.glob("bench-*.svg")), "run `python -m bench.plots`"
     for path in drawn:
         new, old = (without_last_digits(file.read_text()) for file in (path, committed / path.name))
         creators = [re.findall("Matplotlib v[0-9.]+", text) for text in (new, old)]
-        assert creators[0], "a picture says what drew it"
+        assert creators[0], "a picture names matplotlib's version"
         if creators[0] != creators[1]:
             new, old = (re.findall("<text[^>]*>(.*?)</text>", text, re.DOTALL) for text in (new, old))
         assert new == old, "run `python -m bench.plots`"
@@ -150,7 +158,7 @@ def test_pictures_show_the_committed_results(tmp_path: Path):
     check_pictures(load(), plots.DOCS, tmp_path)
 
 
-def test_the_picture_of_training_shows_the_committed_results(tmp_path: Path):
+def test_the_training_picture_shows_the_committed_results(tmp_path: Path):
     trained = load_training()
     if trained is None:
         pytest.skip("bench.training has not run")

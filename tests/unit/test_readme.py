@@ -1,4 +1,4 @@
-"""README shows what was measured, and its links lead somewhere."""
+"""README, CONTRIBUTING and docs/: their tables are the committed results, and their links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -6,18 +6,39 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", CODE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_tables_are_those_of_the_committed_results():
-    from bench.tables import README, with_tables
+    from bench.tables import ACCURACY, BENCHMARKS, README, with_tables
 
-    text = README.read_text()
-    assert with_tables(text) == text, "run `python -m bench.tables`"
-    assert "<!-- table: accuracy -->\n|" in text
+    for page in (README, ACCURACY, BENCHMARKS):
+        text = page.read_text()
+        assert with_tables(text, page) == text, "run `python -m bench.tables`"
+    assert "<!-- table: numbers -->\n|" in README.read_text()
+    assert "<!-- table: accuracy -->\n|" in ACCURACY.read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path):
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", page.read_text())):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(path), f"{page.name} links to {target}"
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, f"docs/README.md does not name {page.name}"
