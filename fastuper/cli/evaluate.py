@@ -19,8 +19,8 @@ from fastuper.cli.common import (
     leave,
     load_model,
     make_folder,
-    one_line,
 )
+from fastuper.io.messages import one_line
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
