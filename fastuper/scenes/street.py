@@ -18,38 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-ID2LABEL = {
-    0: "sky",
-    1: "building",
-    2: "wall",
-    3: "road",
-    4: "pavement",
-    5: "grass",
-    6: "tree",
-    7: "car",
-    8: "person",
-    9: "sign",
-}
-"""The classes by their numbers."""
+from fastuper.data.classes import SCENE_ID2LABEL
 
-SKY, BUILDING, WALL, ROAD, PAVEMENT, GRASS, TREE, CAR, PERSON, SIGN = ID2LABEL
-
-PALETTE = np.array(
-    [
-        [120, 180, 235],
-        [150, 95, 75],
-        [255, 190, 90],
-        [95, 90, 115],
-        [205, 155, 205],
-        [160, 225, 90],
-        [25, 120, 60],
-        [40, 70, 210],
-        [230, 40, 60],
-        [255, 240, 40],
-    ],
-    dtype=np.uint8,
-)
-"""A colour for each class, (10, 3)."""
+SKY, BUILDING, WALL, ROAD, PAVEMENT, GRASS, TREE, CAR, PERSON, SIGN = SCENE_ID2LABEL
 
 _OVERSAMPLING = 2  # colours are samples of half a pixel; a pixel's label is that of one of its samples
 _NEAR = 0.5  # nothing closer to the camera is drawn
@@ -986,7 +957,7 @@ class Street:
             on_ground = np.isfinite(away)
             paint, colours = self._paint(t, z)
             # Two classes of `paint` are what is painted on others.
-            classes = np.array([*ID2LABEL, ROAD, PAVEMENT], np.uint8)[paint]
+            classes = np.array([*SCENE_ID2LABEL, ROAD, PAVEMENT], np.uint8)[paint]
             np.copyto(labels[first * step :], classes, where=on_ground)
             base = np.asarray(Image.fromarray(colours[paint]).reduce(step)) if step > 1 else colours[paint]
             at = (slice(step // 2, None, step),) * 2
@@ -1024,8 +995,8 @@ class Street:
     def _paint(self, t: NDArray[np.floating], z: NDArray[np.floating]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Which paint the ground has at (t, z), and the paints' colours: classes, then road markings and kerbs."""
         dice = self.dice
-        marks, kerb = len(ID2LABEL), len(ID2LABEL) + 1
-        colours = np.zeros((len(ID2LABEL) + 2, 3))
+        marks, kerb = len(SCENE_ID2LABEL), len(SCENE_ID2LABEL) + 1
+        colours = np.zeros((len(SCENE_ID2LABEL) + 2, 3))
         colours[ROAD], colours[PAVEMENT] = dice.colour(_ROADS), dice.colour(_PAVEMENTS)
         colours[GRASS] = dice.colour(_GRASSES)
         colours[marks] = dice.colour(((222, 222, 216), (206, 204, 196)), 10)
@@ -1061,7 +1032,7 @@ class Street:
     ) -> NDArray[np.uint8]:
         """The colours of the ground from the picture's row `first` on, with its texture, in light, shadow and haze."""
         dice, weather = self.dice, self.weather
-        strength = np.full(len(ID2LABEL) + 2, 0.10, np.float32)
+        strength = np.full(len(SCENE_ID2LABEL) + 2, 0.10, np.float32)
         strength[GRASS], strength[PAVEMENT] = 0.26, 0.07
         near = 1 / (1 + away * 0.12)
         shade = strength[paint]
