@@ -1,4 +1,4 @@
-"""`UperNetImageProcessor` by itself: what it computes, what it accepts beyond the reference, what it refuses."""
+"""`UperNetImageProcessor` alone: its results, inputs that Transformers' class refuses, and its errors."""
 
 import copy
 import json
@@ -158,11 +158,24 @@ def test_transparent_palette_does_not_warn():
 
 
 @pytest.mark.parametrize("byte_order", ["<u2", ">u2"])
-def test_sixteen_bit_grey_keeps_its_upper_bits(byte_order):
+def test_sixteen_bit_grey_is_scaled(byte_order):
     levels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     image = Image.frombytes("I;16" if byte_order == "<u2" else "I;16B", (64, 64), levels.astype(byte_order).tobytes())
     values = only(UperNetImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)(image))
-    np.testing.assert_array_equal(values, np.stack([(levels // 256).astype(np.uint8)] * 3), strict=True)
+    np.testing.assert_array_equal(values, np.stack([np.round(levels / 257).astype(np.uint8)] * 3), strict=True)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+@pytest.mark.parametrize("statistics", [[0.5], 0.5], ids=["one", "any"])
+def test_32_bit_images_are_numbers_of_one_channel(mode, statistics):
+    levels = noise(40, 60)
+    processor = UperNetImageProcessor(image_mean=statistics, image_std=statistics, size=30)
+    expected = only(processor(levels[None], input_data_format="channels_first"))
+    np.testing.assert_array_equal(only(processor(Image.fromarray(levels).convert(mode))), expected, strict=True)
+    as_they_are = UperNetImageProcessor(do_resize=False, image_mean=statistics, image_std=statistics)
+    numbers = levels.astype(np.int32) * 1000 - 7
+    image = Image.fromarray(numbers).convert(mode)
+    np.testing.assert_array_equal(only(as_they_are(image)), only(as_they_are(np.asarray(image)[None])), strict=True)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "LA", "P", "1"])
@@ -436,7 +449,7 @@ REFUSED = {
     "resample": (IMAGE, {"resample": 9}, ValueError, r"resample is 9; Pillow's filters are 0 \(nearest\)"),
     "mean": (IMAGE, {"image_mean": "imagenet"}, ValueError, "image_mean is 'imagenet'; give one finite number"),
     "mean_nan": (IMAGE, {"image_mean": [0.5, float("nan"), 1]}, ValueError, "image_mean is .*; give one finite number"),
-    "mean_none": (IMAGE, {"image_mean": []}, ValueError, "give one finite number a channel"),
+    "mean_none": (IMAGE, {"image_mean": []}, ValueError, "give one finite number per channel"),
     "lengths": (IMAGE, {"image_mean": [0.5] * 4}, ValueError, "image_mean .* and image_std .* differ in length"),
     "std": (IMAGE, {"image_std": [1, 0, 1]}, ValueError, "a zero in it would divide by zero"),
     "tensorflow": (IMAGE, {"return_tensors": "tf"}, ValueError, "return_tensors is 'tf'; give one of None, 'pt', 'np'"),
@@ -463,7 +476,11 @@ def test_bad_images_are_refused(case):
 REFUSED_MAPS = {
     "count": ([noise(8, 9)] * 2, ValueError, "2 segmentation_maps for 1 images"),
     "size": (noise(9, 8), ValueError, r"segmentation_maps\[0\] is 9 x 8 and images\[0\] 8 x 9 \(height x width\)"),
-    "colours": (PIL_IMAGE, ValueError, "mode RGB; give one channel of labels"),
+    "colours": (
+        PIL_IMAGE,
+        ValueError,
+        r"maps\[0\]: has the 3 channels R, G, B, where one of class numbers is expected",
+    ),
     "channels": (IMAGE, ValueError, "8 segmentation_maps for 1 images"),
     "fractions": (noise(8, 9) / 2, ValueError, "holds fractions, NaN or infinite values; labels are whole"),
     "nan": (np.full((8, 9), np.nan), ValueError, "holds fractions, NaN"),
@@ -542,15 +559,19 @@ def test_device_of_the_tensors():
 def test_files_that_cannot_be_read_are_named(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(np.arange(3 * 64 * 64, dtype=np.uint8).reshape(64, 64, 3)).save(whole)
-    (tmp_path / "truncated.png").write_bytes(whole.read_bytes()[:-200])
+    (tmp_path / "truncated.png").write_bytes(whole.read_bytes()[:100])
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
     processor = UperNetImageProcessor(size=8)
     assert processor(whole)["pixel_values"][0].shape == (3, 8, 8)
-    for name in ("truncated.png", "text.png", "empty.png"):
-        with pytest.raises(OSError, match=rf"images\[0\]: .*{name} cannot be read: "):
+    for name, reason in {
+        "truncated.png": r"cannot be decoded \(.*\); the file is truncated or damaged",
+        "text.png": "is not an image in a format that Pillow can read",
+        "empty.png": "the file is empty",
+    }.items():
+        with pytest.raises(OSError, match=rf"images\[0\]: .*{name}: {reason}"):
             processor(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=r"images\[0\]: there is no file .*missing\.png"):
+    with pytest.raises(FileNotFoundError, match=r"images\[0\]: .*missing\.png: no such file"):
         processor(tmp_path / "missing.png")
 
 

@@ -1,4 +1,4 @@
-"""`UperNetImageProcessor` against Transformers' Segformer image processor: the same bits, files and label maps."""
+"""`UperNetImageProcessor` against Transformers' Segformer image processor: equal bits, files and label maps."""
 
 import contextlib
 import json
@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastuper.data.images import read_image
 from fastuper.data.processor import UperNetImageProcessor
 
 transformers = pytest.importorskip("transformers")
 data = pytest.importorskip("skimage.data")
+load_image = pytest.importorskip("transformers.image_utils").load_image
 
 try:  # 5.x: one module a backend
     from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil as Reference
@@ -207,7 +209,7 @@ def test_images_of_different_sizes():
 
 @pytest.mark.parametrize("do_reduce_labels", [True, False], ids=["reduced", "as_is"])
 @pytest.mark.parametrize("do_resize", [True, False], ids=["resize", ""])
-@pytest.mark.parametrize("kind", ["L", "P", "I", "uint8", "int16", "int32", "int64", "tensor"])
+@pytest.mark.parametrize("kind", ["L", "P", "I", "F", "uint8", "int16", "int32", "int64", "tensor"])
 def test_segmentation_maps(kind, do_resize, do_reduce_labels):
     labels = (
         np.arange(256, dtype=np.uint8).repeat(11).reshape(64, 44)
@@ -215,7 +217,7 @@ def test_segmentation_maps(kind, do_resize, do_reduce_labels):
     if kind == "P":
         maps = Image.fromarray(labels, "L")
         maps.putpalette(list(range(256)) * 3)
-    elif kind in ("L", "I"):
+    elif kind in ("L", "I", "F"):
         maps = Image.fromarray(labels).convert(kind)
     elif kind == "tensor":
         maps = torch.from_numpy(labels.astype(np.int64))
@@ -226,6 +228,102 @@ def test_segmentation_maps(kind, do_resize, do_reduce_labels):
     image = random_image(11, (64, 44, 3))
     ours = UperNetImageProcessor(**options)(image, maps, return_tensors="pt")
     assert_same(ours, Reference(**options)(image, theirs_maps, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("do_resize", [True, False], ids=["resize", ""])
+def test_segmentation_maps_of_one_bit(do_resize):
+    maps = Image.fromarray(random_image(16, (64, 44)) < 128)
+    assert_both(random_image(11, (64, 44, 3)), maps, {"do_resize": do_resize, "size": {"height": 51, "width": 77}})
+
+
+def pictures():
+    """One picture in each mode, with the suffix of a file that holds the mode."""
+    rgb = Image.fromarray(random_image(12, (23, 31, 3)))
+    alpha = Image.fromarray(random_image(13, (23, 31)))
+    found = {mode: (rgb.convert(mode), "png") for mode in ("1", "L", "P", "RGB", "LA", "RGBA")}
+    for mode in ("LA", "RGBA"):
+        found[mode][0].putalpha(alpha)
+    for mode, transparent in (("P", bytes(range(256))), ("L", 7), ("RGB", (1, 2, 3))):
+        image = rgb.convert(mode)
+        image.info["transparency"] = transparent
+        found[f"{mode}-transparent"] = (image, "png")
+    gif = rgb.convert("P")
+    gif.info["transparency"] = 5
+    found["P-gif"] = (gif, "gif")
+    found["CMYK"] = (rgb.convert("CMYK"), "tif")
+    found["CMYK-jpeg"] = (rgb.convert("CMYK"), "jpg")
+    found["YCbCr-jpeg"] = (rgb, "jpg")
+    found["LAB"] = (Image.frombytes("LAB", rgb.size, rgb.tobytes()), "tif")
+    found["RGBA-webp"] = (found["RGBA"][0], "webp")
+    return found
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", pictures())
+def test_files_of_every_mode(mode, orientation, tmp_path):
+    """5.x reads files as `load_image` does; 4.x has that function, whose image its processor takes."""
+    image, suffix = pictures()[mode]
+    path = str(tmp_path / f"photo.{suffix}")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
+    loaded = load_image(path)
+    np.testing.assert_array_equal(np.asarray(read_image(path)), np.asarray(loaded), strict=True)
+    given = loaded if transformers.__version__.startswith("4.") else path
+    for options in ({}, {"image_mean": 0.4, "image_std": 0.2}, {"do_normalize": False, "do_resize": False}):
+        assert_same(UperNetImageProcessor(**options)(path), Reference(**options)(given))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_files_of_16_bits_are_scaled_where_transformers_makes_them_white(suffix, tmp_path):
+    values = np.arange(0, 65536, 91, dtype=np.uint16)[:720].reshape(24, 30)
+    path = str(tmp_path / f"grey.{suffix}")
+    Image.fromarray(values).save(path)
+    np.testing.assert_array_equal(np.asarray(load_image(path))[..., 0], values.clip(max=255))
+    np.testing.assert_array_equal(np.asarray(read_image(path))[..., 0], np.round(values / 257))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_files_of_32_bits_are_refused_where_transformers_clips_them(dtype, tmp_path):
+    values = np.array([[-1000, 0, 100, 255, 1000]], dtype)
+    path = str(tmp_path / "depth.tif")
+    Image.fromarray(values).save(path)
+    np.testing.assert_array_equal(np.asarray(load_image(path))[..., 0], values.clip(0, 255))
+    with pytest.raises(ValueError, match="no value stands for white"):
+        UperNetImageProcessor()(path)
+
+
+@pytest.mark.parametrize("statistics", [[0.4], 0.4], ids=["one", "any"])
+@pytest.mark.parametrize("mode", ["L", "I", "F"])
+def test_open_images_of_one_channel(mode, statistics):
+    levels = random_image(14, (23, 31))
+    options = {"image_mean": statistics, "image_std": statistics, "size": {"height": 40, "width": 30}}
+    with not_in_transformers_4():
+        assert_both(Image.fromarray(levels).convert(mode), options=options)
+    if mode != "L":
+        numbers = Image.fromarray(levels.astype(np.int32) * 1000 - 7).convert(mode)
+        with not_in_transformers_4():
+            assert_both(numbers, options={**options, "do_resize": False})
+
+
+def test_an_open_image_keeps_its_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(random_image(15, (23, 31, 3))).save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as image:
+        assert_both(image)
+
+
+@pytest.mark.parametrize("mode", [mode for mode, (image, _) in pictures().items() if image.mode not in ("RGB", "LAB")])
+def test_open_images_that_transformers_refuses(mode):
+    """With statistics of three channels: our result is that of Pillow's conversion to RGB."""
+    image, _ = pictures()[mode]
+    with pytest.raises(ValueError, match=r"mean must have|dimensions|infer the channel"):
+        Reference()(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's, of palettes with transparency
+        converted = image.convert("RGB")
+    assert_same(UperNetImageProcessor()(image), Reference()(converted))
 
 
 def test_options_of_one_call():
