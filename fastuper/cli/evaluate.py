@@ -83,8 +83,8 @@ def evaluate_model(
     from tqdm import tqdm
 
     from fastuper.data.folders import find_splits, open_dataset
-    from fastuper.evaluation.confusion import check_picture
     from fastuper.evaluation.loop import check_classes, class_names, evaluate
+    from fastuper.evaluation.report import check_picture
 
     try:
         factors = [float(factor) for factor in scales.split(",")]

@@ -1,4 +1,4 @@
-"""The confusion matrix and its means, against numpy arithmetic written as in Hugging Face `evaluate`'s mean_iou."""
+"""The confusion matrix and its means, against numpy arithmetic after Hugging Face `evaluate`'s mean_iou; reports."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fastuper.data.classes import ade20k_names
+from fastuper.evaluation import report
 from fastuper.evaluation.confusion import ConfusionMatrix
 
 RANDOM = np.random.default_rng(0)
@@ -179,6 +180,14 @@ def test_table() -> None:
     ]
 
 
+def test_names_in_a_table_are_text_alone() -> None:
+    matrix = ConfusionMatrix(2, id2label={0: "[red]sky[/red] :smile:", 1: "a\x1b[2Jb " + "long " * 60})
+    matrix.update(np.array([0, 1]), np.array([0, 1]))
+    lines = matrix.table().splitlines()
+    assert lines[2].startswith("[red]sky[/red] :smile:   ")
+    assert lines[3].startswith("a\\x1b[2Jb " + "long " * 60)
+
+
 def test_files(tmp_path: Path) -> None:
     matrix = filled({0: "sky", 1: "façade, grey", 2: "道路", 3: "never"})
     matrix.save_json(tmp_path / "metrics.json")
@@ -203,7 +212,7 @@ def test_picture(tmp_path: Path, names: dict[int, str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         matrix.save_picture(tmp_path / "confusion.png")
-    figure = matrix._figure()
+    figure = report.figure(matrix)
     axes, image = figure.axes[0], figure.axes[0].images[0]
     counts = matrix.matrix.numpy()
     np.testing.assert_allclose(image.get_array()[:-1], counts[:-1] / counts[:-1].sum(1, keepdims=True))
@@ -225,5 +234,5 @@ def test_picture_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_no_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="there must be a class"):
+    with pytest.raises(ValueError, match="num_labels is 0; give at least 1"):
         ConfusionMatrix(0)
