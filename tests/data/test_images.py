@@ -26,7 +26,7 @@ def photo() -> Image.Image:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing."""
+    """Return a PNG whose header declares a size and which has no pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 1000) + b"IDAT"

@@ -26,7 +26,7 @@ def noise(*shape, seed=0):
 
 
 def smooth(height, width):
-    """An image in which an error of resizing is small and one of position large."""
+    """Return an image of smooth colours: errors of resizing are small, errors of position large."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([y * 255 // max(height - 1, 1), x * 255 // max(width - 1, 1), (x + y) % 256], -1).astype(np.uint8)
 
@@ -83,7 +83,7 @@ def test_layouts_are_told_apart():
 
 
 def test_the_length_of_the_mean_decides_between_dimensions():
-    """The reference takes the 4 for the channels, then finds that the mean has 3."""
+    """Transformers takes the 4 for the channels and then fails, since the mean has 3."""
     image = noise(4, 50, 3)
     expected = only(UperNetImageProcessor()(Image.fromarray(image)))
     np.testing.assert_array_equal(only(UperNetImageProcessor()(image)), expected, strict=True)
@@ -129,7 +129,7 @@ def test_thirteen_channels_are_resized_one_by_one():
         np.testing.assert_array_equal(value, np.asarray(Image.fromarray(plane).resize((23, 17), 2)), strict=True)
 
 
-# Modes of PIL images. Expected: the same picture in RGB, made by hand where Pillow's way is not what is wanted.
+# Modes of PIL images. Expected is the same picture in RGB.
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "HSV", "YCbCr", "RGBX"])
@@ -197,7 +197,7 @@ def test_single_statistics_leave_grey_images_grey(mode, channels):
 def test_files(tmp_path):
     image = Image.fromarray(smooth(40, 60))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side
+    exif[0x0112] = 6  # a camera turned by 90 degrees
     image.save(tmp_path / "image.png", exif=exif)
     labels = Image.fromarray(noise(60, 40))
     labels.save(tmp_path / "labels.png")
@@ -213,7 +213,7 @@ def test_files(tmp_path):
 
 
 def test_labels_beyond_eight_bits_survive_resizing():
-    """The nearest pixels are the same ones whatever the numbers: each label here says where it stood."""
+    """The nearest pixels do not depend on the labels: each label here is its own position."""
     labels = np.arange(60 * 40).reshape(60, 40) - 7
     batch = UperNetImageProcessor(size=(33, 57))(noise(60, 40, 3), labels)
     rows = np.asarray(Image.fromarray(np.arange(60, dtype=np.uint8)[:, None].repeat(40, 1)).resize((57, 33), 0))
@@ -239,7 +239,7 @@ def test_other_kinds_of_maps(kind):
     np.testing.assert_array_equal(batch["labels"][0], labels.astype(np.int64), strict=True)
 
 
-# Results belong to the caller, inputs stay the caller's
+# Results share no memory with inputs, and inputs keep their values
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
@@ -379,7 +379,7 @@ def test_attributes_may_be_changed():
 
 
 def test_post_processing():
-    """Two classes, the left half and the right half of the image, told by hand."""
+    """Two classes, the left and the right half of the image; the expected labels are written by hand."""
     logits = torch.zeros(2, 3, 4, 4)
     logits[0, 1, :, :2] = 1
     logits[0, 2, :, 2:] = 1
@@ -397,7 +397,7 @@ def test_post_processing():
             processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), wrong)
 
 
-# Bad input: one line, which names the input and what would do
+# Bad input: an error of one line that names the input and the remedy
 
 
 IMAGE = noise(8, 9, 3)
@@ -538,7 +538,7 @@ def test_rescaled_images_warn_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         UperNetImageProcessor()(image, do_rescale=False)
-        UperNetImageProcessor()(IMAGE // 255)  # a dark 8-bit image is no mistake
+        UperNetImageProcessor()(IMAGE // 255)  # a dark 8-bit image needs no warning
         UperNetImageProcessor()(IMAGE.astype(float))
 
 

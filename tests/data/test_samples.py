@@ -127,7 +127,7 @@ def test_cityscapes(tmp_path: Path, by_train_id: bool) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_grey_labels_of_few_bits(bits: int, tmp_path: Path) -> None:
-    """As optimizers of PNG files write them; Pillow shows greys of 2 and 4 bits spread over 8."""
+    """PNG optimizers write them; Pillow multiplies grey of 2 and 4 bits so that it fills 8 bits."""
     values = (np.arange(5 * 7).reshape(5, 7) % (1 << bits)).astype(np.uint8)
     digits = values[..., None] >> np.arange(bits)[::-1] & 1
     lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in digits.reshape(5, -1))
@@ -148,7 +148,7 @@ def test_class_names_beside_the_folders(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\n\n  red fox \n", encoding="utf-8")
     assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog", 2: "red fox"}
     assert open_dataset(tmp_path, id2label={0: "x", 1: "y", 2: "z"}).id2label[2] == "z"
-    (tmp_path / "classes.txt").write_text("cat\ndog", encoding="utf-8-sig")  # as Windows writes it
+    (tmp_path / "classes.txt").write_text("cat\ndog", encoding="utf-8-sig")  # Windows editors write a byte order mark
     assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog"}
     (tmp_path / "classes.txt").write_text("café", encoding="cp1252")
     with pytest.raises(DataError, match=r"classes\.txt: is not UTF-8"):
@@ -286,7 +286,7 @@ def test_options_that_contradict(tmp_path: Path) -> None:
         FolderDataset(tmp_path / "images", tmp_path / "labels", id2label={1: "one"})
 
 
-# Other people's datasets
+# Other datasets
 
 
 class Foreign(Dataset):
@@ -324,7 +324,7 @@ def test_any_dataset_becomes_samples() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3), (5, 2, 3), (1, 1, 3), (3, 5, 3), (2, 3, 13)])
-def test_the_label_map_tells_the_layout_of_an_array(shape: tuple[int, int, int]) -> None:
+def test_the_label_map_determines_the_layout_of_an_array(shape: tuple[int, int, int]) -> None:
     pixels = RANDOM.integers(0, 256, shape, dtype=np.uint8)
     label = np.zeros(shape[:2], int)
     for array in (pixels, np.moveaxis(pixels, -1, 0).copy()):
@@ -347,8 +347,8 @@ def modes() -> dict[str, Image.Image]:
 
 
 @pytest.mark.parametrize("mode", modes())
-def test_a_picture_is_the_same_however_it_is_given(mode: str, tmp_path: Path) -> None:
-    """To the decoder, the processor, `as_samples` and `FolderDataset`, as a file and as an open image."""
+def test_a_picture_has_the_same_pixels_everywhere(mode: str, tmp_path: Path) -> None:
+    """The decoder, the processor, `as_samples` and `FolderDataset` agree, on files and on open images."""
     image = modes()[mode]
     path = tmp_path / "images" / f"a.{'tif' if mode == 'CMYK' else 'png'}"
     path.parent.mkdir()
@@ -368,7 +368,7 @@ def test_a_picture_is_the_same_however_it_is_given(mode: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["1", "L", "P", "I;16", "I", "upside down"])
-def test_a_label_map_is_the_same_however_it_is_given(kind: str, tmp_path: Path) -> None:
+def test_a_label_map_has_the_same_labels_everywhere(kind: str, tmp_path: Path) -> None:
     values = np.arange(48).reshape(6, 8) * (1000 if kind.startswith("I") else 1) % (2 if kind == "1" else 10**6)
     dtype = {"1": bool, "I;16": np.uint16, "I": np.int32}.get(kind, np.uint8)
     image = Image.fromarray(values.astype(dtype))
@@ -425,7 +425,7 @@ torchvision = pytest.importorskip("torchvision")
 
 
 def blocks(height: int = 96, width: int = 128) -> Sample:
-    """A photo whose colour says the label, in blocks of 16 x 16; the first row of them is ignored.
+    """Return a photo in blocks of 16 x 16 whose colour encodes the label; the first row of blocks is ignored.
 
     Red is 60 times the label and blue 25 times its square, so that no mixture of two colours is a third.
     """
@@ -473,7 +473,7 @@ def test_pixels_and_labels_stay_together() -> None:
         padding = (pixels == 0).all(0)  # the mean
         assert (labels[padding] == 255).all()
         seen.add(bool(padding.any()))
-        # Away from the blocks' edges, where colours mix, the colour says the label.
+        # Colours mix at the edges of blocks; elsewhere the colour encodes the label.
         number = (levels[0] / 60).round()
         pure = ((levels[0] - 60 * number).abs() < 0.01) & ((levels[2] - 25 * number**2).abs() < 0.01)
         inside = pure & (labels != 255) & ~padding
@@ -519,7 +519,7 @@ def test_one_class_does_not_fill_the_crop() -> None:
         return shares
 
     assert np.mean(np.array(largest_shares(1.0)) > 0.75) > 0.4
-    assert np.mean(np.array(largest_shares(0.75)) > 0.75) < 0.2  # ten tries may all fail
+    assert np.mean(np.array(largest_shares(0.75)) > 0.75) < 0.2  # all ten tries may fail
 
 
 def test_sizes_are_those_of_mmsegmentation() -> None:
