@@ -132,10 +132,10 @@ class UperNetImageProcessor:
     input:
 
     - Open PIL images are converted to the number of channels of `image_mean`: to RGB for three, to grey for one.
-      Transformers' class raises an error for grey, palette, 1-bit, alpha and CMYK images with three channels, and
-      takes the values of another colour space for RGB. With one channel it takes palette indices for grey, and 1-bit
-      images for 0 and 1. If `image_mean` and `image_std` are single numbers, open grey images have one channel and all
-      others three.
+      With three, Transformers' class raises an error for grey, palette, 1-bit, alpha and CMYK images (without
+      normalization it returns the channels of the mode), and it takes YCbCr, HSV and LAB for RGB. With one, it takes
+      palette indices for grey, and 1-bit images for 0 and 1. If `image_mean` and `image_std` are single numbers, open
+      grey images have one channel and all others three.
     - Open images of 32-bit integers and floats (modes I and F) count as arrays of numbers, as in Transformers' class;
       with three channels they are refused. 16-bit grey is scaled to 8 bits, also if nothing is resized.
     - Arrays do not say which colours their channels are, so they are never converted: the number of channels must be

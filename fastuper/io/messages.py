@@ -41,7 +41,7 @@ def one_line(message: BaseException | str) -> str:
     if len(text) <= LIMIT:
         return text
     gap = " ... "
-    start = (LIMIT - len(gap)) // 2
+    start = LIMIT * 3 // 4
     return text[:start] + gap + text[start + len(gap) - LIMIT :]
 
 
