@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from fastuper.io.hub import find_file
+from fastuper.io.messages import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -121,11 +121,6 @@ def make_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         leave(f"cannot make the output folder {output}: {error.strerror}")
-
-
-def one_line(error: Exception | str) -> str:
-    """Return an error's message, or any text, on one line and no longer than a terminal can show."""
-    return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 
 def leave(message: str) -> NoReturn:

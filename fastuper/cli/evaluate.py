@@ -19,8 +19,8 @@ from fastuper.cli.common import (
     leave,
     load_model,
     make_folder,
-    one_line,
 )
+from fastuper.io.messages import one_line
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
@@ -83,8 +83,8 @@ def evaluate_model(
     from tqdm import tqdm
 
     from fastuper.data.folders import find_splits, open_dataset
-    from fastuper.evaluation.confusion import check_picture
     from fastuper.evaluation.loop import check_classes, class_names, evaluate
+    from fastuper.evaluation.report import check_picture
 
     try:
         factors = [float(factor) for factor in scales.split(",")]

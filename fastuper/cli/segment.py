@@ -23,11 +23,11 @@ from fastuper.cli.common import (
     leave,
     load_model,
     make_folder,
-    one_line,
 )
 from fastuper.data.classes import class_name, class_palette
 from fastuper.data.images import MAX_PIXELS, ImageError, read_image
 from fastuper.data.overlay import class_shares, format_share, overlay, save_label_png
+from fastuper.io.messages import one_line
 from fastuper_kernels.dispatch.files import atomic_path
 
 if TYPE_CHECKING:

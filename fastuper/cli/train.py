@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastuper.cli.common import EXPECTED, LayoutName, LayoutOption, leave, one_line
+from fastuper.cli.common import EXPECTED, LayoutName, LayoutOption, leave
 from fastuper.data.images import read_labels
 from fastuper.io.hub import find_file
-from fastuper.io.messages import reason
+from fastuper.io.messages import one_line, reason
 
 if TYPE_CHECKING:
     from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor

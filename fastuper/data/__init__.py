@@ -2,7 +2,7 @@
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # type checkers take the name for `typing.TYPE_CHECKING`, whose import costs time
 if TYPE_CHECKING:
     from fastuper.data.augment import TrainingDataset, TrainingTransform, scaled_size
     from fastuper.data.folders import SPLIT_NAMES, FolderDataset, find_splits, open_dataset

@@ -1,4 +1,4 @@
-"""Augmentation: from a sample to a training crop."""
+"""Augmentation: random training crops of samples, reproducible by seed, epoch and index."""
 
 from __future__ import annotations
 
@@ -16,35 +16,41 @@ if TYPE_CHECKING:
 
 
 def scaled_size(height: int, width: int, short_side: int, factor: float = 1.0) -> tuple[int, int]:
-    """Return an image's size once its shorter side is `short_side` times `factor` long, the proportions kept.
+    """Return (height, width) of an image resized in proportion, so that its shorter side is `short_side` x `factor`.
 
-    The longer side becomes at most four times as long: mmsegmentation's 2048 x 512.
+    The longer side is at most 4 x `short_side` x `factor`; then the shorter side is less (mmsegmentation's
+    2048 x 512).
     """
     ratio = factor * min(short_side / min(height, width), 4 * short_side / max(height, width))
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
 class TrainingTransform:
-    """From a sample to what the model trains on, as mmsegmentation's recipes do it.
+    """Turn a sample into a training crop, by the steps of mmsegmentation's recipes.
 
-    In order: resize to `base_size` times a random factor; crop, again while one class has more of the crop than
-    `max_class_share` (ten tries at most); flip horizontally half the time; distort brightness, contrast, saturation
-    and hue, each half the time; rescale and normalize as the processor does; pad to the crop's size below and to the
-    right, the pixels with the mean (0 once normalised) and the labels with the ignore index.
+    1. Resize to `base_size` times a random factor.
+    2. Crop. If a class covers more of the crop than `max_class_share`, crop again, at most ten times.
+    3. Flip horizontally, with probability `flip`.
+    4. Distort brightness, contrast, saturation and hue, each with probability 1/2.
+    5. Rescale and normalize with the processor's numbers.
+    6. Pad to the crop's size at the bottom and at the right: pixels with the mean (0 after normalization), labels with
+       the ignore index.
 
     Args:
-        processor: whose `rescale_factor`, `image_mean` and `image_std` are used (and its `size`, see `crop_size`).
-        crop_size: (height, width) of the result, or one number for a square; the processor's `size` where None.
-        base_size: the length of the image's shorter side that is factor 1 (see `scaled_size`); the crop's shorter side
-            where None.
+        processor: the source of `rescale_factor`, `image_mean`, `image_std` and the default `crop_size`.
+        crop_size: (height, width) of the result, or one number for a square; None takes the processor's `size`.
+        base_size: the length of the image's shorter side at factor 1 (see `scaled_size`); None takes the crop's
+            shorter side.
         scale: the smallest and the largest factor.
-        max_class_share: of the crop's pixels that are not ignored; 1 takes the first crop with any.
-        flip: how likely an image is flipped.
-        photometric: whether colours are distorted; images of other than three channels never are.
+        max_class_share: the largest share of a class in the crop's pixels that are not ignored; 1 accepts the first
+            crop that has such a pixel.
+        flip: the probability of a horizontal flip.
+        photometric: distort colours; images without three channels are never distorted.
+        ignore_index: the label of ignored pixels.
 
     Raises:
         ImportError: torchvision is not installed.
-        ValueError: an argument has no meaning.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -86,10 +92,11 @@ class TrainingTransform:
 
         Args:
             sample: the photo and its label map.
-            generator: of all that is random here: the same one gives the same result.
+            generator: the source of all randomness: equal generators give equal results.
 
         Returns:
-            `pixel_values`, float32 (C, height, width); `labels`, int64 (height, width); `name`, the sample's.
+            `pixel_values`, float32 (C, height, width); `labels`, int64 (height, width); `name`, the sample's
+            name.
         """
         functional = _torchvision()
         bilinear, nearest = functional.InterpolationMode.BILINEAR, functional.InterpolationMode.NEAREST_EXACT
@@ -134,7 +141,7 @@ class TrainingTransform:
             (functional.adjust_saturation, generator.uniform(0.5, 1.5)),
             (functional.adjust_hue, generator.uniform(-0.05, 0.05)),
         ]
-        # Contrast comes early or late: scaled before the hue it is not what it is after.
+        # Contrast changes before or after saturation and hue, since the order changes the result.
         steps.insert(int(generator.choice([1, 3])), (functional.adjust_contrast, generator.uniform(0.5, 1.5)))
         for step, amount in steps:
             if generator.random() < 0.5:
@@ -143,16 +150,16 @@ class TrainingTransform:
 
 
 class TrainingDataset(Dataset[dict[str, Any]]):
-    """Augmented samples, each the same whenever and wherever it is made.
+    """Augmented samples that are reproducible: the key of an item is (epoch, index).
 
-    An item is asked for by (epoch, index): its randomness comes from `seed`, epoch and index alone, whatever worker,
-    rank or run makes it, so that a run which was stopped goes on with the same data.
+    The randomness of an item depends on `seed`, epoch and index alone. Workers, ranks and restarts do not change it,
+    so a resumed run continues with the same data.
 
     Args:
         samples: the dataset.
-        transform: what is done to a sample, with a generator of all that is random: a `TrainingTransform`, or another
-            function that returns `pixel_values`, `labels` and `name`.
-        seed: of everything random.
+        transform: a function of a sample and a random generator that returns `pixel_values`, `labels` and `name`,
+            such as a `TrainingTransform`.
+        seed: the seed of all randomness.
     """
 
     def __init__(
@@ -167,7 +174,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Return what `transform` makes of a sample, for a pair (epoch, index)."""
+        """Return the transformed sample of a pair (epoch, index)."""
         epoch, index = key
         return self.transform(self.samples[index], np.random.default_rng((self.seed, epoch, index)))
 

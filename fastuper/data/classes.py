@@ -1,4 +1,4 @@
-"""Class names and class colours."""
+"""Names and colours of classes: ADE20K's, those of generated scenes, and generated colours for all others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,38 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from fastuper.scenes import street
+from fastuper.io.messages import printable
+
+SCENE_ID2LABEL = {
+    0: "sky",
+    1: "building",
+    2: "wall",
+    3: "road",
+    4: "pavement",
+    5: "grass",
+    6: "tree",
+    7: "car",
+    8: "person",
+    9: "sign",
+}
+"""The classes of generated scenes (`fastuper.scenes`) by their numbers."""
+
+SCENE_PALETTE = np.array(
+    [
+        [120, 180, 235],
+        [150, 95, 75],
+        [255, 190, 90],
+        [95, 90, 115],
+        [205, 155, 205],
+        [160, 225, 90],
+        [25, 120, 60],
+        [40, 70, 210],
+        [230, 40, 60],
+        [255, 240, 40],
+    ],
+    dtype=np.uint8,
+)
+"""The colours of the classes of generated scenes, (10, 3)."""
 
 
 @lru_cache(maxsize=1)
@@ -29,27 +60,27 @@ def ade20k_names() -> tuple[str, ...]:
 def ade20k_palette() -> NDArray[np.uint8]:
     """Return the usual colours of ADE20K's 150 classes, (150, 3) uint8.
 
-    They are mmsegmentation's. Two classes share one: road (6) and skyscraper (48) are both (140, 140, 140).
+    They are mmsegmentation's. Road (6) and skyscraper (48) share a colour, (140, 140, 140).
     """
     return _ade20k()[1].copy()
 
 
 def class_palette(classes: int | Mapping[int, str]) -> NDArray[np.uint8]:
-    """Return a colour for each class, (N, 3) uint8; the same ones at every call.
+    """Return a colour for each class, (N, 3) uint8; the same classes always get the same colours.
 
     Args:
-        classes: how many, or a checkpoint's `id2label`. ADE20K's own colours are returned where the names are
-            ADE20K's, the scenes' own where they are theirs (`fastuper.scenes`), otherwise N different ones: hues a
-            golden angle apart, so that neighbours differ most.
+        classes: the number N of classes, or a checkpoint's `id2label`. The names of ADE20K or of generated scenes get
+            their usual colours. All others get N different colours, whose hues are a golden angle apart, so that
+            neighbours differ most.
     """
     if isinstance(classes, Mapping):
         names = tuple(str(classes.get(index, "")).strip() for index in range(len(classes)))
         if names == ade20k_names():
             return ade20k_palette()
-        if names == tuple(street.ID2LABEL.values()):
-            return street.PALETTE.copy()
+        if names == tuple(SCENE_ID2LABEL.values()):
+            return SCENE_PALETTE.copy()
         classes = len(classes)
-    # Steps that are badly approximable by fractions: no short cycle in hue, saturation or value.
+    # The steps are badly approximable by fractions: hue, saturation and value have no short cycle.
     colours: dict[tuple[int, int, int], None] = {}
     for index in count():
         if len(colours) == classes:
@@ -63,5 +94,5 @@ def class_palette(classes: int | Mapping[int, str]) -> NDArray[np.uint8]:
 
 
 def class_name(id2label: Mapping[int, str], index: int) -> str:
-    """Return the name of a class on one line, "class N" where it has none."""
-    return " ".join(str(id2label.get(index, "")).split()) or f"class {index}"
+    """Return a class's name for display: one line, control characters escaped; `class N` if it has no name."""
+    return printable(" ".join(str(id2label.get(index, "")).split())) or f"class {index}"

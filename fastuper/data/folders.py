@@ -5,59 +5,60 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastuper.data.classes import ade20k_names
 from fastuper.data.images import read_image, read_labels
-from fastuper.data.samples import IGNORE_INDEX, DataError, Sample, SampleDataset, checked_classes, checked_sample
+from fastuper.data.samples import (
+    IGNORE_INDEX,
+    DataError,
+    Sample,
+    SampleDataset,
+    are_numbered,
+    checked_classes,
+    checked_sample,
+)
 from fastuper.io.files import read_json
-
-if TYPE_CHECKING:
-    pass
-
+from fastuper.io.messages import listed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".jp2")
-
-
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".pgm", ".gif", ".webp")
-
 
 CITYSCAPES_CLASSES = {
     **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},
     **{20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car"},
     **{27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"},
 }
-"""The 19 classes that Cityscapes evaluates, by their numbers in `_gtFine_labelIds.png`, in the order of train ids."""
-
+"""The 19 classes of Cityscapes' evaluation, by their numbers in `_gtFine_labelIds.png`, in the order of train ids."""
 
 SPLIT_NAMES = (("training", "train"), ("validation", "val", "valid"), ("testing", "test"))
-"""What the same split is called in different layouts."""
-
+"""Names of the same split in different layouts."""
 
 Layout = Literal["auto", "ade20k", "cityscapes", "folders"]
 
 
 class FolderDataset(SampleDataset):
-    """A folder of photos and a folder of label maps: each photo's has its name, in the same subfolder.
+    """A folder of photos and a folder of label maps; a photo and its label map have one name, in the same subfolder.
 
     Args:
-        images: the folder of photos, and of folders of photos.
+        images: the folder of photos, with or without subfolders.
         labels: the folder of label maps: images of one channel whose pixel values are class numbers.
-        image_ending: what the photos' names have before the suffix and after what they share with their label maps';
-            other photos are left out.
-        label_ending: likewise for the label maps.
-        reduce_labels: 0 becomes ignored and every other label one less, as ADE20K needs (the image processor's
+        image_ending: the end of photos' names before the suffix, which label maps' names lack. Photos with another
+            ending are left out.
+        label_ending: the end of label maps' names, likewise.
+        reduce_labels: label 0 becomes ignored and every other label one less, as in ADE20K (the image processor's
             `do_reduce_labels`).
-        label_ids: the class of each value in the files, where they are numbered in another way; values that are not
-            named are ignored.
-        id2label: the classes' names, numbered from 0. Without them labels are not checked against their number.
-        ignore_index: the label of ignored pixels, in the files (before `reduce_labels` as after) and in the samples.
+        label_ids: the class of each value in the files, for files with other numbers. Values that it lacks are
+            ignored.
+        id2label: the classes' names, numbered from 0. None accepts any label from 0.
+        ignore_index: the label of ignored pixels, in the files (before and after `reduce_labels`) and in the samples.
 
     Raises:
-        DataError: a folder is missing or empty, a photo has no label map or the reverse, or two have one name.
+        DataError: a folder is missing or empty, a photo has no label map, a label map has no photo, or two files have
+            one name.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class FolderDataset(SampleDataset):
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
         if reduce_labels and label_ids is not None:
-            raise ValueError("reduce_labels and label_ids both say what the files' values mean; give one of them")
+            raise ValueError("reduce_labels and label_ids both renumber the files' values; give one of them")
         self.id2label = checked_classes(id2label, ignore_index)
         self.ignore_index = ignore_index
         self.reduce_labels = reduce_labels
@@ -86,9 +87,8 @@ class FolderDataset(SampleDataset):
         ):
             alone = [path for key, path in here.items() if key not in there]
             if alone:
-                some = ", ".join(map(str, alone[:3])) + (", ..." if len(alone) > 3 else "")
                 raise DataError(
-                    f"{len(alone)} of {len(here)} {of} have no {what} of the same name in {folder}: {some}; "
+                    f"{len(alone)} of {len(here)} {of} have no {what} of the same name in {folder}: {listed(alone)}; "
                     f"add the {what}s or take the {of} away"
                 )
         self.files = [(photos[key], maps[key]) for key in sorted(photos)]
@@ -102,7 +102,7 @@ class FolderDataset(SampleDataset):
         photo, label_map = self.files[index]
         label = read_labels(label_map)
         if self.reduce_labels or self.label_ids is not None:
-            # 8-bit labels are looked up: 256 are renumbered and not as many as the map has pixels.
+            # A table of 256 entries renumbers 8-bit labels faster than arithmetic on every pixel.
             eight_bits = label.dtype == np.uint8
             numbers = self._renumbered(np.arange(256) if eight_bits else label)
             label = numbers[label] if eight_bits else numbers
@@ -110,7 +110,7 @@ class FolderDataset(SampleDataset):
         return checked_sample(sample, self.id2label, self.ignore_index, str(label_map))
 
     def _renumbered(self, values: NDArray[np.integer]) -> NDArray[np.integer]:
-        """Return the classes of the files' values, in 8 bits where they fit."""
+        """Return the classes of values in the files, as uint8 if they fit."""
         numbers = np.full(values.shape, self.ignore_index, dtype=np.int32)
         if self.label_ids is None:
             kept = (values != 0) & (values != self.ignore_index)
@@ -122,10 +122,10 @@ class FolderDataset(SampleDataset):
 
 
 def find_splits(path: str | os.PathLike[str], layout: Layout = "auto") -> list[str]:
-    """Return the names of the splits in a dataset's folder; none where it holds images/ and labels/ without splits.
+    """Return the names of the splits in a dataset's folder; an empty list if images/ and labels/ have no splits.
 
     Raises:
-        DataError: the folder is missing, or its layout is none of those known.
+        DataError: the folder is missing, or its layout is unknown.
     """
     root = Path(path)
     images, labels = _LAYOUTS[_layout(root, layout)]
@@ -144,27 +144,27 @@ def open_dataset(
 
     - "ade20k": images/training, images/validation, and annotations/ likewise; label 0 is ignored and 1 is class 0.
     - "cityscapes": leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.png, or
-      *_gtFine_labelIds.png where there are none of those.
+      with *_gtFine_labelIds.png if there are no train ids.
     - "folders": images/SPLIT and labels/SPLIT, or images/ and labels/ without splits; files are paired by their names.
 
     Args:
         path: the folder.
-        split: "training", "validation" or any other folder's name (train, val and test are the same splits as
-            training, validation and testing). None: everything, of a folder without splits.
-        layout: one of those above; "auto" finds it by the folders' names.
-        id2label: the classes' names. None: those in the folder's classes.txt (a name a line) or id2label.json, else
-            ADE20K's or Cityscapes', else None.
+        split: "training", "validation" or another folder's name (train, val and test are the same splits as
+            training, validation and testing). None opens a folder without splits.
+        layout: a layout above; "auto" determines it from the folders' names.
+        id2label: the classes' names. None takes the folder's classes.txt (a name a line) or id2label.json, else the
+            names of ADE20K or Cityscapes; in the layout "folders" the names are then unknown.
         ignore_index: the label of ignored pixels.
 
     Raises:
-        DataError: the folder is missing, its layout is none of those, the split is not there, or as `FolderDataset`.
+        DataError: the folder is missing, its layout is unknown, it has no such split, or as in `FolderDataset`.
     """
     root = Path(path)
     found = _layout(root, layout)
     images, labels = (root / name for name in _LAYOUTS[found])
     splits = _splits(images, labels)
     if not splits and split and all((folder / split).is_dir() for folder in (images, labels)):
-        splits = [split]  # whoever names a folder means it, however it is called
+        splits = [split]  # an explicit name counts, also one that is no usual split
     if splits:
         if split is None:
             raise DataError(f"{root} has the splits {', '.join(splits)}; say which")
@@ -198,7 +198,7 @@ def open_dataset(
 
 
 def _files(folder: Path, suffixes: Sequence[str], ending: str, what: str) -> dict[str, Path]:
-    """Return the files of a folder and its subfolders, by their paths in it without ending and suffix."""
+    """Return the files of a folder and its subfolders, by their paths inside it without ending and suffix."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder of {what}")
     found: dict[str, Path] = {}
@@ -240,7 +240,7 @@ def _layout(root: Path, layout: str) -> str:
         raise DataError(f"{root}: {fault}")
     own_splits = any((root / "images" / name).is_dir() for name in ("training", "validation"))
     if fitting == ["ade20k"] and (_listed_classes(root) or not own_splits):
-        # Somebody's own classes, most likely: taking label 0 away from them must not happen unseen.
+        # Probably another dataset: ignoring its label 0 must not happen silently.
         raise DataError(
             f"{root}: has annotations/ as ADE20K, but not its {'classes' if own_splits else 'splits'}; say layout "
             "ade20k if label 0 is to be ignored, or rename annotations/ to labels/"
@@ -249,7 +249,7 @@ def _layout(root: Path, layout: str) -> str:
 
 
 def _splits(images: Path, labels: Path) -> list[str]:
-    """Return the subfolders that both have, if one of them is called as splits are."""
+    """Return the subfolders that both folders have, if at least one has a split's usual name."""
     for folder in (images, labels):
         if not folder.is_dir():
             raise DataError(f"{folder}: there is no such folder")
@@ -258,7 +258,7 @@ def _splits(images: Path, labels: Path) -> list[str]:
 
 
 def _listed_classes(root: Path) -> dict[int, str] | None:
-    """Return the names in a folder's classes.txt or id2label.json."""
+    """Return the class names of a folder's classes.txt or id2label.json; None if it has neither file."""
     listed, mapped = root / "classes.txt", root / "id2label.json"
     if listed.is_file():
         try:
@@ -275,7 +275,7 @@ def _listed_classes(root: Path) -> dict[int, str] | None:
             classes = {int(number): str(name) for number, name in content.items()}
         except ValueError:
             classes = {}
-        if not classes or sorted(classes) != list(range(len(classes))):
+        if not are_numbered(classes):
             raise DataError(f'{mapped}: write {{"0": "name", "1": "name", ...}}, numbered from 0 without gaps')
         return classes
     return None

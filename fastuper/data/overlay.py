@@ -1,4 +1,4 @@
-"""Label maps as pictures: PNG files, and overlays with a legend."""
+"""Pictures of label maps: PNG files with class colours, and overlays on the photo with a legend."""
 
 from __future__ import annotations
 
@@ -14,15 +14,10 @@ from fastuper.data.classes import class_name
 from fastuper_kernels.dispatch.files import atomic_path
 
 OVERLAY_SIDE = 4096
-"""The longest side of the photo in an overlay; larger photos are shrunk for it (their label maps never are)."""
-
+"""The longest side of an overlay's photo. Larger photos are shrunk for the overlay; label maps keep their size."""
 
 _WHITE = (255, 255, 255)
-
-
 _INK = (32, 33, 36)
-
-
 _FAINT = (128, 132, 138)
 
 
@@ -31,7 +26,7 @@ def class_shares(labels: ArrayLike, num_classes: int) -> NDArray[np.float64]:
 
     Args:
         labels: (H, W) integers in [0, num_classes).
-        num_classes: how many classes there are.
+        num_classes: the number of classes.
 
     Raises:
         ValueError: a label is out of range, or the map is empty.
@@ -41,10 +36,10 @@ def class_shares(labels: ArrayLike, num_classes: int) -> NDArray[np.float64]:
 
 
 def save_label_png(labels: ArrayLike, palette: ArrayLike, path: str | os.PathLike[str]) -> None:
-    """Write a label map as a PNG whose pixel values are the class numbers, whole or not at all.
+    """Write a label map as a PNG whose pixel values are the class numbers; a failed write leaves no file.
 
-    Up to 256 classes: 8 bit with the palette inside (mode "P"), so that a viewer shows the colours and
-    `np.asarray(Image.open(path))` gives the labels. Above: 16-bit grey, the same labels without colours.
+    Up to 256 classes: 8 bits with the palette in the file (mode "P"). Viewers show the colours, and
+    `np.asarray(Image.open(path))` gives the labels. Above: 16-bit grey, the labels without colours.
 
     Args:
         labels: (H, W) integers in [0, N).
@@ -86,7 +81,7 @@ def overlay(
     *,
     max_side: int = OVERLAY_SIDE,
 ) -> Image.Image:
-    """Return the photo with each class in its colour, and a legend beside it: colour, name, share, largest first.
+    """Return the photo under the class colours, with a legend beside it: colour, name, share, largest first.
 
     Args:
         photo: the photo, RGB, of the labels' size.
@@ -94,11 +89,11 @@ def overlay(
         id2label: the class names.
         palette: (N, 3) uint8, a colour for each class.
         alpha: 0 shows the photo alone, 1 the colours alone.
-        max_side: a photo that is larger is shrunk until its longer side is this long. Tiny photos are enlarged, so
-            that they can be seen beside their legend.
+        max_side: the longest side of the shown photo; larger photos are shrunk. Tiny photos are enlarged, so that
+            they are visible beside the legend.
 
     Returns:
-        An RGB image, wider than the photo by the legend and at least as high as both.
+        An RGB image, as wide as photo and legend together and as high as the higher of both.
 
     Raises:
         ValueError: the sizes differ, or a label has no colour.
@@ -120,7 +115,7 @@ def overlay(
 def blend(
     photo: Image.Image, labels: ArrayLike, palette: ArrayLike, alpha: float = 0.55, *, max_side: int = OVERLAY_SIDE
 ) -> Image.Image:
-    """Return the photo with each class in its colour, without a legend; the arguments are `overlay`'s."""
+    """Return the photo under the class colours, without a legend; the arguments are those of `overlay`."""
     palette = np.asarray(palette, dtype=np.uint8)
     labels = np.asarray(labels)
     size = _shown_size(photo.size, max_side)
@@ -145,31 +140,31 @@ def _shown_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 def _legend(
     shares: NDArray[np.float64], id2label: Mapping[int, str], palette: NDArray[np.uint8], font_size: int, height: int
 ) -> Image.Image:
-    """The panel beside a photo of this height: as many rows as fit it, from 4 to 12, the rest as one row of others."""
+    """Draw the legend beside a photo of this height: 4 to 12 lines, as they fit; the last line sums up the others."""
     font = ImageFont.load_default(size=font_size)
-    row = round(font_size * 1.6)
+    line = round(font_size * 1.6)
     margin = round(font_size * 1.1)
     present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
-    most = min(12, max(4, (height - 2 * margin) // row))
+    most = min(12, max(4, (height - 2 * margin) // line))
     shown = present if len(present) <= most else present[: most - 1]
     others = present[len(shown) :]
 
-    rows: list[tuple[str, float, tuple[int, ...] | None]] = [
+    lines: list[tuple[str, float, tuple[int, ...] | None]] = [
         (_legend_name(id2label, index), float(shares[index]), tuple(palette[index].tolist())) for index in shown
     ]
     if others:
-        rows.append((f"{len(others)} others", float(shares[others].sum()), None))
-    names = [_shortened(name, font, 14 * font_size) for name, _, _ in rows]
-    percents = [format_share(share) for _, share, _ in rows]
+        lines.append((f"{len(others)} others", float(shares[others].sum()), None))
+    names = [_shortened(name, font, 14 * font_size) for name, _, _ in lines]
+    percents = [format_share(share) for _, share, _ in lines]
     swatch = round(font_size * 1.1)
     name_left = margin + swatch + round(font_size * 0.6)
     name_width = max(font.getlength(name) for name in names)
     right = round(name_left + name_width + font_size * 1.5 + max(font.getlength(percent) for percent in percents))
 
-    panel = Image.new("RGB", (right + margin, len(rows) * row + 2 * margin), _WHITE)
+    panel = Image.new("RGB", (right + margin, len(lines) * line + 2 * margin), _WHITE)
     draw = ImageDraw.Draw(panel)
-    for position, (name, percent, (_, _, colour)) in enumerate(zip(names, percents, rows, strict=True)):
-        middle = margin + position * row + row // 2
+    for position, (name, percent, (_, _, colour)) in enumerate(zip(names, percents, lines, strict=True)):
+        middle = margin + position * line + line // 2
         box = (margin, middle - swatch // 2, margin + swatch, middle - swatch // 2 + swatch)
         draw.rounded_rectangle(box, radius=swatch // 5, fill=colour, outline=_FAINT)
         draw.text((name_left, middle), name, font=font, fill=_INK if colour else _FAINT, anchor="lm")
@@ -178,7 +173,7 @@ def _legend(
 
 
 def _legend_name(id2label: Mapping[int, str], index: int) -> str:
-    """The class name in the characters that Pillow's built-in font has, which are ASCII's."""
+    """Return a class's name in ASCII, the characters of Pillow's built-in font; `class N` if no letter is left."""
     decomposed = unicodedata.normalize("NFKD", class_name(id2label, index))
     name = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
     name = name.encode("ascii", "replace").decode()

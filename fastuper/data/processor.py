@@ -1,7 +1,7 @@
-"""From photographs to `pixel_values`, from annotations to `labels`, from logits to label maps.
+"""The image processor: photos to `pixel_values`, label maps to `labels`, logits to label maps.
 
-`UperNetImageProcessor` reads the `preprocessor_config.json` of UPerNet checkpoints and gives, bit for bit, what the
-Pillow backend of Transformers' `SegformerImageProcessor` gives (the class those files name), without Transformers or
+`UperNetImageProcessor` reads the `preprocessor_config.json` of UPerNet checkpoints. These files name Transformers'
+`SegformerImageProcessor`; the results equal those of its Pillow backend bit for bit, without Transformers or
 torchvision.
 """
 
@@ -19,11 +19,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 
+from fastuper.data.images import (
+    ImageError,
+    as_grey,
+    as_labels,
+    as_rgb,
+    holds_32_bits,
+    open_image,
+    read_image,
+    read_labels,
+)
 from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file
+from fastuper.io.messages import format_size, listed
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.dispatch.files import atomic_path
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
@@ -43,7 +53,7 @@ OPTIONS = (
     "image_std",
     "do_reduce_labels",
 )
-# The classes whose files are read; any other's may ask for a crop or a padding that would silently not be done here.
+# Files of other classes are refused: they may demand a crop or a padding, which this class does not do.
 READ_TYPES = (
     "SegformerImageProcessor",
     "SegformerImageProcessorFast",
@@ -56,18 +66,18 @@ WRITTEN_TYPE = "SegformerImageProcessor"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# 8-bit pixels are looked up this many rows at a time.
+# The number of rows of 8-bit pixels that are looked up in a table at a time.
 ROWS = 64
 
 
 class BatchFeature(UserDict[str, Any]):
-    """A dictionary of arrays whose keys are attributes too, as Transformers' class of this name.
+    """A dictionary of arrays whose keys are also attributes, as in Transformers' class of this name.
 
-    `model(**inputs)` works.
+    `model(**inputs)` passes its arrays to a model.
     """
 
     def __getattr__(self, name: str) -> Any:
-        # `data` is missing while an instance is being copied or unpickled: looking it up there would never end.
+        # While an instance is copied or unpickled it has no `data`: reading `self.data` then would recurse forever.
         if name == "data" or name not in self.data:
             raise AttributeError(f"no {name!r} here; there are {sorted(self.__dict__.get('data', ()))}")
         return self.data[name]
@@ -76,8 +86,8 @@ class BatchFeature(UserDict[str, Any]):
         """Move every tensor to a device and cast the floating-point ones to a dtype, in place.
 
         Args:
-            *args: what `torch.Tensor.to` takes: a device, a dtype, or a device and a dtype.
-            **kwargs: `device`, `dtype` and `non_blocking`, as there.
+            *args: as in `torch.Tensor.to`: a device, a dtype, or a device and a dtype.
+            **kwargs: `device`, `dtype` and `non_blocking`, as in `torch.Tensor.to`.
 
         Returns:
             This object. Labels keep their integer dtype, and lists of numpy arrays stay as they are.
@@ -104,50 +114,55 @@ class BatchFeature(UserDict[str, Any]):
 class UperNetImageProcessor:
     """Resize, rescale and normalize images; resize and renumber their segmentation maps.
 
-    The order is: resize with Pillow in 8 bits, multiply by `rescale_factor` in float64 and round to float32, subtract
-    `image_mean`, divide by `image_std`. Pixel values are equal bit for bit to those of Transformers 5.x's
-    `SegformerImageProcessorPil` (which are those of 4.56's `SegformerImageProcessor`), dtype included.
+    The steps are: resize with Pillow in 8 bits; multiply by `rescale_factor` in float64 and round to float32; subtract
+    `image_mean`; divide by `image_std`. Values and dtype of the result equal those of `SegformerImageProcessorPil` of
+    Transformers 5.x and of `SegformerImageProcessor` of 4.56 bit for bit.
 
-    `AutoImageProcessor` of Transformers 5.x prefers another backend where torchvision is installed, which rounds the
-    resized pixels differently. Over four photographs (scikit-image's astronaut, chelsea, coffee and rocket) and four
-    sizes (512 x 512, 384 x 640, 333 x 517, 1024 x 768), torchvision 0.29.2: no pixel differs by more than one of 256
-    levels, 0.0175 in `pixel_values`; the mean difference of an image is at most 0.15 levels, 0.0026, and below 0.013
-    levels in 13 of the 16. Of a segmentation map it may take the neighbouring pixel where two are equally near.
+    If torchvision is installed, `AutoImageProcessor` of Transformers 5.x prefers another backend, which rounds the
+    resized pixels differently. Measured over four photographs (scikit-image's astronaut, chelsea, coffee and rocket)
+    and four sizes (512 x 512, 384 x 640, 333 x 517, 1024 x 768) with torchvision 0.29.2: no pixel differs by more than
+    one of 256 levels, 0.0175 in `pixel_values`; the mean difference of an image is at most 0.15 levels, 0.0026, and
+    below 0.013 levels in 13 of the 16. In a segmentation map that backend may choose another of two equally near
+    pixels.
 
-    Differences from the reference, each of them where it fails, guesses or changes its input:
+    Image files and open images are decoded by the rule in `fastuper.data.images`. Image files have the pixels that
+    Transformers 5.x reads from them, except 16-bit grey, which Transformers clips to white, and 32-bit values.
 
-    - PIL images are brought to as many channels as `image_mean` has. For three: grey, palette, black-and-white, alpha
-      and CMYK images and other colour spaces are converted to RGB (alpha is dropped); the reference raises an error,
-      or takes the values of another colour space for RGB. For one: converted to grey. 16-bit grey keeps its upper
-      8 bits; Pillow's own conversion would make all above 255 white. Where `image_mean` and `image_std` are single
-      numbers, grey images have one channel and all others three.
-    - Arrays say nothing of their colours, so their channels are never converted: one that does not have as many as
-      `image_mean` is refused.
-    - Images of more than four channels are resized, each channel alone. (Arrays of two and four channels are resized as
-      Pillow does it, and so does the reference: the last channel is taken for alpha, by which the others are weighted.)
-    - The channels are found by the length of `image_mean` before they are guessed.
-    - `data_format` is honoured, and None as an option of one call leaves the processor's own, as in 4.56; 5.x ignores
-      the one and takes the other for False.
-    - Segmentation maps may hold labels outside 0 to 255 (int32), and the caller's array is not changed by
-      `do_reduce_labels`. Boolean maps are 0 and 1.
-    - The old name `reduce_labels`, which Transformers ignores by now, means `do_reduce_labels`.
-    - Files may be given by path, and are turned upright by their EXIF tag, as in 5.x; an image already open is taken
-      as it lies.
+    The other differences from Transformers' class, each a case in which that class fails, guesses or changes its
+    input:
+
+    - Open PIL images are converted to the number of channels of `image_mean`: to RGB for three, to grey for one.
+      With three, Transformers' class raises an error for grey, palette, 1-bit, alpha and CMYK images (without
+      normalization it returns the channels of the mode), and it takes YCbCr, HSV and LAB for RGB. With one, it takes
+      palette indices for grey, and 1-bit images for 0 and 1. If `image_mean` and `image_std` are single numbers, open
+      grey images have one channel and all others three.
+    - Open images of 32-bit integers and floats (modes I and F) count as arrays of numbers, as in Transformers' class;
+      with three channels they are refused. 16-bit grey is scaled to 8 bits, also if nothing is resized.
+    - Arrays do not say which colours their channels are, so they are never converted: the number of channels must be
+      that of `image_mean`.
+    - Images of more than four channels are resized channel by channel. (Images of two and four channels are resized
+      as in Transformers' class: Pillow weights the other channels by the last, which it takes for alpha.)
+    - The dimension of the channels is determined by the length of `image_mean`, and guessed only without it.
+    - `data_format` has an effect, and None as an option of a call keeps the processor's value, as in 4.56; 5.x
+      ignores `data_format` and takes None for False.
+    - Segmentation maps may hold labels outside 0 to 255 (int32) and may be given as files, and `do_reduce_labels`
+      does not change the caller's array. Boolean maps become 0 and 1.
+    - The old name `reduce_labels`, which Transformers ignores today, means `do_reduce_labels`.
 
     Args:
         do_resize: resize images and maps to `size`.
         size: `{"height": ..., "width": ...}`, a pair (height, width), or one number for a square. Default 512 x 512.
-        resample: Pillow's filter for images, `PIL.Image.Resampling` or its number; maps take the nearest pixel.
+        resample: Pillow's filter for images, `PIL.Image.Resampling` or its number; maps always use the nearest pixel.
         do_rescale: multiply the images by `rescale_factor`.
-        rescale_factor: 1 / 255 makes 8-bit levels values from 0 to 1.
+        rescale_factor: the factor; 1 / 255 maps 8-bit levels to 0 to 1.
         do_normalize: subtract `image_mean`, divide by `image_std`.
-        image_mean: one number a channel, or one for all. Default: ImageNet's, in RGB order.
-        image_std: likewise.
-        do_reduce_labels: label 0 becomes 255 (ignored by the loss) and every other label one less, as ADE20K needs.
+        image_mean: one number per channel, or one for all channels. Default: ImageNet's, in RGB order.
+        image_std: one number per channel, or one for all channels. Default: ImageNet's.
+        do_reduce_labels: label 0 becomes 255 (ignored by the loss) and every other label one less, as in ADE20K.
         reduce_labels: the old name of `do_reduce_labels`.
 
     Raises:
-        TypeError, ValueError: an option has no meaning; the message names it.
+        TypeError, ValueError: an option is of a wrong type or out of range; the message names it.
     """
 
     model_input_names = ("pixel_values",)
@@ -175,7 +190,7 @@ class UperNetImageProcessor:
         self.image_mean = _checked_statistic("image_mean", IMAGENET_MEAN if image_mean is None else image_mean)
         self.image_std = _checked_statistic("image_std", IMAGENET_STD if image_std is None else image_std)
         self.do_reduce_labels = bool(do_reduce_labels or reduce_labels)
-        # Keys of a configuration file that mean nothing here, so that saving it again does not lose them.
+        # Unknown keys of the configuration file: `save_pretrained` writes them again.
         self.extra: dict[str, Any] = {}
         if self.do_normalize:
             if np.any(np.asarray(self.image_std) == 0):
@@ -198,18 +213,18 @@ class UperNetImageProcessor:
         """Read the `preprocessor_config.json` of a checkpoint.
 
         Args:
-            source: a folder, that file itself, or the id of a Hub repository.
-            token: for private repositories.
-            cache_dir: where downloads are kept.
-            subfolder: where in the folder or the repository the file lies.
+            source: a folder, the file itself, or the id of a Hub repository.
+            token: the Hub's access token, for private repositories.
+            cache_dir: the folder of downloads.
+            subfolder: the file's folder inside the source.
             revision: a branch, tag or commit of the repository.
-            local_files_only: look only in the cache.
-            **overrides: constructor arguments that replace those of the file.
+            local_files_only: use cached files only; download nothing.
+            **overrides: constructor arguments that replace values of the file.
 
         Raises:
             OSError: there is no such file, or it is not JSON.
             TypeError: an override is unknown.
-            ValueError: the file is another processor's, or an option has no meaning.
+            ValueError: the file belongs to another class, or an option is out of range.
         """
         path: Path | None = Path(source)
         if not Path(source).is_file():
@@ -217,9 +232,10 @@ class UperNetImageProcessor:
             path = find_file(source, CONFIG_FILE, options)
         if path is None:
             raise FileNotFoundError(
-                f"{source} has no {CONFIG_FILE}; UperNetImageProcessor() gives the usual one, save_pretrained writes it"
+                f"{source} has no {CONFIG_FILE}; UperNetImageProcessor() has the default values, and save_pretrained "
+                "writes the file"
             )
-        overrides = _checked_overrides(overrides)  # an error of the caller's, not of the file
+        overrides = _checked_overrides(overrides)  # before the file is read: this error must not name the file
         try:
             return cls.from_dict(read_json(path), **overrides)
         except (TypeError, ValueError) as error:
@@ -227,15 +243,15 @@ class UperNetImageProcessor:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> UperNetImageProcessor:
-        """Build a processor from what a `preprocessor_config.json` holds; unknown keys are kept in `extra`.
+        """Build a processor from the content of a `preprocessor_config.json`; `extra` keeps its unknown keys.
 
         Raises:
             TypeError: an override is unknown.
-            ValueError: the file is another processor's, or an option has no meaning.
+            ValueError: the content belongs to another class, or an option is out of range.
         """
         config = {**config, **_checked_overrides(overrides)}
         kind = config.pop("image_processor_type", None)
-        # Files from before image processors had their name carry this key too; Transformers drops it as misleading.
+        # Older files have this key; Transformers drops it as misleading.
         kind = kind or config.pop("feature_extractor_type", None)
         config.pop("feature_extractor_type", None)
         if kind not in (None, *READ_TYPES):
@@ -250,19 +266,19 @@ class UperNetImageProcessor:
         return processor
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `preprocessor_config.json` holds; Transformers reads it as its `SegformerImageProcessor`."""
+        """Return the content of `preprocessor_config.json`; Transformers loads it as `SegformerImageProcessor`."""
         return {**self.extra, **self._options(), "image_processor_type": WRITTEN_TYPE}
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, safe_serialization: bool = True) -> list[str]:
-        """Write `preprocessor_config.json` into a folder, which is made where it is missing.
+        """Write `preprocessor_config.json` into a folder, which is created if it is missing.
 
         Args:
-            folder: where to.
-            safe_serialization: about weights, of which there are none here; Transformers' pipelines pass it to
-                everything they save.
+            folder: the folder.
+            safe_serialization: no effect, since there are no weights; Transformers' pipelines pass it to every
+                `save_pretrained`.
 
         Returns:
-            The path written, in a list.
+            A list with the path of the file.
         """
         path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -289,30 +305,32 @@ class UperNetImageProcessor:
         input_data_format: str | None = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """Turn images, and their segmentation maps, into what the model takes.
+        """Turn images, and their segmentation maps, into the model's inputs.
 
         Args:
-            images: one image or a list: PIL images, files, numpy arrays or tensors of shape (H, W, C) or (C, H, W), or
-                batches of them with one more dimension. Values are 8-bit levels, as integers or floats, or floats from
-                0 to 1 with `do_rescale=False`. Without resizing, any numbers do.
-            segmentation_maps: one an image, of its size: PIL images of one channel (L, P, I, 1), files of them, or
-                integer arrays or tensors of shape (H, W) or (N, H, W).
+            images: one image or a list: PIL images, paths of files, numpy arrays or tensors of shape (H, W, C) or
+                (C, H, W), or batches of arrays with one more dimension. Values are 8-bit levels, as integers or
+                floats, or floats from 0 to 1 with `do_rescale=False`. Without resizing, any numbers are accepted.
+            segmentation_maps: one map per image, of its size: PIL images of one channel (L, P, I, 1), paths of files,
+                or integer arrays or tensors of shape (H, W) or (N, H, W).
             return_tensors: "pt" for tensors, "np" for arrays, both with a batch dimension; None for lists of arrays.
-            device: where the tensors go, with `return_tensors="pt"`.
+            device: the device of the tensors, with `return_tensors="pt"`.
             data_format: "channels_first" for (C, H, W) results, "channels_last" for (H, W, C).
-            input_data_format: how arrays and tensors are laid out, by the same names. None: found from the shape.
-            **overrides: constructor arguments, for this call only; None leaves the processor's own.
+            input_data_format: the layout of arrays and tensors, by the same names. None determines it from the shape.
+            **overrides: constructor arguments, for this call only; None keeps the processor's value.
 
         Returns:
-            `pixel_values`: float32 (N, C, height, width); the images' own dtype where nothing is computed, their own
-            floating dtype where `do_rescale` and `do_resize` are off. With maps, `labels`: int64 (N, height, width).
+            `pixel_values`: float32 (N, C, height, width); the images' dtype if no step changes values, their floating
+            dtype if `do_rescale` and `do_resize` are off. With maps, `labels`: int64 (N, height, width).
 
         Raises:
-            TypeError: something is no image, a list mixes kinds, or an override is unknown.
-            ValueError: values, channels, sizes or counts do not fit; the message says which image and what would do.
+            TypeError: an item is no image, a list mixes kinds, or an override is unknown.
+            ValueError: values, channels, sizes or counts do not fit; the message names the image and the remedy.
+            fastuper.data.images.ImageError: a file cannot be used (a ValueError; a FileNotFoundError too if the file
+                is missing).
         """
         overrides = _checked_overrides(overrides)
-        # The attributes may have been changed since they were checked: a processor of this call's own checks again.
+        # Users may have changed attributes since the constructor checked them: a new processor checks them again.
         given = {name: value for name, value in overrides.items() if value is not None}
         own = UperNetImageProcessor(**{**self._options(), **given})
         _check_choice("return_tensors", return_tensors, (None, "pt", "np"))
@@ -322,7 +340,7 @@ class UperNetImageProcessor:
         pictures = _flat_list("images", images, 3)
         maps = None if segmentation_maps is None else _flat_list("segmentation_maps", segmentation_maps, 2)
         if maps is not None and len(maps) != len(pictures):
-            raise ValueError(f"{len(maps)} segmentation_maps for {len(pictures)} images; give one map an image")
+            raise ValueError(f"{len(maps)} segmentation_maps for {len(pictures)} images; give one map per image")
 
         pixel_values, labels = [], []
         for index, picture in enumerate(pictures):
@@ -330,9 +348,10 @@ class UperNetImageProcessor:
             opened = own._open_image(name, picture, input_data_format)
             if maps is not None:
                 label_map = _open_map(f"segmentation_maps[{index}]", maps[index])
-                if label_map.shape != _height_width(opened):
+                size = _height_width(opened)
+                if label_map.shape != size:
                     raise ValueError(
-                        f"segmentation_maps[{index}] is {_by(label_map.shape)} and {name} {_by(_height_width(opened))} "
+                        f"segmentation_maps[{index}] is {format_size(label_map.shape)} and {name} {format_size(size)} "
                         "(height x width); an image and its map must have the same size"
                     )
                 labels.append(own._finish_map(f"segmentation_maps[{index}]", label_map))
@@ -353,18 +372,18 @@ class UperNetImageProcessor:
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """Return the label of each pixel: logits resized bilinearly to each target size, then the largest class.
+        """Return the label of each pixel: the largest class of the logits, resized bilinearly to each target size.
 
         Args:
             outputs: the model's output; `outputs.logits` is (N, num_labels, h, w).
-            target_sizes: (height, width) of each image, N pairs or an (N, 2) tensor. None keeps the size of the logits.
+            target_sizes: (height, width) of each image, N pairs or an (N, 2) tensor. None keeps the logits' size.
 
         Returns:
-            N int64 tensors of shape (height, width), on the device of the logits. Among equal logits the first class
-            wins; of a single class the label is 1 where its logit is above 0.
+            N int64 tensors of shape (height, width), on the logits' device. Of equal logits the first class counts.
+            With a single class the label is 1 where its logit is above 0.
 
         Raises:
-            ValueError: the target sizes are not as many as the images, or not pairs of integers from 1.
+            ValueError: the number of target sizes is not N, or they are not pairs of integers from 1.
         """
         logits = as_two_classes(outputs.logits)
         if target_sizes is None:
@@ -373,25 +392,33 @@ class UperNetImageProcessor:
             target_sizes = target_sizes.tolist()
         if len(target_sizes) != len(logits):
             raise ValueError(
-                f"{len(target_sizes)} target_sizes for {len(logits)} images; give one (height, width) an image"
+                f"{len(target_sizes)} target_sizes for {len(logits)} images; give one (height, width) per image"
             )
         return [upsample_argmax(logits[index : index + 1], [size])[0] for index, size in enumerate(target_sizes)]
 
     def _options(self) -> dict[str, Any]:
-        """Return the constructor arguments that this processor has now."""
+        """Return the current values of the constructor arguments."""
         return {name: getattr(self, name) for name in OPTIONS}
 
     def _channels(self) -> int | None:
-        """Return how many channels the statistics are for; None where they are for any number."""
+        """Return the number of channels of the statistics; None if they are single numbers."""
         return _length(self.image_mean) or _length(self.image_std)
 
     def _open_image(self, name: str, image: Image, input_data_format: str | None) -> PIL.Image.Image | np.ndarray:
         """Return an image as a PIL image of mode L or RGB, or as a checked view (C, H, W) of an array."""
+        channels = self._channels()
         if isinstance(image, (str, os.PathLike)):
-            image = PIL.ImageOps.exif_transpose(_read_file(name, image))
+            try:
+                if channels in (None, 3):  # Transformers makes every file RGB
+                    return read_image(image)
+                image = open_image(image)
+            except ImageError as error:
+                raise type(error)(f"{name}: {error}") from None
+        elif channels in (None, 1) and isinstance(image, PIL.Image.Image) and holds_32_bits(image):
+            image, input_data_format = np.asarray(image)[None], "channels_first"
         if isinstance(image, PIL.Image.Image):
             if 0 in image.size:
-                raise ValueError(f"{name} is {_by(_height_width(image))} (height x width): it has no pixels")
+                raise ValueError(f"{name} is {format_size(_height_width(image))} (height x width): it has no pixels")
             image = self._convert_mode(name, image)
             if image.mode in ("L", "RGB"):
                 return image
@@ -404,45 +431,33 @@ class UperNetImageProcessor:
         return array
 
     def _convert_mode(self, name: str, image: PIL.Image.Image) -> PIL.Image.Image:
-        """Bring a PIL image to as many channels as the statistics are for."""
+        """Return a PIL image converted to the number of channels of the statistics."""
         channels = self._channels()
-        if image.mode in ("I", "F"):
-            raise ValueError(
-                f"{name} has mode {image.mode}, in which no value stands for white; scale it to 8 bits (mode L), "
-                "or pass it as an array"
-            )
-        if image.mode.startswith("I;16"):
-            # Pillow's conversion to L would clip at 255.
-            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if channels is None:
             channels = 1 if image.mode in ("1", "L", "LA") else 3
-        if channels in (1, 3):
-            mode = "L" if channels == 1 else "RGB"
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # from which Pillow drops the alpha without a warning
-            try:
-                return image if image.mode == mode else image.convert(mode)
-            except ValueError as error:
-                raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot make {mode}: {error}") from None
+        if channels == 3:
+            return as_rgb(image, name)
+        if channels == 1:
+            return as_grey(image, name)
         if self.do_normalize and len(image.getbands()) != channels:
             raise ValueError(
                 f"{name} has mode {image.mode} with {len(image.getbands())} channels, image_mean is for {channels}; "
                 "pass an array of as many channels"
             )
-        return image if len(image.getbands()) > 1 else image.convert("L")
+        return image if len(image.getbands()) > 1 else as_grey(image, name)
 
     def _channels_first(self, name: str, array: np.ndarray, layout: str | None) -> np.ndarray:
         """Return a view (C, H, W) of an array in either layout."""
         channels = self._channels()
         strict = self.do_normalize and channels is not None
         if layout is None:
-            # 1, 3 and 4 are what the reference looks for; the first dimension wins where both would do, as there.
+            # As in Transformers: 1, 3 and 4 are likely, and the first dimension counts if both are.
             likely = (channels,) if strict else (1, 3, 4, channels)
             first, last = array.shape[0] in likely, array.shape[-1] in likely
             if first and last:
                 warnings.warn(
                     f"an image has shape {array.shape}: taking the first dimension for the channels; "
-                    "say input_data_format if that is wrong",
+                    "pass input_data_format if that is wrong",
                     stacklevel=5,
                 )
             if not first and not last:
@@ -462,14 +477,14 @@ class UperNetImageProcessor:
         return array
 
     def _check_values(self, name: str, array: np.ndarray) -> None:
-        """Refuse numbers that cannot be pixels; warn of those that look rescaled already."""
+        """Raise ValueError for NaN and infinity; warn if all values are from 0 to 1 and rescaling follows."""
         if array.dtype == np.uint8:
             return
-        low, high = array.min(), array.max()  # a NaN shows in both
+        low, high = array.min(), array.max()  # NaN if any value is NaN
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} holds NaN or infinite values; replace them (numpy.nan_to_num) first")
         if self.do_rescale and low >= 0 and high <= 1:
-            # The same words for every image: by default Python then shows them once.
+            # Python shows a warning of the same text once: the text must not depend on the image.
             warnings.warn(
                 "an image has values from 0 to 1 only, as if rescaled already; pass do_rescale=False unless its levels "
                 "are from 0 to 255",
@@ -477,7 +492,7 @@ class UperNetImageProcessor:
             )
 
     def _finish_image(self, name: str, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
-        """Resize, rescale and normalize an opened image; the result is a new array (C, height, width)."""
+        """Resize, rescale and normalize an opened image; return a new array (C, height, width)."""
         if self.do_resize:
             pixels = self._resize(name, image)
         elif isinstance(image, PIL.Image.Image):
@@ -488,25 +503,25 @@ class UperNetImageProcessor:
             return np.array(pixels, order="C")
         if pixels.dtype != np.uint8:
             return self._compute(pixels)
-        # 8-bit pixels can only become 256 values a channel: compute those, by the same steps, and look the rest up.
+        # 8-bit pixels have at most 256 results per channel: compute these by the same steps and look them up.
         levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1)
         table = self._compute(np.repeat(levels, len(pixels), axis=0))
         result = np.empty(pixels.shape, table.dtype)
         for channel, values in enumerate(table[:, :, 0]):
-            # By rows: `take` makes 64-bit indices of the pixels it is given. mode="clip" saves it a copy of `out`.
+            # In strips, since `take` converts its indices to 64 bits. mode="clip" avoids a copy of `out`.
             for row in range(0, pixels.shape[1], ROWS):
                 rows = slice(row, row + ROWS)
                 np.take(values, pixels[channel, rows], out=result[channel, rows], mode="clip")
         return result
 
     def _compute(self, pixels: np.ndarray) -> np.ndarray:
-        """Rescale and normalize (C, H, W), in the reference's dtypes and order of operations."""
+        """Rescale and normalize (C, H, W), in the dtypes and the order of operations of Transformers."""
         if self.do_rescale:
             pixels = _rescale(pixels, self.rescale_factor)
         if self.do_normalize:
             dtype = pixels.dtype if pixels.dtype.kind == "f" else np.dtype(np.float32)
             mean, std = (np.array(value, dtype).reshape(-1, 1, 1) for value in (self.image_mean, self.image_std))
-            # Rescaling has made a new array already; otherwise the subtraction makes it, and the image stays as it was.
+            # Rescaling made a new array, which may be overwritten; the caller's image may not.
             pixels = np.subtract(pixels, mean, out=pixels if self.do_rescale else None, dtype=dtype)
             pixels /= std
         return pixels
@@ -519,8 +534,8 @@ class UperNetImageProcessor:
             return _pil_channels_first(image.resize(size, resample))
         levels, fractions = _eight_bits(name, image)
         if len(levels) <= 4:
-            # One PIL image, L, LA, RGB or RGBA, as in the reference: with two and four channels Pillow weights the
-            # others by the last.
+            # One PIL image, L, LA, RGB or RGBA, as in Transformers: of two and four channels Pillow takes the last
+            # for alpha and weights the others by it.
             whole = PIL.Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1))
             resized = _pil_channels_first(whole.resize(size, resample))
         else:
@@ -528,18 +543,20 @@ class UperNetImageProcessor:
         return _rescale(resized, 1 / 255) if fractions else resized
 
     def _finish_map(self, name: str, label_map: np.ndarray) -> np.ndarray:
-        """Resize and renumber a map (H, W); the result is a new int64 array."""
+        """Resize and renumber a map (H, W); return a new int64 array."""
         if self.do_resize:
             if label_map.dtype != np.uint8:
                 low, high = int(label_map.min()), int(label_map.max())
                 if low < -(2**31) or high >= 2**31:
-                    raise ValueError(f"{name} has labels from {low} to {high}, beyond what Pillow can resize (32 bits)")
+                    raise ValueError(
+                        f"{name} has labels from {low} to {high}, above the 32 bits that Pillow can resize"
+                    )
                 label_map = label_map.astype(np.int32)
             size = (self.size["width"], self.size["height"])
             label_map = np.asarray(PIL.Image.fromarray(label_map).resize(size, PIL.Image.Resampling.NEAREST))
         labels = label_map.astype(np.int64)
         if self.do_reduce_labels:
-            # As in the reference, 255 stays. Taking the nearest pixel first changes nothing and leaves less to do.
+            # As in Transformers, 255 stays. Renumbering after resizing gives the same result, of fewer pixels.
             labels[labels == 0] = 255
             labels -= 1
             labels[labels == 254] = 255
@@ -574,13 +591,13 @@ def _checked_resample(resample: Any) -> int:
 
 
 def _checked_statistic(name: str, value: Any) -> float | list[float]:
-    """Return a mean or a deviation as one float, or as a list of one a channel."""
+    """Return a mean or a standard deviation as one float, or as a list of one float per channel."""
     try:
         result = [float(item) for item in value] if np.ndim(value) == 1 else float(value)
     except (TypeError, ValueError):
         result = []
     if result == [] or not np.all(np.isfinite(result)):
-        raise ValueError(f"{name} is {value!r}; give one finite number a channel, or one for all")
+        raise ValueError(f"{name} is {value!r}; give one finite number per channel, or one for all")
     return result
 
 
@@ -589,21 +606,21 @@ def _length(statistic: float | list[float]) -> int | None:
 
 
 def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return overrides under the names of today; TypeError for one that is no argument."""
+    """Return overrides under their current names; raise TypeError for an unknown name."""
     renamed = {"do_reduce_labels" if name == "reduce_labels" else name: value for name, value in overrides.items()}
     if unknown := sorted(renamed.keys() - set(OPTIONS)):
-        raise TypeError(f"unknown argument {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+        raise TypeError(f"unknown argument {listed(unknown)}; there are {', '.join(OPTIONS)}")
     return renamed
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    # `in` compares by ==, so the members of Transformers' TensorType and ChannelDimension do as well as their values.
+    # `in` compares by ==, so that members of Transformers' TensorType and ChannelDimension are accepted too.
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, choices))}")
 
 
 def _flat_list(name: str, images: Any, ndim: int) -> list[Any]:
-    """Return images as a list, batches and lists in it taken apart, all of one kind."""
+    """Return all images of lists and batches as one list; raise TypeError if their kinds differ."""
     items = _flatten(name, images, ndim)
     if not items:
         raise ValueError(f"{name} is empty; give at least one")
@@ -639,7 +656,7 @@ def _kind(image: Any) -> str:
 
 
 def _numpy(name: str, image: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Return the numbers of an array or a tensor, wherever that is, without a copy where there need not be one."""
+    """Return the numbers of an array, or of a tensor on any device, without an avoidable copy."""
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
@@ -658,20 +675,16 @@ def _height_width(image: PIL.Image.Image | np.ndarray) -> tuple[int, ...]:
     return image.size[::-1] if isinstance(image, PIL.Image.Image) else image.shape[-2:]
 
 
-def _by(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))
-
-
 def _rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply in float64 and round to float32, without an array of float64."""
+    """Multiply in float64 and round to float32, without a float64 array."""
     result = np.empty_like(pixels, dtype=np.float32)
     return np.multiply(pixels, factor, out=result, dtype=np.float64, casting="unsafe")
 
 
 def _eight_bits(name: str, array: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Return an image (C, H, W) as 8-bit levels, and whether its values were fractions of 1.
+    """Return an image (C, H, W) as 8-bit levels, and True if its values were fractions of 1.
 
-    The rule is the reference's: whole numbers are levels, anything else must lie from 0 to 1 and is cut to 255 steps.
+    The rule is Transformers': whole numbers are levels; other numbers must be from 0 to 1 and are truncated to 1/255.
     """
     if array.dtype == np.uint8:
         return array, False
@@ -686,46 +699,34 @@ def _eight_bits(name: str, array: np.ndarray) -> tuple[np.ndarray, bool]:
     return (array if whole else _rescale(array, 255)).astype(np.uint8), not whole
 
 
-def _read_file(name: str, path: str | os.PathLike[str]) -> PIL.Image.Image:
-    """Return a file's image, decoded; the error names the file."""
-    try:
-        with PIL.Image.open(path) as file:
-            file.load()
-            return file
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: there is no file {path}") from None
-    except (OSError, SyntaxError) as error:  # Pillow raises both on damaged files
-        reason = "no image that Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else error
-        raise OSError(f"{name}: {path} cannot be read: {reason}") from None
-
-
 def _open_map(name: str, segmentation_map: Image) -> np.ndarray:
     """Return a segmentation map as whole numbers (H, W)."""
     if isinstance(segmentation_map, (str, os.PathLike)):
-        return _open_map(name, _read_file(name, segmentation_map))
-    if isinstance(segmentation_map, PIL.Image.Image):
-        if len(segmentation_map.getbands()) != 1:
-            raise ValueError(
-                f"{name} has mode {segmentation_map.mode}; give one channel of labels (mode L, P or I), not colours"
-            )
-        array = np.asarray(segmentation_map)
+        try:
+            return read_labels(segmentation_map)
+        except ImageError as error:
+            raise type(error)(f"{name}: {error}") from None
+    if isinstance(segmentation_map, PIL.Image.Image) and segmentation_map.mode != "F":
+        array = as_labels(segmentation_map, name)
+    elif isinstance(segmentation_map, PIL.Image.Image):
+        array = np.asarray(segmentation_map)  # whole numbers are accepted, as in Transformers
     else:
         array = _numpy(name, segmentation_map)
     if array.size == 0:
-        raise ValueError(f"{name} is {_by(array.shape)} (height x width): it has no pixels")
+        raise ValueError(f"{name} is {format_size(array.shape)} (height x width): it has no pixels")
     if array.dtype == bool:
-        return array.astype(np.uint8)  # no view: Pillow's mode 1 holds its True as 255
+        return array.astype(np.uint8)
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and np.array_equal(array, np.floor(array))):
         raise ValueError(f"{name} holds fractions, NaN or infinite values; labels are whole numbers")
     return array
 
 
 def _stack(key: str, arrays: list[np.ndarray]) -> np.ndarray:
-    """Return arrays as one batch; they are this call's own, so a batch of one needs no copy."""
+    """Return arrays as one batch. The caller owns the arrays: a batch of one is a view."""
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise ValueError(
-            f"{key} differ in shape, {' and '.join(map(str, sorted(shapes)))}; resize them (do_resize=True), or leave "
-            "return_tensors at None for a list"
+            f"{key} differ in shape, {' and '.join(map(str, sorted(shapes)))}; resize them (do_resize=True), or pass "
+            "return_tensors=None for a list"
         )
     return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-if TYPE_CHECKING:
-    pass
-
+from fastuper.data.images import ImageError, as_labels, as_rgb, image_size
+from fastuper.io.messages import format_size, listed
 
 IGNORE_INDEX = 255
-"""The label of ignored pixels in every common layout, and a model's `loss_ignore_index` unless told otherwise."""
+"""The usual label of ignored pixels: in all common layouts, and the default of a model's `loss_ignore_index`."""
 
 
 class DataError(ValueError):
-    """A dataset that cannot be used as it is; the message is one line with the file, the fault and the remedy."""
+    """A dataset that cannot be used. The message is one line with the file, the fault and the remedy."""
 
 
 class Sample(NamedTuple):
-    """One photo with its label map.
+    """A photo with its label map.
 
     Attributes:
         image: a PIL image, or (H, W, C) uint8.
         label: (H, W) integers: the model's class numbers, and the dataset's `ignore_index`.
-        name: the photo's file, or whatever else a message can call it.
+        name: the photo's file, or another name for messages.
     """
 
     image: Image.Image | NDArray[np.uint8]
@@ -37,11 +36,11 @@ class Sample(NamedTuple):
 
 
 class SampleDataset(Dataset[Sample]):
-    """What every dataset here is.
+    """The base class of this package's datasets.
 
     Attributes:
-        id2label: the classes' names by their numbers, 0 to N - 1; None where they are not known.
-        ignore_index: the label of pixels that count nowhere.
+        id2label: the classes' names by their numbers, 0 to N - 1; None if the names are unknown.
+        ignore_index: the label of ignored pixels.
     """
 
     id2label: dict[int, str] | None
@@ -52,7 +51,7 @@ class SampleDataset(Dataset[Sample]):
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Sample:
-        """Return a sample, checked: sizes are equal, labels are classes or ignored.
+        """Return a sample whose image and label map have one size, and whose labels are classes or ignored.
 
         Raises:
             DataError, fastuper.data.images.ImageError: the sample cannot be used; the message names the file.
@@ -61,7 +60,7 @@ class SampleDataset(Dataset[Sample]):
 
 
 class _ForeignDataset(SampleDataset):
-    """Samples made of what somebody else's Dataset gives."""
+    """Samples made from the items of any Dataset."""
 
     def __init__(self, dataset: Dataset[Any], id2label: Mapping[int, str] | None, ignore_index: int) -> None:
         self.dataset = dataset
@@ -89,26 +88,31 @@ class _ForeignDataset(SampleDataset):
                 f"{name} is a {type(item).__name__}; an item is (image, label), or a dictionary with the keys image "
                 "and label"
             )
-        sample = Sample(_as_image(image, name), _as_label(label, name), name)
+        try:
+            numbers = _label_of(label, name)
+            sample = Sample(_image_of(image, numbers.shape, name), numbers, name)
+        except ImageError as error:
+            raise DataError(str(error)) from None
         return checked_sample(sample, self.id2label, self.ignore_index)
 
 
 def as_samples(
     dataset: Dataset[Any], *, id2label: Mapping[int, str] | None = None, ignore_index: int | None = None
 ) -> SampleDataset:
-    """Return a dataset as one of samples.
+    """Return a dataset of samples made from another dataset.
 
     Args:
-        dataset: one of ours, which is returned as it is, or any map-style Dataset. Its items are (image, label), or
-            dictionaries with the keys image or pixel_values, and label, labels or annotation; a key name is used in
-            messages. Images are PIL images, or uint8 arrays or tensors (H, W, C) or (C, H, W); labels are PIL images
-            of one channel, or integer arrays or tensors (H, W) or (1, H, W).
-        id2label: the classes' names; the dataset's own attribute of this name where None.
-        ignore_index: the label of ignored pixels; likewise, and 255 where it has none.
+        dataset: a `SampleDataset`, which is returned as it is, or any map-style Dataset. Its items are (image, label),
+            or dictionaries with the keys image or pixel_values, and label, labels or annotation; the key name, if
+            there is one, names the sample in messages. Images are PIL images, decoded by the rule in
+            `fastuper.data.images`, or uint8 arrays or tensors (H, W, C) or (C, H, W). Labels are PIL images of one
+            channel, or integer arrays or tensors (H, W) or (1, H, W).
+        id2label: the classes' names; None takes the dataset's attribute of this name.
+        ignore_index: the label of ignored pixels; None takes the dataset's attribute of this name, else 255.
 
     Raises:
         TypeError: the dataset has no length or no items by number.
-        DataError: at an item that cannot be used; the message names it.
+        DataError: an item that is read cannot be used; the message names it.
     """
     if isinstance(dataset, SampleDataset) and id2label is None and ignore_index is None:
         return dataset
@@ -124,24 +128,24 @@ def as_samples(
 def checked_sample(
     sample: Sample, id2label: Mapping[int, str] | None, ignore_index: int, label_name: str | None = None
 ) -> Sample:
-    """Return a sample as it is.
+    """Return a sample unchanged, or raise the error of its first fault.
 
     Args:
-        sample: what to look at.
-        id2label: the classes; None: any label from 0 is one.
+        sample: the sample.
+        id2label: the classes; None accepts any label from 0.
         ignore_index: the label of ignored pixels.
-        label_name: what to call the label map; the sample's name where None.
+        label_name: the label map's name in messages; the sample's name if None.
 
     Raises:
-        DataError: the sizes differ, or labels are neither classes nor ignored; the message names the file.
+        DataError: image and label map differ in size, or labels are neither classes nor ignored; the message names
+            the file.
     """
     label_name = label_name or sample.name
-    image = sample.image
-    size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+    size = image_size(sample.image)
     if size != sample.label.shape:
         raise DataError(
-            f"{label_name}: the label map is {_by(sample.label.shape)} and its image {sample.name} {_by(size)} "
-            "(height x width); they must have the same size"
+            f"{label_name}: the label map is {format_size(sample.label.shape)} and its image {sample.name} "
+            f"{format_size(size)} (height x width); they must have the same size"
         )
     limit = None if id2label is None else len(id2label)
     wrong = [
@@ -151,28 +155,31 @@ def checked_sample(
     ]
     if wrong:
         classes = "classes count from 0" if limit is None else f"there are {limit} classes (0 to {limit - 1})"
-        some = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
         raise DataError(
-            f"{label_name}: holds the label{'s' if len(wrong) > 1 else ''} {some}, but {classes} and {ignore_index} "
-            "is ignored; renumber it, name all classes, or check the layout"
+            f"{label_name}: holds the label{'s' if len(wrong) > 1 else ''} {listed(wrong, 5)}, but {classes} and "
+            f"{ignore_index} is ignored; renumber it, name all classes, or check the layout"
         )
     return sample
 
 
 def _values(label: NDArray[np.integer]) -> list[int]:
-    """Return the different labels of a map; counting is ten times quicker than sorting."""
+    """Return the different labels of a map; counting is ten times faster than sorting."""
     if label.size and label.min() >= 0 and label.max() < 2**16:
         return np.flatnonzero(np.bincount(label.ravel())).tolist()
     return np.unique(label).tolist()
 
 
 def checked_classes(id2label: Mapping[int, str] | None, ignore_index: int) -> dict[int, str] | None:
-    """Return classes in their order; ValueError where numbers are missing, or one is the ignored label."""
+    """Return classes sorted by their numbers.
+
+    Raises:
+        ValueError: numbers are missing, or a class has the ignored label.
+    """
     if id2label is None:
         return None
     classes = {int(number): str(name) for number, name in id2label.items()}
-    if not classes or sorted(classes) != list(range(len(classes))):
-        raise ValueError(f"id2label must number its classes from 0 without gaps, got {sorted(classes)[:5]}...")
+    if not are_numbered(classes):
+        raise ValueError(f"id2label must number its classes from 0 without gaps, got {listed(sorted(classes), 5)}")
     if ignore_index in classes:
         raise ValueError(
             f"ignore_index {ignore_index} is also a class ({classes[ignore_index]}); give one outside 0 to "
@@ -181,16 +188,22 @@ def checked_classes(id2label: Mapping[int, str] | None, ignore_index: int) -> di
     return dict(sorted(classes.items()))
 
 
+def are_numbered(classes: Mapping[int, str]) -> bool:
+    """Return True if there are classes and their numbers are 0 to N - 1."""
+    return bool(classes) and sorted(classes) == list(range(len(classes)))
+
+
 def _first_of(item: Mapping[str, Any], keys: Iterable[str], name: str) -> Any:
     for key in keys:
         if key in item:
             return item[key]
-    raise DataError(f"{name} has no {' or '.join(keys)}; it has {', '.join(map(str, item))}")
+    raise DataError(f"{name} has no {' or '.join(keys)}; it has {listed(item, 8)}")
 
 
-def _as_image(image: Any, name: str) -> Image.Image | NDArray[np.uint8]:
+def _image_of(image: Any, label_size: tuple[int, ...], name: str) -> Image.Image | NDArray[np.uint8]:
+    """Return the image of an item as RGB, or as (H, W, C); the label map's size tells the layout of arrays."""
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return as_rgb(image, name)
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise DataError(
@@ -198,12 +211,19 @@ def _as_image(image: Any, name: str) -> Image.Image | NDArray[np.uint8]:
             "it is scaled or normalised"
         )
     if array.ndim == 2:
-        return Image.fromarray(array).convert("RGB")
-    # Channels are few: three or four, a dozen in a satellite's image.
-    return np.ascontiguousarray(np.moveaxis(array, 0, -1)) if array.shape[0] < array.shape[2] else array
+        return as_rgb(Image.fromarray(array), name)
+    if array.shape[:2] == label_size:
+        return array
+    # If the sizes differ, `checked_sample` reports both: then the smaller dimension counts as the channels.
+    if array.shape[1:] == label_size or array.shape[0] < array.shape[2]:
+        return np.ascontiguousarray(np.moveaxis(array, 0, -1))
+    return array
 
 
-def _as_label(label: Any, name: str) -> NDArray[np.integer]:
+def _label_of(label: Any, name: str) -> NDArray[np.integer]:
+    """Return the label map of an item as integers (H, W)."""
+    if isinstance(label, Image.Image):
+        return as_labels(label, name)
     array = np.asarray(label)
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
@@ -211,9 +231,5 @@ def _as_label(label: Any, name: str) -> NDArray[np.integer]:
         array = array.astype(np.uint8)
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise DataError(f"{name}: the label map is {array.dtype} of shape {array.shape}; give (H, W) integers")
-    # PyTorch does little with the unsigned types above 8 bits.
+    # PyTorch supports few operations on unsigned types above 8 bits.
     return array.astype(np.int64) if array.dtype.kind == "u" and array.dtype != np.uint8 else array
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))

@@ -1,8 +1,8 @@
-"""A model on a dataset: the confusion matrix and the measures that follow from it."""
+"""Evaluation of a model on a dataset: the confusion matrix, its measures and reports."""
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # type checkers take the name for `typing.TYPE_CHECKING`, whose import costs time
 if TYPE_CHECKING:
     from fastuper.evaluation.confusion import ConfusionMatrix
     from fastuper.evaluation.loop import check_classes, class_names, evaluate

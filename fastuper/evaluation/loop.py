@@ -1,4 +1,4 @@
-"""Evaluation: a model's label maps of a dataset, compared with its own at their own size."""
+"""Evaluation of a model on a dataset: its label maps are counted against the dataset's, at the size of these."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from torch.utils.data import Dataset
 from fastuper.data.samples import IGNORE_INDEX, Sample, checked_sample
 from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.inference.predictor import Predictor, Prepared
+from fastuper.io.messages import listed
 
 if TYPE_CHECKING:
-    from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper.data.processor import UperNetImageProcessor
+    from fastuper.models.configuration import UperNetConfig
+    from fastuper.models.upernet import UperNetForSemanticSegmentation
 
 
 def evaluate(
@@ -38,30 +41,31 @@ def evaluate(
     workers: int = 2,
     on_sample: Callable[[], None] | None = None,
 ) -> ConfusionMatrix:
-    """Return the confusion matrix of a model's label maps, each resampled to the size of the sample's own.
+    """Return the confusion matrix of a model's label maps, each resampled to the size of the sample's label map.
 
-    Memory does not grow with the number of samples. The model is put into evaluation mode, and back. One of several
-    processes gives its share of the samples, `torch.utils.data.Subset(dataset, range(rank, len(dataset), ranks))`; the
-    matrices' sum (`matrix.matrix`, all-reduced) is that of all.
+    Memory does not grow with the number of samples. The model is in evaluation mode during the call; then its modes
+    are restored. To share the work, each process passes its part of the samples,
+    `torch.utils.data.Subset(dataset, range(rank, len(dataset), ranks))`; the sum of the processes' `matrix.matrix`
+    (all-reduced) is the matrix of all samples.
 
     Args:
-        model: where it is, in its own type.
-        samples: a dataset of `fastuper.data` (or `as_samples`), a Subset of one, or any iterable of samples. Those with
-            a length and numbers are read in threads.
-        processor: what resizes and normalizes the images.
-        id2label: the names of the samples' classes; the dataset's own where None, and not known if it has none.
-        ignore_index: the samples' label of pixels that count nowhere; likewise, and 255.
-        short_side: this and the next four: see `fastuper.inference.predictor.Predictor`.
-        window: see there.
-        stride: see there.
-        scales: see there.
-        flip: see there.
-        batch_size: how many images, or windows of images, go through the model together.
-        workers: how many threads read and prepare images; 0 for none.
-        on_sample: called after each sample.
+        model: the model; its device and dtype stay as they are.
+        samples: a dataset of `fastuper.data` (or of `as_samples`), a Subset of one, or any iterable of samples.
+            Threads read datasets that have a length and items by number.
+        processor: the image processor, which resizes and normalizes.
+        id2label: the names of the samples' classes; None takes the dataset's attribute, if it has one.
+        ignore_index: the samples' label of ignored pixels; None takes the dataset's attribute, else 255.
+        short_side: as in `fastuper.inference.predictor.Predictor`.
+        window: as in `Predictor`.
+        stride: as in `Predictor`.
+        scales: as in `Predictor`.
+        flip: as in `Predictor`.
+        batch_size: the number of images, or of windows, in a batch.
+        workers: the number of threads that read and prepare images; 0 reads in the calling thread.
+        on_sample: a function that is called after each sample.
 
     Raises:
-        ValueError: an option has no meaning, or the samples' classes are not the model's.
+        ValueError: an option is out of range, or the samples' classes differ from the model's.
         fastuper.data.samples.DataError, fastuper.data.images.ImageError: a sample cannot be used; the message names it.
         fastuper.inference.predictor.PredictionError: the model failed on images; the message names them.
     """
@@ -100,25 +104,27 @@ def evaluate(
 
 
 def class_names(model: UperNetForSemanticSegmentation) -> dict[int, str]:
-    """Return the names of the classes that label maps have: the configuration's, or two for a model of one class."""
+    """Return the names of the classes in a model's label maps; a model of one class has two, 0 being the background."""
     return classes_of(model.config)
 
 
 def classes_of(config: UperNetConfig) -> dict[int, str]:
-    """Return likewise those of a model with this configuration."""
+    """Return the names of the classes in the label maps of a model with this configuration, as `class_names`."""
     if config.num_labels == 1:
         return {0: "background", 1: str(config.id2label[0])}
     return {index: str(config.id2label.get(index, f"class {index}")) for index in range(config.num_labels)}
 
 
 def check_classes(dataset: Mapping[int, str], model: Mapping[int, str]) -> None:
-    """See that a dataset's classes can be a model's.
+    """Check that a dataset's classes fit a model's: equal in number, and equal names have equal numbers.
 
     Raises:
-        ValueError: they are not as many, or the same names have other numbers.
+        ValueError: the classes do not fit.
     """
     if len(dataset) != len(model):
-        raise ValueError(f"the dataset has {_some(dataset)}, the model {_some(model)}; both must have the same")
+        raise ValueError(
+            f"the dataset has {_described(dataset)}, the model {_described(model)}; both must have the same"
+        )
     moved = [index for index in dataset if dataset[index] != model[index]]
     if moved and set(dataset.values()) == set(model.values()):
         raise ValueError(
@@ -127,13 +133,12 @@ def check_classes(dataset: Mapping[int, str], model: Mapping[int, str]) -> None:
         )
 
 
-def _some(classes: Mapping[int, str]) -> str:
-    names = [str(classes[index]) for index in sorted(classes)[:3]]
-    return f"{len(classes)} classes ({', '.join(names)}{', ...' if len(classes) > 3 else ''})"
+def _described(classes: Mapping[int, str]) -> str:
+    return f"{len(classes)} classes ({listed(classes[index] for index in sorted(classes))})"
 
 
 def _attribute(samples: Any, name: str, default: Any) -> Any:
-    """Return an attribute of a dataset, also of one that `Subset`s are taken from."""
+    """Return an attribute of a dataset, or of the dataset inside a `Subset`."""
     while not hasattr(samples, name) and hasattr(samples, "dataset"):
         samples = samples.dataset
     return getattr(samples, name, default)
@@ -154,7 +159,7 @@ def _prepared(
     workers: int,
     ahead: int,
 ) -> Iterator[Iterator[tuple[Prepared, NDArray[np.integer]]]]:
-    """Give the samples, read and prepared in threads: their work is decoding and resizing, which lets others run."""
+    """Yield an iterator of prepared samples; threads read ahead, since decoding and resizing release the GIL."""
     readers: Iterator[Callable[[], Sample]]
     if hasattr(samples, "__len__") and hasattr(samples, "__getitem__"):
         indices = range(len(samples))  # type: ignore[arg-type]
@@ -187,7 +192,7 @@ def _itself(sample: Sample) -> Sample:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while; norms that were frozen in it stay so afterwards."""
+    """Put a model into evaluation mode, and restore each module's mode at the end: frozen norms stay frozen."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,8 +1,8 @@
-"""Label maps of whole images: in windows, at several scales, mirrored."""
+"""The predictor: label maps of whole images, with sliding windows, several scales and mirroring."""
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # type checkers take the name for `typing.TYPE_CHECKING`, whose import costs time
 if TYPE_CHECKING:
     from fastuper.inference.predictor import PredictionError, Predictor, Prepared
 

@@ -1,1 +1,1 @@
-"""Files, the Hub and messages: what every other room stands on."""
+"""Files, the Hub and messages: the lowest room of the package."""

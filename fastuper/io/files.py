@@ -1,4 +1,7 @@
-"""Atomic files and folders, and JSON objects read from files."""
+"""Atomic folders, and JSON objects read from files.
+
+The atomic write of a single file, `atomic_path`, is in `fastuper_kernels.dispatch.files`: both packages use it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,16 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; the error names the file."""
+    """Read a JSON object.
+
+    Raises:
+        OSError: the file cannot be read, is not valid JSON, or holds no object; the message names the file.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise OSError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # bytes that are not UTF-8, wrong syntax, an integer of too many digits
         raise OSError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise OSError(f"{path} holds {type(value).__name__} where a JSON object is expected")
@@ -25,13 +34,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new folder beside `path` to write files into; it becomes `path` when the block ends, or goes if it fails.
+    """Yield a new folder beside `path`; it is renamed to `path` when the block ends, and removed if the block fails.
 
-    A reader sees no folder or the whole of it, whenever the writer is stopped or the power fails: the files are on the
-    disk before the folder has its name. A writer that is killed leaves a hidden folder behind, `.` and 32 digits.
+    Readers find the whole folder or none, also after a power failure: the files are flushed to the disk before the
+    folder is renamed. A killed writer leaves a hidden folder behind, whose name is `.` and 32 hexadecimal digits.
 
     Raises:
-        OSError: `path` is there already, or something could not be written.
+        OSError: `path` exists, or a file could not be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}")
@@ -47,8 +56,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    """Flush a file, or the entries of a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: in a local folder or a Hub repository."""
+"""Find the files of a checkpoint, in a local folder or in a Hub repository."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Where on the Hub to look, and how; the arguments of the same names of Transformers' `from_pretrained`."""
+    """Arguments of a download from the Hub, named as in Transformers' `from_pretrained`."""
 
     token: str | bool | None = None
     cache_dir: str | Path | None = None
@@ -30,15 +30,15 @@ class HubOptions:
 
 
 def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions | None = None) -> Path | None:
-    """Return the local path of `filename` in a folder or a Hub repository, or None where it has no such file.
+    """Return the local path of a file of a folder or a Hub repository, or None if it has no such file.
 
     Args:
         source: a folder, or the id of a Hub repository (`"openmmlab/upernet-convnext-tiny"`).
-        filename: the file's name inside it (inside `options.subfolder`, where that is given).
-        options: where on the Hub to look.
+        filename: the file's path inside `source`, or inside `options.subfolder`.
+        options: arguments of the download.
 
     Raises:
-        OSError: `source` is neither a folder nor a repository that can be reached; the message says which.
+        OSError: `source` is neither a folder nor a repository, or the Hub cannot be reached; the message says which.
     """
     options = options or HubOptions()
     folder = Path(source)
@@ -63,7 +63,8 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
         raise FileNotFoundError(f"{source} is neither a folder here nor the id of a Hub repository") from None
     except GatedRepoError:  # a kind of RepositoryNotFoundError
         raise PermissionError(
-            f"{source} is open only to those who accepted its terms on the Hub; do so there, then pass `token=`"
+            f"{source} is gated: only accounts that accepted its terms can read it; accept them on the Hub, then pass "
+            "`token=`"
         ) from None
     except RepositoryNotFoundError:
         raise FileNotFoundError(
@@ -71,21 +72,21 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
         ) from None
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{source} has no revision {options.revision!r} on the Hub") from None
-    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: not known, rather than known not to exist
+    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: the file may exist on the Hub
         if _is_known_missing(source, filename, options):
             return None
         raise OSError(
             f"{source} is not a folder here, its {filename} not in the local cache, and the Hub cannot be reached "
-            f"(HF_HUB_OFFLINE=1 takes what the cache has for all there is): {error}"
+            f"(with HF_HUB_OFFLINE=1 files missing from the cache count as missing): {error}"
         ) from None
     except EntryNotFoundError:
         return None
 
 
 def _is_known_missing(source: str | os.PathLike[str], filename: str, options: HubOptions) -> bool:
-    """Whether a file that is not in the cache can be taken as not in the repository, without asking the Hub.
+    """Return True if the repository is taken to lack a file that the cache lacks, without asking the Hub.
 
-    That is so where the Hub has said it before, or where only the cache was to be looked at and has the rest.
+    Either the cache records that the Hub had no such file, or the search is limited to a cache that has config.json.
     """
 
     def cached(name: str) -> Any:
@@ -98,13 +99,13 @@ def _is_known_missing(source: str | os.PathLike[str], filename: str, options: Hu
 
 
 def pin_revision(source: str | os.PathLike[str], options: HubOptions) -> HubOptions:
-    """Return options that mean the commit which the revision means now, so that all files come from one commit.
+    """Return options whose revision is a commit, so that all files of a checkpoint come from one commit.
 
-    Files of a known commit that are in the cache are also taken without asking the Hub. A folder, or a repository
-    without config.json, leaves the options as they are.
+    With a commit as the revision, cached files are also used without asking the Hub. The options stay unchanged for
+    a folder and for a repository without config.json.
 
     Raises:
-        OSError: as `find_file`.
+        OSError: as in `find_file`.
     """
     if Path(source).is_dir():
         return options

@@ -1,8 +1,56 @@
-"""Messages for people: one line each."""
+"""Text for people: messages on one line, lists of names, sizes, control characters escaped."""
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+LIMIT = 400
+"""Characters of a message on the terminal; `one_line` cuts the middle out of longer ones."""
+
+
+def printable(text: str) -> str:
+    r"""Return text with control characters escaped, so that a file's name cannot steer the terminal.
+
+    Escape sequences begin with a control character (ESC is written as `\x1b`). Characters that reverse the direction
+    of writing are escaped too.
+    """
+    return "".join(_escape(letter) if unicodedata.category(letter) in ("Cc", "Cf") else letter for letter in text)
+
+
+def _escape(letter: str) -> str:
+    # Joiners and the soft hyphen (also of category Cf) belong to the spelling of words and emoji.
+    return letter if letter in "\u00ad\u200c\u200d" else letter.encode("unicode_escape").decode("ascii")
+
 
 def reason(error: BaseException) -> str:
-    """Return an error's message on one line, or its name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return an error's message on one line, whole, or the name of its type if the message is empty."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def one_line(message: BaseException | str) -> str:
+    """Return a message on one line of at most `LIMIT` characters.
+
+    The middle of a longer message is left out. The beginning, which names the file, and the end, which names the
+    remedy, stay.
+    """
+    if isinstance(message, BaseException):
+        text = reason(message)
+    else:
+        text = printable(" ".join(message.split()))
+    if len(text) <= LIMIT:
+        return text
+    gap = " ... "
+    start = LIMIT * 3 // 4
+    return text[:start] + gap + text[start + len(gap) - LIMIT :]
+
+
+def listed(names: Iterable[object], count: int = 3) -> str:
+    """Return the first names of a list, separated by commas, and `...` if there are more; `none` without names."""
+    texts = [printable(str(name)) for name in names]
+    return (", ".join(texts[:count]) or "none") + (", ..." if len(texts) > count else "")
+
+
+def format_size(size: Sequence[int]) -> str:
+    """Return a size as text: (480, 640) is `480 x 640`."""
+    return " x ".join(map(str, size))

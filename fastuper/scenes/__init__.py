@@ -2,10 +2,9 @@
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # type checkers take the name for `typing.TYPE_CHECKING`, whose import costs time
 if TYPE_CHECKING:
-    from fastuper.scenes.dataset import MODEL, SceneDataset, load_model, scene
-    from fastuper.scenes.street import ID2LABEL, PALETTE
+    from fastuper.scenes.dataset import ID2LABEL, MODEL, PALETTE, SceneDataset, load_model, scene
 
 __all__ = [
     "ID2LABEL",
@@ -19,9 +18,9 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "ID2LABEL": "fastuper.scenes.street",
+        "ID2LABEL": "fastuper.scenes.dataset",
         "MODEL": "fastuper.scenes.dataset",
-        "PALETTE": "fastuper.scenes.street",
+        "PALETTE": "fastuper.scenes.dataset",
         "SceneDataset": "fastuper.scenes.dataset",
         "load_model": "fastuper.scenes.dataset",
         "scene": "fastuper.scenes.dataset",

@@ -1,10 +1,10 @@
-"""Street scenes that are drawn, not photographed: any number of them, of any size, with exact labels.
+"""Generated street scenes with exact labels, of any number and size, and the small model trained on them.
 
-A scene is a street in perspective: a road that bends, pavements, lawns, walls, houses, trees, cars, people and signs,
-at some hour and in some weather, seen through a camera that blurs and has noise. Colours say little about classes
-(cars, roads and walls are grey, coats and cars as red as brick): what a thing is shows in its shape and surroundings.
+A scene is a street in perspective: a bent road, pavements, lawns, walls, houses, trees, cars, people and signs. Hour,
+weather, blur and noise of the camera vary. Colour says little about the class (cars, roads and walls are grey, coats
+and cars as red as brick): a model must learn shapes and surroundings.
 
-`make train-scenes` trains a small UPerNet on such scenes: `load_model`.
+`make train-scenes` trains the model that `load_model` returns.
 """
 
 from __future__ import annotations
@@ -16,36 +16,43 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastuper.data.classes import SCENE_ID2LABEL, SCENE_PALETTE
 from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.samples import IGNORE_INDEX, Sample, SampleDataset
 from fastuper.models.upernet import UperNetForSemanticSegmentation
-from fastuper.scenes.street import ID2LABEL, PALETTE, Street
+from fastuper.scenes.street import Street
 
 __all__ = ["ID2LABEL", "MODEL", "PALETTE", "SceneDataset", "load_model", "scene"]
 
+ID2LABEL = SCENE_ID2LABEL
+"""The classes of scenes by their numbers."""
+
+PALETTE = SCENE_PALETTE
+"""The classes' colours, (10, 3) uint8."""
+
 MODEL = Path(__file__).parent / "model"
-"""The folder of the model that was trained on scenes; `examples/train_scenes.py` writes it."""
+"""The folder of the model trained on scenes; `examples/train_scenes.py` writes it."""
 
 
 def scene(seed: int, size: tuple[int, int] = (384, 512)) -> tuple[Image.Image, NDArray[np.uint8]]:
     """Draw a scene.
 
     Args:
-        seed: which one, from 0. Another size shows the same scene, with more or less of it to the left and right.
+        seed: the scene's number, from 0. Another size shows the same scene, wider or narrower.
         size: (height, width), each from 1.
 
     Returns:
-        The picture, RGB, and its label map, (height, width) uint8, whose numbers are those of `ID2LABEL`.
+        The picture, RGB, and its label map, (height, width) uint8, of the classes in `ID2LABEL`.
 
     Raises:
-        ValueError: `seed` is negative, or `size` is not from 1.
+        ValueError: `seed` is negative, or `size` is below 1.
     """
     check_scene(seed, size)
     return Street(np.random.Generator(np.random.PCG64(seed)), *size).picture()
 
 
 def check_scene(seed: int, size: tuple[int, int]) -> None:
-    """Raise ValueError where there is no such scene."""
+    """Raise ValueError if the seed or the size is out of range."""
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"a scene's size must be (height, width), each from 1, got {size}")
     if seed < 0:
@@ -53,21 +60,21 @@ def check_scene(seed: int, size: tuple[int, int]) -> None:
 
 
 class SceneDataset(SampleDataset):
-    """Scenes to train on or to evaluate with; each is drawn when it is asked for.
+    """A dataset of scenes, for training or evaluation; each item is drawn when it is read.
 
     Args:
-        seeds: which scenes: `range(1000)`, say.
-        size: (height, width) of all.
+        seeds: the scenes' numbers, such as `range(1000)`.
+        size: (height, width) of all scenes.
 
     Raises:
-        ValueError: a seed is negative, or `size` is not from 1.
+        ValueError: a seed is negative, or `size` is below 1.
     """
 
     def __init__(self, seeds: Sequence[int], size: tuple[int, int] = (384, 512)) -> None:
         check_scene(min(seeds, default=0), size)
         self.seeds, self.size = seeds, size
         self.id2label: dict[int, str] | None = dict(ID2LABEL)
-        self.ignore_index = IGNORE_INDEX  # no pixel has it
+        self.ignore_index = IGNORE_INDEX  # no pixel is ignored
 
     def __len__(self) -> int:
         """Return the number of scenes."""
@@ -80,12 +87,12 @@ class SceneDataset(SampleDataset):
 
 
 def load_model() -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
-    """Return the model that `make train-scenes` has trained, in float32 and evaluation, and its image processor.
+    """Return the model trained by `make train-scenes`, in float32 and evaluation mode, and its image processor.
 
-    It knows the classes of `ID2LABEL` as they look in scenes; of photographs it knows nothing.
+    It was trained on drawn scenes alone: its label maps of photos mean nothing.
 
     Raises:
-        OSError: none has been trained; `make train-scenes` does it.
+        OSError: the model's files are missing; `make train-scenes` trains it and writes them.
     """
     if not MODEL.is_dir():
         raise FileNotFoundError(f"{MODEL} is not there: `make train-scenes` trains the model and writes it")

@@ -1,7 +1,8 @@
-"""A street in perspective, drawn from the back to the front: the picture of a scene and its label map.
+"""The painter of scenes: it draws a street in perspective, from far to near, and the street's label map.
 
-Units: metres in the world, whose x is to the right, counted from the middle of the road, y up and z along the road; on
-the picture, its height. Colours are RGB in [0, 255].
+World coordinates are metres: x to the right from the middle of the road, y up, z along the road. t is x measured from
+the middle of the bent road. Picture coordinates (u, v) are right and down from the picture's middle, in units of its
+height. Colours are RGB in [0, 255].
 """
 
 from __future__ import annotations
@@ -18,50 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-ID2LABEL = {
-    0: "sky",
-    1: "building",
-    2: "wall",
-    3: "road",
-    4: "pavement",
-    5: "grass",
-    6: "tree",
-    7: "car",
-    8: "person",
-    9: "sign",
-}
-"""The classes by their numbers."""
+from fastuper.data.classes import SCENE_ID2LABEL
 
-SKY, BUILDING, WALL, ROAD, PAVEMENT, GRASS, TREE, CAR, PERSON, SIGN = ID2LABEL
+SKY, BUILDING, WALL, ROAD, PAVEMENT, GRASS, TREE, CAR, PERSON, SIGN = SCENE_ID2LABEL
 
-PALETTE = np.array(
-    [
-        [120, 180, 235],
-        [150, 95, 75],
-        [255, 190, 90],
-        [95, 90, 115],
-        [205, 155, 205],
-        [160, 225, 90],
-        [25, 120, 60],
-        [40, 70, 210],
-        [230, 40, 60],
-        [255, 240, 40],
-    ],
-    dtype=np.uint8,
-)
-"""A colour for each class, (10, 3)."""
-
-_OVERSAMPLING = 2  # colours are samples of half a pixel; a pixel's label is that of one of its samples
-_NEAR = 0.5  # nothing closer to the camera is drawn
-_TILE = 128  # side of the periodic noise that surfaces take their texture from
-_SOLID = [0] * 128 + [255] * 128  # makes a mask of edges that were resampled
-_CROWN = 128  # side of the two pictures of foliage that a scene's trees are made of
+_OVERSAMPLING = 2  # samples per pixel along each axis; a pixel's label is the label of one of its samples
+_NEAR = 0.5  # metres; polygons are clipped at this distance from the camera
+_TILE = 128  # side of the periodic noise for the texture of surfaces
+_SOLID = [0] * 128 + [255] * 128  # lookup table that makes a mask of 0 and 255 from a resampled mask
+_CROWN = 128  # side of the pictures of foliage
 
 _Colour = tuple[float, ...]  # red, green, blue
-_Seen = tuple[int, int, int]  # a colour as it is painted
-_Point = tuple[Any, Any, Any]  # numbers, or arrays of them
-_Spot = tuple[Any, Any]
-_Job = tuple[float, Callable[[], None]]  # how far away something is, and what draws it
+_Rgb = tuple[int, int, int]  # a colour for Pillow, with light and haze
+_Point = tuple[Any, Any, Any]  # three coordinates in space, numbers or arrays
+_Spot = tuple[Any, Any]  # two coordinates in the picture or in a plane
+_Job = tuple[float, Callable[[], None]]  # the distance of an object, and the function that draws it
 
 
 def _times(colour: _Colour, factor: float) -> _Colour:
@@ -69,12 +41,12 @@ def _times(colour: _Colour, factor: float) -> _Colour:
 
 
 def _mixed(colour: _Colour, other: _Colour, share: float) -> _Colour:
-    """The colour with a share of another."""
+    """Return a colour mixed with a share of another colour."""
     return tuple(a * (1 - share) + b * share for a, b in zip(colour, other, strict=True))
 
 
 class _Dice:
-    """What is drawn by lot, as Python's own numbers."""
+    """Random draws from one generator, as Python numbers."""
 
     def __init__(self, generator: np.random.Generator):
         self.generator = generator
@@ -89,7 +61,7 @@ class _Dice:
         return min(count - 1, int(count * float(self.generator.random())))
 
     def colour(self, colours: Sequence[_Colour], spread: float = 18) -> _Colour:
-        """One of the colours, a little lighter, darker and off."""
+        """Return one of the colours, with random changes of brightness and hue."""
         red, green, blue = colours[self.below(len(colours))]
         shift = self.between(-spread, spread)
         return tuple(
@@ -98,11 +70,11 @@ class _Dice:
         )
 
 
-# Sky above and at the horizon, the sun's light, the light of everything else, haze a metre.
+# Colour of the sky at the zenith and at the horizon; sunlight; ambient light; haze per metre.
 _WEATHERS = (
     ((62, 115, 200), (178, 208, 236), (0.70, 0.66, 0.56), (0.44, 0.48, 0.56), 0.003),  # clear
     ((95, 140, 205), (208, 218, 228), (0.60, 0.56, 0.50), (0.48, 0.50, 0.55), 0.007),  # hazy
-    ((92, 118, 170), (248, 190, 135), (0.80, 0.52, 0.28), (0.40, 0.39, 0.46), 0.006),  # a low sun
+    ((92, 118, 170), (248, 190, 135), (0.80, 0.52, 0.28), (0.40, 0.39, 0.46), 0.006),  # low sun
     ((140, 148, 158), (206, 209, 211), (0.05, 0.05, 0.05), (0.74, 0.76, 0.79), 0.007),  # overcast
     ((172, 177, 182), (194, 198, 202), (0.0, 0.0, 0.0), (0.68, 0.70, 0.72), 0.018),  # mist
     ((44, 58, 112), (206, 134, 116), (0.0, 0.0, 0.0), (0.52, 0.45, 0.50), 0.005),  # dusk
@@ -113,7 +85,7 @@ _LOW_SUN, _DUSK, _NIGHT = 2, 5, 6
 
 
 class _Weather:
-    """The light of a scene."""
+    """The light of a scene: sky, sun, ambient light and haze."""
 
     def __init__(self, dice: _Dice):
         at = dice.between(0, sum(_SHARES))
@@ -133,8 +105,8 @@ class _Weather:
         flat = math.cos(elevation)
         self.towards_sun = (flat * math.sin(azimuth), math.sin(elevation), flat * math.cos(azimuth))
 
-    def lit(self, colour: _Colour, normal: _Point, distance: float) -> _Seen:
-        """The colour in which the camera sees a surface of this colour."""
+    def lit(self, colour: _Colour, normal: _Point, distance: float) -> _Rgb:
+        """Return the colour of a lit surface in the picture."""
         x, y, z = self.towards_sun
         facing = max(0.0, normal[0] * x + normal[1] * y + normal[2] * z)
         clear = math.exp(-self.haze * distance)
@@ -144,20 +116,20 @@ class _Weather:
         )
         return red, green, blue
 
-    def glowing(self, colour: _Colour, distance: float) -> _Seen:
-        """The colour in which the camera sees what shines by itself."""
+    def glowing(self, colour: _Colour, distance: float) -> _Rgb:
+        """Return the colour of a light source in the picture."""
         clear = math.exp(-self.haze * distance)
         red, green, blue = (int(c * clear + h * (1 - clear)) for c, h in zip(colour, self.low, strict=True))
         return red, green, blue
 
 
 class _Camera:
-    """Where the scene is seen from; it turns points (t, y, z), t being x from the bent middle of the road, to spots."""
+    """The camera: it projects points (t, y, z) of the world to the picture."""
 
     def __init__(self, dice: _Dice, half_road: float):
         self.height = dice.between(1.35, 2.6)
         self.focal = dice.between(0.82, 1.15)
-        self.horizon = dice.between(-0.10, 0.06)  # below the middle of the picture
+        self.horizon = dice.between(-0.10, 0.06)  # v of the horizon
         self.t = dice.between(-1.0, 1.0) * (half_road + (1.2 if dice.chance(0.3) else -0.8))
         self.bend = dice.between(-0.0028, 0.0028)
         yaw = dice.between(-0.2, 0.2) - 0.03 * self.t
@@ -166,21 +138,21 @@ class _Camera:
         self.cos_roll, self.sin_roll = math.cos(roll), math.sin(roll)
 
     def from_world(self, point: _Point) -> _Point:
-        """(t, y, z) -> to the right, up and away from the camera."""
+        """Return a point (t, y, z) in the camera's coordinates: right, up, and depth."""
         t, y, z = point
         x = t - self.t + self.bend * z * z
         return x * self.cos_yaw - z * self.sin_yaw, y - self.height, x * self.sin_yaw + z * self.cos_yaw
 
-    def spot(self, seen: _Point) -> _Spot:
-        """To the right, up and away -> right and down from the picture's middle, in heights of the picture."""
-        u = self.focal * seen[0] / seen[2]
-        v = self.horizon - self.focal * seen[1] / seen[2]
+    def spot(self, local: _Point) -> _Spot:
+        """Return (u, v) in the picture of a point in the camera's coordinates."""
+        u = self.focal * local[0] / local[2]
+        v = self.horizon - self.focal * local[1] / local[2]
         return u * self.cos_roll - v * self.sin_roll, u * self.sin_roll + v * self.cos_roll
 
     def ground(
         self, u: NDArray[np.floating], v: NDArray[np.floating]
     ) -> tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]:
-        """Spots -> t, z and distance of the ground there; the distance is infinite above the horizon."""
+        """Return t, z and depth of the ground at (u, v); the depth is infinite above the horizon."""
         across = u * np.float32(self.cos_roll) + v * np.float32(self.sin_roll)
         below = v * np.float32(self.cos_roll) - u * np.float32(self.sin_roll) - np.float32(self.horizon)
         away = np.float32(self.focal * self.height) / np.maximum(below, np.float32(1e-3))
@@ -194,13 +166,13 @@ class _Camera:
 
 @dataclass
 class _Side:
-    """What one side of the road consists of, from the kerb outwards: distances from the middle of the road."""
+    """One side of the road, from the kerb outwards; all numbers are distances from the middle of the road."""
 
-    strips: list[tuple[float, int]]  # where each strip of ground begins, and its class
-    path: tuple[float, float]  # the pavement
-    wall: float | None
-    houses: float | None
-    outer: float  # where trees may stand up to
+    strips: list[tuple[float, int]]  # inner edge and class of each strip of ground
+    path: tuple[float, float]  # inner and outer edge of the pavement
+    wall: float | None  # None without a wall
+    houses: float | None  # the fronts of the houses; None without houses
+    outer: float  # outer limit of the trees
     town: bool
 
 
@@ -239,13 +211,13 @@ _LAMP: _Colour = (250, 210, 140)
 
 
 class _CarShape(NamedTuple):
-    """A kind of car. Outlines go from behind to the front, as shares of the length and of the height."""
+    """A type of car. Outlines run from the rear to the front, in shares of the length and of the height."""
 
     length: float
     height: float
-    behind: tuple[_Spot, ...]  # the outline up to the highest point
-    before: tuple[_Spot, ...]  # the rest of it
-    pane: tuple[_Spot, ...]  # the windows of a side
+    rear: tuple[_Spot, ...]  # the outline from the rear to the highest point
+    front: tuple[_Spot, ...]  # the outline from there to the front
+    pane: tuple[_Spot, ...]  # the side windows
 
 
 _SALOON = _CarShape(
@@ -281,48 +253,48 @@ _CAR_SHAPES = (*(_SALOON,) * 2, *(_HATCHBACK,) * 2, *(_OFF_ROADER,) * 2, *(_VAN,
 
 @dataclass
 class _Car:
-    t: float  # of its middle
-    z: float
-    heading: int  # 1 is away from the camera
+    t: float  # of the middle
+    z: float  # of the middle
+    heading: int  # 1 drives away from the camera, -1 towards it
     shape: _CarShape
     length: float
     height: float
-    half: float  # of its width
+    half: float  # half the width
     paint: _Colour
 
     @property
     def outline(self) -> tuple[_Spot, ...]:
-        return self.shape.behind + self.shape.before
+        return self.shape.rear + self.shape.front
 
     def at(self, share: _Spot, side: float) -> _Point:
-        """A point of the outline on one side (-1 to 1) of the body, which is narrower at the roof."""
+        """Return a point of the outline at a position across the body, -1 to 1; the body is narrower at the roof."""
         along, up = share
         narrower = 1 - 0.22 * max(0.0, up - 0.6) / 0.4
         return self.t + side * self.half * narrower, up * self.height, self.z + self.heading * along * self.length
 
     def across(self, low: _Spot, high: _Spot, left: float = -1, right: float = 1) -> list[_Point]:
-        """A rectangle from one side to another, between two points of the outline."""
+        """Return a rectangle across the body, between two points of the outline."""
         return [self.at(low, left), self.at(high, left), self.at(high, right), self.at(low, right)]
 
 
 @dataclass
 class _House:
-    side: int
-    t: float  # of its front
-    z: float
-    length: float
-    depth: float
-    floor: float  # the height of one
-    height: float
-    ridge: float  # the roof's height; 0 where it is flat
+    side: int  # -1 left of the road, 1 right of it
+    t: float  # of the front
+    z: float  # of the near end
+    length: float  # along the road
+    depth: float  # across the road
+    floor: float  # the height of a floor
+    height: float  # of the walls
+    ridge: float  # the height of the roof; 0 for a flat roof
     facade: _Colour
     roof: _Colour
     trim: _Colour
-    share: _Spot  # of the windows in the width and the height
-    levels: NDArray[np.floating]  # (floors, windows of each): which reflect the sky, and which are lit
-    awning: _Colour | None  # of a shop
-    door: int  # the window that is one
-    chimney: float
+    share: _Spot  # the share of width and height that the windows take
+    levels: NDArray[np.floating]  # (floors, windows per floor), [0, 1): the brightness of each pane
+    awning: _Colour | None  # None without a shop
+    door: int  # the index of the ground floor window that is the door
+    chimney: float  # its position along the roof, as a share of the length
 
     @property
     def far(self) -> float:
@@ -330,12 +302,12 @@ class _House:
 
     @property
     def face(self) -> _Point:
-        """The direction that its front faces."""
+        """The normal of the front."""
         return -float(self.side), 0.0, 0.0
 
 
 class Street:
-    """Everything in one scene, drawn from the back to the front on the picture and the label map at once."""
+    """The objects of a scene. Each is drawn on the picture and on the label map at once, from far to near."""
 
     def __init__(self, generator: np.random.Generator, height: int, width: int):
         self.size = (height, width)
@@ -350,12 +322,12 @@ class Street:
         self.shadow_pen = ImageDraw.Draw(self.shadow)
 
     def picture(self) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Return the photograph of it, RGB, and the label map (height, width); to be called once."""
+        """Return the picture, RGB, and the label map (height, width). Call it once: it consumes random numbers."""
         dice = self.dice
         crowns = [self._crown(conical=dice.chance(0.25)) for _ in range(2)]
         skyline = self._skyline()
         outer = []
-        for side in self.sides:  # houses before gardens before walls, each from afar
+        for side in self.sides:  # houses, then gardens, then walls, each from far to near
             outer += [*self._houses(side), *self._garden(side, crowns), *self._walls(side)]
         inner = [*self._street_trees(crowns), *self._cars(), *self._people(), *self._signs()]
 
@@ -369,7 +341,7 @@ class Street:
         exact = np.ascontiguousarray(np.asarray(self.labels)[step // 2 :: step, step // 2 :: step])
         return self._photograph(self.image.reduce(step)), exact
 
-    # What is where
+    # Layout of the scene
 
     def _side(self) -> _Side:
         dice = self.dice
@@ -381,7 +353,7 @@ class Street:
         path = (at, at + dice.between(2.8, 4.8))
         at = path[1]
         kind = dice.between(0, 1)
-        if kind < 0.38:  # a town: houses stand at the pavement, or behind a narrow lawn with a wall
+        if kind < 0.38:  # a town: houses at the pavement, or behind a narrow lawn with a wall
             if dice.chance(0.6):
                 return _Side(strips, path, None, at + dice.between(0, 0.6), at, True)
             lawn = at
@@ -409,7 +381,7 @@ class Street:
         return jobs[::-1]
 
     def _house(self, side: int, front: float, z: float, length: float, town: bool) -> _House:
-        """A house whose front is at this distance from the middle of the road, from z on."""
+        """Return a house with its front at a distance from the middle of the road, and its near end at z."""
         dice = self.dice
         floors = 2 + dice.below(5 if town else 2)
         floor = dice.between(2.7, 3.4)
@@ -453,7 +425,7 @@ class Street:
         face, away = house.face, max(1.0, z)
         outer, middle, top = t + side * house.depth, t + side * house.depth / 2, height + house.ridge
 
-        def lit(colour: _Colour, normal: _Point = face) -> _Seen:
+        def lit(colour: _Colour, normal: _Point = face) -> _Rgb:
             return self.weather.lit(colour, normal, away)
 
         end = [(t, 0, z), (t, height, z), (outer, height, z), (outer, 0, z)]
@@ -492,7 +464,7 @@ class Street:
         near, beyond = centre - half, centre + half
         away = max(1.0, house.z)
         frame = weather.lit(house.trim, house.face, away)
-        # From dark to bright; in the dark, some are lit.
+        # Panes from dark to bright; after dusk the darkest are lit.
         panes = [
             weather.lit(_mixed(_GLASS, weather.low, (level / 8) ** 2 * 0.8), house.face, away) for level in range(8)
         ]
@@ -501,10 +473,10 @@ class Street:
         for margin, glass in ((0.12, False), (0.0, True)):
             zs = np.stack([near - margin, near - margin, beyond + margin, beyond + margin], -1)
             ys = np.stack([bottom - margin, top + margin, top + margin, bottom - margin], -1)
-            seen = self.camera.from_world((house.t, ys, zs))
-            x, y = self._pixels(self.camera.spot(seen))
-            # Neither behind the camera, nor too small to be seen, nor outside the picture.
-            visible = (seen[2] > _NEAR).all(-1) & (y[..., 0] - y[..., 1] > 3) & (np.abs(x[..., 2] - x[..., 0]) > 1.5)
+            local = self.camera.from_world((house.t, ys, zs))
+            x, y = self._pixels(self.camera.spot(local))
+            # Windows behind the camera, of less than a few samples, or outside the picture are left out.
+            visible = (local[2] > _NEAR).all(-1) & (y[..., 0] - y[..., 1] > 3) & (np.abs(x[..., 2] - x[..., 0]) > 1.5)
             visible &= (x.max(-1) > 0) & (x.min(-1) < self.columns) & (y.max(-1) > 0)
             outlines = np.stack([x, y], -1).reshape(floors, across, 8)[visible].tolist()
             for outline, level in zip(outlines, (house.levels[visible] * 8).astype(int).tolist(), strict=True):
@@ -542,15 +514,15 @@ class Street:
             lit = self.weather.lit
             face, end = (-float(side), 0.0, 0.0), (0.0, 0.0, -1.0)
             away = max(1.0, z)
-            plain = _times(colour, shade)
+            surface = _times(colour, shade)
             thick = [(t, 0, z), (t, height, z), (t + side * 0.3, height, z), (t + side * 0.3, 0, z)]
-            self._polygon(thick, lit(plain, end, away), WALL)
+            self._polygon(thick, lit(surface, end, away), WALL)
             if self.camera.height > height:
                 top = [(t, height, z), (t, height, far), (t + side * 0.3, height, far), (t + side * 0.3, height, z)]
                 self._polygon(top, lit(cap, (0.0, 1.0, 0.0), away), WALL)
-            self._upright(t, z, far, 0, height, lit(plain, face, away), WALL)
+            self._upright(t, z, far, 0, height, lit(surface, face, away), WALL)
             if planks and z < 16:
-                dark = lit(_times(plain, 0.68), face, away)
+                dark = lit(_times(surface, 0.68), face, away)
                 for i in range(1, 12):
                     at = z + (far - z) * i / 12
                     self._upright(t, at, at + 0.05, 0, height, dark, None)
@@ -561,7 +533,7 @@ class Street:
         return draw
 
     def _garden(self, side: int, crowns: Sequence[tuple[Image.Image, Image.Image]]) -> list[_Job]:
-        """Trees behind the pavement."""
+        """Return the trees behind the pavement."""
         dice, plan = self.dice, self.sides[side]
         if plan.town:
             return []
@@ -641,7 +613,7 @@ class Street:
         self.labels.paste(TREE, (x0, y0, x1, y1), mask)
 
     def _crown(self, conical: bool) -> tuple[Image.Image, Image.Image]:
-        """How light the leaves of a crown are, and where there are any: two pictures."""
+        """Return two pictures of a crown: the brightness of its leaves, and its mask."""
         dice = self.dice
         grid = (np.arange(_CROWN, dtype=np.float32) + 0.5) / _CROWN * 2 - 1
         x, y = grid[None], -grid[:, None]
@@ -674,7 +646,7 @@ class Street:
         dice = self.dice
         jobs = []
         for side in self.sides:
-            if dice.chance(0.7):  # parked
+            if dice.chance(0.7):  # parked cars
                 t = side * (self.half_road - 1.05)
                 z = dice.between(4.5, 12)
                 while z < 36:
@@ -692,7 +664,7 @@ class Street:
         return jobs
 
     def _car(self, t: float, z: float, heading: int) -> Callable[[], None]:
-        """A car in the middle of this spot; heading 1 is away from the camera."""
+        """Return the function that draws a car whose middle is at (t, z); heading 1 drives away from the camera."""
         dice = self.dice
         shape = _CAR_SHAPES[dice.below(len(_CAR_SHAPES))]
         car = _Car(
@@ -713,7 +685,7 @@ class Street:
         near = car.z - car.length / 2
         if near < 1.2:
             return
-        # Below, and the tyres of the end that is seen.
+        # The underside, and the tyres of the near end.
         end, inset, top = (0.0, 0.0, -1.0), car.half * 0.9, 0.24 * car.height
         left, right = car.t - inset, car.t + inset
         below = [(left, 0.17, near), (right, 0.17, near), (right, top, near), (left, top, near)]
@@ -729,11 +701,11 @@ class Street:
             normal = (0.0, car.heading * dz / size, -car.heading * dy / size)
             y = (first[1] + second[1]) / 2 * car.height
             depth = car.z + car.heading * (first[0] + second[0]) / 2 * car.length
-            if normal[1] * (self.camera.height - y) - normal[2] * depth > 0:  # it faces the camera
+            if normal[1] * (self.camera.height - y) - normal[2] * depth > 0:  # this part of the body faces the camera
                 edges.append((depth, first, second, normal))
         for depth, first, second, normal in sorted(edges, key=lambda edge: -edge[0]):
             self._polygon(car.across(first, second), lit(car.paint, normal, depth), CAR)
-            # Windows are what rises steeply above the belt.
+            # Steep parts above the belt line are windows.
             if min(first[1], second[1]) > 0.57 and abs(second[1] - first[1]) > 0.2:
                 glass = _mixed(_GLASS, self.weather.low, 0.2 * max(0.0, normal[1]) + 0.08)
                 low, high = sorted((first, second), key=lambda point: point[1])
@@ -748,7 +720,7 @@ class Street:
             self._draw_car_side(car, math.copysign(1, toward))
 
     def _draw_car_end(self, car: _Car, away: float) -> None:
-        """Lamps, number plate and bumper of the end that faces the camera."""
+        """Draw lamps, number plate and bumper of the near end."""
         weather, normal = self.weather, (0.0, 0.0, -1.0)
         if car.heading > 0:  # the rear
             end, top, lamp, shining, plate = -0.505, car.outline[1][1], (170, 30, 28), (235, 50, 40), (226, 206, 120)
@@ -779,9 +751,9 @@ class Street:
         part(car.outline, car.paint, CAR)
         part([(-0.5, 0.2), (-0.5, 0.29), (0.5, 0.29), (0.5, 0.2)], _times(car.paint, 0.62))
         part(car.shape.pane, _mixed(_GLASS, self.weather.low, 0.2), out=1.005)
-        low, behind = min(y for _, y in car.shape.pane), min(x for x, _ in car.shape.pane)
+        low, rear = min(y for _, y in car.shape.pane), min(x for x, _ in car.shape.pane)
         for x in (-0.22, -0.06):
-            if behind < x - 0.06:
+            if rear < x - 0.06:
                 part([(x, low), (x, 0.94), (x + 0.02, 0.94), (x + 0.02, low)], car.paint)
         for x in (-0.31, 0.31):
             for radius, colour in ((0.34, (20, 20, 21)), (0.2, (120, 122, 124)), (0.06, (60, 60, 62))):
@@ -802,9 +774,9 @@ class Street:
                 z = 3.6 + 4.6 * dice.between(0, 1) ** (1.2 if index else 2)
                 crossing = dice.chance(0.22)
                 t = dice.between(-self.half_road, self.half_road) if crossing else side * dice.between(low, high)
-                seen = self.camera.from_world((t, 0, z))
-                # In sight even where the picture is narrow.
-                if seen[2] > 2.5 and abs(self.camera.spot(seen)[0]) < 0.6:
+                local = self.camera.from_world((t, 0, z))
+                # Visible in narrow pictures too.
+                if local[2] > 2.5 and abs(self.camera.spot(local)[0]) < 0.6:
                     jobs.append((z, self._person(t, z)))
                     break
         return jobs
@@ -861,7 +833,7 @@ class Street:
                     [(bag_side * a, b) for a, b in ((0.06, 0.48), (0.06, 0.62), (0.19, 0.62), (0.19, 0.48))], bag, 0.95
                 )
             part(((-0.03, 0.82), (-0.03, 0.87), (0.03, 0.87), (0.03, 0.82)), skin, 0.85)
-            # The head is as wide on a broad person as on a slim one.
+            # Broad and slim persons have heads of one width.
             ring = [(math.cos(math.pi * i / 7), math.sin(math.pi * i / 7)) for i in range(14)]
             part([(0.055 / wide * a, 0.925 + 0.07 * b) for a, b in ring], hair if away_from_us else skin)
             if not away_from_us:
@@ -879,8 +851,8 @@ class Street:
                 low, high = self.sides[side].path
                 t = side * (low + dice.between(0.2, 0.8) if dice.chance(0.7) else high - 0.3)
                 z = dice.between(4.5, 9.5)
-                seen = self.camera.from_world((t, 0, z))
-                if seen[2] > 3.8 and abs(self.camera.spot(seen)[0]) < 0.6:
+                local = self.camera.from_world((t, 0, z))
+                if local[2] > 3.8 and abs(self.camera.spot(local)[0]) < 0.6:
                     jobs.append((z, self._sign(t, z)))
                     break
         return jobs
@@ -901,8 +873,8 @@ class Street:
 
             def part(points: Sequence[_Spot], colour: _Colour, shines: bool = False) -> None:
                 weather = self.weather
-                seen = weather.glowing(colour, away) if shines else weather.lit(colour, (0.0, 0.1, -0.99), away)
-                self._draw([(x + a * scale, y - b * scale) for a, b in points], seen, SIGN)
+                rgb = weather.glowing(colour, away) if shines else weather.lit(colour, (0.0, 0.1, -0.99), away)
+                self._draw([(x + a * scale, y - b * scale) for a, b in points], rgb, SIGN)
 
             def box(left: float, right: float, low: float, high: float) -> list[_Spot]:
                 return [(left, low), (left, high), (right, high), (right, low)]
@@ -937,7 +909,7 @@ class Street:
         return draw
 
     def _skyline(self) -> Callable[[], None]:
-        """What closes the view at the horizon: trees or houses far away."""
+        """Return the function that draws distant trees or houses at the horizon."""
         dice = self.dice
         wooded = dice.chance(0.5)
         colour = dice.colour(_LEAVES[:4] if wooded else _FACADES)
@@ -961,12 +933,12 @@ class Street:
 
         return draw
 
-    # Sky and ground, which are drawn point by point
+    # Sky and ground, computed per pixel
 
     def _sky_and_ground(self) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Sky and ground alone: the picture, and the classes (rows, columns) of its samples.
+        """Return the picture of sky and ground alone, and the classes (rows, columns) of its samples.
 
-        Only what has edges is sampled more finely than the picture: the classes and what is painted on the road.
+        Classes and road markings have edges and are sampled more finely than the picture; colours are not.
         """
         rows, columns, camera = self.rows, self.columns, self.camera
         height, width = self.size
@@ -974,7 +946,7 @@ class Street:
         u = ((np.arange(columns, dtype=np.float32) + 0.5 - columns / 2) / rows)[None]
         v = ((np.arange(rows, dtype=np.float32) + 0.5) / rows - 0.5)[:, None]
         reach = columns / rows / 2 * abs(camera.sin_roll)
-        # Rows of the picture between which the horizon runs.
+        # The rows of the picture that the horizon crosses.
         first = min(height, max(0, int(((camera.horizon - reach) / camera.cos_roll + 0.5) * height) - 1))
         last = min(height, max(0, math.ceil(((camera.horizon + reach) / camera.cos_roll + 0.5) * height) + 1))
         labels = np.full((rows, columns), SKY, np.uint8)
@@ -985,8 +957,8 @@ class Street:
             t, z, away = camera.ground(u, v[first * step :])
             on_ground = np.isfinite(away)
             paint, colours = self._paint(t, z)
-            # Two classes of `paint` are what is painted on others.
-            classes = np.array([*ID2LABEL, ROAD, PAVEMENT], np.uint8)[paint]
+            # The last two paints, road markings and kerbs, belong to the classes road and pavement.
+            classes = np.array([*SCENE_ID2LABEL, ROAD, PAVEMENT], np.uint8)[paint]
             np.copyto(labels[first * step :], classes, where=on_ground)
             base = np.asarray(Image.fromarray(colours[paint]).reduce(step)) if step > 1 else colours[paint]
             at = (slice(step // 2, None, step),) * 2
@@ -995,7 +967,7 @@ class Street:
         return image.resize((columns, rows), Image.Resampling.NEAREST), labels
 
     def _sky(self, height: int) -> Image.Image:
-        """The sky of the picture's upper rows. It has no edges, and is worked out at half of the size."""
+        """Return the sky of the picture's first `height` rows, computed at half the size, since it has no edges."""
         weather, camera = self.weather, self.camera
         few, across = max(2, height // 2), max(2, self.size[1] // 2)
         v = ((np.arange(few, dtype=np.float32) + 0.5) / few * height / self.size[0] - 0.5)[:, None] - camera.horizon
@@ -1004,7 +976,7 @@ class Street:
         share = np.minimum(1, up * 1.7)[..., None] ** 0.7
         top, low = np.array(weather.top, np.float32), np.array(weather.low, np.float32)
         sky = low + (top - low) * share
-        # Clouds hang at one height: towards the horizon they are further away.
+        # Clouds have one altitude: they are further away near the horizon.
         distance = 1 / (up + 0.12)
         turn = math.atan2(camera.sin_yaw, camera.cos_yaw) * 60
         cloud = _sample(self.clouds, distance * 11, u * distance * 13 + turn, smooth=True)
@@ -1022,10 +994,10 @@ class Street:
         return image.resize((self.size[1], height), Image.Resampling.BILINEAR)
 
     def _paint(self, t: NDArray[np.floating], z: NDArray[np.floating]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Which paint the ground has at (t, z), and the paints' colours: classes, then road markings and kerbs."""
+        """Return the paint of the ground at (t, z), and the colours of the paints: classes, road markings, kerbs."""
         dice = self.dice
-        marks, kerb = len(ID2LABEL), len(ID2LABEL) + 1
-        colours = np.zeros((len(ID2LABEL) + 2, 3))
+        marks, kerb = len(SCENE_ID2LABEL), len(SCENE_ID2LABEL) + 1
+        colours = np.zeros((len(SCENE_ID2LABEL) + 2, 3))
         colours[ROAD], colours[PAVEMENT] = dice.colour(_ROADS), dice.colour(_PAVEMENTS)
         colours[GRASS] = dice.colour(_GRASSES)
         colours[marks] = dice.colour(((222, 222, 216), (206, 204, 196)), 10)
@@ -1059,9 +1031,9 @@ class Street:
         away: NDArray[np.floating],
         first: int,
     ) -> NDArray[np.uint8]:
-        """The colours of the ground from the picture's row `first` on, with its texture, in light, shadow and haze."""
+        """Return the ground's colours from row `first` of the picture on, with texture, light, shadow and haze."""
         dice, weather = self.dice, self.weather
-        strength = np.full(len(ID2LABEL) + 2, 0.10, np.float32)
+        strength = np.full(len(SCENE_ID2LABEL) + 2, 0.10, np.float32)
         strength[GRASS], strength[PAVEMENT] = 0.26, 0.07
         near = 1 / (1 + away * 0.12)
         shade = strength[paint]
@@ -1074,7 +1046,7 @@ class Street:
         shadow = self.shadow.filter(ImageFilter.GaussianBlur(self.size[0] / 300))
         dark = np.asarray(shadow)[first:] * np.float32(1 / 255)
         pool = np.zeros(())
-        if weather.lamps:  # light below the street lamps
+        if weather.lamps:  # pools of light under the street lamps
             pool = np.clip(1 - np.abs(np.remainder(z, 17) - 8.5) / 5, 0, 1) * weather.lamps
             pool = pool * np.clip(1.3 - np.abs(t) / (self.half_road + 5), 0, 1)
         clear = np.exp(away * -weather.haze)
@@ -1090,34 +1062,34 @@ class Street:
     # Drawing
 
     def _pixels(self, spot: _Spot) -> _Spot:
-        """Heights of the picture from its middle -> the samples' columns and rows."""
+        """Return the column and the row of the sample at (u, v)."""
         return spot[0] * self.rows + (self.columns - 1) / 2, spot[1] * self.rows + (self.rows - 1) / 2
 
     def _outline(self, points: Sequence[_Point]) -> list[_Spot]:
-        """The polygon on the picture, cut off where it comes too near; empty where none of it is before the camera."""
-        seen = [self.camera.from_world(point) for point in points]
-        if any(point[2] < _NEAR for point in seen):
+        """Return a polygon in samples, clipped at `_NEAR`; empty if it lies behind the camera."""
+        local = [self.camera.from_world(point) for point in points]
+        if any(point[2] < _NEAR for point in local):
             cut = []
-            for before, here in zip([seen[-1], *seen[:-1]], seen, strict=True):
+            for before, here in zip([local[-1], *local[:-1]], local, strict=True):
                 if (before[2] < _NEAR) != (here[2] < _NEAR):
                     w = (_NEAR - before[2]) / (here[2] - before[2])
                     cut.append((before[0] + w * (here[0] - before[0]), before[1] + w * (here[1] - before[1]), _NEAR))
                 if here[2] >= _NEAR:
                     cut.append(here)
-            seen = cut
-        return [self._pixels(self.camera.spot(point)) for point in seen] if len(seen) > 2 else []
+            local = cut
+        return [self._pixels(self.camera.spot(point)) for point in local] if len(local) > 2 else []
 
-    def _polygon(self, points: Sequence[_Point], colour: _Seen, label: int | None) -> None:
+    def _polygon(self, points: Sequence[_Point], colour: _Rgb, label: int | None) -> None:
         self._draw(self._outline(points), colour, label)
 
     def _upright(
-        self, t: float, z: float, far: float, low: float, high: float, colour: _Seen, label: int | None
+        self, t: float, z: float, far: float, low: float, high: float, colour: _Rgb, label: int | None
     ) -> None:
-        """A rectangle that stands along the road."""
+        """Draw a vertical rectangle along the road, from z to far and from low to high."""
         self._polygon([(t, low, z), (t, high, z), (t, high, far), (t, low, far)], colour, label)
 
-    def _draw(self, outline: Sequence[_Spot], colour: _Seen, label: int | None) -> None:
-        """Fill a polygon. What lies on top of its own kind needs no label: None."""
+    def _draw(self, outline: Sequence[_Spot], colour: _Rgb, label: int | None) -> None:
+        """Fill a polygon; with label None the label map stays as it is, for details of an object."""
         if len(outline) < 3:
             return
         columns = [x for x, _ in outline]
@@ -1128,15 +1100,15 @@ class Street:
             self.label_pen.polygon(outline, fill=label)
 
     def _stand(self, t: float, z: float) -> tuple[float, float, float, float]:
-        """Where something stands: its column and row, samples a metre, and its distance (0 where behind)."""
-        seen = self.camera.from_world((t, 0, z))
-        if seen[2] < _NEAR:
+        """Return column and row of a point on the ground, samples per metre, and depth (0 if behind the camera)."""
+        local = self.camera.from_world((t, 0, z))
+        if local[2] < _NEAR:
             return 0.0, 0.0, 0.0, 0.0
-        x, y = self._pixels(self.camera.spot(seen))
-        return x, y, self.camera.focal * self.rows / seen[2], seen[2]
+        x, y = self._pixels(self.camera.spot(local))
+        return x, y, self.camera.focal * self.rows / local[2], local[2]
 
     def _shade(self, points: Sequence[_Spot], level: int = 255) -> None:
-        """Darken a polygon (t, z) of the ground."""
+        """Draw a polygon (t, z) of the ground into the shadow map."""
         outline = self._outline([(t, 0.0, z) for t, z in points])
         if outline:
             self.shadow_pen.polygon([(x / _OVERSAMPLING, y / _OVERSAMPLING) for x, y in outline], fill=level)
@@ -1144,7 +1116,7 @@ class Street:
     def _cast(
         self, t: float, other: float, z: float, far: float, height: float, lowest: float = 0.0, contact: bool = False
     ) -> None:
-        """The shadow of a box on the ground; where there is no sun, only of what nearly touches it."""
+        """Draw the shadow of a box; without sun, only the contact shadow under it."""
         x, y, depth = self.weather.towards_sun
         corners = ((t, z), (other, z), (other, far), (t, far))
         if contact:
@@ -1165,7 +1137,7 @@ class Street:
         self._shade([(t + radius * math.cos(a), z + radius * 1.2 * math.sin(a)) for a in angles])
 
     def _photograph(self, image: Image.Image) -> Image.Image:
-        """What the camera makes of it: exposure, colour cast, blur, noise, compression."""
+        """Return the picture with the camera's exposure, colour cast, blur, noise and compression."""
         dice = self.dice
         gains = [dice.between(0.84, 1.22) for _ in range(3)]
         gamma = dice.between(0.82, 1.12)
@@ -1180,7 +1152,7 @@ class Street:
         height, width = self.size
         y = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5)[:, None, None]
         x = ((np.arange(width, dtype=np.float32) + 0.5 - width / 2) / height)[None, :, None]
-        # Nothing is of one even colour.
+        # A slight variation of brightness: no surface has one colour.
         stain = _sample(self.clouds, y * 60, x * 60) * 0.015 + _sample(self.tile, y * 300, x * 300) * 0.015
         values *= 1 + stain - np.float32(vignette) * (x * x + y * y) * 1.4
         values += np.float32(noise) * self.dice.generator.standard_normal(values.shape, dtype=np.float32)
@@ -1194,7 +1166,7 @@ class Street:
 def _sample(
     texture: NDArray[np.floating], row: NDArray[np.floating], column: NDArray[np.floating], smooth: bool = False
 ) -> NDArray[np.floating]:
-    """The periodic texture at these places: of the nearest point, or between the four that are nearest."""
+    """Return a periodic texture at positions: its nearest value, or with `smooth` the bilinear mean of four."""
     above, left = np.floor(row), np.floor(column)
     rows, columns = above.astype(np.int32) & (_TILE - 1), left.astype(np.int32) & (_TILE - 1)
     value = texture[rows, columns]
@@ -1209,7 +1181,7 @@ def _sample(
 
 
 def _noise(generator: np.random.Generator) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Two periodic textures (256, 256) of mean 0 and variance 1: a fine-grained one, and one like clouds."""
+    """Return two periodic textures (128, 128) of mean 0 and variance 1: a fine grain, and clouds."""
     spectrum = np.fft.rfft2(generator.standard_normal((_TILE, _TILE), dtype=np.float32))
     rows, columns = np.fft.fftfreq(_TILE)[:, None] * _TILE, np.fft.rfftfreq(_TILE)[None] * _TILE
     frequency = np.maximum(1, np.hypot(rows, columns))

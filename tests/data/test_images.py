@@ -1,9 +1,10 @@
-"""Reading photos of every kind, class colours, label maps as PNG, overlays."""
+"""The decoder of photos, class colours, label maps as PNG, overlays."""
 
 from __future__ import annotations
 
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from skimage import data
 from fastuper.data import classes
 from fastuper.data import overlay as overlays
 from fastuper.data.classes import class_palette
-from fastuper.data.images import ImageError, read_image
+from fastuper.data.images import ImageError, as_grey, as_rgb, read_image
 from fastuper.data.overlay import class_shares, overlay, save_label_png
 
 
@@ -25,7 +26,7 @@ def photo() -> Image.Image:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing."""
+    """Return a PNG whose header declares a size and which has no pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 1000) + b"IDAT"
@@ -47,26 +48,43 @@ def test_every_mode_reads_as_the_conversion_of_its_pixels(photo: Image.Image, mo
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
-def test_transparent_pixels_are_laid_over_white(mode: str, tmp_path: Path) -> None:
+def test_transparent_pixels_have_their_stored_colours(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "transparent.png"
     if mode in ("RGBA", "LA"):
-        image = Image.new(mode, (2, 1), (0, 0, 0, 0) if mode == "RGBA" else (0, 0))
+        image = Image.new(mode, (2, 1), (40, 50, 60, 0) if mode == "RGBA" else (40, 0))
         image.putpixel((1, 0), (255, 0, 0, 128) if mode == "RGBA" else (100, 255))
-        expected = [(255, 255, 255), (255, 127, 127) if mode == "RGBA" else (100, 100, 100)]
+        expected = [(40, 50, 60), (255, 0, 0)] if mode == "RGBA" else [(40, 40, 40), (100, 100, 100)]
         image.save(path)
     elif mode == "P":
         image = Image.new("P", (2, 1), 0)
-        image.putpalette([0, 0, 0, 10, 20, 30])
+        image.putpalette([40, 50, 60, 10, 20, 30])
         image.putpixel((1, 0), 1)
-        image.save(path, transparency=0)
-        expected = [(255, 255, 255), (10, 20, 30)]
-    else:  # one colour that stands for transparent
-        image = Image.new(mode, (2, 1), 0)
+        image.save(path, transparency=b"\x00\x80")
+        expected = [(40, 50, 60), (10, 20, 30)]
+    else:  # the file names a transparent colour
+        image = Image.new(mode, (2, 1), 40 if mode == "L" else (40, 50, 60))
         image.putpixel((1, 0), 77 if mode == "L" else (7, 8, 9))
-        image.save(path, transparency=0 if mode == "L" else (0, 0, 0))
-        expected = [(255, 255, 255), (77, 77, 77) if mode == "L" else (7, 8, 9)]
-    result = np.asarray(read_image(path)).astype(int)
-    assert np.abs(result - np.array([expected])).max() <= 1
+        image.save(path, transparency=40 if mode == "L" else (40, 50, 60))
+        expected = [(40, 40, 40), (77, 77, 77)] if mode == "L" else [(40, 50, 60), (7, 8, 9)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(np.asarray(read_image(path)), np.array([expected], np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "1", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I;16B"])
+def test_grey_is_that_of_the_colours(photo: Image.Image, mode: str) -> None:
+    if mode == "LAB":
+        image = Image.frombytes("LAB", photo.size, photo.tobytes())
+    elif mode.startswith("I;16"):
+        values = np.arange(photo.width * photo.height, dtype=np.uint16) * 48
+        image = Image.frombytes(mode, photo.size, values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    else:
+        image = photo.convert("P").convert("PA") if mode == "PA" else photo.convert(mode)
+    grey = as_grey(image, "photo")
+    assert grey.mode == "L"
+    np.testing.assert_array_equal(np.asarray(grey), np.asarray(as_rgb(image, "photo").convert("L")))
+    if not mode.startswith("I;16"):
+        np.testing.assert_array_equal(np.asarray(grey), np.asarray(image.convert("RGB").convert("L")))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
@@ -77,13 +95,16 @@ def test_16_bit_grey_is_scaled_not_clipped(suffix: str, tmp_path: Path) -> None:
     result = np.asarray(read_image(path))
     np.testing.assert_array_equal(result[..., 0], np.round(values / 257).astype(np.uint8))
     assert (result == result[..., :1]).all()
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(as_rgb(image, "grey")), result)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_32_bit_values_are_refused_with_the_remedy(dtype: type, tmp_path: Path) -> None:
     path = tmp_path / "depth.tif"
     Image.fromarray(np.ones((3, 4), dtype=dtype)).save(path)
-    with pytest.raises(ImageError, match=r"depth\.tif: holds 32-bit .*save it as 8-bit RGB or 16-bit grey"):
+    message = r"depth\.tif: holds 32-bit .*no value stands for white; .*save it as 8-bit RGB or 16-bit grey"
+    with pytest.raises(ImageError, match=message):
         read_image(path)
 
 
@@ -138,8 +159,9 @@ def test_missing_empty_folder_and_foreign_files_are_refused_in_one_line(tmp_path
         ("pipe.png", "not a regular file"),
         (".", "is a folder"),
     ]:
-        with pytest.raises(ImageError, match=reason) as caught:
+        with pytest.raises(FileNotFoundError if name == "missing.png" else ImageError, match=reason) as caught:
             read_image(tmp_path / name)
+        assert isinstance(caught.value, ImageError)
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
 

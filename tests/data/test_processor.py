@@ -1,4 +1,4 @@
-"""`UperNetImageProcessor` by itself: what it computes, what it accepts beyond the reference, what it refuses."""
+"""`UperNetImageProcessor` alone: its results, inputs that Transformers' class refuses, and its errors."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ def noise(*shape, seed=0):
 
 
 def smooth(height, width):
-    """An image in which an error of resizing is small and one of position large."""
+    """Return an image of smooth colours: errors of resizing are small, errors of position large."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([y * 255 // max(height - 1, 1), x * 255 // max(width - 1, 1), (x + y) % 256], -1).astype(np.uint8)
 
@@ -83,7 +83,7 @@ def test_layouts_are_told_apart():
 
 
 def test_the_length_of_the_mean_decides_between_dimensions():
-    """The reference takes the 4 for the channels, then finds that the mean has 3."""
+    """Transformers takes the 4 for the channels and then fails, since the mean has 3."""
     image = noise(4, 50, 3)
     expected = only(UperNetImageProcessor()(Image.fromarray(image)))
     np.testing.assert_array_equal(only(UperNetImageProcessor()(image)), expected, strict=True)
@@ -129,7 +129,7 @@ def test_thirteen_channels_are_resized_one_by_one():
         np.testing.assert_array_equal(value, np.asarray(Image.fromarray(plane).resize((23, 17), 2)), strict=True)
 
 
-# Modes of PIL images. Expected: the same picture in RGB, made by hand where Pillow's way is not what is wanted.
+# Modes of PIL images. Expected is the same picture in RGB.
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "HSV", "YCbCr", "RGBX"])
@@ -158,11 +158,24 @@ def test_transparent_palette_does_not_warn():
 
 
 @pytest.mark.parametrize("byte_order", ["<u2", ">u2"])
-def test_sixteen_bit_grey_keeps_its_upper_bits(byte_order):
+def test_sixteen_bit_grey_is_scaled(byte_order):
     levels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     image = Image.frombytes("I;16" if byte_order == "<u2" else "I;16B", (64, 64), levels.astype(byte_order).tobytes())
     values = only(UperNetImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)(image))
-    np.testing.assert_array_equal(values, np.stack([(levels // 256).astype(np.uint8)] * 3), strict=True)
+    np.testing.assert_array_equal(values, np.stack([np.round(levels / 257).astype(np.uint8)] * 3), strict=True)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+@pytest.mark.parametrize("statistics", [[0.5], 0.5], ids=["one", "any"])
+def test_32_bit_images_are_numbers_of_one_channel(mode, statistics):
+    levels = noise(40, 60)
+    processor = UperNetImageProcessor(image_mean=statistics, image_std=statistics, size=30)
+    expected = only(processor(levels[None], input_data_format="channels_first"))
+    np.testing.assert_array_equal(only(processor(Image.fromarray(levels).convert(mode))), expected, strict=True)
+    as_they_are = UperNetImageProcessor(do_resize=False, image_mean=statistics, image_std=statistics)
+    numbers = levels.astype(np.int32) * 1000 - 7
+    image = Image.fromarray(numbers).convert(mode)
+    np.testing.assert_array_equal(only(as_they_are(image)), only(as_they_are(np.asarray(image)[None])), strict=True)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "LA", "P", "1"])
@@ -184,7 +197,7 @@ def test_single_statistics_leave_grey_images_grey(mode, channels):
 def test_files(tmp_path):
     image = Image.fromarray(smooth(40, 60))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side
+    exif[0x0112] = 6  # a camera turned by 90 degrees
     image.save(tmp_path / "image.png", exif=exif)
     labels = Image.fromarray(noise(60, 40))
     labels.save(tmp_path / "labels.png")
@@ -200,7 +213,7 @@ def test_files(tmp_path):
 
 
 def test_labels_beyond_eight_bits_survive_resizing():
-    """The nearest pixels are the same ones whatever the numbers: each label here says where it stood."""
+    """The nearest pixels do not depend on the labels: each label here is its own position."""
     labels = np.arange(60 * 40).reshape(60, 40) - 7
     batch = UperNetImageProcessor(size=(33, 57))(noise(60, 40, 3), labels)
     rows = np.asarray(Image.fromarray(np.arange(60, dtype=np.uint8)[:, None].repeat(40, 1)).resize((57, 33), 0))
@@ -226,7 +239,7 @@ def test_other_kinds_of_maps(kind):
     np.testing.assert_array_equal(batch["labels"][0], labels.astype(np.int64), strict=True)
 
 
-# Results belong to the caller, inputs stay the caller's
+# Results share no memory with inputs, and inputs keep their values
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
@@ -366,7 +379,7 @@ def test_attributes_may_be_changed():
 
 
 def test_post_processing():
-    """Two classes, the left half and the right half of the image, told by hand."""
+    """Two classes, the left and the right half of the image; the expected labels are written by hand."""
     logits = torch.zeros(2, 3, 4, 4)
     logits[0, 1, :, :2] = 1
     logits[0, 2, :, 2:] = 1
@@ -384,7 +397,7 @@ def test_post_processing():
             processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), wrong)
 
 
-# Bad input: one line, which names the input and what would do
+# Bad input: an error of one line that names the input and the remedy
 
 
 IMAGE = noise(8, 9, 3)
@@ -436,7 +449,7 @@ REFUSED = {
     "resample": (IMAGE, {"resample": 9}, ValueError, r"resample is 9; Pillow's filters are 0 \(nearest\)"),
     "mean": (IMAGE, {"image_mean": "imagenet"}, ValueError, "image_mean is 'imagenet'; give one finite number"),
     "mean_nan": (IMAGE, {"image_mean": [0.5, float("nan"), 1]}, ValueError, "image_mean is .*; give one finite number"),
-    "mean_none": (IMAGE, {"image_mean": []}, ValueError, "give one finite number a channel"),
+    "mean_none": (IMAGE, {"image_mean": []}, ValueError, "give one finite number per channel"),
     "lengths": (IMAGE, {"image_mean": [0.5] * 4}, ValueError, "image_mean .* and image_std .* differ in length"),
     "std": (IMAGE, {"image_std": [1, 0, 1]}, ValueError, "a zero in it would divide by zero"),
     "tensorflow": (IMAGE, {"return_tensors": "tf"}, ValueError, "return_tensors is 'tf'; give one of None, 'pt', 'np'"),
@@ -463,7 +476,11 @@ def test_bad_images_are_refused(case):
 REFUSED_MAPS = {
     "count": ([noise(8, 9)] * 2, ValueError, "2 segmentation_maps for 1 images"),
     "size": (noise(9, 8), ValueError, r"segmentation_maps\[0\] is 9 x 8 and images\[0\] 8 x 9 \(height x width\)"),
-    "colours": (PIL_IMAGE, ValueError, "mode RGB; give one channel of labels"),
+    "colours": (
+        PIL_IMAGE,
+        ValueError,
+        r"maps\[0\]: has the 3 channels R, G, B, where one of class numbers is expected",
+    ),
     "channels": (IMAGE, ValueError, "8 segmentation_maps for 1 images"),
     "fractions": (noise(8, 9) / 2, ValueError, "holds fractions, NaN or infinite values; labels are whole"),
     "nan": (np.full((8, 9), np.nan), ValueError, "holds fractions, NaN"),
@@ -521,7 +538,7 @@ def test_rescaled_images_warn_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         UperNetImageProcessor()(image, do_rescale=False)
-        UperNetImageProcessor()(IMAGE // 255)  # a dark 8-bit image is no mistake
+        UperNetImageProcessor()(IMAGE // 255)  # a dark 8-bit image needs no warning
         UperNetImageProcessor()(IMAGE.astype(float))
 
 
@@ -542,15 +559,19 @@ def test_device_of_the_tensors():
 def test_files_that_cannot_be_read_are_named(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(np.arange(3 * 64 * 64, dtype=np.uint8).reshape(64, 64, 3)).save(whole)
-    (tmp_path / "truncated.png").write_bytes(whole.read_bytes()[:-200])
+    (tmp_path / "truncated.png").write_bytes(whole.read_bytes()[:100])
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
     processor = UperNetImageProcessor(size=8)
     assert processor(whole)["pixel_values"][0].shape == (3, 8, 8)
-    for name in ("truncated.png", "text.png", "empty.png"):
-        with pytest.raises(OSError, match=rf"images\[0\]: .*{name} cannot be read: "):
+    for name, reason in {
+        "truncated.png": r"cannot be decoded \(.*\); the file is truncated or damaged",
+        "text.png": "is not an image in a format that Pillow can read",
+        "empty.png": "the file is empty",
+    }.items():
+        with pytest.raises(OSError, match=rf"images\[0\]: .*{name}: {reason}"):
             processor(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=r"images\[0\]: there is no file .*missing\.png"):
+    with pytest.raises(FileNotFoundError, match=r"images\[0\]: .*missing\.png: no such file"):
         processor(tmp_path / "missing.png")
 
 

@@ -1,4 +1,4 @@
-"""Datasets in their layouts, what bad ones are told, and augmentation that can be repeated."""
+"""Datasets in their layouts, errors of bad datasets, and reproducible augmentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastuper import UperNetImageProcessor
 from fastuper.data.augment import TrainingDataset, TrainingTransform, scaled_size
 from fastuper.data.classes import ade20k_names, class_palette
 from fastuper.data.folders import CITYSCAPES_CLASSES, FolderDataset, find_splits, open_dataset
-from fastuper.data.images import ImageError, read_labels
+from fastuper.data.images import ImageError, read_image, read_labels
 from fastuper.data.samples import DataError, Sample, as_samples
 
 RANDOM = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def test_cityscapes(tmp_path: Path, by_train_id: bool) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_grey_labels_of_few_bits(bits: int, tmp_path: Path) -> None:
-    """As optimizers of PNG files write them; Pillow shows greys of 2 and 4 bits spread over 8."""
+    """PNG optimizers write them; Pillow multiplies grey of 2 and 4 bits so that it fills 8 bits."""
     values = (np.arange(5 * 7).reshape(5, 7) % (1 << bits)).astype(np.uint8)
     digits = values[..., None] >> np.arange(bits)[::-1] & 1
     lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in digits.reshape(5, -1))
@@ -148,7 +148,7 @@ def test_class_names_beside_the_folders(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\n\n  red fox \n", encoding="utf-8")
     assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog", 2: "red fox"}
     assert open_dataset(tmp_path, id2label={0: "x", 1: "y", 2: "z"}).id2label[2] == "z"
-    (tmp_path / "classes.txt").write_text("cat\ndog", encoding="utf-8-sig")  # as Windows writes it
+    (tmp_path / "classes.txt").write_text("cat\ndog", encoding="utf-8-sig")  # Windows editors write a byte order mark
     assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog"}
     (tmp_path / "classes.txt").write_text("café", encoding="cp1252")
     with pytest.raises(DataError, match=r"classes\.txt: is not UTF-8"):
@@ -267,7 +267,7 @@ def test_label_files_that_are_none(tmp_path: Path) -> None:
     for name, reason in {
         "rgb.png": r"has the 3 channels R, G, B, where one of class numbers is expected; .* save it as",
         "alpha.png": "has the 2 channels L, A",
-        "grey.jpg": "is a JPEG, whose values are not those that were saved",
+        "grey.jpg": "is a JPEG, whose compression changes class numbers; save label maps as PNG",
         "floats.tif": "holds 32-bit floats",
         "cut.png": "truncated or damaged",
         "empty.png": "the file is empty",
@@ -286,7 +286,7 @@ def test_options_that_contradict(tmp_path: Path) -> None:
         FolderDataset(tmp_path / "images", tmp_path / "labels", id2label={1: "one"})
 
 
-# Other people's datasets
+# Other datasets
 
 
 class Foreign(Dataset):
@@ -323,9 +323,84 @@ def test_any_dataset_becomes_samples() -> None:
     assert as_samples(samples, ignore_index=-1).id2label == samples.id2label
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3), (5, 2, 3), (1, 1, 3), (3, 5, 3), (2, 3, 13)])
+def test_the_label_map_determines_the_layout_of_an_array(shape: tuple[int, int, int]) -> None:
+    pixels = RANDOM.integers(0, 256, shape, dtype=np.uint8)
+    label = np.zeros(shape[:2], int)
+    for array in (pixels, np.moveaxis(pixels, -1, 0).copy()):
+        np.testing.assert_array_equal(as_samples(Foreign((array, label)))[0].image, pixels)
+
+
+def modes() -> dict[str, Image.Image]:
+    """A picture in every mode that a file can have."""
+    rgb = Image.fromarray(RANDOM.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    alpha = Image.fromarray(RANDOM.integers(0, 256, (6, 8), dtype=np.uint8))
+    pictures = {mode: rgb.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")}
+    for mode in ("LA", "RGBA"):
+        pictures[mode].putalpha(alpha)
+    pictures["P transparent"] = rgb.convert("P")
+    pictures["P transparent"].info["transparency"] = bytes(range(256))
+    pictures["L transparent"] = rgb.convert("L")
+    pictures["L transparent"].info["transparency"] = pictures["L"].getpixel((3, 3))
+    pictures["I;16"] = Image.fromarray(RANDOM.integers(0, 65536, (6, 8), dtype=np.uint16))
+    return pictures
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_a_picture_has_the_same_pixels_everywhere(mode: str, tmp_path: Path) -> None:
+    """The decoder, the processor, `as_samples` and `FolderDataset` agree, on files and on open images."""
+    image = modes()[mode]
+    path = tmp_path / "images" / f"a.{'tif' if mode == 'CMYK' else 'png'}"
+    path.parent.mkdir()
+    image.save(path)
+    label_map(tmp_path / "labels" / "a.png")
+    expected = np.asarray(read_image(path))
+    processor = UperNetImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+    with Image.open(path) as opened:
+        found = {
+            "processor, file": processor(path, data_format="channels_last")["pixel_values"][0],
+            "processor, image": processor(opened, data_format="channels_last")["pixel_values"][0],
+            "as_samples": as_samples(Foreign((opened, np.zeros((6, 8), int))))[0].image,
+            "FolderDataset": open_dataset(tmp_path)[0].image,
+        }
+    for way, pixels in found.items():
+        np.testing.assert_array_equal(np.asarray(pixels), expected, err_msg=way)
+
+
+@pytest.mark.parametrize("kind", ["1", "L", "P", "I;16", "I", "upside down"])
+def test_a_label_map_has_the_same_labels_everywhere(kind: str, tmp_path: Path) -> None:
+    values = np.arange(48).reshape(6, 8) * (1000 if kind.startswith("I") else 1) % (2 if kind == "1" else 10**6)
+    dtype = {"1": bool, "I;16": np.uint16, "I": np.int32}.get(kind, np.uint8)
+    image = Image.fromarray(values.astype(dtype))
+    if kind == "P":
+        image.putpalette(class_palette(256).tobytes())
+    exif = Image.Exif()
+    exif[0x0112] = 3 if kind == "upside down" else 1
+    path = tmp_path / "labels" / ("a.tif" if kind == "I" else "a.png")
+    path.parent.mkdir()
+    image.save(path, exif=exif)
+    photo(tmp_path / "images" / "a.png")
+    expected = np.rot90(values, 2) if kind == "upside down" else values
+    pixels = np.zeros((6, 8, 3), np.uint8)
+    processor = UperNetImageProcessor(do_resize=False)
+    np.testing.assert_array_equal(read_labels(path), expected)
+    np.testing.assert_array_equal(open_dataset(tmp_path)[0].label, expected)
+    np.testing.assert_array_equal(processor(pixels, path)["labels"][0], expected)
+    with Image.open(path) as opened:  # an open image keeps its orientation
+        np.testing.assert_array_equal(processor(pixels, opened)["labels"][0], values)
+        np.testing.assert_array_equal(as_samples(Foreign((pixels, opened)))[0].label, values)
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
+        (
+            (Image.new("I", (8, 6)), np.zeros((6, 8), int)),
+            r"Foreign\[0\]: holds 32-bit integers, mode I, in which no value stands for white; scale them",
+        ),
+        ((Image.new("F", (8, 6)), np.zeros((6, 8), int)), r"Foreign\[0\]: holds 32-bit floats, mode F"),
+        ((np.zeros((6, 8, 3), np.uint8), Image.new("RGB", (8, 6))), r"Foreign\[0\]: has the 3 channels R, G, B"),
+        ((np.zeros((6, 8, 3), np.uint8), Image.new("F", (8, 6))), r"Foreign\[0\]: holds 32-bit floats, where class"),
         ((np.zeros((6, 8, 3), np.float32), np.zeros((6, 8), int)), r"Foreign\[0\]: the image is float32 of shape"),
         ((np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8))), r"Foreign\[0\]: the label map is float64"),
         ((np.zeros((6, 8, 3), np.uint8), np.zeros((8, 6), int)), r"is 8 x 6 and its image Foreign\[0\] 6 x 8"),
@@ -350,7 +425,7 @@ torchvision = pytest.importorskip("torchvision")
 
 
 def blocks(height: int = 96, width: int = 128) -> Sample:
-    """A photo whose colour says the label, in blocks of 16 x 16; the first row of them is ignored.
+    """Return a photo in blocks of 16 x 16 whose colour encodes the label; the first row of blocks is ignored.
 
     Red is 60 times the label and blue 25 times its square, so that no mixture of two colours is a third.
     """
@@ -398,7 +473,7 @@ def test_pixels_and_labels_stay_together() -> None:
         padding = (pixels == 0).all(0)  # the mean
         assert (labels[padding] == 255).all()
         seen.add(bool(padding.any()))
-        # Away from the blocks' edges, where colours mix, the colour says the label.
+        # Colours mix at the edges of blocks; elsewhere the colour encodes the label.
         number = (levels[0] / 60).round()
         pure = ((levels[0] - 60 * number).abs() < 0.01) & ((levels[2] - 25 * number**2).abs() < 0.01)
         inside = pure & (labels != 255) & ~padding
@@ -444,7 +519,7 @@ def test_one_class_does_not_fill_the_crop() -> None:
         return shares
 
     assert np.mean(np.array(largest_shares(1.0)) > 0.75) > 0.4
-    assert np.mean(np.array(largest_shares(0.75)) > 0.75) < 0.2  # ten tries may all fail
+    assert np.mean(np.array(largest_shares(0.75)) > 0.75) < 0.2  # all ten tries may fail
 
 
 def test_sizes_are_those_of_mmsegmentation() -> None:

@@ -1,4 +1,4 @@
-"""The confusion matrix and its means, against numpy arithmetic written as in Hugging Face `evaluate`'s mean_iou."""
+"""The confusion matrix and its means, against numpy arithmetic after Hugging Face `evaluate`'s mean_iou; reports."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fastuper.data.classes import ade20k_names
+from fastuper.evaluation import report
 from fastuper.evaluation.confusion import ConfusionMatrix
 
 RANDOM = np.random.default_rng(0)
@@ -66,7 +67,7 @@ def label_maps(classes: list[int], ignore_index: int, count: int = 5) -> tuple[l
 @pytest.mark.parametrize("ignore_index", [255, -100, 3])
 @pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray])
 def test_means_are_those_of_evaluate(ignore_index: int, kind: object) -> None:
-    classes = [index for index in range(9) if index not in (3, 7)]  # two classes are never seen
+    classes = [index for index in range(9) if index not in (3, 7)]  # classes 3 and 7 do not occur
     predictions, labels = label_maps(classes, ignore_index)
     matrix = ConfusionMatrix(9, ignore_index=ignore_index)
     for prediction, label in zip(predictions, labels, strict=True):
@@ -88,7 +89,7 @@ def test_what_is_predicted_where_labels_are_ignored_counts_nowhere() -> None:
         assert matrix.mean_iou == matrix.mean_accuracy == matrix.pixel_accuracy == 1
         assert matrix.pixels.tolist() == [3, 3, 0]
     assert results[0] == results[1] == results[2]
-    # Not even a value that is no class: some models predict the ignored label too.
+    # Values that are no class count neither: some models predict the ignored label.
     matrix.update(np.full_like(label, 255), np.full_like(label, 255))
     assert matrix.to_dict() == results[2]
 
@@ -104,7 +105,7 @@ def test_an_ignore_index_beyond_8_bits(ignored: int) -> None:
 def test_absent_classes_are_left_out_of_the_means() -> None:
     matrix = ConfusionMatrix(4)
     matrix.update(np.array([0, 0, 2, 0]), np.array([0, 0, 0, 1]))
-    np.testing.assert_allclose(matrix.iou, [2 / 4, 0, 0, np.nan])  # class 2 is predicted, so that it counts
+    np.testing.assert_allclose(matrix.iou, [2 / 4, 0, 0, np.nan])  # class 2 is predicted, so it counts
     np.testing.assert_allclose(matrix.accuracy, [2 / 3, 0, np.nan, np.nan])
     assert matrix.mean_iou == pytest.approx(0.5 / 3)
     assert matrix.mean_accuracy == pytest.approx(1 / 3)
@@ -179,6 +180,14 @@ def test_table() -> None:
     ]
 
 
+def test_names_in_a_table_are_text_alone() -> None:
+    matrix = ConfusionMatrix(2, id2label={0: "[red]sky[/red] :smile:", 1: "a\x1b[2Jb " + "long " * 60})
+    matrix.update(np.array([0, 1]), np.array([0, 1]))
+    lines = matrix.table().splitlines()
+    assert lines[2].startswith("[red]sky[/red] :smile:   ")
+    assert lines[3].startswith("a\\x1b[2Jb " + "long " * 60)
+
+
 def test_files(tmp_path: Path) -> None:
     matrix = filled({0: "sky", 1: "façade, grey", 2: "道路", 3: "never"})
     matrix.save_json(tmp_path / "metrics.json")
@@ -203,15 +212,15 @@ def test_picture(tmp_path: Path, names: dict[int, str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         matrix.save_picture(tmp_path / "confusion.png")
-    figure = matrix._figure()
+    figure = report.figure(matrix)
     axes, image = figure.axes[0], figure.axes[0].images[0]
     counts = matrix.matrix.numpy()
     np.testing.assert_allclose(image.get_array()[:-1], counts[:-1] / counts[:-1].sum(1, keepdims=True))
-    assert np.isnan(np.ma.filled(image.get_array()[-1], np.nan)).all()  # no pixel of it: grey
+    assert np.isnan(np.ma.filled(image.get_array()[-1], np.nan)).all()  # a class without pixels has a grey row
     shown = [text.get_text() for text in axes.get_yticklabels()]
     assert shown == [{"道路": "class 2", "$x$": r"\$x\$"}.get(name, name) for name in names.values()]
     with Image.open(tmp_path / "confusion.png") as picture:
-        # So large that a name has a line to itself.
+        # Large enough for a line per name.
         assert picture.height > 15 * len(names)
         assert np.asarray(picture.convert("L")).std() > 10
     assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
@@ -225,5 +234,5 @@ def test_picture_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_no_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="there must be a class"):
+    with pytest.raises(ValueError, match="num_labels is 0; give at least 1"):
         ConfusionMatrix(0)

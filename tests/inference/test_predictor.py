@@ -1,4 +1,4 @@
-"""How prediction goes about it: in order, within its memory, and with a word on what it cannot do."""
+"""`Predictor`: order, batches, windows and resampling, memory, and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastuper import UperNetImageProcessor
-from fastuper.inference import predictor as inference
+from fastuper.inference import votes
 from fastuper.inference.predictor import PredictionError, Predictor, Prepared
 
 PROCESSOR = UperNetImageProcessor(
@@ -20,7 +20,7 @@ PROCESSOR = UperNetImageProcessor(
 
 
 class Colours(torch.nn.Module):
-    """Its logits are the pixels: the label is the brightest channel."""
+    """A model whose logits are the pixels: the label is the brightest channel."""
 
     def __init__(self, classes: int = 3) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_labels_of_another_size_and_of_one_class() -> None:
 def test_rows_that_arrive_bit_by_bit_are_resampled_as_a_whole(
     size: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "STRIP_ROWS", rows)
+    monkeypatch.setattr(votes, "STRIP_ROWS", rows)
     image = picture(400, 40)
     (labels,) = Predictor(Colours(), PROCESSOR, window=32, stride=7)([image], [size])
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].double()
@@ -93,14 +93,14 @@ def test_images_are_asked_for_as_they_are_needed() -> None:
 
 def test_rows_that_are_done_with_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
-    add = inference._Rows.add
+    add = votes.RowResampler.add
 
     def spy(self: object, rows: torch.Tensor, flipped: bool) -> None:
         add(self, rows, flipped)
         held.append(rows.shape[1] + (0 if self.held is None else self.held.shape[1]))
 
-    monkeypatch.setattr(inference._Rows, "add", spy)
-    monkeypatch.setattr(inference, "STRIP_ROWS", 4)
+    monkeypatch.setattr(votes.RowResampler, "add", spy)
+    monkeypatch.setattr(votes, "STRIP_ROWS", 4)
     image = picture(400, 32)
     (labels,) = Predictor(Colours(), PROCESSOR, window=32, stride=16)([image], [(300, 32)])
     assert labels.shape == (300, 32)

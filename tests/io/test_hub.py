@@ -1,4 +1,4 @@
-"""Finding files in folders and in the Hub's cache, and writing them whole."""
+"""`find_file` in folders and in the Hub's cache, JSON files, and atomic writes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_an_unreachable_hub_is_no_missing_file(cache, monkeypatch):
     online = HubOptions(cache_dir=cache)
     with pytest.raises(OSError, match=r"its x\.json not in the local cache, and the Hub cannot be reached"):
         find_file("someone/upernet", "x.json", online)
-    # The Hub's own answer is kept in the cache.
+    # The cache records that the Hub has no such file.
     folder = cache / "models--someone--upernet" / ".no_exist" / COMMIT
     folder.mkdir(parents=True)
     (folder / "x.json").touch()
@@ -174,8 +174,15 @@ def test_read_json(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "not valid JSON"), (b'{"a": 1', "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[1]", "holds list")],
-    ids=["empty", "truncated", "not UTF-8", "a list"],
+    [
+        (b"", "not valid JSON"),
+        (b'{"a": 1', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[1]", "holds list"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not valid JSON: it is nested too deeply"),
+        (b'{"a": ' + b"1" * 5_000 + b"}", "not valid JSON: .*digits"),
+    ],
+    ids=["empty", "truncated", "not UTF-8", "a list", "nested", "a long integer"],
 )
 def test_read_json_refuses(tmp_path, content, message):
     path = tmp_path / "config.json"
@@ -218,7 +225,7 @@ def test_atomic_path_replaces_a_link_and_not_its_target(tmp_path):
 
 
 def test_atomic_path_gives_the_usual_permissions(tmp_path):
-    (tmp_path / "plain").write_text("x")
+    (tmp_path / "usual").write_text("x")
     with atomic_path(tmp_path / "file.json") as path:
         path.write_text("x")
-    assert stat.S_IMODE((tmp_path / "file.json").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "file.json").stat().st_mode) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)

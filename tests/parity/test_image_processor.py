@@ -1,4 +1,4 @@
-"""`UperNetImageProcessor` against Transformers' Segformer image processor: the same bits, files and label maps."""
+"""`UperNetImageProcessor` against Transformers' Segformer image processor: equal bits, files and label maps."""
 
 import contextlib
 import json
@@ -13,15 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastuper.data.images import read_image
 from fastuper.data.processor import UperNetImageProcessor
 
 transformers = pytest.importorskip("transformers")
 data = pytest.importorskip("skimage.data")
+load_image = pytest.importorskip("transformers.image_utils").load_image
 
-try:  # 5.x: one module a backend
-    from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil as Reference
-except ImportError:  # 4.x: Pillow's is the one without a suffix
-    from transformers.models.segformer.image_processing_segformer import SegformerImageProcessor as Reference
+try:  # 5.x: a module per backend
+    from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil as Segformer
+except ImportError:  # 4.x: the class without a suffix uses Pillow
+    from transformers.models.segformer.image_processing_segformer import SegformerImageProcessor as Segformer
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 SIZES = ((512, 512), (384, 640), (333, 517), (1024, 768))
@@ -39,21 +41,21 @@ def assert_same(ours, theirs):
     """Equal keys, dtypes, shapes and bits, for dictionaries of arrays, tensors or lists of them."""
     assert set(ours) == set(theirs)
     for key in ours:
-        mine, reference = ours[key], theirs[key]
-        assert type(mine) is type(reference)
-        if not isinstance(mine, list):
-            mine, reference = [mine], [reference]
-        assert len(mine) == len(reference)
-        for a, b in zip(mine, reference, strict=True):
+        our_value, their_value = ours[key], theirs[key]
+        assert type(our_value) is type(their_value)
+        if not isinstance(our_value, list):
+            our_value, their_value = [our_value], [their_value]
+        assert len(our_value) == len(their_value)
+        for a, b in zip(our_value, their_value, strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
 
 
 def assert_both(images, maps=None, options=None, **call):
-    """Process with both; the reference gets its own copy of the maps, which it writes into."""
+    """Process with both classes; Transformers' class writes into the maps, so it gets a copy."""
     theirs_maps = maps.copy() if isinstance(maps, np.ndarray) else maps
     ours = UperNetImageProcessor(**(options or {}))(images, maps, **call)
-    assert_same(ours, Reference(**(options or {}))(images, theirs_maps, **call))
+    assert_same(ours, Segformer(**(options or {}))(images, theirs_maps, **call))
     return ours
 
 
@@ -89,7 +91,7 @@ def test_steps_left_out(kind, do_resize, do_rescale, do_normalize):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("do_resize", [True, False], ids=["resize", "as_is"])
 def test_fractions_of_one(dtype, do_resize):
-    """Floats from 0 to 1: cut to 8 bits by Pillow where resized, taken as they are where not."""
+    """Floats from 0 to 1: truncated to 8 bits if they are resized, unchanged if not."""
     image = (photo("coffee")[:211, :307] / 255).astype(dtype)
     options = {"do_rescale": False, "do_resize": do_resize, "size": {"height": 50, "width": 77}}
     assert_both(image, options=options)
@@ -121,7 +123,7 @@ def test_one_grey_channel():
 
 
 def not_in_transformers_4():
-    """4.x finds the channels of three-dimensional images only."""
+    """Expect 4.x to refuse images of two dimensions."""
     if transformers.__version__.startswith("4."):
         return pytest.raises(ValueError, match="dimensions")
     return contextlib.nullcontext()
@@ -130,7 +132,7 @@ def not_in_transformers_4():
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("channels", [2, 4])
 def test_other_numbers_of_channels(channels, layout):
-    """Resized as one Pillow image with alpha, as the reference does."""
+    """Both resize them as one Pillow image with alpha."""
     shape = (channels, 61, 47) if layout == "channels_first" else (61, 47, channels)
     options = {"image_mean": [0.1] * channels, "image_std": [0.3] * channels, "size": {"height": 40, "width": 55}}
     assert_both(random_image(5, shape), options=options, input_data_format=layout)
@@ -138,7 +140,7 @@ def test_other_numbers_of_channels(channels, layout):
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_thirteen_channels(layout):
-    """The reference cannot resize them: compared as they are, and resized each channel alone."""
+    """Transformers cannot resize them: compare without resizing, and with each channel resized alone."""
     shape = (13, 61, 47) if layout == "channels_first" else (61, 47, 13)
     image = random_image(6, shape)
     options = {"image_mean": list(np.linspace(0.1, 0.7, 13)), "image_std": list(np.linspace(0.2, 0.9, 13))}
@@ -147,7 +149,7 @@ def test_thirteen_channels(layout):
     size = {"height": 33, "width": 50}
     ours = UperNetImageProcessor(size=size, **options)(image, input_data_format=layout)["pixel_values"][0]
     for channel, plane in enumerate(image if layout == "channels_first" else np.moveaxis(image, -1, 0)):
-        single = Reference(
+        single = Segformer(
             size=size, image_mean=options["image_mean"][channel], image_std=options["image_std"][channel]
         )
         expected = single(plane[None], input_data_format="channels_first")["pixel_values"][0]
@@ -157,7 +159,7 @@ def test_thirteen_channels(layout):
 def test_pil_with_alpha_for_four_channels():
     image = Image.fromarray(random_image(7, (61, 47, 4)))
     options = {"image_mean": [0.5] * 4, "image_std": [0.25] * 4, "size": {"height": 20, "width": 30}}
-    theirs = Reference(**options)(np.asarray(image), input_data_format="channels_last")
+    theirs = Segformer(**options)(np.asarray(image), input_data_format="channels_last")
     assert_same(UperNetImageProcessor(**options)(image), theirs)
 
 
@@ -178,7 +180,7 @@ def test_any_size(size, target, channels, layout, dtype, steps, resample, seed):
     options |= {"size": {"height": target[0], "width": target[1]}, "resample": resample}
     options |= {"image_mean": [0.3] * channels, "image_std": [0.7] * channels}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a one-pixel image may well be all 0 and 1
+        warnings.simplefilter("ignore", UserWarning)  # the values of a one-pixel image may all be 0 or 1
         assert_both(random_image(seed, shape, dtype), random_image(seed, size), options, input_data_format=layout)
 
 
@@ -207,15 +209,13 @@ def test_images_of_different_sizes():
 
 @pytest.mark.parametrize("do_reduce_labels", [True, False], ids=["reduced", "as_is"])
 @pytest.mark.parametrize("do_resize", [True, False], ids=["resize", ""])
-@pytest.mark.parametrize("kind", ["L", "P", "I", "uint8", "int16", "int32", "int64", "tensor"])
+@pytest.mark.parametrize("kind", ["L", "P", "I", "F", "uint8", "int16", "int32", "int64", "tensor"])
 def test_segmentation_maps(kind, do_resize, do_reduce_labels):
-    labels = (
-        np.arange(256, dtype=np.uint8).repeat(11).reshape(64, 44)
-    )  # every label there is, 0, 254 and 255 among them
+    labels = np.arange(256, dtype=np.uint8).repeat(11).reshape(64, 44)  # all 8-bit labels
     if kind == "P":
         maps = Image.fromarray(labels, "L")
         maps.putpalette(list(range(256)) * 3)
-    elif kind in ("L", "I"):
+    elif kind in ("L", "I", "F"):
         maps = Image.fromarray(labels).convert(kind)
     elif kind == "tensor":
         maps = torch.from_numpy(labels.astype(np.int64))
@@ -225,7 +225,103 @@ def test_segmentation_maps(kind, do_resize, do_reduce_labels):
     options = {"do_resize": do_resize, "do_reduce_labels": do_reduce_labels, "size": {"height": 51, "width": 77}}
     image = random_image(11, (64, 44, 3))
     ours = UperNetImageProcessor(**options)(image, maps, return_tensors="pt")
-    assert_same(ours, Reference(**options)(image, theirs_maps, return_tensors="pt"))
+    assert_same(ours, Segformer(**options)(image, theirs_maps, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("do_resize", [True, False], ids=["resize", ""])
+def test_segmentation_maps_of_one_bit(do_resize):
+    maps = Image.fromarray(random_image(16, (64, 44)) < 128)
+    assert_both(random_image(11, (64, 44, 3)), maps, {"do_resize": do_resize, "size": {"height": 51, "width": 77}})
+
+
+def pictures():
+    """One picture in each mode, with the suffix of a file that holds the mode."""
+    rgb = Image.fromarray(random_image(12, (23, 31, 3)))
+    alpha = Image.fromarray(random_image(13, (23, 31)))
+    found = {mode: (rgb.convert(mode), "png") for mode in ("1", "L", "P", "RGB", "LA", "RGBA")}
+    for mode in ("LA", "RGBA"):
+        found[mode][0].putalpha(alpha)
+    for mode, transparent in (("P", bytes(range(256))), ("L", 7), ("RGB", (1, 2, 3))):
+        image = rgb.convert(mode)
+        image.info["transparency"] = transparent
+        found[f"{mode}-transparent"] = (image, "png")
+    gif = rgb.convert("P")
+    gif.info["transparency"] = 5
+    found["P-gif"] = (gif, "gif")
+    found["CMYK"] = (rgb.convert("CMYK"), "tif")
+    found["CMYK-jpeg"] = (rgb.convert("CMYK"), "jpg")
+    found["YCbCr-jpeg"] = (rgb, "jpg")
+    found["LAB"] = (Image.frombytes("LAB", rgb.size, rgb.tobytes()), "tif")
+    found["RGBA-webp"] = (found["RGBA"][0], "webp")
+    return found
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", pictures())
+def test_files_of_every_mode(mode, orientation, tmp_path):
+    """5.x reads files as `load_image` does; 4.x has that function, whose image its processor takes."""
+    image, suffix = pictures()[mode]
+    path = str(tmp_path / f"photo.{suffix}")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
+    loaded = load_image(path)
+    np.testing.assert_array_equal(np.asarray(read_image(path)), np.asarray(loaded), strict=True)
+    given = loaded if transformers.__version__.startswith("4.") else path
+    for options in ({}, {"image_mean": 0.4, "image_std": 0.2}, {"do_normalize": False, "do_resize": False}):
+        assert_same(UperNetImageProcessor(**options)(path), Segformer(**options)(given))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_files_of_16_bits_are_scaled_where_transformers_makes_them_white(suffix, tmp_path):
+    values = np.arange(0, 65536, 91, dtype=np.uint16)[:720].reshape(24, 30)
+    path = str(tmp_path / f"grey.{suffix}")
+    Image.fromarray(values).save(path)
+    np.testing.assert_array_equal(np.asarray(load_image(path))[..., 0], values.clip(max=255))
+    np.testing.assert_array_equal(np.asarray(read_image(path))[..., 0], np.round(values / 257))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_files_of_32_bits_are_refused_where_transformers_clips_them(dtype, tmp_path):
+    values = np.array([[-1000, 0, 100, 255, 1000]], dtype)
+    path = str(tmp_path / "depth.tif")
+    Image.fromarray(values).save(path)
+    np.testing.assert_array_equal(np.asarray(load_image(path))[..., 0], values.clip(0, 255))
+    with pytest.raises(ValueError, match="no value stands for white"):
+        UperNetImageProcessor()(path)
+
+
+@pytest.mark.parametrize("statistics", [[0.4], 0.4], ids=["one", "any"])
+@pytest.mark.parametrize("mode", ["L", "I", "F"])
+def test_open_images_of_one_channel(mode, statistics):
+    levels = random_image(14, (23, 31))
+    options = {"image_mean": statistics, "image_std": statistics, "size": {"height": 40, "width": 30}}
+    with not_in_transformers_4():
+        assert_both(Image.fromarray(levels).convert(mode), options=options)
+    if mode != "L":
+        numbers = Image.fromarray(levels.astype(np.int32) * 1000 - 7).convert(mode)
+        with not_in_transformers_4():
+            assert_both(numbers, options={**options, "do_resize": False})
+
+
+def test_an_open_image_keeps_its_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(random_image(15, (23, 31, 3))).save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as image:
+        assert_both(image)
+
+
+@pytest.mark.parametrize("mode", [mode for mode, (image, _) in pictures().items() if image.mode not in ("RGB", "LAB")])
+def test_open_images_that_transformers_refuses(mode):
+    """With statistics of three channels: our result is that of Pillow's conversion to RGB."""
+    image, _ = pictures()[mode]
+    with pytest.raises(ValueError, match=r"mean must have|dimensions|infer channel"):
+        Segformer()(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's, of palettes with transparency
+        converted = image.convert("RGB")
+    assert_same(UperNetImageProcessor()(image), Segformer()(converted))
 
 
 def test_options_of_one_call():
@@ -241,13 +337,13 @@ def test_options_of_one_call():
 
 def test_what_cannot_be_resized_is_refused_by_both():
     for image in (np.full((3, 8, 8), 0.5) * 3, np.full((3, 8, 8), -0.5), np.full((3, 8, 8), 300)):
-        for processor in (UperNetImageProcessor(), Reference()):
+        for processor in (UperNetImageProcessor(), Segformer()):
             with pytest.raises(ValueError, match=r"from 1\.5|from -0\.5|from 300|outside the range"):
                 processor(image)
 
 
 def test_other_backend_is_within_one_level():
-    """The figures in the class's docstring: torchvision's resizing, what AutoImageProcessor prefers in 5.x."""
+    """Check the docstring's figures for the torchvision backend, which AutoImageProcessor prefers in 5.x."""
     pytest.importorskip("torchvision")
     try:
         from transformers.models.segformer.image_processing_segformer_fast import SegformerImageProcessorFast as Other
@@ -270,10 +366,10 @@ def test_other_backend_is_within_one_level():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("limit", [1, 30_000, 1 << 26])
 def test_post_processing(limit, layout, dtype, monkeypatch):
-    """Whatever number of rows is resized at a time; coarse logits, so that many are equal.
+    """Any number of rows is resized at a time. The logits are coarse, so that many are equal.
 
-    Every label is the reference's whose class is not tied: ours are resized in float32, the reference's in the dtype
-    of the logits. It rounds channels_last logits differently, so it gets contiguous ones.
+    Labels are equal wherever the two best classes are not tied: we resize in float32, Transformers in the dtype of the
+    logits. Transformers rounds channels_last logits differently, so it gets contiguous logits.
     """
     monkeypatch.setattr(sys.modules["fastuper_kernels.ops.upsample_argmax"], "BLOCK_BYTES", limit)
     logits = torch.randn(3, 19, 33, 21, generator=torch.Generator().manual_seed(0)).mul(2).round().div(2)
@@ -282,9 +378,9 @@ def test_post_processing(limit, layout, dtype, monkeypatch):
     sizes = [(101, 67), (33, 21), (16, 90)]
     for target_sizes in (None, sizes, torch.tensor(sizes)):
         ours = UperNetImageProcessor().post_process_semantic_segmentation(outputs, target_sizes)
-        # The reference takes a tensor too, but makes numbers of it that recent versions of PyTorch refuse.
+        # Transformers converts a tensor of sizes to numbers that recent versions of PyTorch refuse.
         theirs_sizes = sizes if isinstance(target_sizes, torch.Tensor) else target_sizes
-        theirs = Reference().post_process_semantic_segmentation(contiguous, theirs_sizes)
+        theirs = Segformer().post_process_semantic_segmentation(contiguous, theirs_sizes)
         assert len(ours) == len(theirs) == 3
         for a, b in zip(ours, theirs, strict=True):
             assert a.dtype == b.dtype == torch.int64
@@ -314,7 +410,7 @@ def test_transformers_reads_our_files(options, tmp_path):
     ours = UperNetImageProcessor(**options)
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
-    assert isinstance(theirs, Reference)
+    assert isinstance(theirs, Segformer)
     for name, value in ours._options().items():
         read = getattr(theirs, name)
         assert (list(read) if isinstance(read, tuple) else read) == value, name
@@ -324,7 +420,7 @@ def test_transformers_reads_our_files(options, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["defaults", "all"])
 def test_we_read_files_of_transformers(options, tmp_path):
-    theirs = Reference(**options)
+    theirs = Segformer(**options)
     theirs.save_pretrained(tmp_path)
     ours = UperNetImageProcessor.from_pretrained(tmp_path)
     labels = photo("chelsea")[..., 0]
@@ -355,7 +451,7 @@ def test_in_a_pipeline(batch_size, tmp_path):
     images = [Image.fromarray(photo(name)) for name in ("chelsea", "coffee")]
     size = {"height": 64, "width": 96}
     results = []
-    for processor in (UperNetImageProcessor(size=size), Reference(size=size)):
+    for processor in (UperNetImageProcessor(size=size), Segformer(size=size)):
         pipeline = transformers.pipeline(
             "image-segmentation", model=tiny_model(), image_processor=processor, device="cpu"
         )
@@ -368,14 +464,14 @@ def test_in_a_pipeline(batch_size, tmp_path):
             logits = tiny_model()(**processor(image, return_tensors="pt")).logits.double()
         full = torch.nn.functional.interpolate(logits, size=image.size[::-1], mode="bilinear")
         best = full[0].topk(2, dim=0).values
-        # Sums in another order may settle a tie in another way.
+        # Sums in another order may decide a tie differently.
         decided = (best[0] - best[1] > 8 * torch.finfo(torch.float32).eps * full.abs().max()).numpy()
         assert decided.mean() > 0.999
         assert [part["label"] for part in ours] == [part["label"] for part in theirs]
         assert len(ours) > 1
-        for mine, reference in zip(ours, theirs, strict=True):
-            assert mine["mask"].size == image.size
-            masks = (np.asarray(part["mask"])[decided] for part in (mine, reference))
+        for our_part, their_part in zip(ours, theirs, strict=True):
+            assert our_part["mask"].size == image.size
+            masks = (np.asarray(part["mask"])[decided] for part in (our_part, their_part))
             np.testing.assert_array_equal(*masks)
 
 

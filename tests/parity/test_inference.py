@@ -26,7 +26,7 @@ def models() -> tuple[Any, Any]:
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth blobs of colour: noise alone would have one class everywhere."""
+    """Return smooth blobs of colour: noise would have a single class everywhere."""
     small = np.random.default_rng(seed).integers(0, 256, (height // 12 + 2, width // 12 + 2, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -85,11 +85,11 @@ def check(labels: torch.Tensor, scores: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("window", "stride", "size"),
     [
-        ((64, 64), (43, 43), (100, 150)),  # what is left over is less than a stride: the last windows are moved back
-        ((48, 80), (48, 37), (96, 150)),  # rows that meet without an overlap, columns that do not
-        ((64, 96), (10, 90), (80, 97)),  # several rows of windows cover each pixel
+        ((64, 64), (43, 43), (100, 150)),  # the last windows are moved back, by less than a stride
+        ((48, 80), (48, 37), (96, 150)),  # windows that meet without overlap vertically, not horizontally
+        ((64, 96), (10, 90), (80, 97)),  # windows of several rows cover each pixel
         ((200, 64), (133, 43), (70, 140)),  # windows are clipped to the image
-        ((500, 500), (300, 300), (60, 90)),  # and the only one is the image
+        ((500, 500), (300, 300), (60, 90)),  # a single window of the image's size
     ],
 )
 def test_windows(models: tuple[Any, Any], window: Any, stride: Any, size: Any) -> None:
@@ -118,7 +118,7 @@ def test_scales_and_flips(models: tuple[Any, Any]) -> None:
 def test_windows_scales_and_flips_of_several_images(models: tuple[Any, Any]) -> None:
     theirs, ours = models
     images = [picture(130, 100, seed=1), picture(40, 240, seed=2)]
-    # The shorter side is 48, but no longer side above 192.
+    # The shorter side is 48 unless the longer side would exceed 192.
     bases = [(62, 48), (32, 192)]
     predictor = Predictor(
         ours, PROCESSOR, short_side=48, window=48, stride=32, scales=(1.0, 1.25), flip=True, batch_size=5

@@ -1,4 +1,4 @@
-"""Generated scenes: the same from the same seed, of any size, with exact labels, and not to be told by colour alone."""
+"""Generated scenes: reproducible, of any size, with exact labels, and not separable by colour alone."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def test_a_seed_gives_one_scene() -> None:
 
 
 def test_scenes_are_those_that_were_drawn_before(many: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """A model that was trained on scenes is used on such scenes.
+    """The model was trained on these scenes: they must not change.
 
     NumPy's streams are the same everywhere; sines and JPEG decoders may differ in the last bit, and with them a pixel
     at an edge.
@@ -67,16 +67,16 @@ def test_any_size(size: tuple[int, int]) -> None:
 def test_another_size_shows_the_same_scene() -> None:
     for seed in range(4):
         _, labels = scene(seed, SMALL)
-        # Twice as large: each pixel is four, of which one lies nearest to where its label was taken.
+        # Twice as large: a pixel becomes four; one of these has the position at which the label was sampled.
         _, large = scene(seed, (192, 256))
         assert (large[1::2, 1::2] == labels).mean() > 0.97
-        # Wider: there is more to the left and to the right.
+        # Wider: the scene continues to the left and to the right.
         _, wide = scene(seed, (96, 192))
         assert (wide[:, 32:160] == labels).mean() > 0.99
 
 
 def test_labels_and_colours_change_at_the_same_places(many: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Across the edge of a label colours differ more than elsewhere; were the labels moved, they would not."""
+    """Colours differ more across edges of the labels than elsewhere; with shifted labels they do not."""
     contrast = {}
     for shift in (0, 4):
         edges, inside = [], []
@@ -96,8 +96,8 @@ def test_every_class_is_in_most_scenes(many: list[tuple[np.ndarray, np.ndarray]]
     assert ((shares > 0.001).mean(0) > 0.6).all()
 
 
-def test_colour_and_place_say_too_little(many: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """The commonest class of each colour (16 levels a channel) in each of 8 x 8 places."""
+def test_colour_and_place_do_not_determine_the_class(many: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Predict the most frequent class of each colour (16 levels per channel) in each of 8 x 8 places."""
 
     def bins(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, columns = np.indices(image.shape[:2])
@@ -143,14 +143,14 @@ def test_dataset() -> None:
     assert len(list(dataset)) == 2
 
 
-def test_palette_is_told_apart() -> None:
+def test_colours_of_the_palette_differ() -> None:
     np.testing.assert_array_equal(class_palette(ID2LABEL), PALETTE)
     distances = np.linalg.norm(PALETTE[:, None].astype(float) - PALETTE[None], axis=-1)
     assert distances[~np.eye(CLASSES, dtype=bool)].min() > 60
 
 
 def test_the_packages_model() -> None:
-    """On six scenes of which it was trained on none."""
+    """Evaluate it on six scenes outside its training data."""
     file = MODEL / "model.safetensors"
     assert file.stat().st_size <= 6_000_000
     assert {weight.dtype for weight in load_file(file).values()} <= {torch.bfloat16, torch.int64}

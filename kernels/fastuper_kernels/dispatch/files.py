@@ -1,4 +1,4 @@
-"""The atomic write of both packages."""
+"""The atomic write of a file, used by both packages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside `path` to write to. It replaces `path` when the block ends; if the block fails it goes.
+    """Yield a temporary path beside `path`; its file replaces `path` when the block ends, and is removed if it fails.
 
-    A reader sees the old file or the new file, never a part of it, whenever the writer is stopped.
+    Readers find the old file or the whole new file, also if the writer is killed.
+
+    Raises:
+        OSError: the file could not be written.
     """
     path = Path(path)
-    # Not the target's name with something added: that may be as long as a name can be.
+    # A name of its own: the target's name with a suffix may exceed the file system's limit.
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary

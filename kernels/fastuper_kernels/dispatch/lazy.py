@@ -1,6 +1,6 @@
 """Lazy names for a package's `__init__`: each public name is imported from its file when it is first used.
 
-PyTorch takes seconds to import; `fastuper --help` does not wait for it. This file imports nothing that costs time.
+PyTorch takes seconds to import; `fastuper --help` must not wait for it. This file imports no slow module either.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # type checkers take the name for `typing.TYPE_CHECKING`, whose import costs time
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
