@@ -203,7 +203,7 @@ def test_shares_are_printed_largest_first(
     monkeypatch.setattr(UperNetForSemanticSegmentation, "segment", lambda *_, **__: [labels])
     result = run(save(tmp_path / "photo.png", np.zeros((20, 100, 3), np.uint8)), "-m", model, "-o", output)
     assert result.exit_code == 0, result.output
-    assert "\n  water 50.0 %, sky 25.0 %, façade 16.0 %, tree 9.0 %\n" in result.stdout
+    assert "\n  water 50.0 %  sky 25.0 %  façade 16.0 %  tree 9.0 %\n" in result.stdout
 
 
 def test_printed_shares_of_a_photograph(model: Path, output: Path, tmp_path: Path) -> None:
@@ -623,7 +623,7 @@ def test_without_a_model(output: Path, tmp_path: Path) -> None:
     picture, truth = scene(7)
     result = run(save(tmp_path / "scene.png", picture), "--output", output)
     assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("no --model: taking the package's own")
+    assert result.stderr.startswith("no --model: using the demo model, which only knows")
     assert len(result.stderr.strip().splitlines()) == 1
     assert "generated street scenes" in result.stderr
     assert "pavement" in result.stdout

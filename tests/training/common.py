@@ -74,7 +74,7 @@ def write_data(root: Path) -> Path:
     return root
 
 
-def plain_transform(sample: Sample, generator: np.random.Generator) -> dict[str, Any]:
+def flip_transform(sample: Sample, generator: np.random.Generator) -> dict[str, Any]:
     """The whole image, flipped half the time, in float64."""
     image, label = np.asarray(sample.image), np.asarray(sample.label)
     if generator.random() < 0.5:
@@ -90,7 +90,7 @@ def train(output: Path, *, model: Any = None, data: Any = None, double: bool = F
     model = tiny_model() if model is None else model
     if double:
         model = model.double()
-        arguments.setdefault("transform", plain_transform)
+        arguments.setdefault("transform", flip_transform)
     trainer = Trainer(
         model,
         TrainingConfig(**{**values, "pictures": 0, **options}),

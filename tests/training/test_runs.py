@@ -23,7 +23,7 @@ def write(content: str):
 @pytest.fixture
 def run(tmp_path) -> RunFolder:
     run = RunFolder(tmp_path / "run")
-    run.make()
+    run.prepare()
     return run
 
 
@@ -105,7 +105,7 @@ def test_what_a_killed_writer_left_is_cleared(run):
         (folder / f".{'0123456789abcdef' * 2}").mkdir()
         (folder / ".mine").mkdir()
     (run.folder(10) / f".{'0123456789abcdef' * 2}.json").touch()
-    run.make()
+    run.prepare()
     assert not [path for path in run.folder(10).iterdir() if path.name.startswith(".")]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [".mine", "step-000000010"]
     assert sorted(path.name for path in run.path.iterdir()) == [".mine", "checkpoints", "last"]
@@ -117,7 +117,7 @@ def test_settling_ends_what_a_kill_broke_off(run):
     with atomic_folder(run.folder(20)) as folder:
         write("twenty")(folder)
     assert list(run.steps()) == [10, 20]
-    run.settle(20, 20)
+    run.link_and_prune(20, 20)
     assert os.path.samefile(run.last, run.folder(20))
     assert os.path.samefile(run.best, run.folder(20))
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000020"]
@@ -180,8 +180,8 @@ def test_lines_that_are_not_ours_stay_in_the_log(run):
 
 def test_somebody_elses_log_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 3}\n')
-    with pytest.raises(ValueError, match="is of no run of fastuper's; take another folder"):
-        RunFolder(tmp_path).make()
+    with pytest.raises(ValueError, match="does not belong to a run of fastuper; use another folder"):
+        RunFolder(tmp_path).prepare()
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 3}\n'
 
 

@@ -20,12 +20,12 @@ from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.data.augment import TrainingDataset, TrainingTransform
 from fastuper.data.samples import DataError, Sample
 from fastuper.recipes.recipes import RECIPES, parameter_groups
-from fastuper.training.batches import GlobalBatches
+from fastuper.training.batches import StepSampler
 from fastuper.training.config import TrainingConfig, TrainingError
 from tests.training.common import (
     Photos,
+    flip_transform,
     losses,
-    plain_transform,
     read_log,
     tiny_model,
     tiny_processor,
@@ -49,7 +49,7 @@ def interrupt(monkeypatch, step: int) -> None:
 
 
 def keys(**options) -> list[list[tuple[int, int]]]:
-    return list(GlobalBatches(**{"length": 5, "batch_size": 4, "seed": 7, "steps": 10, **options}))
+    return list(StepSampler(**{"length": 5, "batch_size": 4, "seed": 7, "steps": 10, **options}))
 
 
 def test_every_epoch_has_every_image_once():
@@ -83,7 +83,7 @@ def test_processes_and_pieces_share_the_images_of_a_step(world_size, accumulate)
 
 
 def test_length_counts_batches():
-    sampler = GlobalBatches(5, 4, 0, steps=10, start=3, world_size=2, accumulate=2)
+    sampler = StepSampler(5, 4, 0, steps=10, start=3, world_size=2, accumulate=2)
     assert len(sampler) == len(list(sampler)) == 14
 
 
@@ -92,8 +92,8 @@ def test_length_counts_batches():
 
 def images_of(photos: Photos, steps: int):
     """The batches that training takes, as tensors."""
-    data = TrainingDataset(photos, plain_transform, 0)
-    for batch in GlobalBatches(len(photos), 4, 0, steps):
+    data = TrainingDataset(photos, flip_transform, 0)
+    for batch in StepSampler(len(photos), 4, 0, steps):
         items = [data[key] for key in batch]
         yield torch.stack([item["pixel_values"] for item in items]), torch.stack([item["labels"] for item in items])
 
@@ -269,7 +269,7 @@ def test_validation_that_was_not_finished_is_logged_once(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fastuper.training.trainer.RunFolder, "write_best", stop)
+        patch.setattr(fastuper.training.trainer.RunFolder, "write_validation", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", **options)
     assert "mIoU" in read_log(tmp_path / "parts")[-1]
@@ -287,7 +287,7 @@ def test_stochastic_depth_draws_differently_at_each_step(tmp_path):
 
 
 def still(sample, generator):
-    item = plain_transform(sample, np.random.default_rng(0))
+    item = flip_transform(sample, np.random.default_rng(0))
     return {**item, "pixel_values": item["pixel_values"].float()}
 
 
@@ -394,7 +394,7 @@ def poison(sample, generator):
 
 
 def test_nan_stops_and_names_step_and_files(tmp_path):
-    order = [index for batch in GlobalBatches(6, 2, 0, 9) for _, index in batch]
+    order = [index for batch in StepSampler(6, 2, 0, 9) for _, index in batch]
     step = order.index(4) // 2 + 1
     assert step > 1
     options = {"data": Poisoned(6), "transform": poison, "batch_size": 2, "steps": 9, "save_every": 1}
@@ -413,8 +413,8 @@ def test_nan_stops_and_names_step_and_files(tmp_path):
 
 def test_nan_that_is_seen_later_is_named_as_well(tmp_path, monkeypatch):
     """As on a GPU, whose losses are looked at when they are logged: two steps after the first NaN here."""
-    monkeypatch.setattr(fastuper.training.trainer, "_looks_at_each_step", lambda device: False)
-    order = [index for batch in GlobalBatches(6, 2, 1, 9) for _, index in batch]
+    monkeypatch.setattr(fastuper.training.trainer, "_checks_every_step", lambda device: False)
+    order = [index for batch in StepSampler(6, 2, 1, 9) for _, index in batch]
     assert order.index(4) in (2, 3)
     names = ", ".join(f"photo{i}.png" if i != 4 else "poisoned.png" for i in order[2:4])
     options = {"data": Poisoned(6), "transform": poison, "batch_size": 2, "steps": 9, "seed": 1}
@@ -514,9 +514,8 @@ def test_label_beyond_the_classes_is_named(tmp_path):
             sample = super().__getitem__(index)
             return sample._replace(label=sample.label + (sample.label < 3) * 7)
 
-    with pytest.raises(
-        TrainingError, match=r"photo\d\.png: label [789] is neither one of the model's 3 classes nor 255"
-    ):
+    message = r"photo\d\.png: label [789] is neither one of the model's 3 classes nor the ignored label 255"
+    with pytest.raises(TrainingError, match=message):
         train(tmp_path, data=Beyond(6))
 
 
@@ -607,7 +606,8 @@ def test_validation_without_a_pixel_that_counts(tmp_path):
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_other_kinds_of_parallelism_are_refused(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType(kind))
-    with pytest.raises(ValueError, match=f"Accelerate is configured for {kind}, and training here is data parallel"):
+    message = f"Accelerate is configured for {kind}, and training here is data parallel only"
+    with pytest.raises(ValueError, match=message):
         train(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
