@@ -171,7 +171,7 @@ class Trainer:
         """The model that is validated and saved: with averaged weights if `ema` is set, else the trained model."""
         return self.model if self.averaged is None else cast(UperNetForSemanticSegmentation, self.averaged.module)
 
-    # ------------------------------------------------------------------------------------------------------ the steps
+    # Steps
 
     def _load_batches(self) -> Iterator[Batch | UnusableImage]:
         """Return the pieces of the remaining steps, in order."""
@@ -307,7 +307,7 @@ class Trainer:
             ) from None
         self._unlogged.clear()
 
-    # ------------------------------------------------------------------------------------------------------ validation
+    # Validation
 
     def _validates_after(self, step: int) -> bool:
         """Return True if a validation follows after this number of steps."""
@@ -375,7 +375,7 @@ class Trainer:
                 prediction = predictor([sample.image], [sample.label.shape])[0]
             self.monitor.add_picture(self.step, index, compare_labels(sample, prediction.cpu().numpy(), confusion))
 
-    # ----------------------------------------------------------------------------------------- checkpoints and resuming
+    # Checkpoints and resuming
 
     @property
     def _best_step(self) -> int | None:

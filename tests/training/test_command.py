@@ -1,4 +1,4 @@
-"""`fastuper train`, from a folder of images to a checkpoint that both libraries read."""
+"""`fastuper train`: from a folder of images to a checkpoint that fastuper and Transformers load."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_from_folder_to_checkpoint(data, tmp_path):
     assert f"trained model: {output}/last; best model: {output}/best" in text
     assert len(losses(output)) == 3
     assert any("mIoU" in line for line in read_log(output))
-    assert re.search(r"\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d+", text), repr(text)  # the time that is left
+    assert re.search(r"\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d+", text), repr(text)  # with the remaining time
     pixel_values = torch.rand(1, 3, 64, 64)
     for name in ("last", "best"):
         ours = UperNetForSemanticSegmentation.from_pretrained(output / name)
@@ -106,7 +106,7 @@ def test_from_a_checkpoint_of_other_classes(data, tmp_path):
     torch.testing.assert_close(saved.state_dict()[weight], model.state_dict()[weight])
 
 
-def test_classes_without_names_are_the_models(data, tmp_path):
+def test_classes_without_names_get_the_names_of_the_model(data, tmp_path):
     start = tmp_path / "start"
     tiny_model().save_pretrained(start)
     tiny_processor().save_pretrained(start)
@@ -120,7 +120,7 @@ def test_classes_without_names_are_the_models(data, tmp_path):
 
 @pytest.mark.usefixtures("tiny_backbone")
 def test_ade20k(data, tmp_path):
-    """Its label 0 is ignored, and label 1 is class 0."""
+    """ADE20K's label 0 is ignored, and label 1 is class 0."""
     root = tmp_path / "ade"
     for split in ("training", "validation"):
         for path in (data / "images" / split).iterdir():
@@ -146,7 +146,11 @@ def test_cityscapes(data, tmp_path):
             image, label = (np.asarray(Image.open(data / kind / split / path.name)) for kind in ("images", "labels"))
             for kind, ending, array in (
                 ("leftImg8bit", "leftImg8bit", image),
-                ("gtFine", "gtFine_labelIds", np.where(label == 255, 0, label + 23)),  # sky, person, rider; 0 is none
+                (
+                    "gtFine",
+                    "gtFine_labelIds",
+                    np.where(label == 255, 0, label + 23),
+                ),  # 0 is no class
             ):
                 folder = root / kind / name / "ulm"
                 folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +164,7 @@ def test_cityscapes(data, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_backbone")
-def test_other_images_are_another_run(data, tmp_path):
+def test_images_of_other_names_make_another_run(data, tmp_path):
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 0, text
     moved = data.rename(tmp_path / "moved")
@@ -176,7 +180,7 @@ def test_other_images_are_another_run(data, tmp_path):
 
 
 @pytest.mark.parametrize("names", ["road sky tree", "sky tree road", "cat dog fox"])
-def test_a_checkpoints_classes_of_other_names(names, data, tmp_path):
+def test_checkpoint_with_other_class_names(names, data, tmp_path):
     start = tmp_path / "start"
     tiny_model().save_pretrained(start)
     (data / "classes.txt").write_text(names.replace(" ", "\n"))
@@ -211,7 +215,7 @@ def test_folder_with_a_training_split_alone(data, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_backbone")
-def test_one_class_is_no_choice(data, tmp_path):
+def test_data_of_one_class_is_refused(data, tmp_path):
     (data / "classes.txt").write_text("road")
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 2
@@ -233,7 +237,7 @@ def test_folder_without_splits(data, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_backbone")
-def test_what_cannot_start_is_said_in_one_line(data, tmp_path):
+def test_faults_before_training_are_one_line(data, tmp_path):
     for options, message in (
         (["--backbone", str(tmp_path)], "has no config.json"),
         (["--model", str(tmp_path / "nowhere")], "neither a folder here nor"),
@@ -258,7 +262,7 @@ def test_what_cannot_start_is_said_in_one_line(data, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_backbone")
-def test_what_stops_training_is_said_in_one_line(data, tmp_path):
+def test_faults_during_training_are_one_line(data, tmp_path):
     (data / "images" / "training" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 1
@@ -289,7 +293,7 @@ def test_model_of_one_class_stays_one(tmp_path):
     assert model.config.id2label == {0: "tree"}
 
 
-def test_split_of_any_name_that_is_asked_for(data):
+def test_split_of_any_name(data):
     for kind in ("images", "labels"):
         for split, name in (("training", "north"), ("validation", "south")):
             (data / kind / split).rename(data / kind / name)
