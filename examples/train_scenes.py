@@ -69,8 +69,7 @@ SIZE = ROUNDS[-1].size
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    folder = ROOT / ".cache" / "scenes"
-    parser.add_argument("--output", type=Path, default=folder, metavar="FOLDER", help="folder of the run")
+    parser.add_argument("--output", type=Path, default=ROOT / ".cache/scenes", metavar="FOLDER", help="of the run")
     parser.add_argument("--restart", action="store_true", help="remove a run in the folder, and start again")
     arguments = parser.parse_args()
 
