@@ -53,8 +53,8 @@ def options_of(kind: type) -> dict[str, Option]:
 def document_options(kind: Class) -> Class:
     """Add an `Args:` section with the options of a dataclass to its docstring; a decorator."""
     lines = [
-        f"    {name}: {option.help}" + (f" None means {option.default_text}." if option.default_text else "")
-        for name, option in options_of(kind).items()
+        f"    {name}: {described.help}" + (f" None means {described.default_text}." if described.default_text else "")
+        for name, described in options_of(kind).items()
     ]
     kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Args:", *lines])
     return kind

@@ -88,7 +88,7 @@ class Trainer:
         backbone_type = model.config.backbone_config.model_type
         self.config, self.plan = config, config.plan(backbone_type)
         if self.plan.recipe.layer_decay != 1 and not isinstance(model.backbone, Backbone):
-            raise ValueError(f"layer_decay needs the stages of a ConvNeXt, Swin or ResNet; {backbone_type} has none")
+            raise ValueError(f"layer_decay is for this package's ConvNeXt, Swin and ResNet, not for {backbone_type}")
         self.accelerator = accelerator = make_accelerator(model, config.cpu)
         pieces = accelerator.num_processes * config.accumulate
         if config.batch_size % pieces:
@@ -128,6 +128,8 @@ class Trainer:
         self.monitor = Monitor(self.run, config.batch_size, accelerator.is_main_process)
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self.learning_rate = 0.0  # the highest of the last step
+        self._names: list[str] = []  # images of the last step
         self._unchecked: list[tuple[int, torch.Tensor, list[str]]] = []  # step, loss and images since the last check
         self._unlogged: list[float] = []  # losses of the steps since the last line of the log
         self._needs_validation = False  # whether the checkpoint that training resumes from is not validated yet
@@ -198,6 +200,7 @@ class Trainer:
         return iter(loader)
 
     def _set_train_mode(self) -> None:
+        """Put the model into training mode; with `freeze_norm` its BatchNorms stay in evaluation mode."""
         self.model.train()
         if self.config.freeze_norm:
             for module in self.model.modules():
@@ -492,7 +495,7 @@ def _usable(batch: Batch | UnusableImage) -> Batch:
 
 
 def _checks_every_step(device: torch.device) -> bool:
-    """Return True on a CPU, where a loss is ready at once; a GPU's would wait at each step for all launched kernels."""
+    """Return True on a CPU. On a GPU losses are checked later, for reading a loss waits for all launched kernels."""
     return device.type == "cpu"
 
 
