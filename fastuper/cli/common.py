@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastuper.data.processor import UperNetImageProcessor
     from fastuper.models.upernet import UperNetForSemanticSegmentation
 
-# torch, and what imports it, is imported inside the functions that need it, so that `--help` answers at once.
+# torch, and modules that import it, are imported inside functions, so that `--help` answers at once.
 
 EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 """Errors that bad input or a full machine cause: of a file, its values, torch (out of memory) or a full disk."""

@@ -57,8 +57,8 @@ def expand_dataclasses(command: Callable[..., None]) -> Callable[..., None]:
 def field_option(kind: type, name: str) -> Any:
     """Return the typer option of one field of a dataclass, for the parameter of a command."""
     described = options_of(kind)[name]
-    flag = described.flag or "--" + name.replace("_", "-")  # it alone: a bool has no --no-...
-    inclusive = described.more_than is None  # typer has no other bounds; the dataclass checks those
+    flag = described.flag or "--" + name.replace("_", "-")  # explicit, so that a bool has no second flag --no-...
+    inclusive = described.more_than is None  # typer has no exclusive bounds; the dataclass checks them
     return typer.Option(
         flag,
         help=described.help,

@@ -1,4 +1,4 @@
-"""Options as dataclass fields: a field's help, bounds and command line name are declared once, at the field.
+"""Options as dataclass fields: the field declares its help, its bounds and its name on the command line.
 
 `fastuper.cli.options` makes command line options of such fields; `check_options` checks their values. This file imports
 nothing that costs time, so that `fastuper --help` answers at once.
@@ -20,11 +20,11 @@ class Option:
     """The description of a dataclass field that is an option.
 
     Attributes:
-        help: what the value means: one sentence.
+        help: the meaning of the value, in one sentence.
         at_least: the smallest value; None sets no limit.
         more_than: the limit that the value must exceed; None sets no limit.
         at_most: the largest value; None sets no limit.
-        default_text: what the default None stands for.
+        default_text: the meaning of the default None.
         metavar: the name of the value in a command's help.
         flag: the option's name on the command line, with its dashes.
         python_only: True if commands do not have the option.

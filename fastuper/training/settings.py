@@ -50,7 +50,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings in which those of the model and of the processor stand beside the others, under longer names."""
+    """Return settings without nesting: model settings are named `model.NAME`, processor settings `processor.NAME`."""
     flat = dict(settings)
     for part in ("model", "processor"):
         flat |= {f"{part}.{name}": value for name, value in flat.pop(part, {}).items()}

@@ -356,7 +356,7 @@ class Trainer:
         samples, accelerator = self.validation_data, self.accelerator
         assert samples is not None
         if accelerator.num_processes > 1:
-            # Without SyncBatchNorm each process has its own statistics; those of the first are saved.
+            # Without SyncBatchNorm each process has its own statistics; the first process saves its own.
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         own = range(accelerator.process_index, len(samples), accelerator.num_processes)

@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 import fastuper
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.cli import app
+from fastuper.cli.common import in_columns
 from fastuper.data.classes import class_palette
 from fastuper.scenes.dataset import PALETTE, scene
 from tests.end_to_end.common import NAMES
@@ -204,6 +205,13 @@ def test_shares_are_printed_largest_first(
     result = run(save(tmp_path / "photo.png", np.zeros((20, 100, 3), np.uint8)), "-m", model, "-o", output)
     assert result.exit_code == 0, result.output
     assert "\n  water 50.0 %  sky 25.0 %  façade 16.0 %  tree 9.0 %\n" in result.stdout
+
+
+def test_shares_of_many_classes_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name and its share stay on one line; letters of East Asia are two columns wide."""
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = in_columns(["道路 40.0 %", "traffic light 30.0 %", "sky 20.0 %", "wall 10.0 %"]).splitlines()
+    assert lines == ["  道路 40.0 %  traffic light 30.0 %", "  sky 20.0 %   wall 10.0 %"]
 
 
 def test_printed_shares_of_a_photograph(model: Path, output: Path, tmp_path: Path) -> None:
