@@ -1,10 +1,10 @@
-"""Train the small UPerNet that the package ships, on scenes that are drawn while it trains.
+"""Train the demo model of the package, a small UPerNet, on generated scenes.
 
-    python examples/train_scenes.py         about an hour on two cores; what was stopped goes on where it was
+    python examples/train_scenes.py         about an hour on two cores; a run that was stopped resumes
 
-Then the weights, rounded to bfloat16, go to fastuper/scenes/model/, and what they reach on scenes that nothing was
-trained on or chosen by goes to examples/train_scenes.jsonl, with the losses on the way. There too is what a classifier
-of a pixel's colour and place alone reaches: what is missing there needs the surroundings.
+The weights, rounded to bfloat16, are written to fastuper/scenes/model/. The losses, and the IoU on test scenes, are
+written to examples/train_scenes.jsonl; no test scene is used in training or validation. The file also has the IoU of a
+classifier that has the colour and the place of a pixel alone: the difference is due to the pixel's surroundings.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from fastuper_kernels.dispatch.files import atomic_path
 ROOT = Path(__file__).resolve().parents[1]
 LOG = Path(__file__).with_suffix(".jsonl")
 
-# No scene is in two of these.
+# Seeds of the scenes; the ranges share none.
 TEST, VALIDATION, TRAINING = range(300), range(1_000, 1_060), range(10_000, 15_000)
 
 
 @dataclass(frozen=True)
 class Round:
-    """A part of the training: on how many scenes, of which size, and how."""
+    """A part of the training: the number and the size (height, width) of its scenes, and its configuration."""
 
     name: str
     size: tuple[int, int]
@@ -49,7 +49,7 @@ class Round:
 
 
 COMMON = TrainingConfig(batch_size=8, weight_decay=0.05, layer_decay=1.0, clip=1.0, ema=0.99, workers=1)
-# What things are is learnt from small scenes, which cost a quarter; where they end, from larger ones.
+# The model learns classes from small scenes, which cost a quarter of large scenes, and outlines from large scenes.
 SMALL = replace(
     COMMON,
     steps=2800,
@@ -69,8 +69,8 @@ SIZE = ROUNDS[-1].size
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / ".cache" / "scenes", metavar="FOLDER", help="of the run")
-    parser.add_argument("--restart", action="store_true", help="begin anew where there is a run")
+    parser.add_argument("--output", type=Path, default=ROOT / ".cache/scenes", metavar="FOLDER", help="of the run")
+    parser.add_argument("--restart", action="store_true", help="remove a run in the folder, and start again")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -82,9 +82,9 @@ def main() -> None:
         lines += [{"round": part.name, **json.loads(line)} for line in (folder / "log.jsonl").read_text().splitlines()]
 
     ship(folder / "best")
-    print("Measuring it on scenes that it has not seen ...", flush=True)
+    print("Measuring on test scenes ...", flush=True)
     reached = evaluate()
-    print("A classifier of colour and place alone ...", flush=True)
+    print("Training a classifier of colour and place alone ...", flush=True)
     baseline = classify_pixels()
     seconds = sum(
         part.config.log_every * part.config.batch_size / line["images_per_second"]
@@ -114,12 +114,12 @@ def main() -> None:
 
 def train(model: UperNetForSemanticSegmentation, part: Round, folder: Path, restart: bool) -> None:
     processor = UperNetImageProcessor(size={"height": part.size[0], "width": part.size[1]})
-    # The scenes vary enough, in size and colours too: they are only mirrored.
+    # Scenes vary enough in size and colours: the only augmentation is mirroring.
     transform = TrainingTransform(processor, scale=(1.0, 1.0), max_class_share=1.0, photometric=False)
     trainer = Trainer(
         model,
         part.config,
-        Kept(SceneDataset(TRAINING[: part.scenes], part.size)),
+        CachedSamples(SceneDataset(TRAINING[: part.scenes], part.size)),
         SceneDataset(VALIDATION, part.size),
         processor,
         output=folder,
@@ -129,10 +129,10 @@ def train(model: UperNetForSemanticSegmentation, part: Round, folder: Path, rest
     trainer.train()
 
 
-class Kept(SampleDataset):
-    """The samples of a dataset, made once: scenes take as long to draw as the network takes to learn from them.
+class CachedSamples(SampleDataset):
+    """The samples of a dataset, each made once: drawing a scene takes as long as a training step on it.
 
-    The single process that prepares images keeps 1.5 GB of them.
+    The cache of the single process that prepares images grows to 1.5 GB.
     """
 
     def __init__(self, dataset: SceneDataset):
@@ -149,9 +149,10 @@ class Kept(SampleDataset):
 
 
 def build_model() -> UperNetForSemanticSegmentation:
-    """A UPerNet-ConvNeXt of 1.7 million parameters.
+    """Return a UPerNet-ConvNeXt of 1.7 million parameters, with random weights.
 
-    Layer scale 1 and larger initial weights than the published models': a short training has no time to grow them.
+    Its layer scale (1) and its initial weights are larger than in the published models: a short training would end
+    before small ones have grown.
     """
     backbone = ConvNextConfig(
         depths=[1, 1, 4, 2],
@@ -165,7 +166,7 @@ def build_model() -> UperNetForSemanticSegmentation:
 
 
 def ship(checkpoint: Path) -> None:
-    """Put a checkpoint into the package, in bfloat16."""
+    """Write a checkpoint into the package, in bfloat16."""
     model = UperNetForSemanticSegmentation.from_pretrained(checkpoint, dtype="bfloat16")
     unfinished = MODEL.with_name(".model")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -176,7 +177,7 @@ def ship(checkpoint: Path) -> None:
 
 
 def evaluate() -> dict[str, Any]:
-    """What the shipped model reaches on the test scenes."""
+    """Return the mIoU and the IoU of each class of the shipped model on the test scenes."""
     model, processor = load_model()
     matrix = ConfusionMatrix(len(ID2LABEL), id2label=ID2LABEL)
     for sample in SceneDataset(TEST, SIZE):
@@ -186,7 +187,7 @@ def evaluate() -> dict[str, Any]:
 
 
 def classify_pixels(scenes: int = 250, pixels: int = 4000) -> dict[str, Any]:
-    """What a network makes of a pixel's red, green, blue, row and column alone, having seen a million pixels."""
+    """Return the figures of a network that has a pixel's colour, row and column alone, after a million pixels."""
     torch.manual_seed(0)
     inputs, labels = pixels_of(TRAINING[:scenes], pixels)
     network = nn.Sequential(nn.Linear(5, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, len(ID2LABEL)))
@@ -208,7 +209,7 @@ def classify_pixels(scenes: int = 250, pixels: int = 4000) -> dict[str, Any]:
 
 
 def pixels_of(seeds: range, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some pixels of scenes: red, green, blue, row and column from -1 to 1, (N, 5); and their classes, (N,)."""
+    """Return pixels of scenes: red, green, blue, row and column from -1 to 1, (N, 5); and their classes, (N,)."""
     generator = np.random.default_rng(0)
     inputs, labels = [], []
     for sample in SceneDataset(seeds, SIZE):
@@ -220,12 +221,13 @@ def pixels_of(seeds: range, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def figures(matrix: ConfusionMatrix) -> dict[str, Any]:
+    """Return the mIoU and the IoU of each class, rounded to four digits."""
     iou = {name: round(float(value), 4) for name, value in zip(ID2LABEL.values(), matrix.iou, strict=True)}
     return {"mIoU": round(matrix.mean_iou, 4), "IoU": iou}
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The validations, and about fifty of the losses."""
+    """Return the lines of validations, and about fifty of the lines of losses."""
     losses = [line for line in lines if "loss" in line]
     kept = {(line["round"], line["step"]) for line in losses[:: max(1, len(losses) // 50)]}
     return [

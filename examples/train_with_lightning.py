@@ -2,7 +2,8 @@
 
     python examples/train_with_lightning.py DATA OUTPUT --model openmmlab/upernet-convnext-tiny
 
-DATA is a folder that `fastuper train` takes, with the splits training and validation. OUTPUT is then a checkpoint.
+DATA is a dataset's folder, as for `fastuper train`, with the splits training and validation. OUTPUT becomes the folder
+of the trained checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastuper.recipes import learning_rate_factor, parameter_groups, recipe_for
 
 
 class Augmented(Dataset):
-    """Photos and label maps, augmented anew each time."""
+    """Photos and label maps with new augmentation at each access: pairs of `pixel_values` and `labels`."""
 
     def __init__(self, samples, transform):
         self.samples, self.transform = samples, transform
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("output")
-    parser.add_argument("--model", required=True, help="a UPerNet checkpoint to begin from")
+    parser.add_argument("--model", required=True, help="UPerNet checkpoint to start from")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--crop", type=int, default=512)

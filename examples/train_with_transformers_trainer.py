@@ -2,7 +2,8 @@
 
     python examples/train_with_transformers_trainer.py DATA OUTPUT --model openmmlab/upernet-convnext-tiny
 
-DATA is a folder that `fastuper train` takes, with the splits training and validation. OUTPUT is then a checkpoint.
+DATA is a dataset's folder, as for `fastuper train`, with the splits training and validation. OUTPUT becomes the folder
+of the trained checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastuper.evaluation import evaluate
 
 
 class Augmented(Dataset):
-    """Photos and label maps, augmented anew each time: `pixel_values` and `labels`, as the model takes them."""
+    """Photos and label maps with new augmentation at each access: the model's `pixel_values` and `labels`."""
 
     def __init__(self, samples, transform):
         self.samples, self.transform = samples, transform
@@ -29,7 +30,7 @@ class Augmented(Dataset):
 
     def __getitem__(self, index):
         item = self.transform(self.samples[index], np.random.default_rng())
-        # Trainer counts the labels of accumulated batches by -100.
+        # Trainer counts labels of accumulated batches, and leaves out -100 only.
         labels = item["labels"].masked_fill(item["labels"] == self.samples.ignore_index, -100)
         return {"pixel_values": item["pixel_values"], "labels": labels}
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("output")
-    parser.add_argument("--model", required=True, help="a UPerNet checkpoint to begin from")
+    parser.add_argument("--model", required=True, help="UPerNet checkpoint to start from")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--crop", type=int, default=512)

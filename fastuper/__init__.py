@@ -1,14 +1,16 @@
-"""UPerNet for semantic segmentation: the same network as Hugging Face Transformers', with less work."""
+"""UPerNet for semantic segmentation: the public names of the package, each imported when it is first used.
 
+The networks are those of Hugging Face Transformers' `UperNetForSemanticSegmentation`, computed faster.
+"""
+
+from fastuper.io.version import __version__ as __version__
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # not imported from `typing`, which would take most of this file's time
 if TYPE_CHECKING:
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
     from fastuper.models.configuration import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchFeature",

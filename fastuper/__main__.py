@@ -1,4 +1,4 @@
-"""`python -m fastuper` is the command `fastuper`."""
+"""`python -m fastuper`: the command `fastuper`."""
 
 from fastuper.cli import main
 

@@ -1,6 +1,6 @@
-"""The command line: `fastuper COMMAND ...`, a command a file beside this one.
+"""The command line: `fastuper COMMAND ...`; each command is a file beside this one.
 
-Exit status: 0 where everything asked for was done, 1 where some of it was not, 2 where nothing could start.
+Exit status: 0 if everything succeeded, 1 if a part failed, 2 if nothing could start.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from fastuper import __version__
 from fastuper.cli.evaluate import evaluate_model
 from fastuper.cli.segment import segment_photos
 from fastuper.cli.train import train_model
+from fastuper.io.version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("segment")(segment_photos)
@@ -33,18 +33,19 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _commands(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """UPerNet for semantic segmentation: which class each pixel of a photo belongs to."""
+    """UPerNet for semantic segmentation: the class of every pixel of a photo."""
 
 
 def main() -> None:
     """Run the command line; the console script `fastuper`."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files go when it unwinds
+    # An exception, unlike the signal's default, runs the clean-up of temporary files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # Pillow's and torch's remarks to programmers; what matters is an error here
-    for stream in (sys.stdout, sys.stderr):  # file and class names that the terminal's encoding lacks
+        warnings.simplefilter("ignore")  # Pillow's and torch's warnings address programmers; real faults raise here
+    for stream in (sys.stdout, sys.stderr):  # file and class names may have letters that the terminal's encoding lacks
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="fastuper")

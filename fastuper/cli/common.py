@@ -1,50 +1,34 @@
-"""What the commands share: where and in what type to compute, loading a model, and errors that are one line."""
+"""Shared parts of the commands: options, device, loading a model, columns of text, and one-line errors."""
 
 from __future__ import annotations
 
-from enum import Enum
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from fastuper.io.hub import find_file
 from fastuper.io.messages import one_line
 
 if TYPE_CHECKING:
     import torch
 
-    from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper.data.processor import UperNetImageProcessor
+    from fastuper.models.upernet import UperNetForSemanticSegmentation
 
-# torch is imported inside the functions that need it, so that `--help` answers at once.
+# torch, and modules that import it, are imported inside functions, so that `--help` answers at once.
 
-EXPECTED = (OSError, ValueError, RuntimeError, MemoryError)
-"""What a single photo may fail with: the file, its values, torch's own errors (out of memory), a full disk."""
+EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
+"""Errors that bad input or a full machine cause: of a file, its values, torch (out of memory) or a full disk."""
 
-
-class Dtype(str, Enum):
-    """The types that `--dtype` takes."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class LayoutName(str, Enum):
-    """The layouts that `--layout` takes."""
-
-    auto = "auto"
-    ade20k = "ade20k"
-    cityscapes = "cityscapes"
-    folders = "folders"
-
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LayoutName = Literal["auto", "ade20k", "cityscapes", "folders"]
+"""The values of `fastuper.data.folders.Layout`, whose file imports torch."""
 
 ModelOption = Annotated[
     str,
-    typer.Option(
-        "--model", "-m", metavar="FOLDER|HUB_ID", help="A checkpoint's folder, or its repository's id on the Hub."
-    ),
+    typer.Option("--model", "-m", metavar="FOLDER|HUB_ID", help="Checkpoint: a folder, or the id of a Hub repository."),
 ]
 OptionalModelOption = Annotated[
     str | None,
@@ -52,43 +36,48 @@ OptionalModelOption = Annotated[
         "--model",
         "-m",
         metavar="FOLDER|HUB_ID",
-        help="A checkpoint's folder, or its repository's id on the Hub.  [default: the package's own small model, "
-        "which knows generated street scenes and nothing else]",
+        help="Checkpoint: a folder, or the id of a Hub repository.",
+        show_default="the demo model of the package, which only knows generated street scenes",
     ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto: a GPU where there is one.")
+    str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps or auto; auto uses a GPU if there is one.")
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Floating-point type to compute in; auto uses the type of the stored weights.")
 ]
 LayoutOption = Annotated[
-    LayoutName, typer.Option(help="How the dataset's folder is laid out; auto: found by its folders' names.")
+    LayoutName, typer.Option(help="Layout of the dataset's folder; auto finds it by the names of the subfolders.")
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="The type to compute in; auto: the one the weights are stored in.")]
 
 
 def load_model(
     model: str | None, device: str, dtype: Dtype
 ) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
-    """Return a checkpoint's network, in evaluation, and its image processor; leave where they cannot be had.
+    """Load a checkpoint's network, in evaluation mode, and its image processor.
 
-    Without a model it is the package's own, and a line says so.
+    Without `model` the demo model of the package is loaded, and a line on stderr says so. If loading fails, the
+    command ends with status 2.
     """
     from safetensors import SafetensorError
 
-    from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper.data.processor import UperNetImageProcessor
+    from fastuper.io.hub import find_file
+    from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.scenes.dataset import MODEL
 
     chosen = choose_device(device)
     if model is None:
         typer.echo(
-            "no --model: taking the package's own, a small UPerNet-ConvNeXt that has seen generated street scenes "
-            "(fastuper.scenes.dataset) and nothing else; of photographs it knows nothing",
+            "no --model: using the demo model, which only knows generated street scenes; for photos, give --model a "
+            "checkpoint, such as openmmlab/upernet-convnext-tiny",
             err=True,
         )
         model = str(MODEL)
-        if dtype is Dtype.auto:
-            dtype = Dtype.float32  # it is stored in bfloat16 to be small
+        if dtype == "auto":
+            dtype = "float32"  # the weights are stored in bfloat16 to be small
     try:
-        network = UperNetForSemanticSegmentation.from_pretrained(model, dtype=dtype.value, device=chosen).eval()
+        network = UperNetForSemanticSegmentation.from_pretrained(model, dtype=dtype, device=chosen).eval()
         if find_file(model, "preprocessor_config.json"):
             processor = UperNetImageProcessor.from_pretrained(model)
         else:
@@ -102,7 +91,10 @@ def load_model(
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name, for "auto" a GPU where there is one; leave where it cannot be used."""
+    """Return the device of a name; "auto" chooses a GPU if there is one.
+
+    If the device cannot be used, the command ends with status 2.
+    """
     import torch
 
     if name == "auto":
@@ -116,14 +108,28 @@ def choose_device(name: str) -> torch.device:
 
 
 def make_folder(output: Path) -> None:
-    """Make the output folder, and its parents; leave where that fails."""
+    """Make the output folder and its parents; if that fails, the command ends with status 2."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         leave(f"cannot make the output folder {output}: {error.strerror}")
 
 
+def in_columns(items: Sequence[str], indent: int = 2) -> str:
+    """Return short texts in columns of one width, row by row, as wide as the terminal (100 if there is none)."""
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    width = shutil.get_terminal_size((100, 24)).columns
+    console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(Padding(Columns([Text(item) for item in items], padding=(0, 2)), (0, 0, 0, indent)))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
 def leave(message: str) -> NoReturn:
-    """Say why nothing can start, and end with status 2."""
+    """Print why nothing can start, and end the command with status 2."""
     typer.echo(f"fastuper: {message}", err=True)
     raise typer.Exit(2)

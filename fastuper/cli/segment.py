@@ -1,9 +1,8 @@
-"""`fastuper segment PHOTO... --output FOLDER [--model MODEL]`."""
+"""`fastuper segment PHOTO... --output FOLDER`: label maps and overlays of photos."""
 
 from __future__ import annotations
 
 import os
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,17 @@ import numpy as np
 import typer
 
 from fastuper.cli.common import (
-    EXPECTED,
+    EXPECTED_ERRORS,
     DeviceOption,
-    Dtype,
     DtypeOption,
     OptionalModelOption,
+    in_columns,
     leave,
     load_model,
     make_folder,
 )
+from fastuper.cli.options import field_option
+from fastuper.cli.prediction import PredictionOptions
 from fastuper.data.classes import class_name, class_palette
 from fastuper.data.images import MAX_PIXELS, ImageError, read_image
 from fastuper.data.overlay import class_shares, format_share, overlay, save_label_png
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
+    from fastuper.data.processor import UperNetImageProcessor
+    from fastuper.models.upernet import UperNetForSemanticSegmentation
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
@@ -43,42 +45,41 @@ PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".tif", ".tiff"),
     *(".bmp", ".gif", ".jp2", ".pgm", ".pnm", ".ppm", ".tga"),
 )
-"""What counts as a photo in a folder. A file that is named itself is tried whatever it is called."""
+"""Endings of the files in a folder that are segmented. A file that is named itself may have any ending."""
 
 
 def segment_photos(
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE", help="Photos, or folders: of a folder, the photos directly inside it."),
+        typer.Argument(metavar="IMAGE", help="Photos and folders; of a folder, the photos directly inside."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the results go; made if it is missing.")
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the results; made if it is missing."),
     ],
     model: OptionalModelOption = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Photos that go through the network together.")
-    ] = 1,
+    dtype: DtypeOption = "auto",
+    batch_size: Annotated[int, field_option(PredictionOptions, "batch_size")] = PredictionOptions.batch_size,
     max_pixels: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="The largest photo (width x height) that is decoded; larger ones fail."),
+        typer.Option(min=1, metavar="N", help="Largest photo to decode, as width x height; larger photos fail."),
     ] = MAX_PIXELS,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave out photos whose results are there, instead of redoing them.")
+        bool, typer.Option("--skip-existing", help="Skip photos that have results already.")
     ] = False,
 ) -> None:
     """Find the class of every pixel of photos.
 
-    For each photo NAME.jpg two files are written, each whole or not at all: NAME_labels.png, of the photo's own size,
-    whose pixel values are the class numbers (with colours, as a palette); and NAME_overlay.jpg, the photo under those
-    colours with a legend. A second photo of the same name gets NAME-2_labels.png, a third NAME-3_labels.png.
+    For each photo NAME.jpg two files are written, each whole or not at all. NAME_labels.png has the photo's size; its
+    pixel values are the class numbers, with colours as a palette. NAME_overlay.jpg is the photo under those colours,
+    with a legend. A second photo of the same name gets NAME-2_labels.png, a third NAME-3_labels.png.
 
-    A photo that fails does not stop the others: the last lines say which failed and why.
+    A photo that fails does not stop the others: the last lines list the failures with their reasons.
 
     Exit status: 0 all photos were segmented, 1 some failed, 2 nothing could start.
     """
-    jobs, failures = _plan(images, output)
+    jobs, failures = _plan_jobs(images, output)
     todo = [job for job in jobs if not (skip_existing and job.is_done())]
     skipped = len(jobs) - len(todo)
     make_folder(output)
@@ -88,7 +89,7 @@ def segment_photos(
         classes = len(network.config.id2label)
         if classes > 256:
             typer.echo(f"{classes} classes: the label maps are 16-bit grey PNGs, without colours", err=True)
-        written = _segment_all(todo, failures, network, processor, batch_size, max_pixels)
+        written = _segment_jobs(todo, failures, network, processor, batch_size, max_pixels)
 
     total = written + len(failures) + skipped
     also = f", {skipped} already there" if skipped else ""
@@ -102,28 +103,38 @@ def segment_photos(
 
 @dataclass(frozen=True)
 class _Job:
+    """A photo and the files that its results go to."""
+
     photo: Path
     labels: Path
     overlay: Path
 
     def is_done(self) -> bool:
-        """Whether the results are there and newer than the photo: a photo added later may have taken its name."""
+        """Return True if the results exist and are newer than the photo.
+
+        Results that are older belong to another photo: a photo that was added later may take the name of an earlier.
+        """
         try:
             return min(self.labels.stat().st_mtime, self.overlay.stat().st_mtime) >= self.photo.stat().st_mtime
         except OSError:
             return False
 
 
-def _plan(inputs: Iterable[Path], output: Path) -> tuple[list[_Job], list[str]]:
-    """What is to be written for which photo, and which inputs hold none. Each photo once, no output twice."""
+def _plan_jobs(inputs: Iterable[Path], output: Path) -> tuple[list[_Job], list[str]]:
+    """Return a job for each photo, and a message for each folder without photos.
+
+    A photo that is named twice has one job, and no two jobs write the same file.
+    """
     photos: dict[Path, Path] = {}
     failures = []
     for path in inputs:
-        if not os.path.isdir(path):  # unlike Path.is_dir, False where one may not look
+        if not os.path.isdir(path):  # unlike Path.is_dir, False where permission is denied
             photos.setdefault(Path(os.path.realpath(path)), path)
             continue
         if path.resolve() == output.resolve():
-            leave(f"{output} is both read and written, so that a second run would segment the results; name another")
+            leave(
+                f"{output} is both read and written, and a second run would segment the results; give another --output"
+            )
         try:
             inside = sorted(file for file in path.iterdir() if _looks_like_a_photo(file))
         except OSError as error:
@@ -134,7 +145,7 @@ def _plan(inputs: Iterable[Path], output: Path) -> tuple[list[_Job], list[str]]:
         for file in inside:
             photos.setdefault(file.resolve(), file)
 
-    taken = {str(path).casefold() for path in photos}  # some file systems take A.png for a.png
+    taken = {str(path).casefold() for path in photos}  # on some file systems A.png and a.png are one file
     numbers: Counter[str] = Counter()
     jobs = []
     folder = output.resolve()
@@ -156,7 +167,7 @@ def _looks_like_a_photo(path: Path) -> bool:
     return path.suffix.lower() in PHOTO_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _segment_all(
+def _segment_jobs(
     jobs: Sequence[_Job],
     failures: list[str],
     network: UperNetForSemanticSegmentation,
@@ -164,7 +175,10 @@ def _segment_all(
     batch_size: int,
     max_pixels: int,
 ) -> int:
-    """Segment every job's photo and write its files; failures are added to the list. Returns how many were written."""
+    """Segment the photo of every job and write its files; return the number of photos whose files are written.
+
+    A message for each photo that fails is added to `failures`.
+    """
     from tqdm import tqdm
 
     from fastuper.evaluation.loop import class_names
@@ -184,7 +198,7 @@ def _segment_all(
                 try:
                     photo = read_image(job.photo, max_pixels=max_pixels)
                     batch.append((job, photo, processor(images=[photo], return_tensors="pt")["pixel_values"]))
-                except EXPECTED as error:
+                except EXPECTED_ERRORS as error:
                     fail(job, error)
             for job, photo, result in _segment_batch(network, batch):
                 if isinstance(result, Exception):
@@ -195,7 +209,7 @@ def _segment_all(
                     save_label_png(labels, palette, job.labels)
                     with atomic_path(job.overlay) as temporary:
                         overlay(photo, labels, id2label, palette).save(temporary, format="JPEG", quality=90)
-                except EXPECTED as error:
+                except EXPECTED_ERRORS as error:
                     fail(job, error)
                 else:
                     bar.write(_describe(job, photo, class_shares(labels, len(palette)), id2label))
@@ -207,7 +221,10 @@ def _segment_all(
 def _segment_batch(
     network: UperNetForSemanticSegmentation, batch: Sequence[tuple[_Job, Image.Image, torch.Tensor]]
 ) -> Iterator[tuple[_Job, Image.Image, torch.Tensor | Exception]]:
-    """Yield each photo with its (height, width) labels or its error. What fails together is tried one by one."""
+    """Yield each photo of a batch with its labels, (height, width) int64, or with its error.
+
+    A forward pass takes neighbours of equal size together; if it fails, each of them is segmented alone.
+    """
     import torch
 
     for _, same_shape in groupby(batch, key=lambda item: item[2].shape):
@@ -217,12 +234,12 @@ def _segment_batch(
             pixels = torch.cat([pixels for _, _, pixels in group]).to(network.device, network.dtype)
             sizes = [(photo.height, photo.width) for _, photo, _ in group]
             results = network.segment(pixels, target_sizes=sizes)
-        except EXPECTED as error:
+        except EXPECTED_ERRORS as error:
             if len(group) == 1:
                 results = [error]
         if results:
             yield from ((job, photo, result) for (job, photo, _), result in zip(group, results, strict=True))
-        else:  # most often out of memory; outside the handler, which would hold on to the tensors
+        else:  # out of memory, most often; outside the handler, whose traceback keeps the tensors alive
             if network.device.type == "cuda":
                 torch.cuda.empty_cache()
             for item in group:
@@ -230,18 +247,8 @@ def _segment_batch(
 
 
 def _describe(job: _Job, photo: Image.Image, shares: NDArray[np.float64], id2label: Mapping[int, str]) -> str:
-    """The photo, its results, and the share of every class in it, largest first."""
+    """Return a line with the photo and its results, and below it the share of each class, largest first."""
     present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
-    # A name and its share stay on one line: their spaces are hidden from textwrap.
-    classes = [f"{class_name(id2label, index)} {format_share(shares[index])}".replace(" ", "\0") for index in present]
-    text = textwrap.fill(
-        ", ".join(classes),
-        width=100,
-        initial_indent="  ",
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    ).replace("\0", " ")
-    return (
-        f"{one_line(str(job.photo))} ({photo.width} x {photo.height}) -> {job.labels.name}, {job.overlay.name}\n{text}"
-    )
+    classes = [f"{class_name(id2label, index)} {format_share(shares[index])}" for index in present]
+    results = f"{job.labels.name}, {job.overlay.name}"
+    return f"{one_line(str(job.photo))} ({photo.width} x {photo.height}) -> {results}\n{in_columns(classes)}"

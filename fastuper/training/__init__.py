@@ -1,8 +1,8 @@
-"""The training loop."""
+"""Training: the public names of this package, each imported when it is first used."""
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # not imported from `typing`, which would take most of this file's time
 if TYPE_CHECKING:
     from fastuper.training.config import TrainingConfig, TrainingError
     from fastuper.training.runs import RunFolder

@@ -1,11 +1,11 @@
-"""Batches: which images each step takes, and their collation."""
+"""Batches: which images each step takes, their checks, and their collation."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +16,16 @@ from fastuper.data.images import ImageError
 from fastuper.data.samples import DataError
 from fastuper.io.messages import reason
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass
 class Batch:
-    """Images of one piece of a step.
+    """The images of one piece of a step.
 
     Attributes:
         pixel_values: (B, C, H, W), normalised.
         labels: (B, H, W), int64.
-        names: what to call each image in a message.
-        valid: how many pixels are not ignored, an int64 scalar.
+        names: the name of each image in messages.
+        valid: the number of pixels that are not ignored, an int64 scalar.
     """
 
     pixel_values: torch.Tensor
@@ -37,26 +34,33 @@ class Batch:
     valid: torch.Tensor
 
     def pin_memory(self) -> Batch:
-        """Return it in memory that a GPU reads by itself; what `DataLoader` calls."""
+        """Return the batch with images and labels in pinned memory; `DataLoader` calls this."""
         return dataclasses.replace(self, pixel_values=self.pixel_values.pin_memory(), labels=self.labels.pin_memory())
 
 
-class GlobalBatches(Sampler[list[tuple[int, int]]]):
-    """Which images a process takes, as (epoch, index): the pieces of one step after another.
+@dataclass
+class UnusableImage:
+    """The place of an image that cannot be used; `message` is one line with the image, the fault and the remedy."""
 
-    An epoch is a permutation that the seed and the epoch's number decide, and epochs follow one another without a
-    gap: a step may end one and begin the next. Of the `batch_size` images of a step the process of rank r takes the
-    ones at r, r + world_size, ...
+    message: str
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """A batch sampler that yields the pieces of one step after another, for one process, as pairs (epoch, index).
+
+    An epoch is a permutation of all images that follows from the seed and the epoch's number. Epochs follow one another
+    without a gap: a step may end one epoch and begin the next. The process of rank r takes the images at r,
+    r + world_size, ... of each step's `batch_size` images.
 
     Args:
-        length: images there are.
+        length: number of images.
         batch_size: images of a step; a multiple of `world_size * accumulate`.
-        seed: see above.
-        steps: the number of steps.
-        start: the first step.
-        rank: of this process.
-        world_size: processes there are.
-        accumulate: pieces of each process's part.
+        seed: seed of the permutations.
+        steps: number of steps.
+        start: first step.
+        rank: number of this process.
+        world_size: number of processes.
+        accumulate: number of pieces of a process's images of a step.
     """
 
     def __init__(
@@ -85,63 +89,59 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+                    generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
                     order = torch.randperm(self.length, generator=generator)
                 keys.append((epoch, int(order[position % self.length])))
-            mine = keys[self.rank :: self.world_size]
-            for start in range(0, len(mine), size):
-                yield mine[start : start + size]
+            own = keys[self.rank :: self.world_size]
+            for start in range(0, len(own), size):
+                yield own[start : start + size]
 
 
-def seed_of(seed: int, purpose: str, *numbers: int) -> int:
-    """Return a seed that a purpose and some numbers decide; unlike their sum, no two of them have the same."""
+def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """Return a seed that a purpose and some numbers decide; unlike a sum, it differs for all of them."""
     key = [seed, *purpose.encode(), *numbers]
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class TrainingItems(Dataset[Any]):
-    """What `TrainingDataset` has, looked at; or the error's message where an image cannot be used.
+class CheckedItems(Dataset[Any]):
+    """The items of a `TrainingDataset`, their labels checked; an `UnusableImage` where an item cannot be made.
 
-    What a worker raises would arrive as a traceback.
+    An exception in a worker would arrive as a traceback.
     """
 
     def __init__(self, data: TrainingDataset, num_labels: int, ignore_index: int):
         self.data, self.num_labels, self.ignore_index = data, num_labels, ignore_index
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | str:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | UnusableImage:
         try:
             item = self.data[key]
-        except (DataError, ImageError) as error:  # they name the file
-            return str(error)
+        except (DataError, ImageError) as error:  # these name the file
+            return UnusableImage(str(error))
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             files = getattr(self.data.samples, "files", None)
             name = f"image {key[1]} of the training data" if files is None else files[key[1]][0]
-            return f"{name}: {reason(error)}"
+            return UnusableImage(f"{name}: {reason(error)}")
         labels = item["labels"]
         wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_labels))]
-        if len(wrong):  # a GPU would only say that an assertion failed
-            return (
+        if len(wrong):  # a GPU would report a failed assertion only
+            return UnusableImage(
                 f"{item['name']}: label {int(wrong[0])} is neither one of the model's {self.num_labels} classes nor "
-                f"{self.ignore_index}, which is ignored"
+                f"the ignored label {self.ignore_index}"
             )
         return item
 
 
-class Collate:
-    """Makes a `Batch` of items, or returns the first error's message."""
-
-    def __init__(self, ignore_index: int):
-        self.ignore_index = ignore_index
-
-    def __call__(self, items: list[Any]) -> Batch | str:
-        """Stack the items."""
-        for item in items:
-            if isinstance(item, str):
-                return item
-        labels = torch.stack([item["labels"] for item in items])
-        return Batch(
-            pixel_values=torch.stack([item["pixel_values"] for item in items]),
-            labels=labels,
-            names=[item["name"] for item in items],
-            valid=(labels != self.ignore_index).sum(),
-        )
+def collate(items: list[dict[str, Any] | UnusableImage], ignore_index: int) -> Batch | UnusableImage:
+    """Stack items to a batch, or return the first of them that is unusable."""
+    usable = []
+    for item in items:
+        if isinstance(item, UnusableImage):
+            return item
+        usable.append(item)
+    labels = torch.stack([item["labels"] for item in usable])
+    return Batch(
+        pixel_values=torch.stack([item["pixel_values"] for item in usable]),
+        labels=labels,
+        names=[item["name"] for item in usable],
+        valid=(labels != ignore_index).sum(),
+    )

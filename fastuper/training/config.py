@@ -1,96 +1,131 @@
-"""How to train: TrainingConfig, and the plan a recipe completes it to."""
+"""How to train: TrainingConfig, and the plan that a recipe completes it to."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from fastuper.models.configuration import check_counts
-from fastuper.recipes.recipes import Recipe, recipe_for
+from fastuper.io.options import check_options, document_options, option
 
 if TYPE_CHECKING:
-    pass
+    from fastuper.recipes.recipes import Recipe
+
+# The command line imports this file: torch, and the recipes that need it, are imported inside functions.
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message is one line that names the reason and the remedy."""
+    """Training cannot start or cannot continue; the message is one line with the reason and the remedy."""
 
 
+@document_options
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train. What is None follows from the recipe or from the number of steps.
+    """How to train: the options of `fastuper train` that the trainer needs.
 
-    Args:
-        steps: how many times the weights are changed.
-        batch_size: images of a step, all processes and pieces together.
-        accumulate: how many pieces each process takes its part of a step's images in, one after another: the memory
-            of one piece, the gradients of all.
-        recipe: "convnext", "swin", or "auto": by the backbone. See `fastuper.recipes.recipes`.
-        learning_rate: of the heads; the recipe's where None.
-        weight_decay: the recipe's where None.
-        layer_decay: what the backbone's learning rates fall by, stage by stage; the recipe's where None.
-        warmup_steps: steps in which the learning rate rises; 1,500, but at most a tenth of all, where None.
-        power: of the polynomial by which the learning rate falls to 0.
-        clip: the largest norm of the gradient; a larger one is scaled down to it. None lets all pass.
-        bf16: whether to compute in bfloat16 where autocast says so; weights and optimizer stay in float32.
-        ema: how much of the averaged weights stays at each step (0.999, say); the average is what is validated and
-            saved. None keeps no average.
-        freeze_norm: whether BatchNorm normalises with its running statistics and leaves them as they are.
-        seed: what the order of the images, the augmentation and stochastic depth are drawn from.
-        workers: processes that prepare images, for each process that trains; 0 has the latter do it.
-        log_every: steps between two lines of the log; on a GPU, also those between two looks at the loss.
-        validate_every: steps between two validations; a tenth of all where None.
-        save_every: steps between two checkpoints; `validate_every` where None. Each validation is saved as well.
-        pictures: predicted pictures in each validation's TensorBoard entry.
-        cpu: whether to leave the GPU alone.
-
-    Raises:
-        ValueError: a value that cannot be; the message names it.
+    An option that is None follows from the recipe or from the number of steps; see `plan`. A value out of its bounds
+    raises ValueError, and the message names the option.
     """
 
-    steps: int = 160_000
-    batch_size: int = 16
-    accumulate: int = 1
-    recipe: str = "auto"
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    layer_decay: float | None = None
-    warmup_steps: int | None = None
-    power: float = 1.0
-    clip: float | None = None
-    bf16: bool = False
-    ema: float | None = None
-    freeze_norm: bool = False
-    seed: int = 0
-    workers: int = 2
-    log_every: int = 10
-    validate_every: int | None = None
-    save_every: int | None = None
-    pictures: int = 4
-    cpu: bool = False
+    steps: int = option(160_000, "Number of optimizer steps.", at_least=1, metavar="N")
+    batch_size: int = option(16, "Images per step, over all processes and accumulated pieces.", at_least=1, metavar="N")
+    accumulate: int = option(
+        1,
+        "Pieces that each process splits its images of a step into: memory for one piece, gradients of all.",
+        at_least=1,
+        metavar="N",
+    )
+    recipe: Literal["auto", "convnext", "swin"] = option(
+        "auto", "Published learning rate and decays to use; auto chooses them by the backbone."
+    )
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of the heads.",
+        more_than=0,
+        default_text="the recipe's",
+        metavar="RATE",
+        flag="--lr",
+    )
+    weight_decay: float | None = option(
+        None, "Weight decay of AdamW.", at_least=0, default_text="the recipe's", metavar="RATE"
+    )
+    layer_decay: float | None = option(
+        None,
+        "Factor by which the learning rate falls from each backbone stage to the stage before it.",
+        more_than=0,
+        at_most=1,
+        default_text="the recipe's",
+        metavar="FACTOR",
+    )
+    warmup_steps: int | None = option(
+        None,
+        "Steps in which the learning rate rises to its peak.",
+        at_least=0,
+        default_text="1500, or a tenth of all steps if that is fewer",
+        metavar="N",
+        flag="--warmup",
+    )
+    power: float = option(
+        1.0, "Power of the polynomial by which the learning rate falls to 0.", more_than=0, python_only=True
+    )
+    clip: float | None = option(
+        None,
+        "Largest norm of the gradient; a larger gradient is scaled down to it.",
+        more_than=0,
+        default_text="no limit",
+        metavar="NORM",
+    )
+    bf16: bool = option(False, "Compute in bfloat16 under autocast; weights and optimizer stay in float32.")
+    ema: float | None = option(
+        None,
+        "Decay of a moving average of the weights (0.999, for example), which is then validated and saved.",
+        more_than=0,
+        at_most=1,
+        default_text="no average",
+        metavar="DECAY",
+    )
+    freeze_norm: bool = option(
+        False, "Normalise with BatchNorm's running statistics, and leave the statistics unchanged."
+    )
+    seed: int = option(0, "Seed of all random choices.", at_least=0, metavar="N")
+    workers: int = option(
+        2,
+        "Processes that prepare images, for each training process; 0 prepares them in the training process.",
+        at_least=0,
+        metavar="N",
+    )
+    log_every: int = option(
+        10,
+        "Steps between two lines of log.jsonl; on a GPU, also between two checks that the loss is finite.",
+        at_least=1,
+        metavar="N",
+    )
+    validate_every: int | None = option(
+        None, "Steps between two validations.", at_least=1, default_text="a tenth of all steps", metavar="N"
+    )
+    save_every: int | None = option(
+        None,
+        "Steps between two checkpoints; each validation saves a checkpoint too.",
+        at_least=1,
+        default_text="the steps between two validations",
+        metavar="N",
+    )
+    pictures: int = option(4, "Predicted pictures in TensorBoard for each validation.", at_least=0, python_only=True)
+    cpu: bool = option(False, "Train on the CPU, even where there is a GPU.")
 
     def __post_init__(self) -> None:
-        at_least_one = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "save_every")
-        for least, names in ((1, at_least_one), (0, ("warmup_steps", "seed", "workers", "pictures"))):
-            check_counts(least, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
-        for name in ("learning_rate", "power", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be more than 0, got {value!r}")
-        if self.weight_decay is not None and not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}")
-        for name in ("layer_decay", "ema"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be more than 0 and at most 1, got {value!r}")
+        check_options(self)
         if self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be fewer than the {self.steps} steps")
-        recipe_for(self.recipe, "")
 
     def plan(self, backbone_type: str) -> Plan:
-        """Return what the recipe and the number of steps decide, where the configuration does not."""
+        """Return the recipe and the intervals that training uses.
+
+        Args:
+            backbone_type: the `model_type` of the backbone's configuration, which decides the recipe "auto".
+        """
+        from fastuper.recipes.recipes import Recipe, recipe_for
+
         recipe = recipe_for(self.recipe, backbone_type)
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         validate_every = self.validate_every or max(self.steps // 10, 1)
@@ -104,7 +139,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a `TrainingConfig` leaves open, decided."""
+    """The values that a `TrainingConfig` leaves open, decided for one backbone.
+
+    Attributes:
+        recipe: the learning rate and the decays, the configuration's own where it has any.
+        warmup_steps: steps in which the learning rate rises.
+        validate_every: steps between two validations.
+        save_every: steps between two checkpoints.
+    """
 
     recipe: Recipe
     warmup_steps: int
@@ -112,6 +154,14 @@ class Plan:
     save_every: int
 
 
-# May differ when a run goes on: they change no loss, or (`accumulate`) by rounding and what BatchNorm sees at once.
-# The recipe's numbers are compared, its name is not.
-FREE = ("recipe", "accumulate", "workers", "log_every", "validate_every", "save_every", "pictures", "cpu")
+MAY_CHANGE_ON_RESUME = (
+    "recipe",  # its numbers are compared instead
+    "accumulate",  # changes losses by rounding, and by the images that BatchNorm normalises together
+    "workers",
+    "log_every",
+    "validate_every",
+    "save_every",
+    "pictures",
+    "cpu",
+)
+"""Options that may differ when a run resumes: they decide no loss."""

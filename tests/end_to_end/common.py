@@ -1,4 +1,4 @@
-"""What the tests of the command line share."""
+"""The class names of the model that the tests of the command line use."""
 
 from __future__ import annotations
 

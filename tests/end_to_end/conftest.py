@@ -1,4 +1,4 @@
-"""The model that the tests of the command line segment and evaluate with."""
+"""The model that the tests of the command line use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.end_to_end.common import NAMES
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: a tiny network whose label maps have several classes."""
+    """Return the folder of a checkpoint: a tiny network whose label maps have several classes."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     backbone = ConvNextConfig(

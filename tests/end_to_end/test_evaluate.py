@@ -1,4 +1,4 @@
-"""`fastuper evaluate` on a small folder, beside Transformers with numpy's arithmetic, and on what it cannot use."""
+"""`fastuper evaluate`: a small folder beside Transformers and numpy, and faults of data and options."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tests.end_to_end.common import NAMES
 
 @pytest.fixture
 def folder(model: Path, tmp_path: Path) -> Path:
-    """A dataset whose labels are half right (by the model itself), and in which a third of the pixels is ignored.
+    """Return a dataset whose labels agree with about half of the model's, and where a third of the pixels is ignored.
 
-    Ignored pixels are all of one class to the model, so that counting what is predicted there would show.
+    The model predicts one class for all ignored pixels, so that the figures would change if they counted.
     """
     random = np.random.default_rng(0)
     network = UperNetForSemanticSegmentation.from_pretrained(model).eval()
@@ -39,7 +39,7 @@ def folder(model: Path, tmp_path: Path) -> Path:
         label = network.segment(processor(photo, return_tensors="pt")["pixel_values"], [size])[0].numpy()
         commonest = np.bincount(label.ravel()).argmax()
         noise = random.random(size)
-        # Class 5 is in no label, whatever the model says.
+        # Class 5 is in no label map, but among the predictions.
         wrong = np.where(noise < 0.3, random.integers(0, 5, size), np.where(label == 5, 0, label))
         wrong[(label == commonest) & (random.random(size) < 0.7)] = 255
         for kind, image in (("images", photo), ("labels", Image.fromarray(wrong.astype(np.uint8)))):
@@ -55,7 +55,7 @@ def run(*arguments: object) -> Result:
 
 
 def metrics(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, object]:
-    """mean_iou of Hugging Face's `evaluate`, whose predictions on ignored pixels are left out here."""
+    """Return `mean_iou` of Hugging Face's `evaluate`, but without its count of predictions on ignored pixels."""
     kept = [(prediction[label != 255], label[label != 255]) for prediction, label in pairs]
     iou, accuracy = [], []
     for index in range(len(NAMES)):
@@ -93,7 +93,7 @@ def test_agrees_with_transformers_and_numpy(model: Path, folder: Path, tmp_path:
     result = run("-m", model, "-d", folder, "-o", tmp_path / "results", "--batch-size", 3)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "results" / "metrics.json").read_text(encoding="utf-8"))
-    # Here and there two classes tie, and rounding decides a pixel: one of a hundred thousand may.
+    # Rounding decides the few pixels where two classes tie.
     for name in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
         assert found[name] == pytest.approx(expected[name], abs=2e-4)
     for index, row in enumerate(found["classes"]):
@@ -132,8 +132,8 @@ def test_windows_scales_and_flips_from_the_command_line(model: Path, folder: Pat
         batch_size=8,
     )
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["confusion"] == matrix.matrix.tolist()
-    plain = evaluate(network, dataset, UperNetImageProcessor.from_pretrained(model))
-    assert not torch.equal(plain.matrix, matrix.matrix)
+    whole = evaluate(network, dataset, UperNetImageProcessor.from_pretrained(model))
+    assert not torch.equal(whole.matrix, matrix.matrix)
 
 
 def test_shares_of_a_dataset_add_up_to_it(model: Path, folder: Path) -> None:
@@ -155,7 +155,7 @@ def test_shares_of_a_dataset_add_up_to_it(model: Path, folder: Path) -> None:
 
 
 class ForeignSamples(Dataset):
-    """Samples that nobody has looked at yet."""
+    """Samples that are not checked."""
 
     def __init__(self, *samples: Sample) -> None:
         self.samples = samples
@@ -167,7 +167,7 @@ class ForeignSamples(Dataset):
         return self.samples[index]
 
 
-def test_samples_that_nobody_checked(model: Path) -> None:
+def test_unchecked_samples(model: Path) -> None:
     network = UperNetForSemanticSegmentation.from_pretrained(model)
     samples = ForeignSamples(Sample(Image.new("RGB", (40, 30)), np.full((30, 40), 6), "seventh class"))
     with pytest.raises(DataError, match="seventh class: holds the label 6, but there are 6 classes"):
@@ -193,7 +193,7 @@ def test_a_model_of_one_class(tmp_path: Path) -> None:
     assert matrix.id2label == {0: "background", 1: "road"}
 
 
-# What cannot be used
+# Faults of data and options
 
 
 def one_line(result: Result, status: int, *parts: str) -> None:
@@ -220,7 +220,7 @@ def test_bad_samples_are_named(model: Path, folder: Path, tmp_path: Path) -> Non
     one_line(run("-m", model, "-d", folder), 2, "1 of 4 photos have no label map", "2.png")
 
 
-def test_classes_that_are_not_the_models(model: Path, folder: Path) -> None:
+def test_classes_that_differ_from_the_model(model: Path, folder: Path) -> None:
     classes = folder / "classes.txt"
     classes.write_text("sky\nroad\n", encoding="utf-8")
     one_line(run("-m", model, "-d", folder), 2, "the dataset has 2 classes (sky, road), the model 6 classes (sky, faça")
@@ -230,7 +230,7 @@ def test_classes_that_are_not_the_models(model: Path, folder: Path) -> None:
     assert run("-m", model, "-d", folder).exit_code == 0
 
 
-def test_options_that_cannot_be(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_options(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_line(run("-m", model, "-d", tmp_path / "none"), 2, "none: there is no such folder")
     one_line(run("-m", model, "-d", folder, "--split", "test"), 2, "has no split test; it has val")
     one_line(run("-m", model, "-d", folder, "--scales", "1,x"), 2, "--scales 1,x: give numbers")

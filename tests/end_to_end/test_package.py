@@ -1,4 +1,4 @@
-"""The distribution: what the wheel ships, and that it works where nothing else of the project is."""
+"""The wheel: its files, and its work where no other part of the project is installed."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the tracked files, as a release would."""
+    """Return the wheel, built from a copy of the tracked files as for a release."""
     pytest.importorskip("build")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -29,7 +29,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_holds_two_packages_and_nothing_else(wheel: Path) -> None:
+def test_wheel_has_two_packages_and_no_other_file(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names}
     assert roots == {"fastuper", "fastuper_kernels", f"fastuper-{wheel.name.split('-')[1]}.dist-info"}
@@ -49,7 +49,7 @@ def test_wheel_holds_two_packages_and_nothing_else(wheel: Path) -> None:
 def test_wheel_works_installed_alone(wheel: Path, tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
     subprocess.run([*install, str(wheel)], check=True)
-    # -I keeps the working tree and an editable installation's paths out; the dependencies are this environment's.
+    # -I excludes the working tree and the paths of an editable installation; dependencies come from this environment.
     program = f"""
 import sys
 sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]

@@ -1,4 +1,4 @@
-"""`fastuper segment` on real photographs, on every kind of bad input, and when it is stopped."""
+"""`fastuper segment`: photographs, bad input of every kind, and a command that is stopped."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 import fastuper
 from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.cli import app
+from fastuper.cli.common import in_columns
 from fastuper.data.classes import class_palette
 from fastuper.scenes.dataset import PALETTE, scene
 from tests.end_to_end.common import NAMES
@@ -50,7 +51,7 @@ def run(*arguments: object) -> Result:
 
 
 def heed_interrupts() -> None:
-    """Undo SIGINT's being ignored, which a child inherits and Python then leaves so."""
+    """Restore the default of SIGINT: a child inherits that it is ignored, and Python leaves it so."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -111,7 +112,7 @@ def test_photographs_without_transformers(model: Path, output: Path, tmp_path: P
         labels = read_labels(output / f"{name}_labels.png")
         np.testing.assert_array_equal(labels, expected_labels(model, pixels))
         shares = np.bincount(labels.ravel(), minlength=len(NAMES)) / labels.size
-        assert (shares > 0.01).sum() > 1, "the network tells nothing apart, so that this test would see little"
+        assert (shares > 0.01).sum() > 1, "the label map has one class only, so that this test would show little"
         paragraph = printed[printed.index(f"{name}.png (") :]
         for index, share in enumerate(shares):
             if share > 0.001:
@@ -174,7 +175,7 @@ def test_batches_give_the_labels_of_single_photos(model: Path, tmp_path: Path) -
     assert run(*photos, "-m", model, "-o", tmp_path / "batch", "--batch-size", 2).exit_code == 0
     for name, _ in sources:
         single = read_labels(tmp_path / "single" / f"{name}_labels.png")
-        assert (single != read_labels(tmp_path / "batch" / f"{name}_labels.png")).mean() < 1e-3  # near ties may turn
+        assert (single != read_labels(tmp_path / "batch" / f"{name}_labels.png")).mean() < 1e-3  # near ties may change
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -203,7 +204,14 @@ def test_shares_are_printed_largest_first(
     monkeypatch.setattr(UperNetForSemanticSegmentation, "segment", lambda *_, **__: [labels])
     result = run(save(tmp_path / "photo.png", np.zeros((20, 100, 3), np.uint8)), "-m", model, "-o", output)
     assert result.exit_code == 0, result.output
-    assert "\n  water 50.0 %, sky 25.0 %, façade 16.0 %, tree 9.0 %\n" in result.stdout
+    assert "\n  water 50.0 %  sky 25.0 %  façade 16.0 %  tree 9.0 %\n" in result.stdout
+
+
+def test_shares_of_many_classes_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name and its share stay on one line; letters of East Asia are two columns wide."""
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = in_columns(["道路 40.0 %", "traffic light 30.0 %", "sky 20.0 %", "wall 10.0 %"]).splitlines()
+    assert lines == ["  道路 40.0 %  traffic light 30.0 %", "  sky 20.0 %   wall 10.0 %"]
 
 
 def test_printed_shares_of_a_photograph(model: Path, output: Path, tmp_path: Path) -> None:
@@ -230,18 +238,18 @@ def test_large_photo_and_the_limit(model: Path, output: Path, tmp_path: Path) ->
 
 
 def on_a_terminal(*arguments: object) -> str:
-    """Run the command with its stderr on a terminal; return what it writes there."""
+    """Run the command with a terminal as stderr; return the text on it."""
     terminal, stderr = pty.openpty()
-    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a new one has no columns, so no bar
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # 0 columns at first: no bar
     process = start("segment", *arguments, "--device", "cpu", stderr=stderr)
     os.close(stderr)
     try:
-        printed, _ = process.communicate(timeout=120)  # a bar is short: the terminal's buffer holds it all
+        printed, _ = process.communicate(timeout=120)  # the terminal's buffer is large enough for a bar
         written = b""
         while True:
             try:
                 piece = os.read(terminal, 4096)
-            except OSError:  # how Linux says that nobody has the other end any more
+            except OSError:  # on Linux: the other end is closed
                 break
             if not piece:
                 break
@@ -277,7 +285,7 @@ def test_no_progress_bar_without_a_terminal(model: Path, output: Path, tmp_path:
     assert complaints == ""
 
 
-# Which photos, which names
+# Photos and the names of their results
 
 
 def test_folders_and_photos_of_one_name(model: Path, output: Path, tmp_path: Path) -> None:
@@ -308,7 +316,7 @@ def test_a_photo_is_never_overwritten_by_results(model: Path, tmp_path: Path) ->
     assert read_labels(tmp_path / "photo-2_labels.png").shape == (300, 451)
 
 
-def test_results_are_not_put_where_photos_are_read(model: Path, tmp_path: Path) -> None:
+def test_output_folder_that_is_also_input_is_refused(model: Path, tmp_path: Path) -> None:
     save(tmp_path / "photo.png", data.chelsea())
     result = run(tmp_path, "-m", model, "-o", tmp_path / "." / "")
     assert result.exit_code == 2
@@ -328,7 +336,7 @@ def test_existing_results_are_skipped_only_when_asked(model: Path, output: Path,
     assert read_labels(output / "photo_labels.png").shape == (300, 451)
 
 
-def test_skip_existing_redoes_what_belongs_to_another_photo(model: Path, output: Path, tmp_path: Path) -> None:
+def test_skip_existing_redoes_results_of_another_photo(model: Path, output: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     save(folder / "a.png", np.zeros((40, 60, 3), np.uint8))
     assert run(folder, "-m", model, "-o", output).exit_code == 0
@@ -402,7 +410,7 @@ def test_bad_photos_do_not_stop_the_others(model: Path, output: Path, tmp_path: 
     assert "Traceback" not in result.output
 
 
-def test_what_does_not_fit_in_memory_together_is_tried_alone(
+def test_batch_that_does_not_fit_in_memory_is_segmented_one_by_one(
     model: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment = UperNetForSemanticSegmentation.segment
@@ -435,7 +443,7 @@ def copy_of(model: Path, folder: Path) -> Path:
 
 
 class RunsCode:
-    """A pickle that makes a file when it is loaded."""
+    """A pickle that makes a folder when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -491,7 +499,7 @@ def test_bad_model_is_one_line_and_status_2(fault: str, model: Path, output: Pat
     assert file_names(output) == []
 
 
-def test_missing_preprocessor_config_is_said(model: Path, output: Path, tmp_path: Path) -> None:
+def test_missing_preprocessor_config_is_reported(model: Path, output: Path, tmp_path: Path) -> None:
     folder = copy_of(model, tmp_path / "bare")
     (folder / "preprocessor_config.json").unlink()
     result = run(save(tmp_path / "photo.png", data.chelsea()), "-m", folder, "-o", output)
@@ -601,12 +609,12 @@ def test_config_of_the_model_used_here_is_in_hub_layout(model: Path) -> None:
 
 
 def test_a_model_of_one_class(output: Path, tmp_path: Path) -> None:
-    """Its label maps have two: the background, and the class under its name."""
+    """Its label maps have two classes: the background, and the class under its name."""
     torch.manual_seed(0)
     backbone = ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32])
     config = UperNetConfig(backbone, hidden_size=16, auxiliary_channels=8, id2label={0: "water"})
     network = UperNetForSemanticSegmentation(config)
-    torch.nn.init.ones_(network.decode_head.classifier.bias)  # it is everywhere
+    torch.nn.init.ones_(network.decode_head.classifier.bias)  # every pixel is in the class
     network.save_pretrained(tmp_path / "one")
     UperNetImageProcessor(size={"height": 64, "width": 96}).save_pretrained(tmp_path / "one")
     photo = tmp_path / "photo.png"
@@ -619,11 +627,11 @@ def test_a_model_of_one_class(output: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_model(output: Path, tmp_path: Path) -> None:
-    """The package's own knows scenes, and a line says that it knows nothing else."""
+    """The demo model segments a scene, and a line says that it only knows scenes."""
     picture, truth = scene(7)
     result = run(save(tmp_path / "scene.png", picture), "--output", output)
     assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("no --model: taking the package's own")
+    assert result.stderr.startswith("no --model: using the demo model, which only knows")
     assert len(result.stderr.strip().splitlines()) == 1
     assert "generated street scenes" in result.stderr
     assert "pavement" in result.stdout

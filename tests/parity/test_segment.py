@@ -1,7 +1,7 @@
 """`segment()` against Transformers' forward and its processor's `post_process_semantic_segmentation`.
 
-Label maps are equal wherever the float64 margin between the two best logits exceeds 8 eps(dtype) max|logit|; elsewhere
-the classes are tied as far as the arithmetic can tell, and how many such pixels there are is reported.
+Label maps must be equal where the float64 margin between the two best logits exceeds 8 eps(dtype) max|logit|. Elsewhere
+the two classes tie within rounding; the number of such pixels is reported.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TARGETS: dict[str, Any] = {
 
 
 def post_process(logits: torch.Tensor, targets: Any) -> list[torch.Tensor]:
-    """Return label maps as the processor that goes with Transformers' UPerNet does."""
+    """Return the label maps that the image processor of Transformers' UPerNet makes of logits."""
     output = transformers.modeling_outputs.SemanticSegmenterOutput(logits=logits)
     sizes = [tuple(size) for size in targets.tolist()] if isinstance(targets, torch.Tensor) else targets
     return transformers.SegformerImageProcessor().post_process_semantic_segmentation(output, sizes)
 
 
 def decided(logits: torch.Tensor, target: tuple[int, int] | None, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
-    """Return the labels (H, W) of float64 logits (C, h, w), and where no rounding in `dtype` may change them."""
+    """Return the labels (H, W) of float64 logits (C, h, w), and where rounding in `dtype` cannot change them."""
     logits = logits[None]
     if target is not None:
         logits = F.interpolate(logits, size=target, mode="bilinear", align_corners=False)
@@ -69,7 +69,7 @@ def test_the_labels_of_transformers(family, targets, dtype, record_property):
     record_property("pixels_below_the_margin", f"{undecided} of {total}")
     record_property("pixels_that_differ_from_transformers", different)
     assert len(classes) > 1
-    # In bfloat16 8 epsilons are 6 % of the largest logit; a test of next to nothing would pass as well.
+    # In bfloat16 8 eps are 6 % of the largest logit; this bound ensures that enough pixels are compared.
     assert undecided < (0.6 if dtype == torch.bfloat16 else 0.001) * total + 1
     assert different <= undecided
 

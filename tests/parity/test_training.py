@@ -1,4 +1,4 @@
-"""Training beside Transformers: steps of an optimizer, its Trainer, and Lightning."""
+"""Training beside Transformers: steps of AdamW, Transformers' Trainer, Lightning and PEFT."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def train(model: nn.Module, steps: int = STEPS) -> list[float]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_twenty_steps_follow_transformers(family):
-    """In float64; drop path and dropout are off in these configurations."""
+    """The steps are in float64, without drop path and dropout."""
     theirs, ours = pair(config(family), train=True)
     start = copy.deepcopy(ours.state_dict())
     expected, losses = train(theirs), train(ours)
     assert losses == pytest.approx(expected, rel=1e-8)
     assert expected[-1] != pytest.approx(expected[0], rel=1e-3)
-    # AdamW divides a gradient by its own size: that of a key's bias, which is rounding alone, moves it by whole steps.
+    # AdamW divides a gradient by its own size: that of a key's bias is rounding alone, and moves it by whole steps.
     without_keys = {name: value for name, value in ours.state_dict().items() if ".key.bias" not in name}
     other = {name: value for name, value in named_as_ours(theirs, ours).items() if name in without_keys}
     assert without_keys.keys() == other.keys()
@@ -58,7 +58,7 @@ def named_as_ours(theirs: nn.Module, ours: nn.Module) -> dict[str, torch.Tensor]
 
 
 class Samples(Dataset[dict[str, torch.Tensor]]):
-    """Images of noise with labels, of which the later ones are mostly ignored."""
+    """Images of noise with labels; 12 i rows of image i are ignored."""
 
     def __init__(self, count: int, ignore_index: int = 255):
         self.count, self.ignore_index = count, ignore_index
@@ -85,7 +85,7 @@ def with_trainer(model: nn.Module, folder: Any, samples: Dataset[Any], **values:
     return trainer
 
 
-def test_trainer_and_what_it_saves(tmp_path):
+def test_trainer_and_its_checkpoint(tmp_path):
     theirs, ours = pair(config("convnext"), dtype=torch.float32, train=True)
     trainers = [with_trainer(model, tmp_path / "run", Samples(4)) for model in (theirs, ours)]
     expected, losses = (
@@ -108,11 +108,11 @@ def test_trainer_and_what_it_saves(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient-checkpointing"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, checkpointing):
-    """With ignore_index -100, by which Trainer counts labels, also where each part ignores another share of them."""
+    """With ignore_index -100, by which Trainer counts labels; the parts have different numbers of ignored labels."""
     models = []
     for batch, parts in ((4, 1), (1, 4)):
         model = pair(config("swin", loss_ignore_index=-100), dtype=torch.float32, train=True)[1]
-        for norm in model.modules():  # frozen: the statistics of four images are not those of each
+        for norm in model.modules():  # frozen: four images together have other statistics than each alone
             if isinstance(norm, nn.BatchNorm2d):
                 norm.train = lambda mode=True: None
                 norm.training = False
@@ -138,7 +138,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, checkpoint
     assert moved > 1e-3
 
 
-def test_trainer_counts_where_it_counts_as_the_loss_does():
+def test_trainer_counts_labels_only_if_the_loss_ignores_the_same():
     assert not pair(config("convnext"))[1].accepts_loss_kwargs
     assert pair(config("convnext", loss_ignore_index=-100))[1].accepts_loss_kwargs
 
@@ -181,7 +181,7 @@ def test_lightning(tmp_path):
     assert losses[1][0] != losses[1][1]
 
 
-def test_the_model_is_one_of_transformers_own_to_isinstance_alone():
+def test_isinstance_alone_takes_the_model_for_one_of_transformers():
     ours = pair(config("resnet-basic"))[1]
     assert isinstance(ours, transformers.PreTrainedModel)
     assert isinstance(ours, fastuper.UperNetForSemanticSegmentation)

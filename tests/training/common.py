@@ -1,4 +1,4 @@
-"""A network that takes a moment a step, and images to train it on."""
+"""A tiny network, images to train it on, and a function that trains it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny_processor() -> UperNetImageProcessor:
 
 
 class Photos(Dataset[Any]):
-    """Squares of three classes in noise; of the image of number i the uppermost 3 i rows are ignored."""
+    """Squares of three classes under noise; image i has 3 i ignored rows at the top."""
 
     id2label = CLASSES
 
@@ -62,7 +62,7 @@ class Photos(Dataset[Any]):
 
 
 def write_data(root: Path) -> Path:
-    """Write six photos of 64 pixels in two splits, and the names of their three classes."""
+    """Write six photos of 64 x 64 pixels in two splits, and classes.txt with three names; return the folder."""
     photos = Photos(6, size=64)
     for index in range(len(photos)):
         split = "training" if index < 4 else "validation"
@@ -74,8 +74,8 @@ def write_data(root: Path) -> Path:
     return root
 
 
-def plain_transform(sample: Sample, generator: np.random.Generator) -> dict[str, Any]:
-    """The whole image, flipped half the time, in float64."""
+def flip_transform(sample: Sample, generator: np.random.Generator) -> dict[str, Any]:
+    """Return the whole image, flipped half the time, in float64."""
     image, label = np.asarray(sample.image), np.asarray(sample.label)
     if generator.random() < 0.5:
         image, label = image[:, ::-1], label[:, ::-1]
@@ -84,13 +84,13 @@ def plain_transform(sample: Sample, generator: np.random.Generator) -> dict[str,
 
 
 def train(output: Path, *, model: Any = None, data: Any = None, double: bool = False, **options: Any) -> Trainer:
-    """Train the tiny network for a few steps, in this process and thread."""
+    """Train the tiny network for a few steps, in this process and thread; return the trainer."""
     values = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1, "workers": 0, "cpu": True}
     arguments = {name: options.pop(name) for name in ("transform", "restart", "validation") if name in options}
     model = tiny_model() if model is None else model
     if double:
         model = model.double()
-        arguments.setdefault("transform", plain_transform)
+        arguments.setdefault("transform", flip_transform)
     trainer = Trainer(
         model,
         TrainingConfig(**{**values, "pictures": 0, **options}),
@@ -105,7 +105,7 @@ def train(output: Path, *, model: Any = None, data: Any = None, double: bool = F
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, without what the clock said."""
+    """Return the lines of a run's log, without the images per second, which no two runs share."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 

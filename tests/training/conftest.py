@@ -1,4 +1,4 @@
-"""What every test here has: one thread, and none of another test's processes and precision."""
+"""A fixture for every test here: one thread, and Accelerate's state without that of earlier tests."""
 
 from __future__ import annotations
 

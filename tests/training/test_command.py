@@ -1,4 +1,4 @@
-"""`fastuper train`, from a folder of images to a checkpoint that both libraries read."""
+"""`fastuper train`: from a folder of images to a checkpoint that fastuper and Transformers load."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from fastuper import UperNetConfig, UperNetForSemanticSegmentation
 from fastuper.cli import app
-from fastuper.cli.train import _build, _open, _set_drop_path
 from fastuper.data.classes import ade20k_names
 from fastuper.models.configuration import named_backbone_config
 from fastuper.recipes.recipes import BACKBONES
+from fastuper.training.start import build_model, open_splits, set_drop_path_rate
 from tests.training.common import losses, read_log, tiny_model, tiny_processor, write_data
 
 OPTIONS = [
@@ -59,10 +59,10 @@ def test_from_folder_to_checkpoint(data, tmp_path):
     code, text = fastuper_train(data, output, "--ema", "0.9", "--clip", "1", "--drop-path", "0.2")
     assert code == 0, text
     assert "4 photos to train on, 2 to validate on" in text
-    assert f"{output}/last is the model, {output}/best the best one" in text
+    assert f"trained model: {output}/last; best model: {output}/best" in text
     assert len(losses(output)) == 3
     assert any("mIoU" in line for line in read_log(output))
-    assert re.search(r"\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d+", text), repr(text)  # the time that is left
+    assert re.search(r"\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d+", text), repr(text)  # with the remaining time
     pixel_values = torch.rand(1, 3, 64, 64)
     for name in ("last", "best"):
         ours = UperNetForSemanticSegmentation.from_pretrained(output / name)
@@ -98,29 +98,29 @@ def test_from_a_checkpoint_of_other_classes(data, tmp_path):
     options = ["--model", str(start), "--lr", "1e-30", "--gradient-checkpointing"]
     code, text = fastuper_train(data, tmp_path / "run", *options)
     assert code == 0, text
-    assert "5 classes, which have no names" in text
-    assert f"{start} has 3 classes and the data 5: the classifiers begin anew" in text
+    assert "the data names no classes: numbering 5" in text
+    assert f"{start} has 3 classes and the data 5: the classifiers are reinitialised" in text
     saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run" / "last")
     assert saved.config.num_labels == 5
     weight = "backbone.encoder.stages.0.layers.0.pwconv1.weight"
     torch.testing.assert_close(saved.state_dict()[weight], model.state_dict()[weight])
 
 
-def test_classes_without_names_are_the_models(data, tmp_path):
+def test_classes_without_names_get_the_names_of_the_model(data, tmp_path):
     start = tmp_path / "start"
     tiny_model().save_pretrained(start)
     tiny_processor().save_pretrained(start)
     (data / "classes.txt").unlink()
     code, text = fastuper_train(data, tmp_path / "run", "--model", str(start))
     assert code == 0, text
-    assert f"the data's classes have no names: they are {start}'s" in text
+    assert f"the data names no classes: using the names of {start}" in text
     saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run" / "last")
     assert saved.config.id2label == {0: "sky", 1: "tree", 2: "road"}
 
 
 @pytest.mark.usefixtures("tiny_backbone")
 def test_ade20k(data, tmp_path):
-    """Its label 0 is ignored, and label 1 is class 0."""
+    """ADE20K's label 0 is ignored, and label 1 is class 0."""
     root = tmp_path / "ade"
     for split in ("training", "validation"):
         for path in (data / "images" / split).iterdir():
@@ -146,7 +146,11 @@ def test_cityscapes(data, tmp_path):
             image, label = (np.asarray(Image.open(data / kind / split / path.name)) for kind in ("images", "labels"))
             for kind, ending, array in (
                 ("leftImg8bit", "leftImg8bit", image),
-                ("gtFine", "gtFine_labelIds", np.where(label == 255, 0, label + 23)),  # sky, person, rider; 0 is none
+                (
+                    "gtFine",
+                    "gtFine_labelIds",
+                    np.where(label == 255, 0, label + 23),
+                ),  # 0 is no class
             ):
                 folder = root / kind / name / "ulm"
                 folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +164,7 @@ def test_cityscapes(data, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_backbone")
-def test_other_images_are_another_run(data, tmp_path):
+def test_images_of_other_names_make_another_run(data, tmp_path):
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 0, text
     moved = data.rename(tmp_path / "moved")
@@ -176,7 +180,7 @@ def test_other_images_are_another_run(data, tmp_path):
 
 
 @pytest.mark.parametrize("names", ["road sky tree", "sky tree road", "cat dog fox"])
-def test_a_checkpoints_classes_of_other_names(names, data, tmp_path):
+def test_checkpoint_with_other_class_names(names, data, tmp_path):
     start = tmp_path / "start"
     tiny_model().save_pretrained(start)
     (data / "classes.txt").write_text(names.replace(" ", "\n"))
@@ -184,7 +188,7 @@ def test_a_checkpoints_classes_of_other_names(names, data, tmp_path):
     moved = names.startswith("road")
     assert code == (2 if moved else 0), text
     assert ("the dataset's classes are the model's in another order (class 0 is road" in text) is moved
-    assert (f"{start}'s classes have other names than the data's" in text) is names.startswith("cat")
+    assert (f"the data's class names differ from those of {start}" in text) is names.startswith("cat")
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["of a checkpoint", "by name"])
@@ -192,12 +196,12 @@ def test_stochastic_depth_of_other_libraries_backbones(saved, tmp_path):
     backbone = transformers.ConvNextV2Config(drop_path_rate=0.1)
     backbone.save_pretrained(tmp_path)
     config = UperNetConfig(backbone) if saved else UperNetConfig(backbone=str(tmp_path))
-    _set_drop_path(config, 0.25)
+    set_drop_path_rate(config, 0.25)
     found = config.backbone_config if saved else named_backbone_config(config)
     assert found.to_dict()["drop_path_rate"] == 0.25
     timm = UperNetConfig(backbone="resnet18", use_timm_backbone=True)
-    with pytest.raises(ValueError, match="--drop-path: the configuration of a timm_backbone has no such rate"):
-        _set_drop_path(timm, 0.25)
+    with pytest.raises(ValueError, match="a timm_backbone has no drop_path_rate; leave out --drop-path"):
+        set_drop_path_rate(timm, 0.25)
 
 
 @pytest.mark.usefixtures("tiny_backbone")
@@ -206,16 +210,16 @@ def test_folder_with_a_training_split_alone(data, tmp_path):
         shutil.rmtree(data / kind / "validation")
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 0, text
-    assert "has no split validation: there is no validation" in text
+    assert "has no split validation: training without validation" in text
     assert not (tmp_path / "run" / "best").exists()
 
 
 @pytest.mark.usefixtures("tiny_backbone")
-def test_one_class_is_no_choice(data, tmp_path):
+def test_data_of_one_class_is_refused(data, tmp_path):
     (data / "classes.txt").write_text("road")
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 2
-    assert "names one class, road, which every pixel would be; name another one in classes.txt" in text
+    assert "names one class, road, and every pixel would be in it; name a second class in classes.txt" in text
 
 
 @pytest.mark.usefixtures("tiny_backbone")
@@ -227,21 +231,24 @@ def test_folder_without_splits(data, tmp_path):
             (data / kind / split).rmdir()
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 0, text
-    assert "has no splits: there is no validation" in text
+    assert "has no splits: training on all photos, without validation" in text
     assert (tmp_path / "run" / "last").is_dir()
     assert not (tmp_path / "run" / "best").exists()
 
 
 @pytest.mark.usefixtures("tiny_backbone")
-def test_what_cannot_start_is_said_in_one_line(data, tmp_path):
+def test_faults_before_training_are_one_line(data, tmp_path):
     for options, message in (
         (["--backbone", str(tmp_path)], "has no config.json"),
         (["--model", str(tmp_path / "nowhere")], "neither a folder here nor"),
         (["--batch-size", "3", "--accumulate", "2"], "batch_size=3 must be a multiple of 1 processes x accumulate=2"),
         (["--validation-split", "holdout"], "has no split holdout; it has training, validation"),
-        (["--backbone", "resnet-18", "--drop-path", "0.1"], "the configuration of a resnet has no such rate"),
-        (["--model", "a", "--backbone", "swin-tiny"], "--backbone is of a new UPerNet, and --model has its own"),
-        (["--model", "a", "--hidden-size", "8"], "--hidden-size is of a new UPerNet, and --model has its own"),
+        (
+            ["--backbone", "resnet-18", "--drop-path", "0.1"],
+            "a resnet has no drop_path_rate; leave out --drop-path",
+        ),
+        (["--model", "a", "--backbone", "swin-tiny"], "--backbone is for a new UPerNet, and --model has its own"),
+        (["--model", "a", "--hidden-size", "8"], "--hidden-size is for a new UPerNet, and --model has its own"),
         (["--ema", "2"], "ema must be more than 0 and at most 1"),
     ):
         code, text = fastuper_train(data, tmp_path / "run", *options)
@@ -255,7 +262,7 @@ def test_what_cannot_start_is_said_in_one_line(data, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_backbone")
-def test_what_stops_training_is_said_in_one_line(data, tmp_path):
+def test_faults_during_training_are_one_line(data, tmp_path):
     (data / "images" / "training" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 1
@@ -282,18 +289,18 @@ def test_model_of_one_class_stays_one(tmp_path):
     config.id2label = {0: "road"}
     UperNetForSemanticSegmentation(config).save_pretrained(tmp_path)
     names = {0: "background", 1: "tree"}
-    model, _ = _build(str(tmp_path), "", 8, names, 255, None, 0, 32)
+    model, _ = build_model(names, model=str(tmp_path), image_size=32)
     assert model.config.id2label == {0: "tree"}
 
 
-def test_split_of_any_name_that_is_asked_for(data):
+def test_split_of_any_name(data):
     for kind in ("images", "labels"):
         for split, name in (("training", "north"), ("validation", "south")):
             (data / kind / split).rename(data / kind / name)
-    training, validation = _open(data, "auto", "north", "south", 255)
+    training, validation = open_splits(data, "auto", "north", "south")
     assert (len(training), len(validation)) == (4, 2)
-    training, validation = _open(data, "auto", "north", None, 255)
+    training, validation = open_splits(data, "auto", "north")
     assert (len(training), validation) == (4, None)
     for splits in (("west", None), ("north", "west"), (None, "south")):
         with pytest.raises(ValueError, match="has no splits, so no"):
-            _open(data, "auto", *splits, 255)
+            open_splits(data, "auto", *splits)

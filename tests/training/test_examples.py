@@ -1,4 +1,4 @@
-"""Training with other libraries' loops: the examples, run to the end."""
+"""The examples that train with the loops of other libraries, run to the end."""
 
 from __future__ import annotations
 

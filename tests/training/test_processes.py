@@ -1,4 +1,4 @@
-"""What several processes do: one that is killed at any instant, and two that train together."""
+"""Training in other processes: a process that is killed at any instant, and two processes that train together."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch
 from fastuper import UperNetForSemanticSegmentation
 from tests.training.common import Photos, losses, read_log, tiny_model, tiny_processor, train, write_data
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, so as not to import torch anew")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, which saves the import of torch")
 KILLS = 2
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
 
 
-class Noting(Photos):
-    """Notes in a file, in one write each, which images are read."""
+class RecordedPhotos(Photos):
+    """Photos that write the index of each image that is read to a file, one write an index."""
 
     def __init__(self, count: int, notes: Path):
         super().__init__(count)
@@ -41,7 +41,7 @@ def run(output: Path, steps: int = 20) -> None:
     train(
         output,
         model=tiny_model(0.5),
-        data=Noting(5, output.with_suffix(".notes")),
+        data=RecordedPhotos(5, output.with_suffix(".notes")),
         validation=Photos(1, seed=1),
         steps=steps,
         batch_size=2,
@@ -58,7 +58,7 @@ def forked(function, *arguments) -> multiprocessing.Process:
 
 
 def in_fresh_process(function, tmp_path: Path) -> None:
-    """Call a function of this file in a process of its own: one that has computed gradients must not be forked."""
+    """Call a function of this file in a new process: a process that has computed gradients must not be forked."""
     code = f"from pathlib import Path; from {__name__} import *; {function.__name__}(Path({str(tmp_path)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -92,7 +92,7 @@ LAUNCHERS = {
 @pytest.mark.skipif(sys.platform != "linux", reason="Gloo")
 @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_the_command_under_a_launcher(launcher, tmp_path):
-    """Two processes of the command have the losses of one, and end alike."""
+    """Two processes of the command have the losses of one process, and end with the same status."""
     data, start = write_data(tmp_path / "data"), tmp_path / "start"
     tiny_model().save_pretrained(start)
     tiny_processor().save_pretrained(start)
@@ -111,7 +111,7 @@ def test_the_command_under_a_launcher(launcher, tmp_path):
     for how, name in (([], "one"), (launcher, "two")):
         done = run(how, tmp_path / name)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("4 photos to train on") == 1, "one of the processes speaks"
+        assert done.stdout.count("4 photos to train on") == 1, "only one process prints"
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert len(losses(tmp_path / "two")) == 3
     assert read_log(tmp_path / "two")[-1] == pytest.approx(read_log(tmp_path / "one")[-1])
@@ -136,7 +136,7 @@ def check_killed_run(tmp_path: Path) -> None:
         notes = parts.with_suffix(".notes")
         starts.append(notes.stat().st_size if notes.exists() else 0)
         process = forked(run, parts)
-        # Not before it has come some steps further; then at any instant of a step, or of writing a checkpoint.
+        # After some steps more; then at any instant of a step, or of writing a checkpoint.
         while (process.is_alive() and not (parts / "log.jsonl").is_file()) or len(read_whole(parts)) < 8 * part - 3:
             assert process.is_alive() or process.exitcode == 0
             time.sleep(0.002)
@@ -158,11 +158,11 @@ def check_killed_run(tmp_path: Path) -> None:
     for start, end in zip(starts, [*starts[1:], len(read)], strict=True):
         part = read[start:end].split()
         assert len(part) < len(order) or start == 0
-        assert any(part == order[at : at + len(part)] for at in range(0, len(order), 2)), "a part of the same order"
+        assert any(part == order[at : at + len(part)] for at in range(0, len(order), 2)), "images out of order"
 
 
 def read_whole(run: Path) -> list[bytes]:
-    """The lines of a log that is being written."""
+    """Return the lines of a log that another process is writing."""
     try:
         return (run / "log.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
@@ -170,7 +170,7 @@ def read_whole(run: Path) -> list[bytes]:
 
 
 def train_together(output: Path) -> None:
-    """A process's part; the second one has the images with more ignored pixels in most steps."""
+    """Train as one of two processes; in most steps the second has the images with more ignored pixels."""
     torch.set_num_threads(1)
     train(output, double=True, freeze_norm=True, accumulate=2, clip=0.5, validation=Photos(3, seed=1), steps=3)
 
@@ -178,7 +178,7 @@ def train_together(output: Path) -> None:
 def check_two_processes(tmp_path: Path) -> None:
     from accelerate import debug_launcher
 
-    debug_launcher(train_together, (tmp_path / "two",))  # first: the processes would take over the state of one
+    debug_launcher(train_together, (tmp_path / "two",))  # first: forked processes inherit the state of this process
     train(tmp_path / "one", double=True, freeze_norm=True, clip=0.5, validation=Photos(3, seed=1), steps=3)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-10)
     assert len(losses(tmp_path / "two")) == 3

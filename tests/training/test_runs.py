@@ -1,4 +1,4 @@
-"""A run's folder: whole checkpoints, two links, a log that ends where training goes on."""
+"""The folder of a run: whole checkpoints, two links, and a log that ends where training resumes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def write(content: str):
 @pytest.fixture
 def run(tmp_path) -> RunFolder:
     run = RunFolder(tmp_path / "run")
-    run.make()
+    run.prepare()
     return run
 
 
-def test_folder_appears_when_it_is_whole(tmp_path):
+def test_folder_appears_when_it_is_complete(tmp_path):
     with atomic_folder(tmp_path / "new") as folder:
         (folder / "a").write_text("1")
         assert not (tmp_path / "new").exists()
@@ -41,7 +41,7 @@ def test_folder_whose_writer_fails_never_appears(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_takes_nobodys_place(tmp_path):
+def test_folder_replaces_no_other(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "a").write_text("0")
     with pytest.raises(OSError), atomic_folder(tmp_path / "old") as folder:  # noqa: PT011
@@ -58,7 +58,7 @@ def test_last_and_best_stay_and_older_ones_go(run):
     assert (run.last / "model.safetensors").read_text() == "thirty"
     assert (run.best / "model.safetensors").read_text() == "ten"
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000000010", "step-000000030"]
-    # What training goes on from is of the last one alone.
+    # Only the last checkpoint has a training state.
     assert list(run.steps()) == [30]
     assert read_state(run.steps()[30]) == {"content": "thirty"}
     run.save(40, 40, write("forty"))
@@ -99,31 +99,31 @@ def test_failed_write_leaves_everything_as_it_was(run):
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000010"]
 
 
-def test_what_a_killed_writer_left_is_cleared(run):
+def test_temporary_files_of_killed_writers_are_removed(run):
     run.save(10, None, write("ten"))
     for folder in (run.checkpoints, run.path):
         (folder / f".{'0123456789abcdef' * 2}").mkdir()
         (folder / ".mine").mkdir()
     (run.folder(10) / f".{'0123456789abcdef' * 2}.json").touch()
-    run.make()
+    run.prepare()
     assert not [path for path in run.folder(10).iterdir() if path.name.startswith(".")]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [".mine", "step-000000010"]
     assert sorted(path.name for path in run.path.iterdir()) == [".mine", "checkpoints", "last"]
 
 
-def test_settling_ends_what_a_kill_broke_off(run):
-    """The newest checkpoint is there, `last` and `best` are of the one before it."""
+def test_links_follow_the_newest_checkpoint_after_a_kill(run):
+    """A kill left the newest checkpoint whole, and `last` and `best` at the checkpoint before it."""
     run.save(10, 10, write("ten"))
     with atomic_folder(run.folder(20)) as folder:
         write("twenty")(folder)
     assert list(run.steps()) == [10, 20]
-    run.settle(20, 20)
+    run.link_and_prune(20, 20)
     assert os.path.samefile(run.last, run.folder(20))
     assert os.path.samefile(run.best, run.folder(20))
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000020"]
 
 
-def test_clearing_leaves_what_is_not_the_runs(run):
+def test_clearing_keeps_files_that_are_not_of_the_run(run):
     run.save(10, 10, write("ten"))
     run.write_log({"step": 10})
     run.tensorboard.mkdir()
@@ -132,7 +132,7 @@ def test_clearing_leaves_what_is_not_the_runs(run):
     assert [path.name for path in run.path.iterdir()] == ["notes.txt"]
 
 
-def test_log_ends_where_training_goes_on(run):
+def test_log_ends_where_training_resumes(run):
     for step in (10, 20, 30):
         run.write_log({"step": step})
     with run.log.open("a") as file:
@@ -151,7 +151,7 @@ def test_damaged_state_is_named(run):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04damaged", b"no state at all"])
-def test_state_that_is_none_is_named(run, content):
+def test_file_that_is_no_state_is_named(run, content):
     run.save(10, None, write("ten"))
     (run.folder(10) / STATE).write_bytes(content)
     with pytest.raises(OSError, match=r"training_state\.pt cannot be read: .") as raised:
@@ -159,7 +159,7 @@ def test_state_that_is_none_is_named(run, content):
     assert "\n" not in str(raised.value)
 
 
-def test_what_others_put_there_stays(run):
+def test_other_folders_stay(run):
     for path in (run.checkpoints / "mine", run.checkpoints / "step-10-copy", run.tensorboard / "mine"):
         path.mkdir(parents=True)
     for step in (10, 20):
@@ -171,17 +171,17 @@ def test_what_others_put_there_stays(run):
     assert [path.name for path in run.tensorboard.iterdir()] == ["mine"]
 
 
-def test_lines_that_are_not_ours_stay_in_the_log(run):
+def test_lines_of_other_writers_stay_in_the_log(run):
     others = 'a note\n{"loss": 1}\n{"step": "x"}\n[1]\n'
     run.log.write_text(others + '{"step": 30}\n')
     run.truncate_log(20)
     assert run.log.read_text() == others
 
 
-def test_somebody_elses_log_is_refused(tmp_path):
+def test_log_of_another_program_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 3}\n')
-    with pytest.raises(ValueError, match="is of no run of fastuper's; take another folder"):
-        RunFolder(tmp_path).make()
+    with pytest.raises(ValueError, match="does not belong to a run of fastuper; use another folder"):
+        RunFolder(tmp_path).prepare()
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 3}\n'
 
 

@@ -1,4 +1,4 @@
-"""The training loop, in one process: its steps against PyTorch's own, going on after a stop, and what stops it."""
+"""The training loop in one process: steps beside PyTorch's, resumed runs, and faults that stop it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.data.augment import TrainingDataset, TrainingTransform
 from fastuper.data.samples import DataError, Sample
 from fastuper.recipes.recipes import RECIPES, parameter_groups
-from fastuper.training.batches import GlobalBatches
+from fastuper.training.batches import StepSampler
 from fastuper.training.config import TrainingConfig, TrainingError
 from tests.training.common import (
     Photos,
+    flip_transform,
     losses,
-    plain_transform,
     read_log,
     tiny_model,
     tiny_processor,
@@ -34,7 +34,7 @@ from tests.training.common import (
 
 
 def interrupt(monkeypatch, step: int) -> None:
-    """Have the trainer stop after some steps, in the middle of the next."""
+    """Make the trainer stop after a number of steps, in the middle of the next step."""
     loss = fastuper.training.trainer.Trainer._loss
 
     def stop(trainer, *arguments):
@@ -45,11 +45,11 @@ def interrupt(monkeypatch, step: int) -> None:
     monkeypatch.setattr(fastuper.training.trainer.Trainer, "_loss", stop)
 
 
-# ------------------------------------------------------------------------------------------------------ order of images
+# Order of images
 
 
 def keys(**options) -> list[list[tuple[int, int]]]:
-    return list(GlobalBatches(**{"length": 5, "batch_size": 4, "seed": 7, "steps": 10, **options}))
+    return list(StepSampler(**{"length": 5, "batch_size": 4, "seed": 7, "steps": 10, **options}))
 
 
 def test_every_epoch_has_every_image_once():
@@ -68,7 +68,7 @@ def test_order_changes_with_epoch_and_seed_only():
     assert keys() != keys(seed=8)
 
 
-def test_order_goes_on_at_any_step():
+def test_order_resumes_at_any_step():
     for start in (1, 4, 9):
         assert keys(start=start) == keys()[start:]
 
@@ -83,23 +83,23 @@ def test_processes_and_pieces_share_the_images_of_a_step(world_size, accumulate)
 
 
 def test_length_counts_batches():
-    sampler = GlobalBatches(5, 4, 0, steps=10, start=3, world_size=2, accumulate=2)
+    sampler = StepSampler(5, 4, 0, steps=10, start=3, world_size=2, accumulate=2)
     assert len(sampler) == len(list(sampler)) == 14
 
 
-# ------------------------------------------------------------------------------------------------------------ the steps
+# The steps
 
 
 def images_of(photos: Photos, steps: int):
-    """The batches that training takes, as tensors."""
-    data = TrainingDataset(photos, plain_transform, 0)
-    for batch in GlobalBatches(len(photos), 4, 0, steps):
+    """Yield the batches of the steps, as tensors."""
+    data = TrainingDataset(photos, flip_transform, 0)
+    for batch in StepSampler(len(photos), 4, 0, steps):
         items = [data[key] for key in batch]
         yield torch.stack([item["pixel_values"] for item in items]), torch.stack([item["labels"] for item in items])
 
 
 def reference_losses(model, steps: int, *, clip: float, ema: float):
-    """The losses of AdamW on Transformers' model in float64, and the averaged weights."""
+    """Return the losses of AdamW on Transformers' model in float64, and the averaged weights."""
     theirs = transformers.UperNetForSemanticSegmentation(
         transformers.UperNetConfig.from_dict(json.loads(model.config.to_json_string()))
     )
@@ -139,7 +139,7 @@ def test_losses_are_those_of_transformers_model_and_torchs_adamw(tmp_path):
 
 
 def test_pieces_give_the_losses_of_the_whole_batch(tmp_path):
-    """Each piece has another number of ignored pixels: the mean of their means would be another loss."""
+    """The pieces have different numbers of ignored pixels, so that the mean of their means is another loss."""
     options = {"double": True, "freeze_norm": True, "clip": 0.5, "steps": 3}
     train(tmp_path / "whole", **options)
     train(tmp_path / "pieces", accumulate=4, **options)
@@ -204,18 +204,18 @@ def test_one_class_trains_with_binary_cross_entropy(tmp_path):
     assert 0 <= trainer.best["mIoU"] <= 1
 
 
-# ---------------------------------------------------------------------------------------------- stopping, and going on
+# Interrupted and resumed
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_interrupted_run_goes_on_as_if_it_had_not_been(step, tmp_path, monkeypatch):
+def test_interrupted_run_equals_an_uninterrupted_run(step, tmp_path, monkeypatch):
     options = {"ema": 0.9, "save_every": 2, "validate_every": 3, "steps": 5, "batch_size": 2}
     whole = train(tmp_path / "whole", model=tiny_model(0.5), validation=Photos(2, seed=1), **options)
     with monkeypatch.context() as patch:
         interrupt(patch, step)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", model=tiny_model(0.5), validation=Photos(2, seed=1), **options)
-    torch.rand(100)  # whatever is drawn in between
+    torch.rand(100)  # draws between the two runs change nothing
     data = Photos(6)
     parts = train(tmp_path / "parts", model=tiny_model(0.5), data=data, validation=Photos(2, seed=1), **options)
     assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
@@ -224,12 +224,12 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(step, tmp_path, monkeypat
         assert torch.equal(parts.model.state_dict()[name], value), name
     for name, value in whole.saved_model.state_dict().items():
         assert torch.equal(parts.saved_model.state_dict()[name], value), name
-    # Images of the steps that were done are not read again.
+    # Images of the steps before the checkpoint are not read again.
     assert len(data.read) == (5 - (3 if step == 3 else 0)) * 2
 
 
-def test_the_same_trainer_goes_on_after_it_was_interrupted(tmp_path, monkeypatch):
-    """In the midst of a step, when some of its gradients were there already."""
+def test_the_same_trainer_resumes_after_an_interruption(tmp_path, monkeypatch):
+    """The interruption comes in the middle of a step, after some of its gradients."""
     options = {"steps": 4, "batch_size": 4, "accumulate": 2, "freeze_norm": True}
     train(tmp_path / "whole", **options)
     loss, trainers, calls = fastuper.training.trainer.Trainer._loss, [], []
@@ -249,16 +249,16 @@ def test_the_same_trainer_goes_on_after_it_was_interrupted(tmp_path, monkeypatch
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_another_loop_in_the_midst_of_accumulating_stops_no_step(tmp_path):
-    plain = train(tmp_path / "plain", steps=2)
-    state = plain.accelerator.gradient_state
+def test_another_loop_that_accumulates_gradients_stops_no_step(tmp_path):
+    alone = train(tmp_path / "alone", steps=2)
+    state = alone.accelerator.gradient_state
     state._set_sync_gradients(False)
     try:
         train(tmp_path / "beside", steps=2)
     finally:
         state._set_sync_gradients(True)
-    assert losses(tmp_path / "beside") == losses(tmp_path / "plain")
-    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "plain")[1]
+    assert losses(tmp_path / "beside") == losses(tmp_path / "alone")
+    assert losses(tmp_path / "alone")[0] != losses(tmp_path / "alone")[1]
 
 
 def test_validation_that_was_not_finished_is_logged_once(tmp_path, monkeypatch):
@@ -269,7 +269,7 @@ def test_validation_that_was_not_finished_is_logged_once(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fastuper.training.trainer.RunFolder, "write_best", stop)
+        patch.setattr(fastuper.training.trainer.RunFolder, "write_validation", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", **options)
     assert "mIoU" in read_log(tmp_path / "parts")[-1]
@@ -278,7 +278,7 @@ def test_validation_that_was_not_finished_is_logged_once(tmp_path, monkeypatch):
 
 
 def test_stochastic_depth_draws_differently_at_each_step(tmp_path):
-    """Else going on would be no feat: with one image, no augmentation and rate 0 the losses are equal."""
+    """Without it the tests of resumed runs would show nothing: at rate 0 all losses of one image are equal."""
     options = {"data": Photos(1), "batch_size": 1, "freeze_norm": True, "steps": 3, "transform": still}
     train(tmp_path / "still", model=tiny_model(0.0), learning_rate=1e-30, **options)
     assert len(set(losses(tmp_path / "still"))) == 1
@@ -287,7 +287,7 @@ def test_stochastic_depth_draws_differently_at_each_step(tmp_path):
 
 
 def still(sample, generator):
-    item = plain_transform(sample, np.random.default_rng(0))
+    item = flip_transform(sample, np.random.default_rng(0))
     return {**item, "pixel_values": item["pixel_values"].float()}
 
 
@@ -311,12 +311,12 @@ def test_another_configuration_is_refused_and_named(tmp_path):
     other.config.id2label = {0: "sky", 1: "tree", 2: "sea"}
     with pytest.raises(TrainingError, match=r"model\.id2label was"):
         train(tmp_path, steps=2, model=other)
-    train(tmp_path, steps=2, accumulate=2, workers=1, save_every=1)  # these change no curve
+    train(tmp_path, steps=2, accumulate=2, workers=1, save_every=1)  # these decide no loss
     train(tmp_path, steps=3, learning_rate=0.02, restart=True)
     assert len(losses(tmp_path)) == 3
 
 
-# ------------------------------------------------------------------------------------------------- what is left behind
+# Results of a run
 
 
 def test_checkpoints_are_read_by_both_libraries(tmp_path):
@@ -375,11 +375,11 @@ def test_tensorboard_has_the_curves_and_pictures(tmp_path):
     assert [event.step for event in events.Images(events.Tags()["images"][0])] == [2, 4]
 
 
-# -------------------------------------------------------------------------------------------------------- what stops it
+# Faults that stop it
 
 
 class Poisoned(Photos):
-    """An image of which the network makes NaN."""
+    """Photos of which `poison` gives one an infinite pixel, and so a loss of NaN."""
 
     def __getitem__(self, index):
         sample = super().__getitem__(index)
@@ -394,7 +394,7 @@ def poison(sample, generator):
 
 
 def test_nan_stops_and_names_step_and_files(tmp_path):
-    order = [index for batch in GlobalBatches(6, 2, 0, 9) for _, index in batch]
+    order = [index for batch in StepSampler(6, 2, 0, 9) for _, index in batch]
     step = order.index(4) // 2 + 1
     assert step > 1
     options = {"data": Poisoned(6), "transform": poison, "batch_size": 2, "steps": 9, "save_every": 1}
@@ -407,14 +407,14 @@ def test_nan_stops_and_names_step_and_files(tmp_path):
     saved = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "last")
     assert all(value.isfinite().all() for value in saved.state_dict().values())
     assert len(losses(tmp_path)) == step - 1
-    with pytest.raises(TrainingError, match=f"the loss of step {step} is nan"):  # again, from the checkpoint
+    with pytest.raises(TrainingError, match=f"the loss of step {step} is nan"):  # from the checkpoint too
         train(tmp_path, **options)
 
 
-def test_nan_that_is_seen_later_is_named_as_well(tmp_path, monkeypatch):
-    """As on a GPU, whose losses are looked at when they are logged: two steps after the first NaN here."""
-    monkeypatch.setattr(fastuper.training.trainer, "_looks_at_each_step", lambda device: False)
-    order = [index for batch in GlobalBatches(6, 2, 1, 9) for _, index in batch]
+def test_nan_that_is_found_later_is_named_too(tmp_path, monkeypatch):
+    """On a GPU losses are checked when they are logged: here two steps after the first NaN."""
+    monkeypatch.setattr(fastuper.training.trainer, "_checks_every_step", lambda device: False)
+    order = [index for batch in StepSampler(6, 2, 1, 9) for _, index in batch]
     assert order.index(4) in (2, 3)
     names = ", ".join(f"photo{i}.png" if i != 4 else "poisoned.png" for i in order[2:4])
     options = {"data": Poisoned(6), "transform": poison, "batch_size": 2, "steps": 9, "seed": 1}
@@ -427,7 +427,7 @@ def test_nan_that_is_seen_later_is_named_as_well(tmp_path, monkeypatch):
     "name", ["backbone.embeddings.patch_embeddings.weight", "decode_head.bottleneck.batch_norm.running_var"]
 )
 def test_weights_that_are_not_finite_are_never_saved(name, tmp_path, monkeypatch):
-    """A finite loss may have infinite gradients, and a norm's statistics may overflow."""
+    """At a finite loss gradients may be infinite, and the statistics of a norm may overflow."""
     step, model = torch.optim.AdamW.step, tiny_model()
 
     def overflow(optimizer, *arguments, **keywords):
@@ -449,7 +449,7 @@ def test_weights_that_are_not_finite_are_never_saved(name, tmp_path, monkeypatch
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size")
 @pytest.mark.parametrize("kilobytes", [8, 96], ids=["weights", "state"])
 def test_full_disk_keeps_the_older_checkpoint(kilobytes, tmp_path, monkeypatch):
-    """Writes that really fail, in the middle of a file: of those that are larger than a limit."""
+    """The system ends writes at a limit of the file size, in the middle of a file."""
     import resource
 
     write = fastuper.training.trainer.Trainer._write
@@ -475,9 +475,9 @@ def test_full_disk_keeps_the_older_checkpoint(kilobytes, tmp_path, monkeypatch):
     assert "The checkpoint of step 2 is intact" in message
     assert "\n" not in message
     assert not folders[0].exists()
-    assert ("training_state.pt" in written[1]) is (kilobytes == 96)  # weights of 48 kB went before it
+    assert ("training_state.pt" in written[1]) is (kilobytes == 96)  # the weights, 48 kB, are written before it
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000002"]
-    train(run, steps=4, save_every=2)  # with room it goes on
+    train(run, steps=4, save_every=2)  # with space on the disk the run resumes
     train(tmp_path / "whole", steps=4, save_every=2)
     assert read_log(run) == read_log(tmp_path / "whole")
 
@@ -514,13 +514,12 @@ def test_label_beyond_the_classes_is_named(tmp_path):
             sample = super().__getitem__(index)
             return sample._replace(label=sample.label + (sample.label < 3) * 7)
 
-    with pytest.raises(
-        TrainingError, match=r"photo\d\.png: label [789] is neither one of the model's 3 classes nor 255"
-    ):
+    message = r"photo\d\.png: label [789] is neither one of the model's 3 classes nor the ignored label 255"
+    with pytest.raises(TrainingError, match=message):
         train(tmp_path, data=Beyond(6))
 
 
-def test_data_that_does_not_fit_is_refused(tmp_path):
+def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="the training data has no images"):
         train(run, data=Photos(0))
@@ -557,7 +556,7 @@ def test_impossible_configurations_are_named(options, message):
         TrainingConfig(**options)
 
 
-def test_recipes_decide_what_is_left_open():
+def test_recipes_decide_options_that_are_none():
     plan = TrainingConfig().plan("convnext")
     assert (plan.recipe, plan.warmup_steps) == (RECIPES["convnext"], 1500)
     assert (plan.validate_every, plan.save_every) == (16000, 16000)
@@ -583,7 +582,7 @@ def test_disk_that_is_full_when_losses_are_logged(where, tmp_path, monkeypatch):
             train(tmp_path, **options)
     with monkeypatch.context() as patch:
         patch.setattr(target, name, full)
-        patch.setattr(SummaryWriter, "close", full)  # what it holds back cannot be written either
+        patch.setattr(SummaryWriter, "close", full)  # its buffer cannot be written either
         with pytest.raises(TrainingError) as raised:
             train(tmp_path, **options)
     assert f"the losses up to step 2 could not be logged in {tmp_path}: " in str(raised.value)
@@ -607,7 +606,8 @@ def test_validation_without_a_pixel_that_counts(tmp_path):
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_other_kinds_of_parallelism_are_refused(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType(kind))
-    with pytest.raises(ValueError, match=f"Accelerate is configured for {kind}, and training here is data parallel"):
+    message = f"Accelerate is configured for {kind}, and training here is data parallel only"
+    with pytest.raises(ValueError, match=message):
         train(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -629,18 +629,18 @@ def test_failed_validation_loses_no_step(tmp_path):
 
 
 def test_environment_changes_no_step(tmp_path, monkeypatch):
-    train(tmp_path / "plain", steps=2)
+    train(tmp_path / "alone", steps=2)
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     trainer = train(tmp_path / "set", steps=2)
     assert trainer.parallel is trainer.model
-    assert losses(tmp_path / "set") == losses(tmp_path / "plain")
+    assert losses(tmp_path / "set") == losses(tmp_path / "alone")
 
 
 class Holder:
-    """A transform that has an option and an object."""
+    """A transform with an option, and an object that JSON cannot represent."""
 
     def __init__(self, option: int):
         self.option, self.object = option, object()
@@ -649,7 +649,7 @@ class Holder:
         return still(sample, generator)
 
 
-def test_transform_that_holds_objects_goes_on(tmp_path):
+def test_run_with_objects_in_its_transform_resumes(tmp_path):
     train(tmp_path, transform=Holder(1), steps=1)
     train(tmp_path, transform=Holder(1), steps=1)
     with pytest.raises(TrainingError, match=r"option was 1 and is now 2$"):

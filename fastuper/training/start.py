@@ -1,0 +1,202 @@
+"""What a training run starts with: the splits of a dataset, their classes, and a model for them.
+
+`fastuper train` uses these functions; each takes `notify`, which is called with lines that a user should read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from fastuper.data.folders import SPLIT_NAMES, FolderDataset, Layout, find_splits, open_dataset
+from fastuper.data.images import read_labels
+from fastuper.data.processor import UperNetImageProcessor
+from fastuper.data.samples import IGNORE_INDEX, checked_classes
+from fastuper.evaluation.loop import check_classes, classes_of
+from fastuper.io.hub import find_file
+from fastuper.models.configuration import ForeignBackboneConfig, UperNetConfig, named_backbone_config
+from fastuper.models.upernet import UperNetForSemanticSegmentation
+from fastuper.recipes.recipes import BACKBONES
+
+
+def ignore_note(message: str) -> None:
+    """Print nothing; the default of `notify`."""
+
+
+def open_splits(
+    data: str | os.PathLike[str],
+    layout: Layout = "auto",
+    split: str | None = None,
+    validation_split: str | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    notify: Callable[[str], None] = ignore_note,
+) -> tuple[FolderDataset, FolderDataset | None]:
+    """Open the training data and the validation data of a folder.
+
+    Args:
+        data: the folder; see `fastuper.data.folders.open_dataset`.
+        layout: the layout of the folder.
+        split: the split to train on; None means training if the folder has splits, else the whole folder.
+        validation_split: the split to validate on; None means validation if the folder has it.
+        ignore_index: the label of ignored pixels.
+        notify: called with a line about the data.
+
+    Returns:
+        The training data, and the validation data or None.
+
+    Raises:
+        DataError: the folder cannot be used, or has no such split.
+    """
+    splits = find_splits(data, layout)
+    if validation_split is None and not {*splits} & {*SPLIT_NAMES[1]}:
+        if splits or split is not None:
+            notify(
+                f"{data} has no split validation: training without validation; --validation-split (validation_split) "
+                "names a split"
+            )
+        else:
+            notify(f"{data} has no splits: training on all photos, without validation")
+        return open_dataset(data, split or ("training" if splits else None), layout, ignore_index=ignore_index), None
+    training, validation = (
+        open_dataset(data, name, layout, ignore_index=ignore_index)
+        for name in (split or "training", validation_split or "validation")
+    )
+    notify(f"{len(training)} photos to train on, {len(validation)} to validate on")
+    return training, validation
+
+
+def find_classes(
+    training: FolderDataset,
+    validation: FolderDataset | None = None,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    notify: Callable[[str], None] = ignore_note,
+) -> dict[int, str]:
+    """Return the classes of data without class names: the model's if they are enough for all labels, else numbered.
+
+    Args:
+        training: the training data; all of its label maps are read.
+        validation: the validation data, likewise.
+        model: a checkpoint's folder or Hub id.
+        notify: called with a line about the names.
+
+    Raises:
+        ValueError: all labels are 0 or ignored, or the ignored label would be a class.
+        ImageError: a label map cannot be read.
+    """
+    files = training.files + ([] if validation is None else validation.files)
+    highest = 0
+    for _, label_map in tqdm(files, desc="counting classes", unit="file", leave=False, disable=None):
+        labels = read_labels(label_map)
+        highest = max(highest, int(labels[labels != training.ignore_index].max(initial=0)))
+    if highest == 0:
+        raise ValueError(
+            f"all labels are 0 or ignored; if {training.ignore_index} is a class, renumber it, or give another "
+            "--ignore-index (ignore_index)"
+        )
+    if model is not None:
+        names = classes_of(UperNetConfig.from_pretrained(model))
+        if highest < len(names):
+            notify(f"the data names no classes: using the names of {model}; classes.txt, one name a line, sets others")
+            return names
+    classes = {index: f"class {index}" for index in range(highest + 1)}
+    checked_classes(classes, training.ignore_index)
+    notify(f"the data names no classes: numbering {highest + 1}; classes.txt, one name a line, names them")
+    return classes
+
+
+def build_model(
+    id2label: dict[int, str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    backbone: str = "convnext-tiny",
+    hidden_size: int = 512,
+    drop_path_rate: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    image_size: int = 512,
+    notify: Callable[[str], None] = ignore_note,
+) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
+    """Build a network for the classes of a dataset, from a checkpoint or over a backbone.
+
+    If the number of classes of a checkpoint differs, its classifiers are reinitialised. If only the names differ, their
+    weights are kept. A checkpoint of one class stays so for data of two classes: labels 0 and 1.
+
+    Args:
+        id2label: the names of the data's classes.
+        model: a UPerNet checkpoint's folder or Hub id; None builds a new UPerNet.
+        backbone: the backbone of a new UPerNet: a name of `fastuper.recipes.BACKBONES` has random weights, a folder or
+            Hub id has the checkpoint's, "timm/NAME" has timm's.
+        hidden_size: channels of a new UPerNet's decode head; its auxiliary head has half as many.
+        drop_path_rate: stochastic depth; None keeps the backbone's own rate.
+        ignore_index: the label of ignored pixels.
+        image_size: the size (pixels, square) that the processor resizes to, unless the checkpoint has a processor.
+        notify: called with a line about the weights.
+
+    Returns:
+        The network, in float32, and the image processor to save beside it. New weights are drawn from torch's global
+        random numbers.
+
+    Raises:
+        OSError: a checkpoint cannot be loaded.
+        ValueError: the classes are the checkpoint's in another order, or the backbone has no `drop_path_rate`.
+    """
+    common: dict[str, Any] = {"id2label": id2label, "loss_ignore_index": ignore_index}
+    heads: dict[str, Any] = {"hidden_size": hidden_size, "auxiliary_channels": hidden_size // 2}
+    if model is not None:
+        config = UperNetConfig.from_pretrained(model)
+        if config.num_labels == 1 and len(id2label) == 2:
+            common["id2label"] = {0: id2label[1]}
+        elif config.num_labels != len(id2label):
+            notify(
+                f"{model} has {config.num_labels} classes and the data {len(id2label)}: "
+                "the classifiers are reinitialised"
+            )
+        elif id2label != (names := classes_of(config)):
+            check_classes(id2label, names)  # the same names in another order would silently have the wrong weights
+            notify(
+                f"the data's class names differ from those of {model}: the classifiers keep their weights, by number"
+            )
+        config = UperNetConfig.from_dict(config.to_dict(), **common)
+    elif backbone in BACKBONES:
+        config = UperNetConfig(BACKBONES[backbone](), **common, **heads)
+        notify(f"{backbone} starts with random weights")
+    else:
+        name = backbone.removeprefix("timm/")
+        config = UperNetConfig(
+            backbone=name, use_timm_backbone=name != backbone, use_pretrained_backbone=True, **common, **heads
+        )
+    if drop_path_rate is not None:
+        set_drop_path_rate(config, drop_path_rate)
+    if model is None:
+        network = UperNetForSemanticSegmentation(config)
+    else:
+        network = UperNetForSemanticSegmentation.from_pretrained(
+            model, config=config, dtype="float32", ignore_mismatched_sizes=True
+        )
+        if find_file(model, "preprocessor_config.json"):
+            return network, UperNetImageProcessor.from_pretrained(model)
+    return network, UperNetImageProcessor(size={"height": image_size, "width": image_size})
+
+
+def set_drop_path_rate(config: UperNetConfig, rate: float) -> None:
+    """Set the stochastic depth of a configuration's backbone, in place.
+
+    Raises:
+        ValueError: the backbone's configuration has no `drop_path_rate`.
+    """
+    backbone = config.backbone_config or named_backbone_config(config)
+    if not hasattr(backbone, "drop_path_rate"):
+        raise ValueError(
+            f"the configuration of a {backbone.model_type} has no drop_path_rate; leave out --drop-path "
+            "(drop_path_rate)"
+        )
+    if config.backbone_config is None:
+        config.backbone_kwargs = {**(config.backbone_kwargs or {}), "drop_path_rate": rate}
+    elif isinstance(backbone, ForeignBackboneConfig):
+        backbone.values["drop_path_rate"] = rate
+    else:
+        backbone.drop_path_rate = rate
