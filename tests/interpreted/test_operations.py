@@ -36,7 +36,7 @@ seeds = st.integers(0, 999)
 def reference_of(operation: Any) -> Any:
     import importlib
 
-    return importlib.import_module(f"fastuper_kernels.{operation.__name__}").reference
+    return importlib.import_module(f"fastuper_kernels.ops.{operation.__name__}").reference
 
 
 def on_device(tree: Any, dtype: torch.dtype) -> Any:
@@ -442,9 +442,12 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
             fastuper.upsampled_conv3x3,
             ([tensor(1, 5, 3, 3), tensor(1, 5, 2, 2)], [tensor(4, 5, 3, 3), tensor(4, 5, 3, 3)], 6, 7),
         ),
-        "taps_transposed": lambda: (fastuper.taps_transposed, (tensor(1, 5, 4, 6), 2, 3)),
-        "taps_gathered": lambda: (fastuper.taps_gathered, (tensor(1, 6, 9, 5), [2, 3], 4, 6)),
-        "upsample_transposed": lambda: (fastuper.upsample_transposed, (tensor(1, 5, 4, 6), 2, 3)),
+        "upsampled_conv3x3_backward": lambda: (fastuper.upsampled_conv3x3_backward, (tensor(1, 5, 4, 6), 2, 3)),
+        "upsampled_conv3x3_double_backward": lambda: (
+            fastuper.upsampled_conv3x3_double_backward,
+            (tensor(1, 6, 9, 5), [2, 3], 4, 6),
+        ),
+        "upsample_add_backward": lambda: (fastuper.upsample_add_backward, (tensor(1, 5, 4, 6), 2, 3)),
         "pyramid_pool_backward": lambda: (fastuper.pyramid_pool_backward, (tensor(1, 5, 4), [1, 2], 4, 6)),
         "pyramid_pool": lambda: (fastuper.pyramid_pool, (tensor(1, 5, 4, 6), [1, 2])),
         "pool_conv_bn_relu": lambda: (

@@ -58,10 +58,10 @@ def bands(draw, size_in: int | None = None) -> Band:
                 Band.bilinear(n, m, offset=offset),
                 Band.adaptive_avg_pool(n, m),
                 Band.precise_roi_pool(n, m),
-                Band.shift(n, offset),
+                Band.bilinear(n, n, offset=offset),
                 Band.bilinear(m, n).T,
                 Band.adaptive_avg_pool(m, n).T,
-                Band.shift(m, offset) @ Band.bilinear(n, m),
+                Band.bilinear(m, m, offset=offset) @ Band.bilinear(n, m),
             ]
         )
     )
@@ -136,7 +136,7 @@ def test_precise_roi_pool_by_hand():
 @many
 @given(n=sizes, offset=offsets)
 def test_shift(n, offset):
-    close(Band.shift(n, offset).dense(), dense_of(shifted(offset), n))
+    close(Band.bilinear(n, n, offset=offset).dense(), dense_of(shifted(offset), n))
 
 
 @many
@@ -145,7 +145,7 @@ def test_a_shift_is_a_tap_of_a_convolution(n, tap):
     kernel = torch.zeros(1, 1, 3, dtype=torch.float64)
     kernel[..., tap + 1] = 1
     x = random(2, 1, n)
-    close(Band.shift(n, tap).gather(x, 2), F.conv1d(x, kernel, padding=1))
+    close(Band.bilinear(n, n, offset=tap).gather(x, 2), F.conv1d(x, kernel, padding=1))
 
 
 @many
@@ -182,7 +182,7 @@ def test_a_chain_of_resamplings(n, chain):
 
 def test_a_product_of_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="a band from 5 positions cannot follow one to 4"):
-        Band.shift(5, 1) @ Band.shift(4, 1)
+        Band.bilinear(5, 5) @ Band.bilinear(4, 4)
 
 
 @many
@@ -277,7 +277,7 @@ LARGE = {
     "pooled": lambda n: Band.adaptive_avg_pool(n, 6),
     "pooled, fine": lambda n: Band.adaptive_avg_pool(n, n // 3),
     "precise": lambda n: Band.precise_roi_pool(n, 6),
-    "shifted": lambda n: Band.shift(n, -1),
+    "shifted": lambda n: Band.bilinear(n, n, offset=-1),
     "taps": lambda n: bilinear_taps(n // 2, n),
     "taps, down": lambda n: bilinear_taps(n, n // 4),
     "chain": lambda n: bilinear_chain((n // 4, n, n // 3, n // 2)),
@@ -424,9 +424,9 @@ def test_nothing_is_kept_while_something_traces():
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0), (-1, 4)], ids=str)
 def test_sizes_below_one(sizes):
-    with pytest.raises(ValueError, match=f"sizes must be 1 at least, got {sizes[0]} and {sizes[1]}"):
+    with pytest.raises(ValueError, match=f"sizes must be at least 1, got {sizes[0]} and {sizes[1]}"):
         Band.bilinear(*sizes)
-    with pytest.raises(ValueError, match="sizes must be 1 at least"):
+    with pytest.raises(ValueError, match="sizes must be at least 1"):
         bilinear_chain((5, *sizes))
 
 
@@ -438,7 +438,7 @@ def test_bands_can_be_built_of_symbolic_sizes():
             + Band.bilinear(n, m, align_corners=True).gather(x, 0)
             + Band.adaptive_avg_pool(n, 3).gather(x, 0).sum()
             + Band.precise_roi_pool(n, 3).gather(x, 0).sum()
-            + Band.shift(n, 1).gather(x, 0).sum()
+            + Band.bilinear(n, n, offset=1).gather(x, 0).sum()
         )
 
     compiled = torch.compile(use, fullgraph=True, backend="eager", dynamic=True)

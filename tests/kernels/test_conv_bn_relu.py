@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fastuper_kernels import conv_bn_relu
-from fastuper_kernels.cpu import winograd
+from fastuper_kernels.cpu import conv, winograd
 from tests.kernels.common import (
     DTYPES,
     LAYOUTS,
@@ -33,8 +33,7 @@ from tests.kernels.common import (
     traced,
 )
 
-module = importlib.import_module("fastuper_kernels.ops.conv_bn_relu")
-reference = module.reference
+reference = importlib.import_module("fastuper_kernels.ops.conv_bn_relu").reference
 WEIGHT_LAYOUTS = ["contiguous", "channels-last", "strided", "channels-of-more"]
 
 
@@ -124,7 +123,7 @@ def test_strips_by_winograd(rows, layout, monkeypatch):
     kwargs = {name: tensor.float() for name, tensor in kwargs.items()}
     start, stop, height = rows
     used = []
-    monkeypatch.setattr(module, "_way", lambda *_: used.append(1) or "winograd")
+    monkeypatch.setattr(conv, "_way", lambda *_: used.append(1) or "winograd")
     some = {**kwargs, "addend": laid_out(kwargs["addend"], layout)}
     expected = reference(x.double(), weight.double(), **{n: t.double() for n, t in some.items()})[:, :, start:stop]
     some["addend"] = some["addend"][:, :, start:stop]
@@ -138,7 +137,7 @@ def test_strips_by_winograd(rows, layout, monkeypatch):
 def test_winograd_in_several_blocks(monkeypatch):
     """Each block of rows is finished with its own rows of the addend."""
     monkeypatch.setattr(winograd, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(module, "_way", lambda *_: "winograd")
+    monkeypatch.setattr(conv, "_way", lambda *_: "winograd")
     (x, weight), kwargs = operands(2, 64, 64, 3, (13, 11), (5, 6), {"scale", "shift", "addend", "upsampled"})
     expected = reference(x, weight, **kwargs)
     with torch.inference_mode():

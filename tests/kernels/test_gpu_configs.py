@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastuper_kernels.dispatch import choices
+from fastuper_kernels.dispatch.choices import CONV
 from fastuper_kernels.gpu import configs
 from fastuper_kernels.gpu.configs import ConvConfig, conv_config, conv_key, group_config, heuristic, tuned
-from fastuper_kernels.ops.conv_bn_relu import CONV
 from fastuper_kernels.tune import layers, show, write
 
 CPU, NAME = torch.device("cpu"), "A GPU"

@@ -124,7 +124,7 @@ def test_an_empty_batch():
 
 
 def test_no_branches():
-    with pytest.raises(ValueError, match="scales must be one or more numbers from 1"):
+    with pytest.raises(ValueError, match="scales must be one or more positive numbers"):
         pool_conv_bn_relu(torch.zeros(1, 3, 4, 4), [], [], [], [])
 
 
@@ -132,7 +132,7 @@ def test_no_branches():
 def test_one_of_each_a_branch(missing):
     arguments = list(operands(1, 3, 4, (5, 5), (1, 2)))
     arguments[missing] = arguments[missing][:1]
-    with pytest.raises(ValueError, match=r"must be as many, one a branch; got \(.*1.*\)"):
+    with pytest.raises(ValueError, match=r"must have one entry per branch; got \(.*1.*\)"):
         pool_conv_bn_relu(*arguments)
 
 

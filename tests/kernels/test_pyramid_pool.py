@@ -141,7 +141,7 @@ def test_no_tensor_grows_faster_than_the_map():
 
 @pytest.mark.parametrize("scales", [[], [0], [2, -1]], ids=str)
 def test_scales_below_one(scales):
-    with pytest.raises(ValueError, match="scales must be one or more numbers from 1, got"):
+    with pytest.raises(ValueError, match="scales must be one or more positive numbers, got"):
         pyramid_pool(torch.zeros(1, 3, 4, 4), scales)
 
 

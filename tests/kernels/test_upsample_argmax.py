@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastuper_kernels import upsample_argmax
+from fastuper_kernels.cpu import argmax
 from tests.kernels.common import LAYOUTS, elements_of_calls, laid_out, parameters_of, random, traced
 from tests.kernels.test_upsample_add import resampling_matrix
-
-# `fastuper_kernels.upsample_argmax` is the function; monkeypatch wants the module of the same name.
-upsample_argmax_module = sys.modules[upsample_argmax.__module__]
 
 
 def resampled(logits: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
@@ -72,14 +68,14 @@ def test_any_sizes(batch, classes, size, sizes, dtype):
 @pytest.mark.parametrize("limit", [1, 4 * 11 * 31 * 4, 10**9], ids=["one-row", "four-rows", "all-rows"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
 def test_a_few_rows_at_a_time(limit, layout, monkeypatch):
-    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(argmax, "BLOCK_BYTES", limit)
     logits = random(2, 11, 6, 8).float().contiguous(memory_format=layout)
     check(logits, [(23, 31)], upsample_argmax(logits, [(23, 31)]))
 
 
 @pytest.mark.parametrize("limit", [1, 10**9], ids=["one-row", "all-rows"])
 def test_the_first_of_equal_classes_wins(limit, monkeypatch):
-    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(argmax, "BLOCK_BYTES", limit)
     logits = torch.zeros(1, 5, 3, 3)
     logits[:, [2, 4]] = 1.0
     assert (upsample_argmax(logits, [(7, 7)]) == 2).all()
@@ -90,12 +86,12 @@ def test_classes_that_are_the_best_nowhere_are_left_out(sizes, monkeypatch):
     """The labels are those of all classes, also where a class is behind another by less than rounding errs."""
     logits = torch.nn.functional.interpolate(random(2, 40, 4, 5), size=(30, 34), mode="bilinear").float()
     logits[:, 30:] = logits[:, :10] * (1 - torch.finfo(torch.float32).eps)
-    rivals, counts = upsample_argmax_module._rivals, []
-    monkeypatch.setattr(upsample_argmax_module, "_rivals", lambda x: counts.append(len(rivals(x))) or rivals(x))
+    rivals, counts = argmax._rivals, []
+    monkeypatch.setattr(argmax, "_rivals", lambda x: counts.append(len(rivals(x))) or rivals(x))
     labels = upsample_argmax(logits, sizes)
     check(logits, sizes, labels)
     assert min(counts) < 20
-    monkeypatch.setattr(upsample_argmax_module, "_rivals", lambda x: torch.arange(x.shape[2]))
+    monkeypatch.setattr(argmax, "_rivals", lambda x: torch.arange(x.shape[2]))
     assert torch.equal(labels, upsample_argmax(logits, sizes))
 
 
@@ -255,7 +251,7 @@ def test_an_empty_batch():
 
 
 def test_resampled_logits_are_never_whole(monkeypatch):
-    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(argmax, "BLOCK_BYTES", 1 << 20)
     logits = random(1, 60, 32, 32).float()
     found = elements_of_calls(lambda: upsample_argmax(logits, [(128, 128), (500, 480)]))
     assert max(found) <= max((1 << 20) // 4, 500 * 480)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastuper_kernels import upsample_cross_entropy
+from fastuper_kernels.cpu import cross_entropy
 from tests.kernels.common import (
     DTYPES,
     LAYOUTS,
@@ -28,8 +28,6 @@ from tests.kernels.common import (
     traced,
 )
 
-# `fastuper_kernels.upsample_cross_entropy` is the function; monkeypatch wants the module of the same name.
-module = sys.modules[upsample_cross_entropy.__module__]
 IGNORED = 255
 
 
@@ -127,7 +125,7 @@ def test_any_sizes(batch, classes, size, sizes, layout, smoothing, weighted, red
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("limit", [1, 10**9], ids=["one-row", "all-rows"])
 def test_every_option_over_several_blocks(limit, weighted, smoothing, reduction, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", limit)
     labels = labels_of(2, 5, (70, 131))
     weight = weight_of(5) if weighted else None
     compare(random(2, 5, 9, 11), labels, weight=weight, label_smoothing=smoothing, reduction=reduction)
@@ -354,7 +352,7 @@ def test_tensors_without_values(device):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_resampled_logits_are_never_whole(reduction, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 1 << 18)
     logits, labels = random(1, 40, 24, 24).float().requires_grad_(), labels_of(1, 40, (200, 240))
     found = elements_of_calls(
         lambda: upsample_cross_entropy(logits, labels, [(96, 96), (200, 240)], reduction=reduction)
@@ -380,7 +378,7 @@ def test_resampled_logits_are_never_whole(reduction, monkeypatch):
         ({"labels": torch.zeros(1, 4, 4, dtype=torch.int64, device="meta")}, "one device, got cpu, meta"),
         ({"sizes": []}, "sizes must be one or more positive"),
         ({"sizes": [(8, 8), (4, 5)]}, r"the last of sizes must be the labels' \(4, 4\), got .*\(4, 5\)"),
-        ({"weight": torch.ones(2)}, r"weight must be \(3,\) floating-point numbers, one a class, got \(2,\)"),
+        ({"weight": torch.ones(2)}, r"weight must be \(3,\) floating-point numbers, one per class, got \(2,\)"),
         ({"weight": torch.ones(3, dtype=torch.int64)}, r"weight must be \(3,\) floating-point.* of torch.int64"),
         ({"weight": torch.ones(3, requires_grad=True)}, r"weight takes no gradient: pass weight.detach\(\)"),
         ({"logits": torch.zeros(1, 1, 2, 2), "weight": torch.ones(1)}, r"weight must be \(2,\)"),

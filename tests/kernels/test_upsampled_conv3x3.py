@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastuper_kernels import upsampled_conv3x3
+from fastuper_kernels.cpu import upsampled_conv
 from tests.kernels.common import (
     DTYPES,
     LAYOUTS,
@@ -31,8 +32,7 @@ from tests.kernels.common import (
     traced,
 )
 
-module = importlib.import_module("fastuper_kernels.ops.upsampled_conv3x3")
-reference = module.reference
+reference = importlib.import_module("fastuper_kernels.ops.upsampled_conv3x3").reference
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
@@ -103,7 +103,7 @@ def test_strips_make_the_whole(sizes, size, cuts, way):
 
 @pytest.mark.parametrize("positions", [1, 3, 16, 31, 1000])
 def test_any_number_of_positions_at_a_time(positions, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_POSITIONS", positions)
+    monkeypatch.setattr(upsampled_conv, "CHUNK_POSITIONS", positions)
     levels, weights = operands(2, [3, 2, 4], 5, [(20, 9), (70, 3), (1, 2)])
     with torch.no_grad():
         same(upsampled_conv3x3(levels, weights, (67, 21)), reference(levels, weights, (67, 21)))
@@ -338,8 +338,8 @@ def test_a_nested_mode_is_respected():
 
 X, W = (2, 4, 5, 5), (8, 4, 3, 3)
 BAD = {
-    "none": ([], [], (9, 9), "one at least: 0 and 0"),
-    "too few": ([X, X], [W], (9, 9), "a weight for each level.*2 and 1"),
+    "none": ([], [], (9, 9), "at least one level.*got 0 and 0"),
+    "too few": ([X, X], [W], (9, 9), "a weight for each level: got 2 and 1"),
     "channels": ([X], [(8, 3, 3, 3)], (9, 9), r"got \(2, 4, 5, 5\) and \(8, 3, 3, 3\)"),
     "outputs": ([X, X], [W, (7, 4, 3, 3)], (9, 9), r"weights \(8, C, 3, 3\)"),
     "batches": ([X, (1, 4, 5, 5)], [W, W], (9, 9), r"levels must be \(2, C, h, w\)"),

@@ -1,25 +1,58 @@
-"""The atomic write of both packages."""
+"""Atomic writes of files, and the folder of the user's cache."""
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+CACHE = "FASTUPER_CACHE"
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside `path` to write to. It replaces `path` when the block ends; if the block fails it goes.
 
-    A reader sees the old file or the new file, never a part of it, whenever the writer is stopped.
+    A reader gets the old file or the new file, never a part of it, whenever the writer is stopped.
     """
     path = Path(path)
-    # Not the target's name with something added: that may be as long as a name can be.
+    # Not the target's name with a suffix: the target's name may have the greatest length that the file system allows.
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Write a value to a JSON file in one atomic step; its folder is made first.
+
+    Raises:
+        OSError: the file cannot be written. An older file then keeps its content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of measured results: `$FASTUPER_CACHE`, or the user's cache (Linux: `~/.cache/fastuper`).
+
+    Returns:
+        The folder, which need not exist yet; None if the variable is unset and the user has no home folder.
+    """
+    if folder := os.environ.get(CACHE):
+        return Path(folder)
+    from platformdirs import user_cache_path
+
+    # Without a home folder, new versions of platformdirs raise, and old versions return "~/.cache" unexpanded.
+    try:
+        path = user_cache_path("fastuper", appauthor=False)
+    except RuntimeError:
+        return None
+    return path if path.is_absolute() else None

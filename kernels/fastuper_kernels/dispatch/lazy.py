@@ -1,6 +1,7 @@
-"""Lazy names for a package's `__init__`: each public name is imported from its file when it is first used.
+"""Lazy names for a package's `__init__`: each public name is imported from its file at its first use.
 
-PyTorch takes seconds to import; `fastuper --help` does not wait for it. This file imports nothing that costs time.
+PyTorch takes seconds to import; `fastuper --help` does not wait for it. This file imports no module that is slow to
+import.
 """
 
 from __future__ import annotations
