@@ -1,4 +1,4 @@
-"""`linear`: each of its ways against float64, and what it leaves to PyTorch."""
+"""`linear`: each of its ways against float64, and the calls that it leaves to PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def operands(*shape: int, width: int = 40, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Return x, weight, bias and a residual, at a linear layer's usual magnitudes."""
+    """Return x, weight, bias and a residual, with the magnitudes of a linear layer in a network."""
     generator = torch.Generator().manual_seed(0)
     shapes = [shape, (width, shape[-1]), (width,), (*shape[:-1], width)]
     x, weight, bias, residual = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
@@ -100,7 +100,7 @@ def test_a_residual_that_broadcasts():
         assert error(linear(x, weight, bias, residual=residual), truth_of(x, weight, bias, None, residual)) < 1e-6
 
 
-def test_no_rows():
+def test_no_positions():
     with torch.no_grad():
         assert linear(torch.empty(0, 24), torch.randn(40, 24), activation="gelu").shape == (0, 40)
 
@@ -146,7 +146,7 @@ def test_without_onednn(monkeypatch):
     assert not called
 
 
-def test_tracing_sees_pytorchs_operators():
+def test_a_traced_graph_has_pytorchs_operators():
     _, weight, bias, _ = operands(64, 24)
 
     class Layer(torch.nn.Module):

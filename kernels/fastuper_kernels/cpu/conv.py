@@ -72,7 +72,7 @@ def conv(
 
 
 def between_zeros(x: torch.Tensor, margin: int, strip: Strip) -> torch.Tensor:
-    """Return the rows x of a strip with `margin` rows of zeros added where the map ends."""
+    """Return the rows x of a strip with `margin` rows of zeros added above the map's first row and below its last."""
     start, stop, height = strip
     return F.pad(x, (0, 0, margin if start == 0 else 0, margin if stop == height else 0))
 
@@ -222,7 +222,7 @@ def _size_of(tiles: int) -> tuple[int, int]:
 
 
 def trains_by_winograd(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None) -> bool:
-    """Return True if `trained_conv` can take these operands, and is the faster way to the result and its gradients."""
+    """Return True if `trained_conv` can take these operands, and is faster than PyTorch's own convolution."""
     if x.device.type != "cpu" or weight.shape[-1] != 3 or not is_eager() or not is_ordinary(x, weight, addend):
         return False
     if weight.dtype != x.dtype or 0 in x.shape or min(weight.shape[:2]) < TRAINED_CHANNELS:

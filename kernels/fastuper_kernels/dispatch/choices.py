@@ -64,7 +64,7 @@ class Choice:
         """Return the option to take.
 
         Args:
-            key: what the result depends on beside the machine: a dtype, a class of shapes.
+            key: the part of the problem that the result depends on: a dtype, a class of shapes.
             candidates: makes a function for each option that can run here, on a representative shape that takes about
                 a millisecond. It is called only for a measurement, and must draw no global random numbers.
             clock: returns the seconds per call of each candidate; `time_each` if None.

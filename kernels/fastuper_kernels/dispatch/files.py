@@ -15,9 +15,9 @@ CACHE = "FASTUPER_CACHE"
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside `path` to write to. It replaces `path` when the block ends; if the block fails it goes.
+    """Yield a temporary path beside `path`. At the end of the block it replaces `path`; if the block raises, it is deleted.
 
-    A reader gets the old file or the new file, never a part of it, whenever the writer is stopped.
+    A reader gets the old file or the new file, never a part of a file, whenever the writer is stopped.
     """
     path = Path(path)
     # Not the target's name with a suffix: the target's name may have the greatest length that the file system allows.

@@ -1,4 +1,4 @@
-"""When an operation may take its own eager path: questions about tracing, transforms, gradients and autocast."""
+"""Checks of the modes that an operation runs under: tracing, transforms, gradients, autocast."""
 
 from __future__ import annotations
 

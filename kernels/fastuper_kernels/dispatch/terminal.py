@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-# Characters of a line where the output goes to a file or a pipe: cells of tables are not broken there.
+# Characters per line of output to a file or a pipe: wide enough not to break the cells of a table.
 WIDE = 240
 
 

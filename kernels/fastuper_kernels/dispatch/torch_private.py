@@ -143,10 +143,10 @@ def copy_each_(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor])
 # Modules --------------------------------------------------------------------------------------------------------------
 
 # The base class of BatchNorm1d, BatchNorm2d, BatchNorm3d and SyncBatchNorm.
-# Reason: these four have no public base class, and lazy or third-party BatchNorms derive from this one.
+# Reason: these four have no public base class. Lazy and third-party BatchNorms derive from this class too.
 BatchNorm: type[torch.nn.Module] = _BatchNorm
 
-# The classes of an ordinary parameter: under a tracer (torch.export, AOTAutograd) the two last ones stand in for it.
+# The classes of an ordinary parameter. Under a tracer (torch.export, AOTAutograd) the last two classes stand for it.
 # Reason: the tracers have no public name for their tensors.
 PARAMETER_CLASSES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
@@ -157,7 +157,7 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 def global_hooks() -> list[dict[int, Any]]:
     """Return the live tables of the hooks on all modules, such as `register_module_forward_hook` fills.
 
-    Reason: PyTorch can register hooks, and has no public list of those that are registered.
+    Reason: PyTorch has no public list of the registered hooks.
     """
     return [getattr(_module, name) for name in _GLOBAL_HOOKS]
 
@@ -178,7 +178,7 @@ def has_global_hooks() -> bool:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Return True if a hook is registered on this module.
 
-    Reason: see `global_hooks`. Modules that were unpickled from an old version may lack a table: none is registered.
+    Reason: see `global_hooks`. A module that was unpickled from an old version may lack a table, and then has no hook.
     """
     return any(module.__dict__.get(name) for name in _HOOKS)
 
@@ -194,7 +194,7 @@ def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | Non
 def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
     """Return the live table of a module's own buffers, None included; a change of the table changes the module.
 
-    Reason: see `parameters_of`. Writing through it keeps a buffer's entry among those that a state dict leaves out.
+    Reason: see `parameters_of`. A write to the table keeps a non-persistent buffer out of the state dict.
     """
     return module._buffers
 
