@@ -15,9 +15,10 @@ CACHE = "FASTUPER_CACHE"
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. At the end of the block it replaces `path`; if the block raises, it is deleted.
+    """Yield a temporary path beside `path`, which replaces `path` at the end of the block.
 
-    A reader gets the old file or the new file, never a part of a file, whenever the writer is stopped.
+    A reader gets the old file or the new file, never a part of a file, whenever the writer is stopped. If the block
+    raises, the temporary file is deleted.
     """
     path = Path(path)
     # Not the target's name with a suffix: the target's name may have the greatest length that the file system allows.
