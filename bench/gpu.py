@@ -40,7 +40,7 @@ from bench.names import EAGER as LAYOUTS
 from bench.results import Target, verdict
 from bench.roofline import Gpu, Shapes, head, loss
 from fastuper_kernels import tune
-from fastuper_kernels.dispatch.choices import replace_json
+from fastuper_kernels.dispatch.files import replace_json
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU is for the test of this file

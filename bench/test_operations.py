@@ -102,7 +102,7 @@ def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
     drawn = OPERATIONS[name, use](torch.Generator().manual_seed(0))
     given = changed(drawn, lambda x: x.to(getattr(torch, dtype)) if x.is_floating_point() else x)
     # By its path: the function of the same name hides the module in the package.
-    reference = importlib.import_module(f"fastuper_kernels.{name}").reference
+    reference = importlib.import_module(f"fastuper_kernels.ops.{name}").reference
     ours = getattr(fastuper_kernels, name)
 
     def build(

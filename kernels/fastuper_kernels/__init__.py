@@ -1,12 +1,12 @@
-"""The operations UPerNet is made of. Imports torch, and never fastuper."""
+"""The operations of UPerNet, each with a CPU way and a Triton kernel."""
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # as in `typing`, whose import would take longer than the rest of this file
 if TYPE_CHECKING:
-    from fastuper_kernels.cpu.linear import linear
     from fastuper_kernels.ops.conv_bn_relu import conv_bn_relu
     from fastuper_kernels.ops.fold_norm import fold_norm
+    from fastuper_kernels.ops.linear import linear
     from fastuper_kernels.ops.pool_conv_bn_relu import pool_conv_bn_relu
     from fastuper_kernels.ops.pyramid_pool import pyramid_pool
     from fastuper_kernels.ops.upsample_add import upsample_add
@@ -26,17 +26,5 @@ __all__ = [
     "upsampled_conv3x3",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "conv_bn_relu": "fastuper_kernels.ops.conv_bn_relu",
-        "fold_norm": "fastuper_kernels.ops.fold_norm",
-        "linear": "fastuper_kernels.cpu.linear",
-        "pool_conv_bn_relu": "fastuper_kernels.ops.pool_conv_bn_relu",
-        "pyramid_pool": "fastuper_kernels.ops.pyramid_pool",
-        "upsample_add": "fastuper_kernels.ops.upsample_add",
-        "upsample_argmax": "fastuper_kernels.ops.upsample_argmax",
-        "upsample_cross_entropy": "fastuper_kernels.ops.upsample_cross_entropy",
-        "upsampled_conv3x3": "fastuper_kernels.ops.upsampled_conv3x3",
-    },
-)
+# An operation's file in `ops` has the operation's name.
+__getattr__, __dir__ = lazy_names(__name__, {name: f"fastuper_kernels.ops.{name}" for name in __all__})

@@ -1,6 +1,6 @@
-"""`python -m fastuper_kernels`: which way each operation takes on this machine, and why."""
+"""`python -m fastuper_kernels`: print the way that each operation takes on this machine, and the reason."""
 
-from fastuper_kernels.cpu.linear import LIMITS
-from fastuper_kernels.dispatch.choices import table
+from fastuper_kernels.dispatch.choices import LIMITS, show
 
-print(*table(), *LIMITS, sep="\n")
+show()
+print(*LIMITS, sep="\n")

@@ -1,12 +1,11 @@
-"""`python -m fastuper_kernels.tune`: measure the convolutions' configurations on this GPU; `--show` says what decides.
+"""`python -m fastuper_kernels.tune`: measure the configurations of the convolutions on this GPU.
 
-What is measured goes to `$FASTUPER_CACHE/tuned.json`, or `~/.cache/fastuper/tuned.json`, under the GPU's name, and is
-taken from then on. `--output FILE` writes it elsewhere: so are the configurations made that the package brings.
+The fastest configuration of each shape goes to `tuned.json` in the cache folder (`$FASTUPER_CACHE`, or the user's own;
+Linux: `~/.cache/fastuper`), under the GPU's name. From then on the convolutions run with it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastuper_kernels.dispatch.choices import may_measure, replace_json, table
-from fastuper_kernels.ops.conv_bn_relu import CONV
+from fastuper_kernels.dispatch.choices import CONV, may_measure, rows
+from fastuper_kernels.dispatch.choices import show as show_choices
+from fastuper_kernels.dispatch.files import replace_json
+from fastuper_kernels.dispatch.terminal import print_table
+
+NO_GPU = "no GPU here: the kernels run in Triton's interpreter alone, with the heuristic's configurations"
 
 
 class Layer(NamedTuple):
-    """A convolution with BatchNorm and ReLU on x (B, C, H, W), and whether a coarser map is added to it."""
+    """A convolution with BatchNorm and ReLU on x (B, C, H, W).
+
+    Args:
+        shape: (B, C, H, W) of x.
+        channels_out: output channels.
+        taps: 1 or 9, for a kernel of 1x1 or 3x3.
+        upsampled: True if a coarser map is added.
+    """
 
     shape: tuple[int, int, int, int]
     channels_out: int
@@ -27,7 +37,7 @@ class Layer(NamedTuple):
     upsampled: bool
 
 
-# Of a UPerNet with a Tiny backbone: (stride, channels, channels of the output, taps, whether a coarser map is added).
+# The convolutions of a UPerNet with a Tiny backbone: (stride, channels, channels_out, taps, upsampled).
 LAYERS = (
     (32, 768, 512, 9, False),
     (16, 384, 512, 1, True),
@@ -41,7 +51,7 @@ LAYERS = (
 
 
 def layers(sizes: list[int], batches: list[int]) -> Iterator[Layer]:
-    """Yield the head's convolutions."""
+    """Yield the head's convolutions, for each batch size and image size."""
     for batch in batches:
         for size in sizes:
             for stride, channels, channels_out, taps, upsampled in LAYERS:
@@ -73,7 +83,7 @@ def measure(layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
             milliseconds = do_bench(
                 lambda config=config: conv(x, weight, scale, shift, None, coarser, True, config), return_mode="median"
             )
-        except Exception as error:  # a configuration that this GPU cannot run is not one to take
+        except Exception as error:  # this GPU cannot run the configuration
             print(f"  {config}: {type(error).__name__}")
             continue
         times[config] = round(float(milliseconds), 5)
@@ -82,59 +92,87 @@ def measure(layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def write(path: Path, device: str, entries: dict[str, Any]) -> None:
-    """Add what was measured on a device to a file."""
+    """Add measured entries {key: result} of a device to a file; entries of other keys and devices stay."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found[device] = {**found.get(device, {}), **entries}
     replace_json(path, found)
 
 
-def show() -> Iterator[str]:
-    """Yield what decides for each shape on this GPU, or that there is none; then what was measured beside cuDNN."""
+def configurations() -> Iterator[tuple[str, str, str]]:
+    """Yield (convolution, "measured" or "heuristic", configuration) for the head's shapes; nothing without a GPU."""
     from fastuper_kernels.gpu.configs import conv_key, heuristic, tuned
 
     if not torch.cuda.is_available():
-        yield "no GPU here: the kernels run in Triton's interpreter alone, with a heuristic's configurations"
-        yield from table([CONV])
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    yield torch.cuda.get_device_name(device)
     found = tuned(device, may_measure())
     for layer in layers([512, 1024], [1, 8, 16]):
         x = torch.empty((), dtype=torch.bfloat16, device=device).expand(layer.shape)
         key = conv_key(x, *layer[1:])
-        decides = f"measured: {found[key]}" if key in found else f"heuristic: {heuristic(x, *layer[1:])}"
-        yield f"{key}: {decides}"
-    yield from table([CONV])
+        if key in found:
+            yield key, "measured", str(found[key])
+        else:
+            yield key, "heuristic", str(heuristic(x, *layer[1:]))
+
+
+def show() -> Iterator[str]:
+    """Yield the tables of `--show` as lines of text: the configurations, then the choice between kernel and cuDNN."""
+    yield torch.cuda.get_device_name() if torch.cuda.is_available() else NO_GPU
+    for row in (*configurations(), *rows([CONV])):
+        yield ": ".join(row)
+
+
+def _print_tables() -> None:
+    if torch.cuda.is_available():
+        print_table(torch.cuda.get_device_name(), ("convolution", "source", "configuration"), configurations())
+    else:
+        print(NO_GPU)
+    show_choices([CONV])
+
+
+def _fail(message: str) -> None:
+    import typer
+
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(2)
 
 
 def main() -> None:
     """Run the command."""
-    from fastuper_kernels.gpu.configs import conv_key, user_file
+    import typer
 
-    parser = argparse.ArgumentParser(prog="python -m fastuper_kernels.tune", description=__doc__)
-    parser.add_argument("--show", action="store_true", help="print what decides here, and measure nothing")
-    parser.add_argument("--sizes", default="512", help="image sizes, separated by commas")
-    parser.add_argument("--batches", default="1,8,16", help="batch sizes")
-    parser.add_argument("--dtypes", default="bfloat16", help="dtypes")
-    parser.add_argument("--output", type=Path, help="the file to write")
-    arguments = parser.parse_args()
-    if arguments.show:
-        print(*show(), sep="\n")
-        return
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU here to measure on")
-    path = arguments.output or user_file()
-    if path is None:
-        parser.error("there is no home to keep the result in: give --output FILE, or set FASTUPER_CACHE")
-    sizes, batches = ([int(n) for n in text.split(",")] for text in (arguments.sizes, arguments.batches))
-    entries = {}
-    for name in arguments.dtypes.split(","):
-        dtype = getattr(torch, name)
-        for layer in layers(sizes, batches):
-            key = conv_key(torch.empty(layer.shape, dtype=dtype, device="meta"), *layer[1:])
-            entries[key] = measure(layer, dtype)
-            print(key, entries[key], flush=True)
-    write(path, torch.cuda.get_device_name(), entries)
+    def tune(
+        show_only: bool = typer.Option(False, "--show", help="Print the configuration of each shape; measure nothing."),
+        sizes: str = typer.Option("512", help="Image sizes, separated by commas."),
+        batches: str = typer.Option("1,8,16", help="Batch sizes, separated by commas."),
+        dtypes: str = typer.Option("bfloat16", help="Dtypes, separated by commas."),
+        output: str = typer.Option("", metavar="FILE", help="The file to write, instead of the cache folder's."),
+    ) -> None:
+        from fastuper_kernels.gpu.configs import conv_key, user_file
+
+        if show_only:
+            _print_tables()
+            return
+        if not torch.cuda.is_available():
+            _fail("there is no GPU here to measure on")
+        path = Path(output) if output else user_file()
+        if path is None:
+            _fail("there is no home folder to write to: give --output FILE, or set FASTUPER_CACHE")
+            return
+        lengths, counts = ([int(n) for n in text.split(",")] for text in (sizes, batches))
+        entries = {}
+        for name in dtypes.split(","):
+            dtype = getattr(torch, name)
+            for layer in layers(lengths, counts):
+                key = conv_key(torch.empty(layer.shape, dtype=dtype, device="meta"), *layer[1:])
+                entries[key] = measure(layer, dtype)
+                print(key, entries[key], flush=True)
+        write(path, torch.cuda.get_device_name(), entries)
+
+    tune.__doc__ = __doc__
+    app = typer.Typer(add_completion=False)
+    app.command()(tune)
+    app()
 
 
 if __name__ == "__main__":

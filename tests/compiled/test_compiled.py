@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here, within their limits; the committed table says the same."""
+"""The kernels, compiled ahead of time for several GPUs, are within their limits and equal the committed table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastuper_kernels.dispatch.backend import interpreted
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing"),
+    pytest.mark.skipif(interpreted(), reason="the interpreter does not compile"),
 ]
 KEY = ("kernel", "operation", "configuration", "dtype", "target")
 
@@ -36,12 +36,12 @@ def within_limits(row: dict[str, Any]) -> None:
         assert row["wgmma"], row
 
 
-def test_the_table_keeps_to_the_limits(committed: list[dict[str, Any]]) -> None:
+def test_the_table_is_within_the_limits(committed: list[dict[str, Any]]) -> None:
     for row in committed:
         within_limits(row)
 
 
-def test_the_table_is_whole(committed: list[dict[str, Any]]) -> None:
+def test_the_table_is_complete(committed: list[dict[str, Any]]) -> None:
     wanted = {
         (case.operation, case.configuration, dtype, target)
         for target in compiled.TARGETS
@@ -55,8 +55,8 @@ def test_the_table_is_whole(committed: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     "target", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name != "sm_90")) for name in compiled.TARGETS]
 )
-def test_what_is_compiled_here_is_in_the_table(target: str, committed: list[dict[str, Any]]) -> None:
-    """One configuration of each operation, another one for each target."""
+def test_kernels_compiled_here_are_in_the_table(target: str, committed: list[dict[str, Any]]) -> None:
+    """Compile a configuration of each operation; each target has other configurations."""
     chosen: dict[str, str] = {}
     for number, case in enumerate(compiled.cases()):
         if case.takes(target, torch.bfloat16) and (case.operation not in chosen or number % 5 == len(target) % 5):

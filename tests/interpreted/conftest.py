@@ -1,7 +1,7 @@
-"""Triton's kernels, on a GPU where there is one, and else by Triton's interpreter: `TRITON_INTERPRET=1 pytest ...`.
+"""Fixtures of the tests of Triton's kernels, on a GPU or in Triton's interpreter: `TRITON_INTERPRET=1 pytest ...`.
 
-The interpreter has to be chosen before Triton is imported, so that these tests run in processes of their own; in others
-they are skipped.
+The variable must be set before Triton is imported. So without a GPU these tests run in a process of their own, and are
+skipped in a process without the variable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from bench.gpu import float32_as
 from fastuper_kernels.dispatch.backend import interpreted
-from tests.kernels.conftest import poisoned_memory as poisoned_memory  # what is allocated is filled with NaN here too
+from tests.kernels.conftest import poisoned_memory as poisoned_memory  # new memory is filled with NaN here too
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
@@ -28,14 +28,14 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
-    """Have a GPU take float32 as it is: PyTorch's own default for convolutions is TF32."""
+    """Compute in IEEE float32 on a GPU: PyTorch's default for convolutions is TF32."""
     with float32_as("ieee"):
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
 def mended_interpreter() -> None:
-    """Have the interpreter multiply bfloat16 numbers, where it multiplies their 16 bits as integers; and be quicker."""
+    """Patch the interpreter: it multiplies the bits of bfloat16 as integers, and prepares the language at each call."""
     if not interpreted():
         return
     from triton.language import bfloat16, core
@@ -55,19 +55,19 @@ def mended_interpreter() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
-    # A GPU's minimum of a number and NaN is the number; that of Triton 3.6's interpreter was NaN.
+    # On a GPU the minimum of a number and NaN is the number; in Triton 3.6's interpreter it is NaN.
     interpreter.InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
-    # It prepares the language at every call of a helper, most of its time: once is enough.
+    # The interpreter prepares the language at every call of a helper, which takes most of its time. Once is enough.
     interpreter.InterpretedFunction.__call__ = call
     interpreter.InterpretedFunction.run = with_room(interpreter.InterpretedFunction.run)
 
 
 def with_room(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with space for its calls on Python's stack.
+    """Return the function with a large frame, so that its calls have space on Python's stack.
 
-    The stack grows by pieces of 16 KB, and a piece is given back as soon as it is empty: a call at the edge of one,
-    over and over, takes three times as long.
+    The stack grows by chunks of 16 KB, and an empty chunk is freed at once. Repeated calls at the edge of a chunk take
+    three times as long.
     """
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,7 @@ def with_room(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the loss of a whole image take few programs, where the interpreter runs them one after the other."""
+    """Use few, large programs for the loss of an image: the interpreter runs programs one after the other."""
     if not interpreted():
         return
     from fastuper_kernels.gpu import upsample_cross_entropy

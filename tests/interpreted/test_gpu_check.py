@@ -1,4 +1,4 @@
-"""`make gpu-check` on shapes that the interpreter can do: every step, what it writes, and going on where it stopped."""
+"""`make gpu-check` on small shapes in the interpreter: every step, the files it writes, and its continuation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bench import gpu
 from bench.roofline import Shapes
 from tests.parity.models import config, pair
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is being run")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU `make gpu-check` itself runs")
 SHAPES = Shapes(batch=1, size=32, channels=(8, 16, 24, 32), dim=32, classes=9)
 TRAINED = dataclasses.replace(SHAPES, batch=2, size=64)
 
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, few_programs: None) -> Any:
-    """Small models in the place of a UPerNet-ConvNeXt-T, and our kernels on a CPU."""
+    """Small models instead of a UPerNet-ConvNeXt-T, and the kernels on a CPU."""
     monkeypatch.setenv("FASTUPER_BACKEND", "triton")
     theirs, ours = pair(config("convnext"), dtype=torch.float32)
     return SimpleNamespace(theirs=lambda dtype, auxiliary=True: theirs, ours=lambda dtype: ours)
@@ -33,7 +33,7 @@ def test_every_step(
     world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = gpu.Check(tmp_path, time.monotonic() + 600, compiled=False, rounds=1, copies=1)
-    with monkeypatch.context() as patch:  # interpreted, its steps take minutes: test_head takes one
+    with monkeypatch.context() as patch:  # in the interpreter these steps take minutes; test_head has a training step
         patch.setenv("FASTUPER_BACKEND", "torch")
         check.rates()
         check.training(TRAINED, world)
@@ -54,17 +54,17 @@ def test_every_step(
     text = (tmp_path / "gpu.md").read_text()
     assert all(operation.name in text for operation in gpu.OPERATIONS)
     assert trained["name"] in text
-    assert text.count("not measured") == len(gpu.TARGETS), "nobody was compiled"
+    assert text.count("not measured") == len(gpu.TARGETS), "there is no compiled peer"
     assert (tmp_path / "gpu.svg").stat().st_size > 1000
 
     again = gpu.Check(tmp_path, time.monotonic() + 600, compiled=False, rounds=1, copies=1)
     capsys.readouterr()
     again.measure([SHAPES], world, TRAINED)
-    assert "floor" not in capsys.readouterr().out.split("| bfloat16")[0], "what was measured was measured again"
+    assert "floor" not in capsys.readouterr().out.split("| bfloat16")[0], "a measured row was measured again"
     assert again.results == results
 
 
-def test_what_fails_is_a_result(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_a_result(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = gpu.Check(tmp_path, time.monotonic() + 600, compiled=False, rounds=1, copies=1)
     check.rates()
     (pool,) = (operation for operation in gpu.OPERATIONS if operation.name == "pyramid_pool")
@@ -75,9 +75,7 @@ def test_what_fails_is_a_result(world: Any, tmp_path: Path, monkeypatch: pytest.
     assert "PyTorch failed" in gpu.table(check.results)
 
 
-def test_memory_that_runs_out_in_training_is_a_result(
-    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_in_training_is_a_result(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTUPER_BACKEND", "torch")
 
     def fails(dtype: str) -> Any:
@@ -90,10 +88,10 @@ def test_memory_that_runs_out_in_training_is_a_result(
     assert peers["Transformers"] == {"failed": "OutOfMemoryError: no room"}
     assert peers["fastuper"]["median"] > 0
     again = gpu.Check(tmp_path, time.monotonic() - 1, compiled=False, rounds=1, copies=1)
-    assert again.results["training"] == [], "what failed is tried again"
+    assert again.results["training"] == [], "a failed row is tried again"
 
 
-def test_one_to_whom_too_little_memory_is_left_has_no_more_turns() -> None:
+def test_a_peer_out_of_memory_has_no_more_turns() -> None:
     calls = iter(range(1000))
 
     def third_time_fails() -> None:
@@ -115,7 +113,7 @@ def test_one_to_whom_too_little_memory_is_left_has_no_more_turns() -> None:
     ],
     ids=["met", "missed", "failed"],
 )
-def test_what_a_step_of_training_is_to_reach(
+def test_targets_of_a_training_step(
     ours: dict[str, Any], theirs: dict[str, Any], values: list[float | None], met: list[bool | None]
 ) -> None:
     peers = {"fastuper": ours, "Transformers": {"median": 9.0, "peak_bytes": 99}, "Transformers, compiled": theirs}
@@ -124,7 +122,7 @@ def test_what_a_step_of_training_is_to_reach(
     assert [target["met"] for target in found] == met
 
 
-def test_nothing_begins_after_the_end(world: Any, tmp_path: Path) -> None:
+def test_nothing_starts_after_the_deadline(world: Any, tmp_path: Path) -> None:
     check = gpu.Check(tmp_path, time.monotonic() - 1, compiled=False, rounds=1, copies=1)
     check.measure([SHAPES], world)
     assert not check.results["complete"]

@@ -1,4 +1,4 @@
-"""The whole network with Triton's kernels beside Transformers'."""
+"""The whole network with Triton's kernels, compared with Transformers'."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Return the names of the operators that were called, filled as they are."""
+    """Return a set that the names of the called launchers are added to."""
     from fastuper_kernels.gpu import conv_bn_relu, pyramid_pool, upsampled_conv3x3
 
     names: set[str] = set()
     for module, name in ((conv_bn_relu, "conv"), (pyramid_pool, "pool"), (upsampled_conv3x3, "products_of")):
         original = getattr(module, name)
 
-        def seen(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+        def record(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
             names.add(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, seen)
+        monkeypatch.setattr(module, name, record)
     return names
 
 

@@ -1,6 +1,6 @@
-"""Maps of more than 2^31 numbers: no offset is counted in 32 bits.
+"""Maps of more than 2^31 elements: no offset is computed in 32 bits.
 
-The interpreter runs the last programs alone, on memory of which only the pages that they touch exist.
+The interpreter runs only the last programs. Memory is allocated lazily: only the pages that these programs touch exist.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import fastuper_kernels as ops
 from fastuper_kernels.dispatch.backend import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH, CHANNELS, SIZE = 1030, 512, 64  # 2.16e9 numbers
+BATCH, CHANNELS, SIZE = 1030, 512, 64  # 2.16e9 elements
 
 
 def zeros(*shape: Any, dtype: torch.dtype = torch.float16, **_: Any) -> torch.Tensor:
@@ -42,7 +42,7 @@ def last_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     def last(*args: int) -> range:
         whole = builtins.range(*args)
         is_grid = sys._getframe(1).f_code is interpreter.GridExecutor.__call__.__code__
-        if not is_grid or len(whole) <= 8:  # blocks of channels: all of them
+        if not is_grid or len(whole) <= 8:  # all blocks of channels
             return whole
         return whole[-2:] if len(whole) < 2000 else whole[-10:]  # images, rows or columns, or tiles of all pixels
 
@@ -53,15 +53,15 @@ def last_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert interpreted()
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    # It would write each operand to itself.
+    # It would copy each operand to itself.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
 
 
 def large(seed: int, batch: int = BATCH, channels: int = CHANNELS, size: int = SIZE) -> torch.Tensor:
-    """Return (B, C, H, W) in channels_last memory, zero but for the last rows of the last image."""
+    """Return a map (B, C, H, W) in channels_last memory; only the last rows of the last image are not zero."""
     x = zeros(batch, size, size, channels)
     generator = torch.Generator().manual_seed(seed)
-    # Alike in all pixels: few classes are the best of them anywhere.
+    # Similar values in all pixels: few classes are the best anywhere.
     values = 0.02 * torch.randn(32, size, channels, generator=generator) + torch.randn(channels, generator=generator)
     x[-1, -32:] = values.half().to(DEVICE)
     assert x.numel() > 2**31
@@ -93,7 +93,7 @@ def test_conv_bn_relu(way: str, k: int) -> None:
     same(conv(x, w, None, None, None, None, False, config), lambda x: F.conv2d(x, w.double(), padding=k // 2), x)
 
 
-def test_what_is_added_to_a_large_result() -> None:
+def test_operands_added_to_a_large_result() -> None:
     from fastuper_kernels.gpu.conv_bn_relu import conv
 
     x, addend = large(1), large(2)
@@ -131,13 +131,13 @@ def test_upsample_cross_entropy() -> None:
     how = (None, [SIZE], [SIZE], 255, 0.0)
     losses, logs = forward(logits, labels, *how)
     same(losses, lambda x: F.cross_entropy(x, labels[-1:], reduction="none"), logits)
-    logs = logs.nan_to_num()  # what the programs that are left out would have written
+    logs = logs.nan_to_num()  # the programs that did not run wrote nothing
     result = backward(grad, logits, labels, None, logs, *how[1:])
-    same(result[:, -32:], lambda x: x.softmax(1)[:, -32:], logits)  # the label is another class
+    same(result[:, -32:], lambda x: x.softmax(1)[:, -32:], logits)  # the last 32 classes: the label is another class
 
 
 def test_one_image() -> None:
-    """Within an image too."""
+    """Within one image."""
     logits = large(1, 1, CHANNELS, 2052)
     labels = ops.upsample_argmax(logits, [(8208, 8208)], backend="triton")
     assert torch.equal(labels[-1, -1, -2:], logits[0, :, -1, -1].argmax().expand(2))

@@ -1,4 +1,4 @@
-"""Each operation's kernels against its reference in float64: shapes, dtypes, layouts and edges drawn at random."""
+"""Each operation's kernels against its reference in float64, on random shapes, dtypes and layouts."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ seeds = st.integers(0, 999)
 def reference_of(operation: Any) -> Any:
     import importlib
 
-    return importlib.import_module(f"fastuper_kernels.{operation.__name__}").reference
+    return importlib.import_module(f"fastuper_kernels.ops.{operation.__name__}").reference
 
 
 def on_device(tree: Any, dtype: torch.dtype) -> Any:
-    """Return the tensors of a tree of float64, those of one dimension (scales, shifts) in float32."""
+    """Return a tree with its tensors on the device: vectors (scales, shifts) in float32, the others in `dtype`."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -51,7 +51,7 @@ def on_device(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def check(operation: Any, args: Any, kwargs: Any, dtype: torch.dtype, grads: bool = True) -> None:
-    """Compare the result and, with `grads`, every gradient with the reference's in float64 on the same values."""
+    """Compare the result and, with `grads`, every gradient with the reference's, in float64 on the same values."""
     args, kwargs = on_device(args, dtype), on_device(kwargs, dtype)
     exact = tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) else t, (args, kwargs))
     tolerance = tolerance_of(dtype)
@@ -73,12 +73,12 @@ def check(operation: Any, args: Any, kwargs: Any, dtype: torch.dtype, grads: boo
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the relative error that is allowed: two roundings where the interpreter cuts off and a GPU rounds."""
+    """Return the allowed relative error: two roundings, as the interpreter truncates where a GPU rounds."""
     return {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}[dtype] * torch.finfo(dtype).eps
 
 
 def close(ours: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
-    assert ours.isfinite().all(), "something was read before it was written"
+    assert ours.isfinite().all(), "unwritten memory was read"
     if truth.norm() > 0:
         assert error(ours, truth) <= tolerance
     else:
@@ -123,7 +123,7 @@ def test_every_configuration(number: int, k: int, dtype: torch.dtype) -> None:
 
     configs = _configs()
     if number >= len(configs):
-        pytest.skip("no such configuration here")
+        pytest.skip("this GPU has no tensor descriptors")
     x, weight = random(2, 72, 9, 11, seed=1), random(136, 72, k, k, seed=2) / (72 * k * k) ** 0.5
     scale, shift = random(136, seed=3), random(136, seed=4)
     addend, upsampled = random(2, 136, 9, 11, seed=5), random(2, 136, 5, 7, seed=6)
@@ -133,8 +133,8 @@ def test_every_configuration(number: int, k: int, dtype: torch.dtype) -> None:
     close(conv(*args, True, configs[number]), truth, tolerance_of(dtype))
 
 
-def test_what_no_descriptor_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slice of weights that begins in the middle of 16 bytes is read by pointers."""
+def test_operands_without_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of weights that does not start at a multiple of 16 bytes is read by pointers."""
     from fastuper_kernels.gpu import conv_bn_relu as module
 
     asked: list[bool] = []
@@ -146,11 +146,11 @@ def test_what_no_descriptor_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
         weight = whole[:, first : first + 8]
         result = module.conv(x, weight, None, None, None, None, False, CONV_CONFIGS[0])
         close(result, torch.nn.functional.conv2d(x.double(), weight.double(), padding=1), tolerance_of(torch.float16))
-    assert asked == [True, True]  # 17 channels a row are no multiple of 16 bytes either
+    assert asked == [True, True]  # nor are rows of 17 channels a multiple of 16 bytes
 
 
 def test_float32_as_tf32() -> None:
-    """A GPU's tensor cores take 10 bits of float32's mantissa where PyTorch's convolutions may, and there alone."""
+    """With TF32 a GPU's tensor cores take 10 bits of float32's mantissa; with IEEE float32 they do not run."""
     from fastuper_kernels.gpu.conv_bn_relu import conv
 
     x, weight = random(1, 64, 9, 11, seed=1), random(48, 64, 3, 3, seed=2) / 24
@@ -310,18 +310,18 @@ def check_loss(
     close(result, truth, tolerance_of(logits.dtype))
     for mine, other in zip(gradients(ours, [logits], {}), gradients(theirs, [logits.double()], {}), strict=True):
         assert mine.dtype == logits.dtype
-        # What large logits are rounded by is an error of what they are the exponents of.
+        # The rounding error of a large logit is an absolute error in the exponent.
         close(mine, other, tolerance_of(logits.dtype) + 1e-7 * float(logits.abs().sum() and logits.abs().max()))
     assert torch.equal(logits, before)
 
 
 def test_loss_through_a_size_that_shrinks() -> None:
-    """Each pixel reads many logits: PyTorch's operators do it."""
+    """Each pixel reads many logits: PyTorch's operators run."""
     check_loss(random(1, 5, 40, 30, seed=3).float().to(DEVICE), [(2, 3), (9, 7)])
 
 
-def test_loss_of_what_is_masked_or_broken() -> None:
-    """A class that is -inf everywhere has no influence; a label that is no class, NaN and infinity make NaN."""
+def test_loss_of_masked_classes_infinity_and_nan() -> None:
+    """A class that is -inf everywhere has no influence. Labels outside the classes, NaN and +inf make NaN."""
     logits, labels = random(1, 5, 3, 4).float().to(DEVICE), torch.tensor([[[0, 1, 4, 255]] * 3], device=DEVICE)
 
     def losses(x: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
@@ -342,13 +342,13 @@ def test_loss_of_what_is_masked_or_broken() -> None:
         assert loss[0, 1, 1].isnan()
         assert loss[0, 2, 2].isfinite()
         assert grad[0, :, 1, 1].isnan().all()
-    if DEVICE == "cuda":  # on a CPU they are refused
+    if DEVICE == "cuda":  # on a CPU such labels raise an error
         loss, grad = losses(logits, labels.where(labels != 4, 77))
         assert loss[0, :, 2].isnan().all()
         assert loss[0, :, :2].isfinite().all()
 
 
-def test_loss_of_nothing_but_ignored_pixels() -> None:
+def test_loss_with_all_pixels_ignored() -> None:
     logits = random(1, 5, 3, 4).float().to(DEVICE)
     labels = torch.full((1, 6, 8), 255, device=DEVICE)
     loss, grad = gradients(lambda x: ops.upsample_cross_entropy(x, labels, backend="triton"), [logits], {})
@@ -357,7 +357,7 @@ def test_loss_of_nothing_but_ignored_pixels() -> None:
 
 
 def test_autocast() -> None:
-    """Operands are cast as a convolution's are; where they are of several dtypes, too."""
+    """Operands are cast as a convolution's operands are."""
     x, coarse, k = (random(*shape).float().to(DEVICE) for shape in ((1, 8, 5, 6), (1, 8, 3, 3), (8, 8, 3, 3)))
     vector, point = random(8).float().to(DEVICE), random(8, 8, 1, 1).float().to(DEVICE)
 
@@ -372,12 +372,12 @@ def test_autocast() -> None:
 
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         results = operations(torch.float32, backend="triton")
-    for ours, plain in zip(results, operations(torch.bfloat16, backend="triton"), strict=True):
+    for ours, cast in zip(results, operations(torch.bfloat16, backend="triton"), strict=True):
         assert ours.dtype == torch.bfloat16
-        assert torch.equal(ours, plain)
+        assert torch.equal(ours, cast)
 
 
-def test_argmax_of_what_is_not_finite() -> None:
+def test_argmax_of_infinity_and_nan() -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[0.0, nan, -inf], [1.0, 2.0, -inf], [0.5, inf, 3.0]], device=DEVICE)[None, :, None, :]
     labels = ops.upsample_argmax(logits, [(1, 3)], backend="triton")
@@ -386,14 +386,14 @@ def test_argmax_of_what_is_not_finite() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_argmax_of_large_float16(backend: str) -> None:
-    """Finite logits are told apart up to the largest, and infinity is more than they are."""
+    """Finite logits are compared up to the largest, and infinity is greater."""
     logits = torch.tensor([[40000.0, 65504.0], [50000.0, float("inf")], [60000.0, 0.0]], device=DEVICE)
     labels = ops.upsample_argmax(logits.half()[None, :, None, :], [(1, 2)], backend=backend)
     assert labels.tolist() == [[[2, 1]]]
 
 
 def test_argmax_through_a_size_that_shrinks() -> None:
-    """Each label reads many logits: PyTorch's operators do it."""
+    """Each label reads many logits: PyTorch's operators run."""
     logits = random(1, 5, 40, 30, seed=3).float().to(DEVICE)
     chain = [(2, 3), (9, 7)]
     labels = ops.upsample_argmax(logits, chain, backend="triton")
@@ -407,7 +407,7 @@ def test_ties_go_to_the_first_class() -> None:
     assert (ops.upsample_argmax(logits, [(7, 5)], backend="triton") == 40).all()
 
 
-# How they are registered ----------------------------------------------------------------------------------------------
+# Registration -------------------------------------------------------------------------------------------------------
 
 
 def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
@@ -442,9 +442,12 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
             fastuper.upsampled_conv3x3,
             ([tensor(1, 5, 3, 3), tensor(1, 5, 2, 2)], [tensor(4, 5, 3, 3), tensor(4, 5, 3, 3)], 6, 7),
         ),
-        "taps_transposed": lambda: (fastuper.taps_transposed, (tensor(1, 5, 4, 6), 2, 3)),
-        "taps_gathered": lambda: (fastuper.taps_gathered, (tensor(1, 6, 9, 5), [2, 3], 4, 6)),
-        "upsample_transposed": lambda: (fastuper.upsample_transposed, (tensor(1, 5, 4, 6), 2, 3)),
+        "upsampled_conv3x3_backward": lambda: (fastuper.upsampled_conv3x3_backward, (tensor(1, 5, 4, 6), 2, 3)),
+        "upsampled_conv3x3_double_backward": lambda: (
+            fastuper.upsampled_conv3x3_double_backward,
+            (tensor(1, 6, 9, 5), [2, 3], 4, 6),
+        ),
+        "upsample_add_backward": lambda: (fastuper.upsample_add_backward, (tensor(1, 5, 4, 6), 2, 3)),
         "pyramid_pool_backward": lambda: (fastuper.pyramid_pool_backward, (tensor(1, 5, 4), [1, 2], 4, 6)),
         "pyramid_pool": lambda: (fastuper.pyramid_pool, (tensor(1, 5, 4, 6), [1, 2])),
         "pool_conv_bn_relu": lambda: (
@@ -501,7 +504,7 @@ def _twice() -> dict[str, tuple[Any, list[torch.Tensor]]]:
 
 @pytest.mark.parametrize("name", list(_twice()))
 def test_gradients_of_gradients(name: str) -> None:
-    """A penalty on the gradients can be trained with: they have gradients themselves."""
+    """Gradients have gradients: a loss may have a penalty on gradients."""
     function, given = _twice()[name]
 
     def second(dtype: torch.dtype, **way: Any) -> list[torch.Tensor]:
@@ -516,7 +519,7 @@ def test_gradients_of_gradients(name: str) -> None:
 
 
 def test_compiled_whole() -> None:
-    """Nothing breaks the graph, and sizes may change."""
+    """Operations compile to one graph, and sizes may change."""
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
 
     @torch.compile(fullgraph=True, backend=backend, dynamic=True)

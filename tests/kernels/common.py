@@ -1,4 +1,4 @@
-"""What the tests of the operations share: inputs, memory layouts, the ways an operation runs, the rule of accuracy."""
+"""Helpers of the operations' tests: inputs, memory layouts, the ways an operation runs, the rule of accuracy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """Return the values of x (B, C, H, W) in a layout. "expanded" repeats the first image: other values."""
+    """Return x (B, C, H, W) in a layout; "expanded" repeats the first image instead of the others."""
     if layout == "contiguous":
         return x.contiguous()
     if layout == "channels-last":
@@ -44,24 +44,16 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 class PassThrough(TorchDispatchMode):
-    """Sees every operator and changes nothing: to the operations it is a tracer, which gets the traceable way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[int, ...]] = []
+    """A mode that passes every operator through: the operations take their traceable way inside it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, torch.Tensor):
-                self.seen.append(tuple(tensor.shape))
-        return result
+        return func(*args, **(kwargs or {}))
 
 
 def elements_of_calls(function: Callable[[], Any]) -> list[int]:
-    """Return the elements of what every operator returns while this runs as it does for users, backward included.
+    """Return the number of elements of every operator's input while a function runs, its backward pass included.
 
-    The profiler sees the operators below autograd, and no operation takes it for a tracer.
+    The profiler records the operators below autograd. The operations take their eager way: a profiler is no tracer.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         result = function()
@@ -76,19 +68,19 @@ def elements_of_calls(function: Callable[[], Any]) -> list[int]:
 
 
 def elements_of_graph(graph: torch.fx.GraphModule) -> list[int]:
-    """Return the elements of every tensor of a traced graph."""
+    """Return the number of elements of every tensor of a traced graph."""
     values = [node.meta.get("val") for node in graph.graph.nodes]
     return [value.numel() for value in values if isinstance(value, torch.Tensor)]
 
 
 def traced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run an operation the way it is traced, on real values."""
+    """Run an operation's traceable way, on real values."""
     with PassThrough():
         return function(*args, **kwargs)
 
 
 def leaves(tree: Any) -> Any:
-    """Return copies of all tensors, in the same layout, that want gradients."""
+    """Return copies of all tensors, in the same layout, that require gradients."""
     return tree_map(lambda t: t.detach().clone().requires_grad_() if isinstance(t, torch.Tensor) else t, tree)
 
 
@@ -102,7 +94,7 @@ def gradients(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-12) -> None:
-    """Compare whole tensors of float64: no element errs more than `tolerance` of the largest, and none is NaN."""
+    """Compare whole float64 tensors: no element differs by more than `tolerance` of the largest, and none is NaN."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     if ours.numel():
@@ -144,9 +136,9 @@ def _in(tree: Any, layout: str) -> Any:
 def check_accuracy(
     function: Any, reference: Any, make: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]], dtype: torch.dtype
 ) -> None:
-    """Apply docs/accuracy.md to results and, as a median and a maximum over the arguments, to gradients.
+    """Check the rule of docs/accuracy.md for results and, as a median and a maximum over the arguments, for gradients.
 
-    `make(seed)` returns the arguments, already rounded to `dtype`; the truth is the reference in float64 on those.
+    `make(seed)` returns the arguments, rounded to `dtype`. The truth is the reference in float64 on the same values.
     """
     ours: dict[str, list[float]] = {"contiguous": [], "channels-last": []}
     theirs: dict[str, list[float]] = {"contiguous": [], "channels-last": []}
@@ -182,13 +174,13 @@ def check_accuracy(
 
 
 def strips(height: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the (start, stop) between cuts, each taken modulo the height."""
+    """Return the strips (start, stop) between the cuts; each cut is taken modulo the height."""
     edges = sorted({0, height, *(cut % height for cut in cuts)})
     return list(pairwise(edges))
 
 
 def parameters_of(function: Callable[..., Any]) -> list[tuple[str, str, Any]]:
-    """Return the (name, kind, default) of every parameter but `strip` and `backend`, which are how, and not what."""
+    """Return the (name, kind, default) of every parameter but `strip` and `backend`, which do not change the result."""
     return [
         (p.name, str(p.kind.description), "required" if p.default is p.empty else p.default)
         for p in inspect.signature(function).parameters.values()

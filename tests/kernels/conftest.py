@@ -1,4 +1,4 @@
-"""What holds for every test of the operations: memory that nobody wrote is NaN, and no pack outlives its test."""
+"""Fixtures of every test of the operations: new memory is filled with NaN, and packs are freed after each module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
         if tensor.is_floating_point():
-            tensor.detach().fill_(float("nan"))  # PyTorch 2.11's checkpoint makes one that requires a gradient
+            tensor.detach().fill_(
+                float("nan")
+            )  # detached: PyTorch 2.11's checkpoint allocates a tensor that requires a gradient
         return tensor
 
     return wrapper
@@ -23,9 +25,9 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(autouse=True, scope="module")
 def poisoned_memory() -> Iterator[None]:
-    """Fill what `torch.empty` and its kin return with NaN: an element that is read before it is written shows."""
+    """Fill the results of `torch.empty`, `empty_like` and `new_empty` with NaN: a read of unwritten memory shows."""
     with torch.device("cpu"):
-        torch.empty(0)  # PyTorch keeps the functions that `torch.device` acts on: not the ones below
+        torch.empty(0)  # PyTorch caches the functions that `torch.device` wraps: before they are patched below
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
@@ -34,7 +36,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_packs() -> Iterator[None]:
-    """Begin and end without packed weights."""
+    """Start and end each module without packs."""
     packs.clear()
     yield
     packs.clear()

@@ -1,4 +1,4 @@
-"""Which path an operation takes, and what is said where Triton's kernels cannot run."""
+"""The choice of a backend, and the errors where Triton's kernels cannot run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from fastuper_kernels import pyramid_pool, upsample_add
 from fastuper_kernels.dispatch.backend import interpreted, takes_triton
 
-pytestmark = pytest.mark.skipif(interpreted(), reason="under the interpreter the kernels run anywhere")
+pytestmark = pytest.mark.skipif(interpreted(), reason="in the interpreter the kernels run on any device")
 X = torch.ones(1, 2, 4, 4)
 
 
@@ -16,17 +16,17 @@ class Other(torch.Tensor):
     pass
 
 
-def test_a_backend_that_does_not_exist() -> None:
+def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="auto, triton, torch"):
         pyramid_pool(X, [1], backend="cuda")
 
 
-def test_triton_without_a_gpu_says_what_it_needs() -> None:
+def test_error_of_triton_without_a_gpu() -> None:
     with pytest.raises(ValueError, match=r'backend="triton": .*on a GPU, not on cpu.*TRITON_INTERPRET=1'):
         upsample_add(X, X, backend="triton")
 
 
-def test_the_environment_decides_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_decides_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTUPER_BACKEND", "triton")
     with pytest.raises(ValueError, match="on a GPU"):
         pyramid_pool(X, [1])
@@ -36,8 +36,8 @@ def test_the_environment_decides_where_nothing_is_said(monkeypatch: pytest.Monke
         pyramid_pool(X, [1])
 
 
-def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that the device is no reason
+def test_operands_that_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that the device is no obstacle
     assert takes_triton("triton", X)
     assert not takes_triton("auto", X)
     assert not takes_triton("torch", X)
@@ -51,7 +51,7 @@ def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_graph(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_refuses_triton(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     class Pool(torch.nn.Module):

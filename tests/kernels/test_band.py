@@ -1,4 +1,4 @@
-"""Bands against PyTorch's own operators in float64, and the caches they are kept in."""
+"""Bands against PyTorch's own operators in float64, and their caches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ offsets = st.integers(-45, 45)
 
 
 def dense_of(operator, size_in: int) -> torch.Tensor:
-    """Return the matrix (size_out, size_in) of an operator on (1, C, 1, size_in): its images of the unit vectors."""
+    """Return the matrix (size_out, size_in) of an operator on (1, C, 1, size_in), from its results for unit vectors."""
     return operator(torch.eye(size_in, dtype=torch.float64)[None, :, None, :])[0, :, 0].T
 
 
@@ -35,7 +35,7 @@ def interpolated(size_out: int, align_corners: bool = False):
 
 
 def shifted(offset: int):
-    """A convolution with a single one among its taps, as far from the middle as the offset."""
+    """Return a convolution whose only nonzero tap, a 1, is at the offset from its centre."""
     kernel = torch.zeros(1, 1, 1, 2 * abs(offset) + 1, dtype=torch.float64)
     kernel[..., abs(offset) + offset] = 1
     return lambda x: F.conv2d(x.transpose(0, 1), kernel, padding=(0, abs(offset))).transpose(0, 1)
@@ -47,7 +47,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @st.composite
 def bands(draw, size_in: int | None = None) -> Band:
-    """Any band: one of the constructors, or products and transposes of them."""
+    """Any band: a constructor's, or a product or transpose of such bands."""
     n = draw(sizes) if size_in is None else size_in
     m, offset = draw(sizes), draw(st.integers(-3, 3))
     return draw(
@@ -58,10 +58,10 @@ def bands(draw, size_in: int | None = None) -> Band:
                 Band.bilinear(n, m, offset=offset),
                 Band.adaptive_avg_pool(n, m),
                 Band.precise_roi_pool(n, m),
-                Band.shift(n, offset),
+                Band.bilinear(n, n, offset=offset),
                 Band.bilinear(m, n).T,
                 Band.adaptive_avg_pool(m, n).T,
-                Band.shift(m, offset) @ Band.bilinear(n, m),
+                Band.bilinear(m, m, offset=offset) @ Band.bilinear(n, m),
             ]
         )
     )
@@ -81,7 +81,7 @@ def test_bilinear(n, m, align_corners):
 def test_bilinear_of_large_sizes(n, m, align_corners):
     x = random(1, 2, 1, n)
     ours = Band.bilinear(n, m, align_corners=align_corners).gather(x, 3)
-    # A position is as large as the map, and a weight is its fraction.
+    # A weight is the fraction of a position, whose rounding error grows with the map.
     torch.testing.assert_close(ours, interpolated(m, align_corners)(x), rtol=0, atol=1e-15 * n)
 
 
@@ -99,10 +99,10 @@ def test_adaptive_avg_pool(n, m):
 
 
 def precise_pooled(x: torch.Tensor, size_out: int) -> torch.Tensor:
-    """Return means over equal parts of [0, n] of the interpolation that `F.grid_sample` reads, (1, C, 1, n).
+    """Return the means over equal parts of [0, n] of the interpolation by `F.grid_sample` of x (1, C, 1, n).
 
-    The interpolation is linear between whole coordinates: Simpson's rule is exact on every piece between those and the
-    parts' edges. One zero on either side keeps the last piece inside the map.
+    The interpolation is linear between integer coordinates: Simpson's rule is exact on every piece between these and
+    the parts' edges. A zero on either side of x keeps the last piece inside the map.
     """
     n = x.shape[3]
     padded = F.pad(x, (1, 1))
@@ -129,14 +129,14 @@ def test_precise_roi_pool(n, m):
 
 
 def test_precise_roi_pool_by_hand():
-    """Of [a, b] in one part: over [0, 1] the mean of a and b, over [1, 2] half of b, and half of their sum."""
+    """For [a, b] and one part the integral over [0, 2] is (a + b) / 2 + b / 2, and the mean is half of it."""
     close(Band.precise_roi_pool(2, 1).dense(), torch.tensor([[0.25, 0.5]], dtype=torch.float64))
 
 
 @many
 @given(n=sizes, offset=offsets)
 def test_shift(n, offset):
-    close(Band.shift(n, offset).dense(), dense_of(shifted(offset), n))
+    close(Band.bilinear(n, n, offset=offset).dense(), dense_of(shifted(offset), n))
 
 
 @many
@@ -145,7 +145,7 @@ def test_a_shift_is_a_tap_of_a_convolution(n, tap):
     kernel = torch.zeros(1, 1, 3, dtype=torch.float64)
     kernel[..., tap + 1] = 1
     x = random(2, 1, n)
-    close(Band.shift(n, tap).gather(x, 2), F.conv1d(x, kernel, padding=1))
+    close(Band.bilinear(n, n, offset=tap).gather(x, 2), F.conv1d(x, kernel, padding=1))
 
 
 @many
@@ -182,7 +182,7 @@ def test_a_chain_of_resamplings(n, chain):
 
 def test_a_product_of_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="a band from 5 positions cannot follow one to 4"):
-        Band.shift(5, 1) @ Band.shift(4, 1)
+        Band.bilinear(5, 5) @ Band.bilinear(4, 4)
 
 
 @many
@@ -194,7 +194,7 @@ def test_transposes(band):
 
 @many
 @given(n=sizes, m=sizes, align_corners=st.booleans())
-def test_a_transpose_is_what_autograd_goes_back_by(n, m, align_corners):
+def test_a_transpose_is_the_backward_pass(n, m, align_corners):
     x, grad = random(1, 2, 1, n).requires_grad_(), random(1, 2, 1, m, seed=1)
     (expected,) = torch.autograd.grad(interpolated(m, align_corners)(x), x, grad)
     close(Band.bilinear(n, m, align_corners=align_corners).T.gather(grad, 3), expected)
@@ -277,7 +277,7 @@ LARGE = {
     "pooled": lambda n: Band.adaptive_avg_pool(n, 6),
     "pooled, fine": lambda n: Band.adaptive_avg_pool(n, n // 3),
     "precise": lambda n: Band.precise_roi_pool(n, 6),
-    "shifted": lambda n: Band.shift(n, -1),
+    "shifted": lambda n: Band.bilinear(n, n, offset=-1),
     "taps": lambda n: bilinear_taps(n // 2, n),
     "taps, down": lambda n: bilinear_taps(n, n // 4),
     "chain": lambda n: bilinear_chain((n // 4, n, n // 3, n // 2)),
@@ -330,7 +330,7 @@ def test_apply_to_other_layouts_and_gradients_of_other_layouts():
 # Caches ---------------------------------------------------------------------------------------------------------------
 
 
-def test_one_size_is_built_once():
+def test_each_size_is_built_once():
     assert bilinear_chain((5, 11)) is bilinear_chain((5, 11))
     assert bilinear_taps(5, 11) is bilinear_taps(5, 11)
     cpu = torch.device("cpu")
@@ -348,20 +348,20 @@ def test_one_size_is_built_once():
     assert others[1][0].matrix.device.type == "meta"
 
 
-@pytest.mark.parametrize("kept", [bilinear_chain, bilinear_taps, blocks_of], ids=["chain", "taps", "blocks"])
-def test_caches_are_bounded(kept):
-    limit = kept.cache_info().maxsize
+@pytest.mark.parametrize("cached", [bilinear_chain, bilinear_taps, blocks_of], ids=["chain", "taps", "blocks"])
+def test_caches_are_bounded(cached):
+    limit = cached.cache_info().maxsize
     assert limit <= 1024
     for n in range(1, limit + 20):
-        if kept is bilinear_chain:
-            kept((n, 2))
-        elif kept is bilinear_taps:
-            kept(n, 2)
+        if cached is bilinear_chain:
+            cached((n, 2))
+        elif cached is bilinear_taps:
+            cached(n, 2)
         else:
-            kept(Band.bilinear, (n, 2), torch.float32, torch.device("cpu"))
-    assert kept.cache_info().currsize <= limit
-    kept.cache_clear()
-    assert kept.cache_info().currsize == 0
+            cached(Band.bilinear, (n, 2), torch.float32, torch.device("cpu"))
+    assert cached.cache_info().currsize <= limit
+    cached.cache_clear()
+    assert cached.cache_info().currsize == 0
 
 
 def test_eight_threads():
@@ -372,8 +372,8 @@ def test_eight_threads():
             found.append(resample.columns(x, Band.bilinear, (n, 2 * n + i % 2)))
         return found
 
-    for kept in (bilinear_chain, bilinear_taps, blocks_of):
-        kept.cache_clear()
+    for cached in (bilinear_chain, bilinear_taps, blocks_of):
+        cached.cache_clear()
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(work, range(16)))
     for i, found in enumerate(results):
@@ -381,7 +381,7 @@ def test_eight_threads():
             close(y, Band.bilinear(n, 2 * n + i % 2).dense() @ random(1, n, 2))
 
 
-def test_what_inference_mode_built_serves_training():
+def test_bands_built_in_inference_mode_serve_training():
     blocks_of.cache_clear()
     bilinear_taps.cache_clear()
     with torch.inference_mode():
@@ -397,11 +397,11 @@ def test_what_inference_mode_built_serves_training():
 
 
 def counts() -> tuple[int, ...]:
-    kept = (bilinear_chain, bilinear_taps, blocks_of)
-    return tuple(number for each in kept for number in (each.cache_info().hits, each.cache_info().currsize))
+    caches = (bilinear_chain, bilinear_taps, blocks_of)
+    return tuple(number for each in caches for number in (each.cache_info().hits, each.cache_info().currsize))
 
 
-def test_nothing_is_kept_while_something_traces():
+def test_no_cache_entries_while_something_traces():
     before = counts()
     x = random(2, 9, 2)
 
@@ -424,13 +424,13 @@ def test_nothing_is_kept_while_something_traces():
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0), (-1, 4)], ids=str)
 def test_sizes_below_one(sizes):
-    with pytest.raises(ValueError, match=f"sizes must be 1 at least, got {sizes[0]} and {sizes[1]}"):
+    with pytest.raises(ValueError, match=f"sizes must be at least 1, got {sizes[0]} and {sizes[1]}"):
         Band.bilinear(*sizes)
-    with pytest.raises(ValueError, match="sizes must be 1 at least"):
+    with pytest.raises(ValueError, match="sizes must be at least 1"):
         bilinear_chain((5, *sizes))
 
 
-def test_bands_can_be_built_of_symbolic_sizes():
+def test_bands_of_symbolic_sizes():
     def use(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         n, m = x.shape[0], y.shape[0]
         return (
@@ -438,7 +438,7 @@ def test_bands_can_be_built_of_symbolic_sizes():
             + Band.bilinear(n, m, align_corners=True).gather(x, 0)
             + Band.adaptive_avg_pool(n, 3).gather(x, 0).sum()
             + Band.precise_roi_pool(n, 3).gather(x, 0).sum()
-            + Band.shift(n, 1).gather(x, 0).sum()
+            + Band.bilinear(n, n, offset=1).gather(x, 0).sum()
         )
 
     compiled = torch.compile(use, fullgraph=True, backend="eager", dynamic=True)

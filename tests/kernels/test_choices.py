@@ -1,9 +1,10 @@
-"""Measured choices: when they are measured, kept, shown and forced, and when a heuristic decides instead."""
+"""Measured choices: when an option is measured, cached, shown and forced, and when the default decides."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 
 from fastuper_kernels.dispatch import choices
 from fastuper_kernels.dispatch.choices import CHOICES, Choice
+from fastuper_kernels.dispatch.files import cache_folder
 from tests.unit.test_imports import environment
 
 
@@ -21,25 +23,25 @@ from tests.unit.test_imports import environment
 def choice(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path))
     monkeypatch.setattr(choices, "SECONDS", 0.02)
-    yield Choice("walk", ("slow", "quick", "absent"), "slow", "it was here first")
+    yield Choice("walk", ("slow", "quick", "absent"), "slow", "it is older")
     del CHOICES["walk"]
 
 
 class Candidates:
-    """Two ways, one of which is quicker, and how often they were asked for."""
+    """Makes a slow and a quick way, and counts its calls."""
 
     def __init__(self):
-        self.asked = 0
+        self.calls = 0
 
     def __call__(self):
-        self.asked += 1
+        self.calls += 1
         return {"slow": lambda: time.sleep(0.002), "quick": lambda: None}
 
 
-def test_measured_once_and_kept(choice, tmp_path):
+def test_measured_once_and_cached(choice, tmp_path):
     candidates = Candidates()
     assert [choice("float32", candidates) for _ in range(3)] == ["quick"] * 3
-    assert candidates.asked == 1
+    assert candidates.calls == 1
     (entry, result), *others = json.loads((tmp_path / "choices.json").read_text()).items()
     assert not others
     assert entry.startswith("walk | float32 | ")
@@ -47,26 +49,26 @@ def test_measured_once_and_kept(choice, tmp_path):
     assert f"{torch.get_num_threads()} threads" in entry
     assert result["option"] == "quick"
     assert set(result["milliseconds"]) == {"slow", "quick"}
-    choice.forget()  # as another process would
+    choice.forget()  # like a new process
     assert choice("float32", candidates) == "quick"
-    assert candidates.asked == 1
+    assert candidates.calls == 1
     assert choice("bfloat16", candidates) == "quick"
-    assert candidates.asked == 2
+    assert candidates.calls == 2
     assert len(json.loads((tmp_path / "choices.json").read_text())) == 2
 
 
-def test_the_capture_of_a_cuda_graph_takes_what_was_measured_and_measures_nothing(choice, monkeypatch):
+def test_capture_of_a_cuda_graph_measures_nothing(choice, monkeypatch):
     candidates = Candidates()
     choice("before", candidates)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert (choice("before", candidates), choice("meanwhile", candidates)) == ("quick", "slow")
-    assert candidates.asked == 1
+    assert (choice("before", candidates), choice("during", candidates)) == ("quick", "slow")
+    assert candidates.calls == 1
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert choice("meanwhile", candidates) == "quick"
+    assert choice("during", candidates) == "quick"
 
 
-def test_another_clock(choice):
+def test_clock(choice):
     assert choice("", Candidates(), clock=lambda functions: {"slow": 1.0, "quick": 2.0}) == "slow"
 
 
@@ -78,22 +80,22 @@ def test_each_number_of_threads_is_measured(choice):
         choice("", candidates)
     finally:
         torch.set_num_threads(before)
-    assert candidates.asked == 2
+    assert candidates.calls == 2
 
 
-def test_the_default_stays_where_another_is_hardly_quicker(choice, monkeypatch):
+def test_the_default_stays_if_another_option_is_hardly_quicker(choice, monkeypatch):
     monkeypatch.setattr(choices, "time_each", lambda _: {"slow": 1.0, "quick": 0.97})
     assert choice("", Candidates()) == "slow"
 
 
 def test_forced(choice, monkeypatch):
     candidates = Candidates()
-    monkeypatch.setenv("FASTUPER_CHOICES", " linear=plain, walk = absent,")
+    monkeypatch.setenv("FASTUPER_CHOICES", " linear=torch, walk = absent,")
     assert choice("", candidates) == "absent"
     with torch.no_grad():
-        monkeypatch.setenv("FASTUPER_CHOICES", "linear=plain")
+        monkeypatch.setenv("FASTUPER_CHOICES", "linear=torch")
         assert choice("", candidates) == "quick"
-    assert candidates.asked == 1
+    assert candidates.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_forced(choice, monkeypatch):
         ("walk", "not ''"),
     ],
 )
-def test_what_cannot_be_forced(choice, monkeypatch, text, message):
+def test_unknown_forced_options(choice, monkeypatch, text, message):
     monkeypatch.setenv("FASTUPER_CHOICES", text)
     with pytest.raises(ValueError, match=message):
         choice("", Candidates())
@@ -117,7 +119,7 @@ def test_not_in_deterministic_mode(choice):
         assert choice("", candidates) == "slow"
     finally:
         torch.use_deterministic_algorithms(False)
-    assert candidates.asked == 0
+    assert candidates.calls == 0
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [(1, "quick"), (2, "slow")])
@@ -128,18 +130,18 @@ def test_not_on_several_ranks(choice, monkeypatch, ranks, expected):
 
 
 def test_not_while_tracing(choice):
-    candidates, seen = Candidates(), []
+    candidates, taken = Candidates(), []
 
     class Traced(torch.nn.Module):
         def forward(self, x):
-            seen.append(choice("", candidates))
+            taken.append(choice("", candidates))
             return x + 1
 
     torch.export.export(Traced(), (torch.ones(2),))
     torch.jit.trace(Traced(), torch.ones(2), check_trace=False)
     torch.func.vmap(Traced())(torch.ones(2, 2))
-    assert set(seen) == {"slow"}
-    assert candidates.asked == 0
+    assert set(taken) == {"slow"}
+    assert candidates.calls == 0
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"walk": 3}'])
@@ -156,7 +158,7 @@ def test_an_unknown_option_in_the_file_is_measured_again(choice, tmp_path):
     choice.forget()
     candidates = Candidates()
     assert choice("", candidates) == "quick"
-    assert candidates.asked == 1
+    assert candidates.calls == 1
 
 
 def test_a_folder_that_cannot_be_written(choice, monkeypatch, tmp_path):
@@ -164,10 +166,10 @@ def test_a_folder_that_cannot_be_written(choice, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path / "file" / "below"))  # root could write to a read-only folder
     candidates = Candidates()
     assert [choice("", candidates) for _ in range(2)] == ["quick"] * 2
-    assert candidates.asked == 1
+    assert candidates.calls == 1
 
 
-def test_nothing_half_written_is_left(choice, monkeypatch, tmp_path):
+def test_a_failed_write_leaves_no_file(choice, monkeypatch, tmp_path):
     def fail(*_: object) -> None:
         raise OSError("no space")
 
@@ -177,13 +179,25 @@ def test_nothing_half_written_is_left(choice, monkeypatch, tmp_path):
 
 
 def test_no_home(choice, monkeypatch):
-    def fail() -> None:
-        raise RuntimeError("no home")
-
     monkeypatch.delenv("FASTUPER_CACHE")
-    monkeypatch.setattr(choices.Path, "home", fail)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert choices.cache_file() is None
     assert choice("", Candidates()) == "quick"
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    """The variable decides. Without it the folder is the user's own, on Linux ~/.cache/fastuper."""
+    monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path / "own"))
+    assert choices.cache_file() == tmp_path / "own" / "choices.json"
+    monkeypatch.delenv("FASTUPER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = cache_folder()
+    assert folder is not None
+    assert folder.parts[-1] == "fastuper" or sys.platform == "win32"
+    if sys.platform == "linux":
+        assert folder == tmp_path / ".cache" / "fastuper"
 
 
 def test_eight_threads_measure_once(choice):
@@ -194,12 +208,12 @@ def test_eight_threads_measure_once(choice):
     for thread in threads:
         thread.join()
     assert results == ["quick"] * 8
-    assert candidates.asked == 1
+    assert candidates.calls == 1
 
 
-def test_measuring_leaves_the_random_numbers_alone(monkeypatch, tmp_path):
+def test_a_measurement_draws_no_random_numbers(monkeypatch, tmp_path):
     from fastuper_kernels import linear
-    from fastuper_kernels.cpu.linear import LINEAR
+    from fastuper_kernels.dispatch.choices import LINEAR
 
     monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path))
     LINEAR.forget()
@@ -210,24 +224,24 @@ def test_measuring_leaves_the_random_numbers_alone(monkeypatch, tmp_path):
     LINEAR.forget()
 
 
-def test_a_name_is_taken_once(choice):
+def test_a_name_is_unique(choice):
     with pytest.raises(ValueError, match="there is a choice 'walk' already"):
         Choice("walk", ("a",), "a", "")
 
 
 def test_the_table(choice, monkeypatch):
     choice("float32", Candidates())
-    lines = "\n".join(choices.table())
-    assert "walk: slow | quick | absent" in lines
-    assert "slow: where nothing is measured (it was here first)" in lines
-    assert "quick: measured for float32" in lines
+    rows = list(choices.rows())
+    assert ("walk", "slow | quick | absent", "options") in rows
+    assert ("walk", "slow", "if nothing is measured (it is older)") in rows
+    assert any(row[:2] == ("walk", "quick") and row[2].startswith("measured for float32") for row in rows)
     monkeypatch.setenv("FASTUPER_CHOICES", "walk=absent")
-    assert "absent: forced by FASTUPER_CHOICES" in "\n".join(choices.table())
+    assert ("walk", "absent", "forced by FASTUPER_CHOICES") in choices.rows()
 
 
 def test_the_command():
     command = [sys.executable, "-m", "fastuper_kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
-    assert "linear: plain | conv | onednn | float32" in done.stdout
-    assert "linear: float32 is for float16 operands" in done.stdout  # where what is forced is not what is taken
+    assert re.search(r"^ *linear +torch \| conv \| onednn \| float32 +options *$", done.stdout, re.MULTILINE)
+    assert "linear: float32 is for float16 operands" in done.stdout  # a forced option may not be taken
     assert not done.stderr

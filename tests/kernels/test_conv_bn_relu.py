@@ -1,4 +1,4 @@
-"""`conv_bn_relu` against its definition, in every way that it runs."""
+"""`conv_bn_relu` against its definition: in inference, in training and traced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fastuper_kernels import conv_bn_relu
-from fastuper_kernels.cpu import winograd
+from fastuper_kernels.cpu import conv, winograd
 from tests.kernels.common import (
     DTYPES,
     LAYOUTS,
@@ -33,8 +33,7 @@ from tests.kernels.common import (
     traced,
 )
 
-module = importlib.import_module("fastuper_kernels.ops.conv_bn_relu")
-reference = module.reference
+reference = importlib.import_module("fastuper_kernels.ops.conv_bn_relu").reference
 WEIGHT_LAYOUTS = ["contiguous", "channels-last", "strided", "channels-of-more"]
 
 
@@ -101,7 +100,7 @@ def test_any_shapes(batch, channels, out, k, size, coarse, given, relu, layout, 
     cuts=st.lists(st.integers(0, 99), max_size=6),
     way=st.sampled_from(["inference", "training", "traced"]),
 )
-def test_strips_make_the_whole(batch, k, size, coarse, given, relu, cuts, way):
+def test_strips_equal_the_whole(batch, k, size, coarse, given, relu, cuts, way):
     (x, weight), kwargs = operands(batch, 3, 4, k, size, coarse, given)
     height, margin, parts = size[0], k // 2, []
     weight.requires_grad_(way == "training")
@@ -115,30 +114,30 @@ def test_strips_make_the_whole(batch, k, size, coarse, given, relu, cuts, way):
     same(torch.cat(parts, dim=2), reference(x, weight, **kwargs, relu=relu))
 
 
-@pytest.mark.parametrize("rows", [(0, 13, 13), (0, 4, 13), (4, 9, 13), (9, 13, 13), (12, 13, 13)], ids=str)
+@pytest.mark.parametrize("strip", [(0, 13, 13), (0, 4, 13), (4, 9, 13), (9, 13, 13), (12, 13, 13)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strips_by_winograd(rows, layout, monkeypatch):
-    """Wide enough for the transform, in the dtype that takes it."""
+def test_strips_by_winograd(strip, layout, monkeypatch):
+    """With enough channels for Winograd's transforms, in float32."""
     (x, weight), kwargs = operands(2, 64, 70, 3, (13, 11), (5, 6), {"scale", "shift", "addend", "upsampled"})
     x, weight = laid_out(x, layout).float(), weight.float()
     kwargs = {name: tensor.float() for name, tensor in kwargs.items()}
-    start, stop, height = rows
+    start, stop, height = strip
     used = []
-    monkeypatch.setattr(module, "_way", lambda *_: used.append(1) or "winograd")
+    monkeypatch.setattr(conv, "_way", lambda *_: used.append(1) or "winograd")
     some = {**kwargs, "addend": laid_out(kwargs["addend"], layout)}
     expected = reference(x.double(), weight.double(), **{n: t.double() for n, t in some.items()})[:, :, start:stop]
     some["addend"] = some["addend"][:, :, start:stop]
     window = x[:, :, max(start - 1, 0) : min(stop + 1, height)]
     with torch.inference_mode():
-        ours = conv_bn_relu(window, weight, **some, strip=rows)
+        ours = conv_bn_relu(window, weight, **some, strip=strip)
     assert used
     assert (ours.double() - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_winograd_in_several_blocks(monkeypatch):
-    """Each block of rows is finished with its own rows of the addend."""
+    """Each block of rows gets its own rows of the addend."""
     monkeypatch.setattr(winograd, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(module, "_way", lambda *_: "winograd")
+    monkeypatch.setattr(conv, "_way", lambda *_: "winograd")
     (x, weight), kwargs = operands(2, 64, 64, 3, (13, 11), (5, 6), {"scale", "shift", "addend", "upsampled"})
     expected = reference(x, weight, **kwargs)
     with torch.inference_mode():
@@ -149,7 +148,7 @@ def test_winograd_in_several_blocks(monkeypatch):
 @pytest.mark.parametrize("way", ["winograd", "direct", None])
 @pytest.mark.parametrize("size", [(16, 16), (15, 18), (2, 200), (7, 60), (5, 5)], ids=str)
 def test_either_way(size, way, monkeypatch):
-    """Forced, or measured where a choice is to be made at all."""
+    """The way is forced, or measured if the map is large enough for a choice."""
     monkeypatch.delenv("FASTUPER_CHOICES", raising=False)
     if way is not None:
         monkeypatch.setenv("FASTUPER_CHOICES", f"conv3x3={way}")
@@ -170,7 +169,7 @@ def test_either_way(size, way, monkeypatch):
 @pytest.mark.parametrize(
     "given",
     [(), ("shift",), ("scale", "shift"), ("scale", "shift", "upsampled"), ("scale", "shift", "addend", "upsampled")],
-    ids=lambda names: "+".join(names) or "plain",
+    ids=lambda names: "+".join(names) or "alone",
 )
 def test_accuracy(given, k, dtype, monkeypatch):
     monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
@@ -178,7 +177,7 @@ def test_accuracy(given, k, dtype, monkeypatch):
     convolve = winograd.conv3x3
     monkeypatch.setattr(winograd, "conv3x3", lambda *args: calls.append(1) or convolve(*args))
 
-    channels = 16 if dtype == torch.float16 and given else 160  # a CPU without float16 takes long
+    channels = 16 if dtype == torch.float16 and given else 160  # without float16 instructions more channels take long
 
     def make(seed):
         (x, weight), kwargs = operands(2, channels, 128, k, (15, 16), (6, 7), given, seed=10 * seed, dtype=dtype)
@@ -188,7 +187,7 @@ def test_accuracy(given, k, dtype, monkeypatch):
         return (x, weight), kwargs
 
     check_accuracy(conv_bn_relu, reference, make, dtype)
-    # float32 alone goes by Winograd's transform, which in narrower types loses accuracy.
+    # Winograd's transforms run in float32 alone: in narrower dtypes they lose accuracy.
     assert bool(calls) == (dtype == torch.float32 and k == 3)
 
 
@@ -196,7 +195,7 @@ def test_accuracy(given, k, dtype, monkeypatch):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("addend", [False, True])
 def test_accuracy_with_statistics_in_float32(k, addend, dtype):
-    """What a model in half precision under autocast has: narrow maps, and scales and shifts of float32."""
+    """As in a model under autocast: maps in half precision, scales and shifts in float32."""
 
     def make(seed):
         names = {"scale", "shift", "addend"} if addend else {"scale", "shift"}
@@ -210,13 +209,13 @@ def test_accuracy_with_statistics_in_float32(k, addend, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("way", ["inference", "training", "traced"])
-@pytest.mark.parametrize("rows", [None, (1, 6, 7)], ids=["whole", "rows"])
-def test_autocast(rows, way, k, dtype):
-    """Of autocast's dtype, as near to float64 as operands rounded to it allow, and gradients of the operands' own."""
+@pytest.mark.parametrize("strip", [None, (1, 6, 7)], ids=["whole", "strip"])
+def test_autocast(strip, way, k, dtype):
+    """The result has autocast's dtype, and the error of operands rounded to it; gradients have the operands' dtype."""
     (x, weight), kwargs = operands(2, 16, 8, k, (7, 6), (3, 3), {"scale", "shift", "addend", "upsampled"})
     x, weight, kwargs = x.float(), weight.float() / 4, {name: tensor.float() for name, tensor in kwargs.items()}
     expected = reference(x.double(), weight.double(), **{name: t.double() for name, t in kwargs.items()})
-    if rows is not None:
+    if strip is not None:
         expected = expected[:, :, 1:6]
         kwargs["addend"] = kwargs["addend"][:, :, 1:6]
         x = x[:, :, : 7 if k == 3 else 6][:, :, 0 if k == 3 else 1 :]
@@ -224,7 +223,7 @@ def test_autocast(rows, way, k, dtype):
         tensor.requires_grad_(way == "training")
     call = traced if way == "traced" else lambda function, *a, **b: function(*a, **b)
     with torch.autocast("cpu", dtype=dtype):
-        y = call(conv_bn_relu, x, weight, **kwargs, strip=rows)
+        y = call(conv_bn_relu, x, weight, **kwargs, strip=strip)
     assert y.dtype == dtype
     assert (y.double() - expected).norm() < 4 * torch.finfo(dtype).eps * expected.norm()
     if way == "training":
@@ -255,7 +254,7 @@ def train(x, weight, addend, grad, function):
 
 
 def test_trained_by_winograd_as_accurately(monkeypatch):
-    """By the rule of docs/accuracy.md: result, gradients of the map and of the weight."""
+    """By the rule of docs/accuracy.md: the result, and the gradients of the map and of the weight."""
     monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
     ours: dict[int, list[float]] = {}
     theirs: dict[int, dict[str, list[float]]] = {}
@@ -263,10 +262,10 @@ def test_trained_by_winograd_as_accurately(monkeypatch):
         x, addend = random(2, 256, 21, 18, seed=seed).relu(), random(2, 256, 21, 18, seed=seed + 20)
         weight, grad = random(256, 256, 3, 3, seed=seed + 40) / 48, random(2, 256, 21, 18, seed=seed + 60)
 
-        def plain(x, weight, addend):
+        def direct(x, weight, addend):
             return F.conv2d(x, weight, padding=1) + addend
 
-        truth = train(x, weight, addend, grad, plain)
+        truth = train(x, weight, addend, grad, direct)
         single = [tensor.float() for tensor in (x, weight, addend, grad)]
         ran = conv_bn_relu(single[0], single[1].requires_grad_(), addend=single[2], relu=False)
         assert ran.grad_fn.name() == "_WinogradBackward"
@@ -274,17 +273,17 @@ def test_trained_by_winograd_as_accurately(monkeypatch):
         for i, (y, expected) in enumerate(zip(result, truth, strict=True)):
             ours.setdefault(i, []).append(error(y, expected))
         for layout in ("contiguous", "channels-last"):
-            result = train(*(laid_out(tensor, layout) for tensor in single), plain)
+            result = train(*(laid_out(tensor, layout) for tensor in single), direct)
             for i, (y, expected) in enumerate(zip(result, truth, strict=True)):
                 theirs.setdefault(i, {}).setdefault(layout, []).append(error(y, expected))
     ratios = [rms(errors) / max(rms(others) for others in theirs[i].values()) for i, errors in ours.items()]
     assert ratios[0] <= 1.25
     assert statistics.median(ratios) <= 1.25
-    assert max(ratios) <= 2.0  # the weight's: the fewer the positions, the nearer is the direct sum over them
+    assert max(ratios) <= 2.0  # of the weight's gradient: a direct sum over few positions has a small error
 
 
 @pytest.mark.parametrize("leaves", [("x",), ("weight",), ("addend",), ("x", "weight", "addend")], ids="+".join)
-def test_gradients_by_winograd_of_what_wants_them(leaves, monkeypatch):
+def test_gradients_by_winograd_of_some_operands(leaves, monkeypatch):
     monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
     given = {"x": random(1, 256, 16, 18), "weight": random(256, 256, 3, 3, seed=1) / 30}
     given["addend"] = random(1, 256, 16, 18, seed=2)
@@ -318,18 +317,17 @@ def test_gradients_of_gradients_by_winograd(layout, monkeypatch):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("rows", [None, (0, 2, 5)], ids=["whole", "rows"])
-def test_compiled(rows, k):
+@pytest.mark.parametrize("strip", [None, (0, 2, 5)], ids=["whole", "strip"])
+def test_compiled(strip, k):
     (x, weight), kwargs = operands(2, 3, 4, k, (5, 7), (2, 3), {"scale", "shift", "addend", "upsampled"})
     torch._dynamo.reset()
     compiled = torch.compile(conv_bn_relu, fullgraph=True, backend="aot_eager", dynamic=True)
     for height in (5, 8):
         (x, weight), kwargs = operands(2, 3, 4, k, (height, 7), (2, 3), {"scale", "shift", "addend", "upsampled"})
         expected = reference(x, weight, **kwargs)
-        if rows is not None:
+        if strip is not None:
             expected, kwargs["addend"], x = expected[:, :, :2], kwargs["addend"][:, :, :2], x[:, :, : 2 + k // 2]
-        window = None if rows is None else (0, 2, height)
-        same(compiled(x, weight, **kwargs, strip=window), expected)
+        same(compiled(x, weight, **kwargs, strip=None if strip is None else (0, 2, height)), expected)
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
@@ -417,7 +415,7 @@ def test_a_batch_is_its_images():
 @pytest.mark.parametrize("way", ["inference", "training", "traced"])
 @pytest.mark.parametrize("k", [1, 3])
 def test_no_tensor_is_wider_than_the_result(k, way):
-    """With a strip's margin, and a tile's: nothing of the output's size has more channels than C and C_out."""
+    """No tensor is larger than the output, but for the margins of strips and tiles: nothing is concatenated."""
     channels, out, size = 64, 64, (64, 48)
     (x, weight), kwargs = operands(1, channels, out, k, size, (32, 24), {"scale", "shift", "upsampled"})
     x, weight, kwargs = x.float(), weight.float(), {name: tensor.float() for name, tensor in kwargs.items()}
@@ -458,20 +456,20 @@ def test_shapes_that_do_not_fit(training, shapes, others, message):
         conv_bn_relu(x, weight.requires_grad_(training), **{name: torch.zeros(shape) for name, shape in others.items()})
 
 
-@pytest.mark.parametrize("rows", [(2, 2, 5), (3, 2, 5), (-1, 2, 5), (2, 6, 5)], ids=str)
-def test_rows_that_are_none(rows):
+@pytest.mark.parametrize("strip", [(2, 2, 5), (3, 2, 5), (-1, 2, 5), (2, 6, 5)], ids=str)
+def test_invalid_strips(strip):
     with pytest.raises(ValueError, match=r"strip \(.*\) is not \(start, stop, height\) of rows"):
-        conv_bn_relu(ZEROS, torch.zeros(8, 4, 3, 3), strip=rows)
+        conv_bn_relu(ZEROS, torch.zeros(8, 4, 3, 3), strip=strip)
 
 
-def test_rows_that_x_does_not_hold():
+def test_x_without_the_rows_of_its_strip():
     with pytest.raises(ValueError, match=r"x must hold 4 rows to compute strip \(1, 3, 5\) of a 3 x 3 conv, got 5"):
         conv_bn_relu(ZEROS, torch.zeros(8, 4, 3, 3), strip=(1, 3, 5))
 
 
 @pytest.mark.parametrize("name", ["weight", "addend", "upsampled"])
 @pytest.mark.parametrize("training", [False, True])
-def test_dtypes_that_differ(training, name):
+def test_different_dtypes(training, name):
     tensors = {"weight": torch.zeros(4, 4, 1, 1), "addend": ZEROS, "upsampled": ZEROS}
     tensors[name] = tensors[name].double()
     with torch.set_grad_enabled(training), pytest.raises(ValueError, match=f"must be of one dtype.*{name}"):

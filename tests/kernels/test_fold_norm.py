@@ -1,4 +1,4 @@
-"""`fold_norm` against PyTorch's BatchNorm."""
+"""`fold_norm` against PyTorch's BatchNorm in evaluation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def test_float32_at_least(dtype):
     assert [vector.dtype for vector in fold_norm(*vectors, 1e-5)] == [expected] * 2
 
 
-def test_vectors_of_other_sizes():
+def test_vectors_of_different_sizes():
     with pytest.raises(ValueError, match=r"vectors of one size, got \[\(5,\), \(5,\), \(4,\), None\]"):
         fold_norm(torch.ones(5), torch.ones(5), torch.ones(4), None, 1e-5)

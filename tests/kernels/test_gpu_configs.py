@@ -1,8 +1,10 @@
-"""Which configuration a convolution on a GPU takes, where there is none."""
+"""The configuration that a convolution takes on a GPU, tested without a GPU."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 
 from fastuper_kernels.dispatch import choices
+from fastuper_kernels.dispatch.choices import CONV
 from fastuper_kernels.gpu import configs
 from fastuper_kernels.gpu.configs import ConvConfig, conv_config, conv_key, group_config, heuristic, tuned
-from fastuper_kernels.ops.conv_bn_relu import CONV
 from fastuper_kernels.tune import layers, show, write
+from tests.unit.test_imports import environment
 
 CPU, NAME = torch.device("cpu"), "A GPU"
 
@@ -29,7 +32,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_the_heuristic_fills_the_gpu_and_splits_long_products_alone() -> None:
+def test_the_heuristic_fills_the_gpu_and_splits_only_long_products() -> None:
     chosen = {}
     for layer in layers([512, 1024], [1, 8, 16]):
         x, rest = image(*layer.shape), layer[1:]
@@ -58,7 +61,7 @@ def test_a_gpu_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert heuristic(x, 512, 9, False) == configs.pointers_config(x, False) == ConvConfig("cudnn")
 
 
-def test_no_more_steps_are_loaded_ahead_than_there_are() -> None:
+def test_no_more_stages_than_steps() -> None:
     config = ConvConfig("tma", split=4, stages=4)
     assert config.stages_of(512, 9, torch.bfloat16) == 4
     assert config.stages_of(96, 1, torch.bfloat16) == config.stages_of(8, 1, torch.float32) == 2
@@ -66,7 +69,7 @@ def test_no_more_steps_are_loaded_ahead_than_there_are() -> None:
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The package's file and the user's, for a GPU that the CPU stands for."""
+    """Return the package's file and the user's, for a GPU with the name `NAME`."""
     monkeypatch.setattr(configs, "SHIPPED", tmp_path / "shipped.json")
     monkeypatch.setattr(configs, "user_file", lambda: tmp_path / "user.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: NAME)
@@ -79,7 +82,7 @@ def entry(**config: Any) -> dict[str, Any]:
     return {"config": configs.as_json(ConvConfig("pointers", **config)), "milliseconds": 1.0, "cudnn": 2.0}
 
 
-def test_what_was_measured_decides_the_users_first_and_the_packages_on_several_ranks(
+def test_the_users_file_decides_and_on_several_ranks_the_packages(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = torch.device("cuda", 0)
@@ -102,13 +105,13 @@ def test_what_was_measured_decides_the_users_first_and_the_packages_on_several_r
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"A GPU": 1}', '{"A GPU": {"a": {"config": {"way": "tma", "depths": 3}}}}']
 )
-def test_a_file_of_another_kind_counts_for_nothing(text: str, files: tuple[Path, Path]) -> None:
+def test_a_malformed_file_is_ignored(text: str, files: tuple[Path, Path]) -> None:
     files[0].write_text(text, encoding="utf-8")
     assert tuned(torch.device("cuda", 0), True) == {}
     assert tuned(CPU, True) == {}
 
 
-def test_show_says_what_was_measured_beside_cudnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_show_prints_measurements_beside_cudnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path))
     key = f"3x3 1x512x8x8 -> 512 bfloat16, scale on {NAME}"
     CONV(key, lambda: {}, clock=lambda functions: {"triton": 3e-3, "cudnn": 1e-3})
@@ -119,9 +122,25 @@ def test_show_says_what_was_measured_beside_cudnn(monkeypatch: pytest.MonkeyPatc
     assert not any("linear" in line for line in lines)
 
 
-def test_writing_keeps_what_was_measured_before(tmp_path: Path) -> None:
+def test_write_keeps_older_entries(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "tuned.json"
     write(path, NAME, {"a": 1})
     write(path, NAME, {"b": 2})
     write(path, "another", {"a": 3})
     assert json.loads(path.read_text()) == {NAME: {"a": 1, "b": 2}, "another": {"a": 3}}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
+def test_the_command_without_a_gpu(tmp_path: Path) -> None:
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastuper_kernels.tune", *options]
+        return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+
+    shown = run("--show")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("no GPU here")
+    assert "triton | cudnn" in shown.stdout
+    assert "winograd" not in shown.stdout
+    failed = run("--output", str(tmp_path / "tuned.json"))
+    assert (failed.returncode, failed.stderr) == (2, "Error: there is no GPU here to measure on\n")
+    assert not list(tmp_path.iterdir())

@@ -1,22 +1,22 @@
-"""`linear`: each of its ways against float64, and what it leaves to PyTorch."""
+"""`linear`: each of its ways against float64, and the calls that it leaves to PyTorch."""
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fastuper_kernels import linear
-from fastuper_kernels.cpu.linear import ACTIVATIONS, LINEAR
+from fastuper_kernels.cpu import linear as cpu
+from fastuper_kernels.cpu.linear import ACTIVATIONS
+from fastuper_kernels.dispatch.choices import LINEAR
 
-WAYS = ["plain", "conv", "onednn", "float32"]
+WAYS = ["torch", "conv", "onednn", "float32"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def operands(*shape: int, width: int = 40, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Return x, weight, bias and a residual, at a linear layer's usual magnitudes."""
+    """Return x, weight, bias and a residual, with the magnitudes of a linear layer in a network."""
     generator = torch.Generator().manual_seed(0)
     shapes = [shape, (width, shape[-1]), (width,), (*shape[:-1], width)]
     x, weight, bias, residual = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
@@ -47,11 +47,11 @@ def test_every_way_is_as_accurate_as_pytorch(monkeypatch, way, dtype, activation
             truth = truth_of(x, weight, given_bias, activation, given_residual)
             with torch.no_grad():
                 result = linear(x, weight, given_bias, activation=activation, residual=given_residual)
-                plain = F.linear(x, weight, given_bias)
-                plain = plain if activation is None else ACTIVATIONS[activation](plain)
-                plain = plain if given_residual is None else given_residual + plain
+                by_torch = F.linear(x, weight, given_bias)
+                by_torch = by_torch if activation is None else ACTIVATIONS[activation](by_torch)
+                by_torch = by_torch if given_residual is None else given_residual + by_torch
             assert result.dtype == x.dtype
-            assert error(result, truth) <= max(1.25 * error(plain, truth), torch.finfo(x.dtype).eps)
+            assert error(result, truth) <= max(1.25 * error(by_torch, truth), torch.finfo(x.dtype).eps)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -100,7 +100,7 @@ def test_a_residual_that_broadcasts():
         assert error(linear(x, weight, bias, residual=residual), truth_of(x, weight, bias, None, residual)) < 1e-6
 
 
-def test_no_rows():
+def test_no_positions():
     with torch.no_grad():
         assert linear(torch.empty(0, 24), torch.randn(40, 24), activation="gelu").shape == (0, 40)
 
@@ -109,8 +109,8 @@ def test_gradients_are_those_of_pytorch():
     operands64 = [t.requires_grad_() for t in operands(3, 5, 24, dtype=torch.float64)]
     x, weight, bias, residual = operands64
     ours = torch.autograd.grad(linear(x, weight, bias, activation="gelu", residual=residual).square().sum(), operands64)
-    plain = residual + F.gelu(F.linear(x, weight, bias))
-    for gradient, expected in zip(ours, torch.autograd.grad(plain.square().sum(), operands64), strict=True):
+    by_torch = residual + F.gelu(F.linear(x, weight, bias))
+    for gradient, expected in zip(ours, torch.autograd.grad(by_torch.square().sum(), operands64), strict=True):
         assert error(gradient, expected) < 1e-14
 
 
@@ -123,9 +123,9 @@ def test_autocast(monkeypatch, way, dtype):
         assert linear(x, weight, bias, activation="gelu").dtype == dtype
         assert linear(x, weight, bias, residual=residual).dtype == torch.float32
         assert linear(*(t.double() for t in (x, weight, bias))).dtype == torch.float64
-        result, plain = linear(x, weight, bias), F.linear(x, weight, bias)
+        result, by_torch = linear(x, weight, bias), F.linear(x, weight, bias)
     truth = truth_of(x, weight, bias, None, None)
-    assert error(result, truth) <= 1.25 * error(plain, truth)
+    assert error(result, truth) <= 1.25 * error(by_torch, truth)
 
 
 def test_weights_are_read_at_every_call():
@@ -140,14 +140,13 @@ def test_without_onednn(monkeypatch):
     monkeypatch.setenv("FASTUPER_CHOICES", "linear=onednn")
     x, weight, bias, _ = operands(64, 24)
     called = []
-    # The package's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["fastuper_kernels.cpu.linear"], "_onednn", lambda *_: called.append(1))
+    monkeypatch.setattr(cpu, "_by_onednn", lambda *_: called.append(1))
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         assert error(linear(x, weight, bias), truth_of(x, weight, bias, None, None)) < 1e-6
     assert not called
 
 
-def test_tracing_sees_pytorchs_operators():
+def test_a_traced_graph_has_pytorchs_operators():
     _, weight, bias, _ = operands(64, 24)
 
     class Layer(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Packed weights: kept while the weights are the same, never used once they are not."""
+"""Packs: used while the weights are the same, and made again once the weights have changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ calls = threading.local()
 
 
 def copied(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A way to pack that counts its calls."""
+    """Pack by a copy, and count the calls."""
     calls.count = getattr(calls, "count", 0) + 1
     return weight.to(dtype, copy=True).contiguous()
 
@@ -36,7 +36,7 @@ def empty():
 
 
 def check(weight: torch.Tensor, dtype: torch.dtype | None = None, count: int | None = None) -> None:
-    """The pack is that of the weights as they are now; `count`: packed as many times so far."""
+    """Check that the pack is of the current weights, and that `count` packs have been made so far."""
     pack = packed(weight, copied, dtype or weight.dtype)
     expected = weight.to(dtype or weight.dtype)
     assert torch.equal(
@@ -58,7 +58,7 @@ def test_packed_once_while_the_weights_are_the_same(shape, layout, dtype):
     check(weight, torch.float32, count=2 if dtype == torch.float32 else 3)
 
 
-# Ways to change a weight that leave no other trace --------------------------------------------------------------------
+# Changes of a weight that only its contents show ---------------------------------------------------------------------
 
 
 def by_data(weight: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ CHANGES = [by_data, in_place, under_inference_mode, by_numpy, replaced_data, cop
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-def test_a_change_is_noticed(change, layout):
+def test_a_change_makes_a_new_pack(change, layout):
     weight = torch.nn.Parameter(laid_out(random(8, 6, 3, 3).float(), layout))
     check(weight, count=1)
     before = weight.detach().clone()
@@ -110,7 +110,7 @@ def test_a_change_is_noticed(change, layout):
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}], ids=str)
-def test_a_step_of_an_optimizer_is_noticed(make, options):
+def test_a_step_of_an_optimizer_makes_a_new_pack(make, options):
     weight = torch.nn.Parameter(random(8, 6, 3, 3).float())
     optimizer = make([weight], lr=1e-4, **options)
     for step in range(3):
@@ -124,8 +124,8 @@ def test_a_step_of_an_optimizer_is_noticed(make, options):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "transposed"])
 @pytest.mark.parametrize("sizes", [(8, 4), (6, 5)], ids=str)
 @pytest.mark.parametrize("weights", ["random", "ones", "identity", "symmetric"])
-def test_permutations_and_signs_are_noticed(weights, sizes, layout, dtype):
-    """Whatever leaves the sums of rows and columns, and the multiset of values, as they were."""
+def test_permutations_and_signs_change_the_fingerprint(weights, sizes, layout, dtype):
+    """Changes that keep the sums of rows and columns, or the multiset of values."""
     out, into = sizes
     weight = random(out, into, 3, 3).to(dtype)
     if weights == "ones":
@@ -151,7 +151,7 @@ def test_permutations_and_signs_are_noticed(weights, sizes, layout, dtype):
         "taps transposed": weight.transpose(2, 3),
         "taps rolled": weight.roll(1, 3),
     }
-    buffer = laid_out(weight, layout).clone()  # one place in memory for all
+    buffer = laid_out(weight, layout).clone()  # all values at the same place in memory
     kept = fingerprint(buffer)
     for name, other in changed.items():
         buffer.copy_(other)
@@ -165,8 +165,8 @@ def test_permutations_and_signs_are_noticed(weights, sizes, layout, dtype):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "channels-of-more"])
 @pytest.mark.parametrize("k", [1, 3])
-def test_rows_of_one_value_that_swap_are_noticed(k, layout, dtype):
-    """Their sums are the same, those of the columns too: what differs is where the value is, for every two places."""
+def test_swapped_rows_of_one_value_change_the_fingerprint(k, layout, dtype):
+    """The sums of rows and columns stay the same: only the value's place in its row differs, for every two places."""
     count = 512
     weight = torch.zeros(count, count, k, k, dtype=dtype)
     weight[:, :, 0, 0].fill_diagonal_(1.0)
@@ -182,7 +182,7 @@ def test_rows_of_one_value_that_swap_are_noticed(k, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_an_operation_notices_rows_that_swap(dtype):
+def test_an_operation_with_swapped_rows(dtype):
     weight, x = torch.zeros(512, 512, 1, 1, dtype=dtype), random(1, 512, 3, 3, dtype=dtype)
     weight[0, 6] = weight[1, 11] = 1
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_weights_without_values(shape, dtype):
 def test_an_operation_without_outputs():
     with torch.no_grad():
         assert conv_bn_relu(torch.ones(1, 8, 5, 5), torch.ones(0, 8, 1, 1)).shape == (1, 0, 5, 5)
-        with pytest.raises(RuntimeError, match="expected weight to be at least 1"):  # PyTorch's own word on it
+        with pytest.raises(RuntimeError, match="expected weight to be at least 1"):  # PyTorch's own error
             conv_bn_relu(torch.ones(1, 8, 5, 5), torch.ones(0, 8, 3, 3))
 
 
@@ -229,7 +229,7 @@ def test_an_operation_without_outputs():
     bit=st.integers(0, 63),
     scale=st.sampled_from([0.0, 1.0]),
 )
-def test_a_single_bit_is_noticed(shape, dtype, layout, index, bit, scale):
+def test_a_single_bit_changes_the_fingerprint(shape, dtype, layout, index, bit, scale):
     out, into, k = shape
     weight = laid_out(random(out, into, k, k).to(dtype) * scale, layout)
     before = fingerprint(weight)
@@ -247,8 +247,8 @@ def test_a_single_bit_is_noticed(shape, dtype, layout, index, bit, scale):
     what=st.sampled_from(["swap", "negate", "top bit"]),
     opposite=st.booleans(),
 )
-def test_several_values_are_noticed(dtype, channels_last, places, what, opposite):
-    """Swapped, or negated: also where the one is minus the other, so that only signs move."""
+def test_several_values_change_the_fingerprint(dtype, channels_last, places, what, opposite):
+    """Values are swapped or negated. With `opposite` two values differ in sign alone, so that a swap moves a sign."""
     weight = random(8, 6, 3, 3).to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     flat = weight.permute(0, 2, 3, 1).reshape(-1) if channels_last else weight.flatten()
@@ -269,7 +269,7 @@ def test_several_values_are_noticed(dtype, channels_last, places, what, opposite
     assert fingerprint(as_weight(flat)) != fingerprint(as_weight(changed))
 
 
-def test_nan_and_infinity_are_values_like_others():
+def test_nan_and_infinity():
     weight = torch.full((4, 4, 3, 3), float("nan"))
     check(weight, count=1)
     check(weight, count=1)
@@ -284,7 +284,7 @@ def test_nan_and_infinity_are_values_like_others():
 def test_slices_of_one_weight_do_not_collide(channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     whole = random(8, 24, 3, 3).float().contiguous(memory_format=layout)
-    whole[:, 8:16] = whole[:, :8]  # the same values at another place are still their own entry, or the same pack
+    whole[:, 8:16] = whole[:, :8]  # equal values at another place in memory have an entry of their own
     for _ in range(2):
         for i in range(3):
             check(whole[:, 8 * i : 8 * i + 8], count=None)
@@ -297,7 +297,7 @@ def test_slices_of_one_weight_do_not_collide(channels_last):
     check(whole[:, :8].transpose(0, 1))  # the same place and shape, other strides
 
 
-def test_other_dtypes_and_ways_are_other_packs():
+def test_each_dtype_and_kind_has_its_pack():
     weight = random(8, 8, 3, 3).float()
     check(weight, torch.float32)
     check(weight, torch.bfloat16)
@@ -326,7 +326,7 @@ def test_a_view_of_the_same_bits_as_another_dtype():
 # Bounds ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_pack_does_not_keep_its_weights_alive_and_leaves_after_them():
+def test_a_pack_is_freed_with_its_weights():
     weight = random(8, 8, 3, 3).float()
     check(weight)
     storage = weight.untyped_storage()._weak_ref()
@@ -339,8 +339,8 @@ def test_a_pack_does_not_keep_its_weights_alive_and_leaves_after_them():
     torch.UntypedStorage._free_weak_ref(storage)
 
 
-def test_memory_that_is_used_again():
-    for seed in range(50):  # the allocator hands out the same places
+def test_memory_that_is_allocated_again():
+    for seed in range(50):  # the allocator returns the same addresses
         check(random(8, 8, 3, 3, seed=seed).float(), count=seed + 1)
         check(torch.ones(8, 8, 3, 3), count=None)
         calls.count = seed + 1
@@ -384,7 +384,7 @@ def test_weights_and_packs_of_inference_mode():
     assert not any(part.is_inference() for part in packed(weight, winograd.pack, weight.dtype))
 
 
-def test_a_pack_made_in_training_wants_no_gradient():
+def test_a_pack_made_in_training_requires_no_gradient():
     weight = random(8, 8, 3, 3).requires_grad_()
     pack = packed(weight, copied, weight.dtype)
     assert not pack.requires_grad
@@ -392,7 +392,7 @@ def test_a_pack_made_in_training_wants_no_gradient():
 
 
 def test_another_default_device():
-    """A model that is being built on the meta device does not take the packs there."""
+    """While another model is built on the meta device, packs stay on the CPU."""
     weight = random(8, 8, 3, 3).float()
     with torch.device("meta"):
         assert all(part.device.type == "cpu" for part in packed(weight, winograd.pack, torch.float32))
@@ -412,7 +412,7 @@ def test_eight_threads():
     assert packs.packed_bytes() == sum(weight.numel() * 4 for weight in weights)
 
 
-def test_eight_threads_while_others_clear_and_weights_go(monkeypatch):
+def test_eight_threads_while_packs_are_cleared_and_weights_freed(monkeypatch):
     monkeypatch.setattr(packs, "MAX_PACKS", 4)
 
     def work(i: int) -> bool:

@@ -1,4 +1,4 @@
-"""`pool_conv_bn_relu` against its definition, in every way that it runs."""
+"""`pool_conv_bn_relu` against its definition: in inference, in training and traced."""
 
 from __future__ import annotations
 
@@ -124,15 +124,15 @@ def test_an_empty_batch():
 
 
 def test_no_branches():
-    with pytest.raises(ValueError, match="scales must be one or more numbers from 1"):
+    with pytest.raises(ValueError, match="scales must be one or more positive numbers"):
         pool_conv_bn_relu(torch.zeros(1, 3, 4, 4), [], [], [], [])
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3, 4], ids=["scales", "weights", "scale", "shift"])
-def test_one_of_each_a_branch(missing):
+def test_one_entry_per_branch(missing):
     arguments = list(operands(1, 3, 4, (5, 5), (1, 2)))
     arguments[missing] = arguments[missing][:1]
-    with pytest.raises(ValueError, match=r"must be as many, one a branch; got \(.*1.*\)"):
+    with pytest.raises(ValueError, match=r"must have one entry per branch; got \(.*1.*\)"):
         pool_conv_bn_relu(*arguments)
 
 
@@ -151,13 +151,13 @@ def test_scales_and_shifts_that_do_not_fit():
         pool_conv_bn_relu(x, scales, weights, scale, [torch.zeros(3)] * 2)
 
 
-def test_what_is_no_map():
+def test_x_must_be_a_map():
     _, *others = operands(1, 3, 4, (5, 5), (1, 2))
     with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\)"):
         pool_conv_bn_relu(torch.zeros(3, 5, 5), *others)
 
 
-def test_dtypes_that_differ():
+def test_different_dtypes():
     x, *others = operands(1, 3, 4, (5, 5), (1, 2))
     with pytest.raises(ValueError, match="must be of one dtype"):
         pool_conv_bn_relu(x.float(), *others)

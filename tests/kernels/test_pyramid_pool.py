@@ -1,4 +1,4 @@
-"""`pyramid_pool` against its definition, in every way that it runs."""
+"""`pyramid_pool` against its definition: in inference, in training and traced."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_any_shapes(batch, channels, size, scales, layout):
 
 
 def test_the_order_of_the_cells():
-    """Scales in the order given, each row by row, one mean a cell."""
+    """The cells come in the order of the scales, row by row."""
     x = torch.arange(16.0).view(1, 1, 4, 4)
     expected = [2.5, 4.5, 10.5, 12.5, 7.5, *range(16)]
     assert pyramid_pool(x, (2, 1, 4)).flatten().tolist() == expected
@@ -62,14 +62,14 @@ def test_accuracy(size, dtype):
 
 
 def test_many_large_values_in_half_precision():
-    """Added up in float32: their sum is beyond float16."""
+    """The sums are in float32: they exceed float16."""
     x = torch.full((1, 2, 64, 64), 1000.0, dtype=torch.float16)
     assert (pyramid_pool(x, [1, 2]) == 1000).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_a_constant_is_its_own_mean(dtype):
-    """The weights, one part in 61 or in 63, are not rounded to half precision: all means would be off by as much."""
+    """Weights of 1/61 and 1/63, rounded to half precision, would scale all means by a wrong factor."""
     x = torch.full((1, 2, 63, 61), 1.5, dtype=dtype)
     expected = torch.full((1, 14, 2), 1.5, dtype=dtype)
     torch.testing.assert_close(pyramid_pool(x, [1, 2, 3]), expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
@@ -78,7 +78,7 @@ def test_a_constant_is_its_own_mean(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("given", [torch.float32, None], ids=["float32", "narrow"])
 def test_autocast(given, dtype):
-    """Of x's dtype, as `F.adaptive_avg_pool2d` is; the sums are not narrowed."""
+    """The result has x's dtype, as that of `F.adaptive_avg_pool2d`; the sums are in float32."""
     x = random(2, 8, 30, 31).to(given or dtype).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         y = pyramid_pool(x, (1, 3))
@@ -133,7 +133,7 @@ def test_an_empty_batch():
 
 
 def test_no_tensor_grows_faster_than_the_map():
-    """A pooled map of 12 rows, and matrices of 12 rows: beside x itself nothing is as large as x."""
+    """The pooled rows and the matrices have 12 rows: no tensor but x itself has x's size."""
     x = random(1, 16, 256, 128).float().contiguous(memory_format=torch.channels_last)
     found = [count for count in elements_of_calls(lambda: pyramid_pool(x, (1, 2, 3, 6))) if count != x.numel()]
     assert max(found) <= x.numel() / 16
@@ -141,12 +141,12 @@ def test_no_tensor_grows_faster_than_the_map():
 
 @pytest.mark.parametrize("scales", [[], [0], [2, -1]], ids=str)
 def test_scales_below_one(scales):
-    with pytest.raises(ValueError, match="scales must be one or more numbers from 1, got"):
+    with pytest.raises(ValueError, match="scales must be one or more positive numbers, got"):
         pyramid_pool(torch.zeros(1, 3, 4, 4), scales)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 3, 0, 4), (1, 3, 4, 0), (4,)], ids=str)
-def test_what_is_no_map(shape):
+def test_x_must_be_a_map(shape):
     with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\).*got"):
         pyramid_pool(torch.zeros(shape), [1])
 

@@ -59,7 +59,7 @@ def test_dtypes_and_layouts(dtype, layout):
     assert result.dtype == dtype
     eps, expected = torch.finfo(dtype).eps, truth(x, lateral)
     assert (result.double() - expected).norm() < 4 * eps * expected.norm()
-    # A position is as large as the map: its rounding, in float32 at least, is that of a weight.
+    # A weight is the fraction of a position, which is rounded in float32 at least.
     torch.testing.assert_close(
         result.double(), expected, rtol=2 * eps, atol=2 * eps + 16 * torch.finfo(torch.float32).eps
     )
@@ -70,7 +70,7 @@ def test_strided_and_expanded_tensors():
     torch.testing.assert_close(upsample_add(x, lateral), truth(x, lateral), rtol=0, atol=1e-13)
 
 
-def test_the_arguments_are_left_alone():
+def test_the_arguments_do_not_change():
     x, lateral = random(1, 2, 3, 3), random(1, 2, 6, 6)
     before = x.clone(), lateral.clone()
     upsample_add(x, lateral)
@@ -91,7 +91,7 @@ def test_batch_and_channels_must_agree(shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 2), (2, 2)], ids=str)
-def test_what_is_no_map(shape):
+def test_x_and_lateral_must_be_maps(shape):
     with pytest.raises(ValueError, match=r"x and lateral must be \(B, C, H, W\), got"):
         upsample_add(torch.zeros(shape), torch.zeros(shape))
 
@@ -103,7 +103,7 @@ def test_empty_maps(shapes):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
-def test_dtypes_that_differ(dtypes):
+def test_different_dtypes(dtypes):
     for first, second in (dtypes, dtypes[::-1]):
         with pytest.raises(ValueError, match=r"operands must be of one dtype, got .*x.*lateral"):
             upsample_add(torch.zeros(1, 3, 2, 2, dtype=first), torch.zeros(1, 3, 4, 4, dtype=second))
@@ -130,7 +130,7 @@ def test_accuracy(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 def test_autocast(dtype):
-    """The dtype that PyTorch's own operators give: the wider of the two."""
+    """The result has the dtype of PyTorch's own operators: the wider dtype of the two."""
     x, lateral = random(2, 4, 3, 4).float(), random(2, 4, 6, 8, seed=1).float()
     with torch.autocast("cpu", dtype=dtype):
         for a, b in ((x, lateral), (x.to(dtype), lateral), (x, lateral.to(dtype)), (x.to(dtype), lateral.to(dtype))):

@@ -1,8 +1,6 @@
-"""`upsample_argmax` against resampling by matrices in float64, a few rows at a time or all of them."""
+"""`upsample_argmax` against resampling by matrices in float64, in blocks of a few rows or of all rows."""
 
 from __future__ import annotations
-
-import sys
 
 import numpy as np
 import pytest
@@ -11,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastuper_kernels import upsample_argmax
+from fastuper_kernels.cpu import argmax
 from tests.kernels.common import LAYOUTS, elements_of_calls, laid_out, parameters_of, random, traced
 from tests.kernels.test_upsample_add import resampling_matrix
-
-# `fastuper_kernels.upsample_argmax` is the function; monkeypatch wants the module of the same name.
-upsample_argmax_module = sys.modules[upsample_argmax.__module__]
 
 
 def resampled(logits: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
@@ -28,7 +24,7 @@ def resampled(logits: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tenso
 
 
 def check(logits: torch.Tensor, sizes: list[tuple[int, int]], labels: torch.Tensor) -> None:
-    """The labels are the best class wherever rounding cannot decide."""
+    """Check that the labels are the best class wherever the best two differ by more than rounding."""
     full = resampled(logits, sizes)
     assert labels.shape == (len(logits), *sizes[-1])
     if logits.shape[1] == 1:
@@ -72,35 +68,35 @@ def test_any_sizes(batch, classes, size, sizes, dtype):
 @pytest.mark.parametrize("limit", [1, 4 * 11 * 31 * 4, 10**9], ids=["one-row", "four-rows", "all-rows"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
 def test_a_few_rows_at_a_time(limit, layout, monkeypatch):
-    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(argmax, "BLOCK_BYTES", limit)
     logits = random(2, 11, 6, 8).float().contiguous(memory_format=layout)
     check(logits, [(23, 31)], upsample_argmax(logits, [(23, 31)]))
 
 
 @pytest.mark.parametrize("limit", [1, 10**9], ids=["one-row", "all-rows"])
-def test_the_first_of_equal_classes_wins(limit, monkeypatch):
-    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", limit)
+def test_ties_go_to_the_first_class(limit, monkeypatch):
+    monkeypatch.setattr(argmax, "BLOCK_BYTES", limit)
     logits = torch.zeros(1, 5, 3, 3)
     logits[:, [2, 4]] = 1.0
     assert (upsample_argmax(logits, [(7, 7)]) == 2).all()
 
 
 @pytest.mark.parametrize("sizes", [[(150, 170)], [(60, 70), (150, 99)]], ids=str)
-def test_classes_that_are_the_best_nowhere_are_left_out(sizes, monkeypatch):
-    """The labels are those of all classes, also where a class is behind another by less than rounding errs."""
+def test_classes_without_a_chance_are_left_out(sizes, monkeypatch):
+    """The labels equal those of all classes, also if a class is below another by less than the rounding error."""
     logits = torch.nn.functional.interpolate(random(2, 40, 4, 5), size=(30, 34), mode="bilinear").float()
     logits[:, 30:] = logits[:, :10] * (1 - torch.finfo(torch.float32).eps)
-    rivals, counts = upsample_argmax_module._rivals, []
-    monkeypatch.setattr(upsample_argmax_module, "_rivals", lambda x: counts.append(len(rivals(x))) or rivals(x))
+    rivals, counts = argmax._rivals, []
+    monkeypatch.setattr(argmax, "_rivals", lambda x: counts.append(len(rivals(x))) or rivals(x))
     labels = upsample_argmax(logits, sizes)
     check(logits, sizes, labels)
     assert min(counts) < 20
-    monkeypatch.setattr(upsample_argmax_module, "_rivals", lambda x: torch.arange(x.shape[2]))
+    monkeypatch.setattr(argmax, "_rivals", lambda x: torch.arange(x.shape[2]))
     assert torch.equal(labels, upsample_argmax(logits, sizes))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=lambda d: str(d)[6:])
-def test_types_of_labels(dtype):
+def test_dtypes_of_labels(dtype):
     labels = upsample_argmax(random(1, 256, 2, 3), [(4, 5)], dtype=dtype)
     assert labels.dtype == dtype
     check(random(1, 256, 2, 3), [(4, 5)], labels)
@@ -135,7 +131,7 @@ def test_sizes_of_other_integers(kind):
     assert torch.equal(upsample_argmax(logits, [(kind(5), kind(9))]), upsample_argmax(logits, [(5, 9)]))
 
 
-# What is not finite ---------------------------------------------------------------------------------------------------
+# Infinities and NaN --------------------------------------------------------------------------------------------------
 
 
 def compiled(*args):
@@ -152,7 +148,7 @@ CHAINS = [[(5, 7)], [(10, 14)], [(23, 31)], [(3, 2)], [(10, 14), (33, 17)]]
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
 )
-def test_a_class_that_is_masked_is_nowhere_the_label(dtype, sizes, way):
+def test_a_masked_class_is_never_a_label(dtype, sizes, way):
     logits = random(2, 6, 5, 7).to(dtype)
     masked = logits.clone()
     masked[:, [0, 3]] = -float("inf")
@@ -165,14 +161,14 @@ def test_a_class_that_is_masked_is_nowhere_the_label(dtype, sizes, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf")], ids=str)
-def test_what_is_not_finite_tells_on_its_neighbours_alone(value, way):
+def test_infinity_and_nan_change_only_their_neighbours(value, way):
     logits = random(1, 4, 40, 40).float()
     logits[0, 2, 20, 10] = logits[0, 2].max() + 1
     broken = logits.clone()
     broken[0, 2, 20, 10] = value
     before, after = (WAYS[way](x, [(80, 80)])[0] for x in (logits, broken))
     near = torch.zeros(80, 80, dtype=torch.bool)
-    near[39:43, 19:23] = True  # the pixels that are resampled from it
+    near[39:43, 19:23] = True  # the pixels that are resampled from the logit
     assert torch.equal(before[~near], after[~near])
     assert (after[near] != 2).all() if value < 0 else (after[near] == 2).all()
 
@@ -189,7 +185,7 @@ def test_a_large_sum_of_finite_logits():
 
 
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 3), (torch.uint8, 257), (torch.int8, 129)], ids=str)
-def test_a_type_that_does_not_hold_the_classes(dtype, classes):
+def test_a_dtype_too_small_for_the_classes(dtype, classes):
     with pytest.raises(ValueError, match=f"{dtype} does not hold the labels of {classes} classes"):
         upsample_argmax(torch.zeros(1, classes, 2, 2), [(2, 2)], dtype=dtype)
 
@@ -227,7 +223,7 @@ def test_half_precision_is_resampled_in_float32(dtype):
     check(logits.float(), [(31, 29)], upsample_argmax(logits, [(31, 29)]))
 
 
-def test_autocast_narrows_nothing():
+def test_autocast_does_not_round_the_logits():
     logits = random(1, 9, 6, 7).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(logits, [(31, 29)], upsample_argmax(logits, [(31, 29)]))
@@ -255,14 +251,14 @@ def test_an_empty_batch():
 
 
 def test_resampled_logits_are_never_whole(monkeypatch):
-    monkeypatch.setattr(upsample_argmax_module, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(argmax, "BLOCK_BYTES", 1 << 20)
     logits = random(1, 60, 32, 32).float()
     found = elements_of_calls(lambda: upsample_argmax(logits, [(128, 128), (500, 480)]))
     assert max(found) <= max((1 << 20) // 4, 500 * 480)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 2), (1, 0, 2, 2), (1, 3, 0, 2), (1, 3, 2, 0)], ids=str)
-def test_what_are_no_logits(shape):
+def test_logits_must_be_maps(shape):
     with pytest.raises(ValueError, match=r"logits must be \(B, classes, H, W\).*got"):
         upsample_argmax(torch.zeros(shape), [(4, 4)])
 

@@ -1,8 +1,7 @@
-"""`upsample_cross_entropy` against PyTorch's resampling and cross entropy in float64, a few rows at a time or all."""
+"""`upsample_cross_entropy` against PyTorch's resampling and cross entropy in float64, in blocks of few or all rows."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastuper_kernels import upsample_cross_entropy
+from fastuper_kernels.cpu import cross_entropy
 from tests.kernels.common import (
     DTYPES,
     LAYOUTS,
@@ -28,15 +28,13 @@ from tests.kernels.common import (
     traced,
 )
 
-# `fastuper_kernels.upsample_cross_entropy` is the function; monkeypatch wants the module of the same name.
-module = sys.modules[upsample_cross_entropy.__module__]
 IGNORED = 255
 
 
 def labels_of(
     batch: int, classes: int, size: tuple[int, int], *, seed: int = 0, ignored: float = 0.3, dtype: Any = torch.int64
 ) -> torch.Tensor:
-    """Return labels (B, H, W), a share of them ignored."""
+    """Return random labels (B, H, W); a share `ignored` of them has the ignored label."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, max(classes, 2), (batch, *size), generator=generator)
     return labels.masked_fill(torch.rand(labels.shape, generator=generator) < ignored, IGNORED).to(dtype)
@@ -56,7 +54,7 @@ def truth(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Return what PyTorch's operators make of it, for one class those of binary cross entropy."""
+    """Return the loss by PyTorch's operators; for one class it is binary cross entropy."""
     labels = labels.long()
     for size in sizes or [labels.shape[1:]]:
         logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
@@ -117,25 +115,25 @@ size_of = st.tuples(st.integers(1, 15), st.integers(1, 15))
 def test_any_sizes(batch, classes, size, sizes, layout, smoothing, weighted, reduction, seed):
     logits = laid_out(5 * random(batch, classes, *size, seed=seed), layout)
     labels = labels_of(batch, classes, sizes[-1], seed=seed)
-    labels[0, 0, 0] = 0  # one counts
+    labels[0, 0, 0] = 0  # at least one pixel is not ignored
     weight = weight_of(classes) if weighted and classes > 1 else None
     compare(logits, labels, sizes, weight=weight, label_smoothing=smoothing, reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize("limit", [1, 10**9], ids=["one-row", "all-rows"])
 def test_every_option_over_several_blocks(limit, weighted, smoothing, reduction, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", limit)
     labels = labels_of(2, 5, (70, 131))
     weight = weight_of(5) if weighted else None
     compare(random(2, 5, 9, 11), labels, weight=weight, label_smoothing=smoothing, reduction=reduction)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_one_class_is_two_of_which_one_is_zero(reduction, weighted):
+def test_one_class_is_binary_cross_entropy(reduction, weighted):
     logits, labels = random(2, 1, 4, 5), labels_of(2, 1, (9, 13))
     if not weighted:
         compare(logits, labels, label_smoothing=0.2, reduction=reduction)
@@ -149,12 +147,12 @@ def test_one_class_is_two_of_which_one_is_zero(reduction, weighted):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=name_of)
-def test_types_of_labels(dtype):
+def test_dtypes_of_labels(dtype):
     compare(random(1, 7, 3, 4), labels_of(1, 7, (8, 9), dtype=dtype))
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 2, 255])
-def test_what_is_ignored(ignore_index):
+def test_ignore_index(ignore_index):
     labels = labels_of(2, 5, (9, 8), ignored=0)
     labels[:, :4] = ignore_index
     compare(random(2, 5, 3, 4), labels, ignore_index=ignore_index)
@@ -167,11 +165,11 @@ def test_labels_of_any_layout():
 
 
 @pytest.mark.parametrize("way", ["eager", "traced"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (0, 5, 3, 4), (2, 1, 3, 4)], ids=str)
-def test_nothing_but_ignored_pixels(shape, smoothing, weighted, way):
-    """The mean is 0 and so are the gradients, where PyTorch's is NaN."""
+def test_all_pixels_ignored(shape, smoothing, weighted, way):
+    """The mean and its gradients are 0; PyTorch's are NaN."""
     logits = random(*shape).requires_grad_()
     labels = torch.full((shape[0], 7, 9), IGNORED)
     options = {"weight": weight_of(shape[1]) if weighted else None, "label_smoothing": smoothing}
@@ -186,7 +184,7 @@ def test_nothing_but_ignored_pixels(shape, smoothing, weighted, way):
     assert not grad.count_nonzero()
 
 
-def test_labels_that_are_no_class():
+def test_labels_outside_the_classes():
     labels = labels_of(1, 5, (7, 9))
     labels[0, 1, 2:5] = torch.tensor([5, -1, 77])
     with pytest.raises(ValueError, match=r"from 0 to 4, or ignore_index=255; found -1, 5, 77$"):
@@ -215,7 +213,7 @@ def test_accuracy(dtype, reduction):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
 def test_large_logits(scale, smoothing):
-    """Neighbours that have no class in common: their exponentials are zero, but for one's own largest."""
+    """Neighbouring pixels have large logits of different classes: in between all exponentials may underflow."""
     logits, labels = (scale * random(2, 6, 5, 7)).float(), labels_of(2, 6, (19, 27))
 
     def of(function: Any) -> Any:
@@ -228,8 +226,8 @@ def test_large_logits(scale, smoothing):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("sizes", [[(10, 14)], [(5, 7)], [(10, 14), (33, 17)]], ids=str)
-def test_a_class_that_is_masked(sizes, dtype):
-    """It is as if it were not there; in PyTorch an infinity times a weight of zero is NaN."""
+def test_a_masked_class(sizes, dtype):
+    """A class of -inf has no influence; in PyTorch infinity times a weight of zero is NaN."""
     logits, labels = random(2, 6, 5, 7).to(dtype), labels_of(2, 4, sizes[-1])
     others = torch.tensor([1, 2, 4, 5])
     masked = logits.clone()
@@ -244,7 +242,7 @@ def test_a_class_that_is_masked(sizes, dtype):
     assert torch.equal(masked, before)
 
 
-def test_a_label_that_is_masked_costs_much_and_is_no_nan():
+def test_a_masked_label_has_a_large_finite_loss():
     logits = random(1, 4, 3, 3).float().requires_grad_()
     masked = logits.masked_fill(torch.arange(4)[:, None, None] == 2, -float("inf"))
     for smoothing in (0.0, 0.1):
@@ -256,8 +254,8 @@ def test_a_label_that_is_masked_costs_much_and_is_no_nan():
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
-def test_what_is_broken_shows(value):
-    """Gradient scalers look for it."""
+def test_infinity_and_nan_reach_the_loss(value):
+    """Gradient scalers detect overflow by them."""
     logits = random(1, 4, 40, 40).float()
     logits[0, 2, 20, 10] = value
     logits.requires_grad_()
@@ -286,7 +284,7 @@ def test_autocast_gives_float32(dtype):
     same(grad.double(), exact.double(), torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight": weight_of(3), "label_smoothing": 0.1}], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [{}, {"weight": weight_of(3), "label_smoothing": 0.1}], ids=["default", "all"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_of_gradients(reduction, options):
     logits, labels = random(1, 3, 2, 3).requires_grad_(), labels_of(1, 3, (4, 5))
@@ -354,16 +352,16 @@ def test_tensors_without_values(device):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_resampled_logits_are_never_whole(reduction, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 1 << 18)
     logits, labels = random(1, 40, 24, 24).float().requires_grad_(), labels_of(1, 40, (200, 240))
     found = elements_of_calls(
         lambda: upsample_cross_entropy(logits, labels, [(96, 96), (200, 240)], reduction=reduction)
     )
-    # What is resampled along the columns alone is of few rows; the whole would be 40 * 200 * 240.
+    # Logits that are resampled along the columns alone have few rows. Whole ones would have 40 * 200 * 240 elements.
     assert max(found) <= max((1 << 18) // 4, 40 * 64 * 64)
 
 
-# What it refuses ------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -380,7 +378,7 @@ def test_resampled_logits_are_never_whole(reduction, monkeypatch):
         ({"labels": torch.zeros(1, 4, 4, dtype=torch.int64, device="meta")}, "one device, got cpu, meta"),
         ({"sizes": []}, "sizes must be one or more positive"),
         ({"sizes": [(8, 8), (4, 5)]}, r"the last of sizes must be the labels' \(4, 4\), got .*\(4, 5\)"),
-        ({"weight": torch.ones(2)}, r"weight must be \(3,\) floating-point numbers, one a class, got \(2,\)"),
+        ({"weight": torch.ones(2)}, r"weight must be \(3,\) floating-point numbers, one per class, got \(2,\)"),
         ({"weight": torch.ones(3, dtype=torch.int64)}, r"weight must be \(3,\) floating-point.* of torch.int64"),
         ({"weight": torch.ones(3, requires_grad=True)}, r"weight takes no gradient: pass weight.detach\(\)"),
         ({"logits": torch.zeros(1, 1, 2, 2), "weight": torch.ones(1)}, r"weight must be \(2,\)"),
@@ -391,7 +389,7 @@ def test_resampled_logits_are_never_whole(reduction, monkeypatch):
     ],
     ids=lambda part: part if isinstance(part, str) else "-".join(part),
 )
-def test_what_it_refuses(changes, message):
+def test_errors(changes, message):
     given = {"logits": torch.zeros(1, 3, 2, 2), "labels": torch.zeros(1, 4, 4, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         upsample_cross_entropy(**{**given, **changes})

@@ -1,4 +1,4 @@
-"""`upsampled_conv3x3` against its definition, in every way that it runs."""
+"""`upsampled_conv3x3` against its definition: in inference, in training and traced."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastuper_kernels import upsampled_conv3x3
+from fastuper_kernels.cpu import upsampled_conv
 from tests.kernels.common import (
     DTYPES,
     LAYOUTS,
@@ -31,8 +32,7 @@ from tests.kernels.common import (
     traced,
 )
 
-module = importlib.import_module("fastuper_kernels.ops.upsampled_conv3x3")
-reference = module.reference
+reference = importlib.import_module("fastuper_kernels.ops.upsampled_conv3x3").reference
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
@@ -66,7 +66,7 @@ def test_any_shapes(batch, out, levels, size, layout, weight_layout):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_slices_of_one_weight(channels_last):
-    """As the head gives them: the fusion convolution's weight by level, each with the gradient of its slice."""
+    """As in the head: each level has a slice of the fusion convolution's weight, and its gradient."""
     whole = random(5, 12, 3, 3).contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
@@ -92,18 +92,18 @@ def test_slices_of_one_weight(channels_last):
     cuts=st.lists(st.integers(0, 999), max_size=6),
     way=st.sampled_from(["inference", "training", "traced"]),
 )
-def test_strips_make_the_whole(sizes, size, cuts, way):
+def test_strips_equal_the_whole(sizes, size, cuts, way):
     levels, weights = operands(2, [3] * len(sizes), 2, sizes)
     weights[0].requires_grad_(way == "training")
     call = traced if way == "traced" else lambda function, *a, **b: function(*a, **b)
-    parts = [call(upsampled_conv3x3, levels, weights, size, strip=rows) for rows in strips(size[0], cuts)]
+    parts = [call(upsampled_conv3x3, levels, weights, size, strip=strip) for strip in strips(size[0], cuts)]
     assert [part.shape[2] for part in parts] == [stop - start for start, stop in strips(size[0], cuts)]
     same(torch.cat(parts, dim=2), reference(levels, weights, size))
 
 
 @pytest.mark.parametrize("positions", [1, 3, 16, 31, 1000])
 def test_any_number_of_positions_at_a_time(positions, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_POSITIONS", positions)
+    monkeypatch.setattr(upsampled_conv, "CHUNK_POSITIONS", positions)
     levels, weights = operands(2, [3, 2, 4], 5, [(20, 9), (70, 3), (1, 2)])
     with torch.no_grad():
         same(upsampled_conv3x3(levels, weights, (67, 21)), reference(levels, weights, (67, 21)))
@@ -126,7 +126,7 @@ def test_accuracy(sizes, size, dtype):
 @pytest.mark.parametrize("way", ["inference", "training", "traced"])
 def test_autocast(way, dtype):
     levels, weights = operands(2, [16, 16], 8, [(4, 5), (2, 2)], dtype=torch.float32)
-    levels[1] = levels[1].to(dtype)  # a map that came out of another operation
+    levels[1] = levels[1].to(dtype)  # a result of another operation under autocast
     expected = reference([x.double() for x in levels], [w.double() for w in weights], (8, 10))
     for tensor in (*levels, *weights):
         tensor.requires_grad_(way == "training")
@@ -226,8 +226,8 @@ def test_mapped():
     same(ours[1], reference(levels, [many[1]], (9, 8)))
 
 
-def test_a_dispatch_mode_sees_the_products():
-    """Counted at low resolution: nine products a pixel of the level, none at the output's."""
+def test_flops_counted_by_a_dispatch_mode():
+    """Nine products of channels for each pixel of the level, none for a pixel of the output."""
     levels, weights = operands(1, [8], 8, [(4, 4)])
     with FlopCounterMode(display=False) as counter:
         upsampled_conv3x3(levels, weights, (16, 16))
@@ -269,19 +269,19 @@ WIDE = ([(32, 32), (16, 16), (8, 8)], (64, 64))
 
 
 def limit_of(channels: int, out: int) -> float:
-    """A band's products of three columns, at half the output's width and height, are 1.5 maps of the output."""
+    """The products of three taps, at the output's height and half its width, have the size of 1.5 outputs."""
     return 1.6 * out * WIDE[1][0] * WIDE[1][1]
 
 
 @pytest.mark.parametrize("way", ["inference", "training", "make_fx", "compiled"])
 def test_no_tensor_is_wider_than_the_result(way):
-    """Nothing is resampled before its channels are mixed, nothing is concatenated at the output's size.
+    """No level is resampled before its channels are mixed, and no maps are concatenated at the output's size.
 
-    The channels are 256 and the outputs' 32: one level, upsampled, would be eight maps of the output.
+    With 256 input and 32 output channels, one upsampled level would have the size of eight outputs.
     """
     channels, out = 256, 32
     levels, weights = operands(1, [channels] * 3, out, WIDE[0], dtype=torch.float32)
-    # The inputs themselves, and in training their gradients: the largest level is two maps of the output.
+    # The inputs, and in training their gradients, do not count: the largest level has the size of two outputs.
     given = {tensor.numel() for tensor in (*levels, *weights)}
 
     def largest(elements):
@@ -307,15 +307,15 @@ def test_no_tensor_is_wider_than_the_result(way):
     else:
         for weight in weights:
             weight.requires_grad_(way == "training")
-        upsampled_conv3x3(levels, weights, WIDE[1])  # packs and bands are made
+        upsampled_conv3x3(levels, weights, WIDE[1])  # a first call makes packs and bands
         found = elements_of_calls(lambda: upsampled_conv3x3(levels, weights, WIDE[1]))
         full = elements_of_calls(lambda: reference(levels, weights, WIDE[1]))
     assert largest(found) <= limit, largest(found) / (out * WIDE[1][0] * WIDE[1][1])
     assert largest(found) >= out * WIDE[1][0] * WIDE[1][1] / 2
-    assert largest(full) > 4 * limit  # what everyone else computes would be seen
+    assert largest(full) > 4 * limit  # the reference exceeds the limit: the test can fail
 
 
-def test_what_is_kept_for_the_backward_pass_is_small():
+def test_saved_tensors_are_small():
     levels, weights = operands(1, [64] * 3, 64, WIDE[0], dtype=torch.float32)
     for weight in weights:
         weight.requires_grad_()
@@ -325,21 +325,21 @@ def test_what_is_kept_for_the_backward_pass_is_small():
     assert max(kept) <= levels[0].numel()
 
 
-class _Double(TorchDispatchMode):
+class _PassThrough(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_nested_mode_is_respected():
+def test_nested_modes():
     levels, weights = operands(1, [3], 4, [(5, 4)])
-    with _Double(), _Double():
+    with _PassThrough(), _PassThrough():
         same(upsampled_conv3x3(levels, weights, (9, 8)), reference(levels, weights, (9, 8)))
 
 
 X, W = (2, 4, 5, 5), (8, 4, 3, 3)
 BAD = {
-    "none": ([], [], (9, 9), "one at least: 0 and 0"),
-    "too few": ([X, X], [W], (9, 9), "a weight for each level.*2 and 1"),
+    "none": ([], [], (9, 9), "at least one level.*got 0 and 0"),
+    "too few": ([X, X], [W], (9, 9), "a weight for each level: got 2 and 1"),
     "channels": ([X], [(8, 3, 3, 3)], (9, 9), r"got \(2, 4, 5, 5\) and \(8, 3, 3, 3\)"),
     "outputs": ([X, X], [W, (7, 4, 3, 3)], (9, 9), r"weights \(8, C, 3, 3\)"),
     "batches": ([X, (1, 4, 5, 5)], [W, W], (9, 9), r"levels must be \(2, C, h, w\)"),
@@ -363,13 +363,13 @@ def test_shapes_that_do_not_fit(training, levels, weights, size, message):
         )
 
 
-@pytest.mark.parametrize("rows", [(2, 2), (3, 2), (-1, 2), (2, 10)], ids=str)
-def test_rows_that_are_none(rows):
+@pytest.mark.parametrize("strip", [(2, 2), (3, 2), (-1, 2), (2, 10)], ids=str)
+def test_invalid_strips(strip):
     with pytest.raises(ValueError, match=r"strip \(.*\) is not \(start, stop\) of rows of a map of size \(9, 9\)"):
-        upsampled_conv3x3([torch.zeros(X)], [torch.zeros(W)], (9, 9), strip=rows)
+        upsampled_conv3x3([torch.zeros(X)], [torch.zeros(W)], (9, 9), strip=strip)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_dtypes_that_differ(training):
+def test_different_dtypes(training):
     with torch.set_grad_enabled(training), pytest.raises(ValueError, match=r"of one dtype.*levels\[1\].*bfloat16"):
         upsampled_conv3x3([torch.zeros(X), torch.zeros(X).bfloat16()], [torch.zeros(W)] * 2, (9, 9))

@@ -1,4 +1,4 @@
-"""Winograd's convolution itself, in float64, against `F.conv2d`."""
+"""Winograd's convolution and its weight's gradient against PyTorch's, in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kernels.common import error, laid_out, random, rms
 def convolve(
     x: torch.Tensor, weight: torch.Tensor, rows: tuple[int, int] | None = None
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Return rows of the convolution of x (C, H, W), and the (first, last) of each block that was finished."""
+    """Return rows [start, stop) of the convolution of x (C, H, W), and the (start, stop) of each finished block."""
     height = x.shape[1]
     start, stop = rows or (0, height)
     halo = (int(start > 0), int(stop < height))
@@ -60,7 +60,7 @@ def test_any_sizes(channels, out, size, layout, weight_layout):
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(size=st.tuples(st.integers(1, 20), st.integers(1, 5)), ends=st.tuples(st.integers(0, 19), st.integers(0, 19)))
-def test_rows_with_neighbours(size, ends):
+def test_strips_with_neighbouring_rows(size, ends):
     start = ends[0] % size[0]
     stop = start + 1 + ends[1] % (size[0] - start)
     check(random(3, *size), random(2, 3, 3, 3, seed=1), (start, stop))
@@ -79,14 +79,14 @@ def test_a_few_rows_at_a_time(cut, height, limit, monkeypatch):
         assert len(finished) > 2
 
 
-def test_a_map_without_rows_calls_nothing():
+def test_a_map_without_rows():
     out = torch.empty(0, 4, 2)
     kernels = winograd.pack(torch.zeros(2, 3, 3, 3), torch.float32)
     winograd.conv3x3(torch.empty(0, 4, 3), kernels, (0, 0), lambda *_: pytest.fail("called"), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_packs_are_the_transform_rounded_once(dtype):
+def test_packs_are_rounded_once(dtype):
     weight = random(4, 3, 3, 3).to(dtype)
     g = [torch.tensor(rows, dtype=torch.float64) for rows in (winograd.DOWN, winograd.ALONG)]
     expected = torch.einsum("ij,ocjk,lk->iloc", g[0], weight.double(), g[1]).flatten(0, 1)
@@ -99,7 +99,7 @@ def test_packs_are_the_transform_rounded_once(dtype):
 
 @pytest.mark.parametrize(("channels", "positive"), [(128, False), (512, True)])
 def test_as_accurate_as_a_direct_convolution(channels, positive):
-    """By the rule of docs/accuracy.md; UPerNet's convolutions of 512 channels read maps after their ReLU."""
+    """By the rule of docs/accuracy.md; UPerNet's convolutions of 512 channels read maps after a ReLU."""
     ours: list[float] = []
     theirs: dict[str, list[float]] = {"contiguous": [], "channels-last": []}
     for seed in range(5):

@@ -25,7 +25,7 @@ SIZES = [(18, 20), (9, 10), (5, 5), (3, 3)]
 @pytest.fixture(autouse=True)
 def all_packs(monkeypatch):
     """However small the maps, Winograd's packs are made too."""
-    operation = importlib.import_module("fastuper_kernels.ops.conv_bn_relu")
+    operation = importlib.import_module("fastuper_kernels.cpu.conv")
     monkeypatch.setattr(operation, "_way", lambda x, _: "winograd" if x.dtype == torch.float32 else "direct")
     calls, convolve = [], winograd.conv3x3
     monkeypatch.setattr(winograd, "conv3x3", lambda *arguments: calls.append(1) or convolve(*arguments))

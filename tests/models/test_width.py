@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastuper.models.heads.upernet
 from fastuper import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
-from fastuper_kernels import upsampled_conv3x3
-from fastuper_kernels.cpu.linear import linear
+from fastuper_kernels import linear, upsampled_conv3x3
 from tests.models.heads import Listed, as_written, error, feature_maps, head, randomize
 from tests.models.test_upernet import BACKBONES
 from tests.models.test_upernet import model as small_model

@@ -371,7 +371,7 @@ def test_post_processing(limit, layout, dtype, monkeypatch):
     Labels are equal wherever the two best classes are not tied: we resize in float32, Transformers in the dtype of the
     logits. Transformers rounds channels_last logits differently, so it gets contiguous logits.
     """
-    monkeypatch.setattr(sys.modules["fastuper_kernels.ops.upsample_argmax"], "BLOCK_BYTES", limit)
+    monkeypatch.setattr(sys.modules["fastuper_kernels.cpu.argmax"], "BLOCK_BYTES", limit)
     logits = torch.randn(3, 19, 33, 21, generator=torch.Generator().manual_seed(0)).mul(2).round().div(2)
     outputs = SimpleNamespace(logits=logits.to(dtype).contiguous(memory_format=layout))
     contiguous = SimpleNamespace(logits=outputs.logits.contiguous())

@@ -18,9 +18,9 @@ from fastuper.models.heads.conv_module import ConvModule, convolve_levels, is_fu
 from fastuper.models.untouched import fold, is_exactly, is_supported_conv
 from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, pyramid_pool, upsample_add
 from fastuper_kernels.cpu.packs import fingerprint_once
+from fastuper_kernels.cpu.upsampled_conv import UpsampledConv3x3
 from fastuper_kernels.dispatch.modes import autocast, is_eager_inference
 from fastuper_kernels.ops.pyramid_pool import grids
-from fastuper_kernels.ops.upsampled_conv3x3 import UpsampledConv3x3
 
 # Bytes of a strip of rows of hidden_size channels, at stride 4: in a CPU's cache, and so little that malloc gives the
 # same memory to the next strip (with 16 MB it went back to the system in between, and each page cost a fault). Images

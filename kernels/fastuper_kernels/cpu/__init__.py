@@ -1,1 +1,1 @@
-"""The operations on a CPU."""
+"""The operations' CPU ways, and what these share: bands, packs, linear layers, Winograd's transforms."""

@@ -1,8 +1,8 @@
-"""Sparse linear maps of one axis: every change of grid in UPerNet is two of them, for the rows and for the columns.
+"""Bands: sparse linear maps of one axis. A change of grid in UPerNet is two bands, for the rows and for the columns.
 
-A row of such a map (the weights that make one output position) has a handful of neighbouring nonzeros, so that a `Band`
-stores, for each output position, the first input position and K weights. Resampling, pooling and the shifts of a
-convolution's taps are bands; products and transposes of bands are bands.
+Each output position of such a map has a few neighbouring nonzero weights. So a `Band` stores, for each output position,
+its first input position and K weights. Resampling, pooling and the shifted taps of a convolution are bands. Products
+and transposes of bands are bands.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 from fastuper_kernels.dispatch.modes import is_eager
 
-# Output positions that are computed by one small dense matrix. A block of b rows of an f-fold upsampling reads
-# b / f + 2 inputs: few enough that a GEMM over them costs little more than the nonzeros, and it runs at a GEMM's rate.
+# Output positions per small dense matrix. A block of b outputs of an f-fold upsampling reads b / f + 2 inputs: a GEMM
+# over these has few products with zeros, and runs at a GEMM's rate.
 BLOCK = 16
 
 
@@ -39,10 +39,10 @@ class Band:
     Attributes:
         first: (size_out,) int64, the first input position of each output position.
         weights: (size_out, K), float64 unless it was converted. Weights beyond the end of the input are zero.
-        size_in: how many input positions there are.
+        size_in: the number of input positions.
 
-    The constructors for resampling, pooling and shifts are plain tensor arithmetic on sizes, which may be symbolic:
-    they can be traced. Products, transposes and blocks look at the values and cannot.
+    The constructors for resampling and pooling are tensor arithmetic on sizes, which may be symbolic: they can be
+    traced. Products, transposes and blocks depend on the tensors' values, and cannot be traced.
     """
 
     first: torch.Tensor
@@ -51,7 +51,7 @@ class Band:
 
     @property
     def size_out(self) -> int:
-        """How many output positions there are."""
+        """The number of output positions."""
         return self.first.shape[0]
 
     # Constructors ----------------------------------------------------------------------------------------------------
@@ -71,15 +71,15 @@ class Band:
             size_in: input positions.
             size_out: output positions.
             align_corners: as for `F.interpolate`.
-            offset: row i of the result is row i + offset of the map, and zero where there is no such row: a shift
-                after the resampling, as a convolution's tap with zero padding reads it.
-            device: of the tensors.
+            offset: output i is position i + offset of the resampled axis, and zero outside it: the input of a
+                convolution's tap with zero padding.
+            device: the device of the band's tensors.
 
         Raises:
             ValueError: a size is below 1.
         """
         if size_in < 1 or size_out < 1:
-            raise ValueError(f"sizes must be 1 at least, got {size_in} and {size_out}")
+            raise ValueError(f"sizes must be at least 1, got {size_in} and {size_out}")
         i = torch.arange(size_out, device=device) + offset
         if align_corners:
             position = i.double() * ((size_in - 1) / max(size_out - 1, 1))
@@ -94,7 +94,7 @@ class Band:
 
     @staticmethod
     def adaptive_avg_pool(size_in: int, size_out: int, *, device: torch.device | str = "cpu") -> Band:
-        """One axis of `F.adaptive_avg_pool2d`: output i is the mean of [floor(i n / s), ceil((i + 1) n / s))."""
+        """One axis of `F.adaptive_avg_pool2d`: output i of s is the mean of [floor(i n / s), ceil((i + 1) n / s))."""
         i = torch.arange(size_out, device=device)
         start = i * size_in // size_out
         stop = -(-(i + 1) * size_in // size_out)
@@ -106,8 +106,8 @@ class Band:
     def precise_roi_pool(size_in: int, size_out: int, *, device: torch.device | str = "cpu") -> Band:
         """One axis of precise RoI pooling (https://arxiv.org/abs/1807.11590) over the whole map, from 0 to `size_in`.
 
-        Output i is the mean over [i n / s, (i + 1) n / s) of the linear interpolation of the input, where input j sits
-        at the coordinate j and the interpolation falls to zero beyond the ends.
+        Output i of s is the mean over [i n / s, (i + 1) n / s) of the linear interpolation of the n inputs. Input j has
+        the coordinate j, and the interpolation falls to zero beyond the ends.
         """
         edges = torch.arange(size_out + 1, device=device).double() * (size_in / size_out)
         low, high = edges[:-1], edges[1:]
@@ -116,59 +116,52 @@ class Band:
         weights = (_hat_integral(high[:, None] - j) - _hat_integral(low[:, None] - j)) / (high - low)[:, None]
         return Band(first.long().clamp(max=size_in - 1), weights * (j < size_in), size_in)
 
-    @staticmethod
-    def shift(size: int, offset: int, *, device: torch.device | str = "cpu") -> Band:
-        """Output i is input i + offset, and zero where there is none: a convolution's tap with zero padding."""
-        i = torch.arange(size, device=device) + offset
-        inside = (i >= 0) & (i < size)
-        return Band(i.clamp(0, size - 1), inside.double()[:, None], size)
-
     # Algebra ---------------------------------------------------------------------------------------------------------
 
     def __matmul__(self, other: Band) -> Band:
-        """Return the map that applies `other` first and then this one."""
+        """Return the band that applies `other`, then this band."""
         if self.size_in != other.size_out:
             raise ValueError(f"a band from {self.size_in} positions cannot follow one to {other.size_out}")
         middle = self.first[:, None] + torch.arange(self.weights.shape[1], device=self.first.device)
         middle = middle.clamp(max=self.size_in - 1)
         source = other.first[middle][:, :, None] + torch.arange(other.weights.shape[1], device=self.first.device)
         weights = self.weights[:, :, None] * other.weights[middle]
-        rows = torch.arange(self.size_out, device=self.first.device)[:, None, None].expand_as(source)
-        return _from_entries(rows, source, weights, self.size_out, other.size_in)
+        outputs = torch.arange(self.size_out, device=self.first.device)[:, None, None].expand_as(source)
+        return _from_entries(outputs, source, weights, self.size_out, other.size_in)
 
     @property
     def T(self) -> Band:
-        """The transposed map, from `size_out` to `size_in` positions: what a gradient goes back through."""
+        """The transposed band, from `size_out` to `size_in` positions: the backward pass of this band."""
         source = self.first[:, None] + torch.arange(self.weights.shape[1], device=self.first.device)
-        rows = torch.arange(self.size_out, device=self.first.device)[:, None].expand_as(source)
-        return _from_entries(source, rows, self.weights, self.size_in, self.size_out)
+        outputs = torch.arange(self.size_out, device=self.first.device)[:, None].expand_as(source)
+        return _from_entries(source, outputs, self.weights, self.size_in, self.size_out)
 
     @staticmethod
     def interleaved(bands: Sequence[Band]) -> Band:
-        """Return the sum of bands over inputs that take turns: input j * len(bands) + t is input j of band t.
+        """Return the sum of bands over interleaved inputs: input j * len(bands) + t is input j of band t.
 
-        The three taps of a convolution's axis, each resampled, are one band over the taps' products.
+        With it the three taps of a convolution's axis, each resampled, are one band over the taps' products.
         """
         count, device = len(bands), bands[0].first.device
-        rows, source, weights = [], [], []
+        outputs, source, weights = [], [], []
         for t, band in enumerate(bands):
             j = band.first[:, None] + torch.arange(band.weights.shape[1], device=device)
-            rows.append(torch.arange(band.size_out, device=device)[:, None].expand_as(j))
+            outputs.append(torch.arange(band.size_out, device=device)[:, None].expand_as(j))
             source.append(j * count + t)
             weights.append(band.weights)
         size_out, size_in = bands[0].size_out, bands[0].size_in * count
-        return _from_entries(torch.cat(rows, 1), torch.cat(source, 1), torch.cat(weights, 1), size_out, size_in)
+        return _from_entries(torch.cat(outputs, 1), torch.cat(source, 1), torch.cat(weights, 1), size_out, size_in)
 
     # Application -----------------------------------------------------------------------------------------------------
 
     def dense(self) -> torch.Tensor:
-        """Return the matrix (size_out, size_in); for tests, and for maps with a few rows."""
+        """Return the matrix (size_out, size_in): for tests, and for bands with a few outputs."""
         padded = self.weights.new_zeros(self.size_out, self.size_in + self.weights.shape[1])
         index = self.first[:, None] + torch.arange(self.weights.shape[1], device=self.first.device)
         return padded.scatter_add(1, index, self.weights)[:, : self.size_in]
 
     def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Apply the band to one axis of x by K gathers: plain operators that can be traced and differentiated."""
+        """Apply the band to one axis of x by K gathers, which can be traced and differentiated."""
         shape = [1] * x.ndim
         shape[dim] = self.size_out
         total = None
@@ -180,7 +173,7 @@ class Band:
         return total
 
     def blocks(self, dtype: torch.dtype, size: int = BLOCK) -> list[Block]:
-        """Return the band as small dense matrices, `size` output positions each; together linear in the positions."""
+        """Return the band as dense matrices of `size` output positions each. Their memory is linear in `size_out`."""
         width = self.weights.shape[1]
         last = (self.first + width).clamp(max=self.size_in)
         blocks = []
@@ -200,29 +193,34 @@ def _hat_integral(t: torch.Tensor) -> torch.Tensor:
     return torch.where(t < 0, (t + 1) ** 2 / 2, 1 - (1 - t) ** 2 / 2)
 
 
-def _from_entries(rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, size_out: int, size_in: int) -> Band:
-    """Return the band with these entries (added up where they coincide); zeros and those beyond the end are nothing."""
-    keep = ((values != 0) & (columns < size_in) & (rows < size_out)).flatten()
-    rows, columns, values = rows.flatten()[keep], columns.flatten()[keep], values.flatten()[keep]
-    first = torch.full((size_out,), size_in - 1, dtype=torch.int64, device=rows.device)
-    first.scatter_reduce_(0, rows, columns, "amin")
-    # A row without entries (an input that no output reads, transposed) begins where the next one does: were it
-    # anywhere else, the block that it is in would span the columns from there to here.
+def _from_entries(
+    outputs: torch.Tensor, inputs: torch.Tensor, values: torch.Tensor, size_out: int, size_in: int
+) -> Band:
+    """Return the band with these entries.
+
+    Entries of the same (output, input) are added up. Zeros and entries beyond the ends are dropped.
+    """
+    keep = ((values != 0) & (inputs < size_in) & (outputs < size_out)).flatten()
+    outputs, inputs, values = outputs.flatten()[keep], inputs.flatten()[keep], values.flatten()[keep]
+    first = torch.full((size_out,), size_in - 1, dtype=torch.int64, device=outputs.device)
+    first.scatter_reduce_(0, outputs, inputs, "amin")
+    # An output without entries (in a transpose: an input that nothing reads) starts where the next output does. With
+    # any other start, the block that it is in would span all inputs in between.
     first = first.flip(0).cummin(0).values.flip(0)
-    distance = columns - first[rows]
+    distance = inputs - first[outputs]
     width = int(distance.max()) + 1 if len(distance) else 1
     weights = values.new_zeros(size_out, width)
-    weights.index_put_((rows, distance), values, accumulate=True)
+    weights.index_put_((outputs, distance), values, accumulate=True)
     return Band(first, weights, size_in)
 
 
-# Bands that are built once a size ----------------------------------------------------------------------------------
+# Bands that are built once for each size --------------------------------------------------------------------------
 
 
 def _cached(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the last results of a function of sizes; nothing is kept while something traces.
+    """Keep the last results of a function of sizes; while something traces, keep nothing.
 
-    What is kept is made outside inference mode, so that training can use it, and holds no reference to any model.
+    The results are made outside inference mode, so that training can use them. They hold no reference to a model.
     """
 
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -240,7 +238,7 @@ def _cached(build: Callable[..., Any]) -> Callable[..., Any]:
 
 @_cached
 def bilinear_chain(sizes: tuple[int, ...]) -> Band:
-    """Return the band that resamples (bilinear, align_corners=False) from the first size through each of the others."""
+    """Return the band that resamples (bilinear, align_corners=False) from the first size through each later size."""
     band = Band.bilinear(sizes[0], sizes[1])
     for size_in, size_out in pairwise(sizes[1:]):
         band = Band.bilinear(size_in, size_out) @ band
@@ -249,18 +247,18 @@ def bilinear_chain(sizes: tuple[int, ...]) -> Band:
 
 @_cached
 def pool_matrix(size: int, scale: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the matrix (scale, size) of means of adaptive average pooling; its few rows may be dense."""
+    """Return the matrix (scale, size) of adaptive average pooling; dense, as it has few outputs."""
     return Band.adaptive_avg_pool(size, scale, device=device).dense().to(dtype)
 
 
 def bilinear_tap(size_in: int, size_out: int, offset: int) -> Band:
-    """Return `Band.bilinear` with an offset, by position."""
+    """Return `Band.bilinear` with an offset, as a function of positional arguments."""
     return Band.bilinear(size_in, size_out, offset=offset)
 
 
 @_cached
 def bilinear_taps(size_in: int, size_out: int) -> Band:
-    """Return the three taps of a convolution's axis after resampling, over products that take turns (`interleaved`)."""
+    """Return the band from the interleaved products of a convolution's three taps to their sum, each resampled."""
     return Band.interleaved([Band.bilinear(size_in, size_out, offset=tap) for tap in (-1, 0, 1)])
 
 
@@ -273,7 +271,7 @@ def blocks_of(
     transposed: bool = False,
     size: int = BLOCK,
 ) -> list[Block]:
-    """Return `kind(*sizes)` as blocks of `size` outputs on a device."""
+    """Return the band `kind(*sizes)`, or its transpose, as blocks of `size` outputs on a device."""
     band = kind(*sizes)
     blocks = (band.T if transposed else band).blocks(dtype, size)
     return [block._replace(matrix=block.matrix.to(device)) for block in blocks]

@@ -1,8 +1,7 @@
-"""Weights rearranged once for the loops that run on a CPU, and never used after the weights have changed.
+"""Packs: weights rearranged once for the CPU loops, and made again after the weights have changed.
 
-Neither `id`, `data_ptr` nor `_version` tells that a weight has changed: a fused optimizer, a write through `.data` and
-one under inference mode leave all of them as they were. So the contents are summed at each use (`fingerprint`), at the
-speed of memory.
+`id`, `data_ptr` and `_version` do not show that a weight has changed: a fused optimizer, a write through `.data` and a
+write in inference mode leave all three equal. So `fingerprint` sums the contents at each use, at the speed of memory.
 """
 
 from __future__ import annotations
@@ -16,20 +15,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Entries, of all models together. A model has about twenty; they go with its weights.
+from fastuper_kernels.dispatch.torch_private import storage_id
+
+# The most packs of all models together. A model has about twenty; when its weights are freed, its packs are too.
 MAX_PACKS = 256
 
-# Values of a weight that are multiplied at a time.
+# Values of a weight per multiplication.
 BLOCK = 1 << 18
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Fingerprint:
-    """Sums over the contents of a weight; equal where all of their bits are."""
+    """Sums over the contents of a weight; two are equal if all their bits are."""
 
     def __init__(self, *sums: torch.Tensor):
-        self.sums = [x.view(_INTEGERS[x.element_size()]) for x in sums]  # as floats, NaN would differ from itself
+        self.sums = [x.view(_INTEGERS[x.element_size()]) for x in sums]  # as a float, NaN would differ from itself
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and all(map(torch.equal, self.sums, other.sums))
@@ -44,42 +45,42 @@ class _Entry(NamedTuple):
     pack: Any
 
 
-class _Seen(threading.local):
-    keys: set[tuple[Any, ...]] | None = None
+class _Verified(threading.local):
+    keys: set[tuple[Any, ...]] | None = None  # within `fingerprint_once`: the packs that this thread has verified
 
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
-_seen = _Seen()
-_lock = threading.RLock()  # weights may die, and take their packs along, wherever a thread happens to be
+_verified = _Verified()
+_lock = threading.RLock()  # reentrant: the garbage collector may free weights, and with them packs, at any line
 
 
 def packed(
     weight: torch.Tensor, kind: Callable[..., Any], dtype: torch.dtype, vector: torch.Tensor | None = None
 ) -> Any:
-    """Return `kind(weight, dtype)`, from an earlier call where the weight's contents are still the same.
+    """Return `kind(weight, dtype)`, from an earlier call if the weight's contents are still the same.
 
     Args:
-        weight: an ordinary tensor, or a view of one.
-        kind: what rearranges it; it must return new tensors.
-        dtype: of the result.
-        vector: if given, the result is `kind(weight, dtype, vector)`, and the vector's contents count too.
+        weight: an ordinary tensor, or a view of an ordinary tensor.
+        kind: the function that rearranges the weight; it must return new tensors.
+        dtype: the dtype of the result.
+        vector: if given, the result is `kind(weight, dtype, vector)`, and a change of the vector's contents counts too.
     """
     storage = weight.untyped_storage()
-    place = (storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
+    place = (storage_id(storage), weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
     key = (kind, dtype, *place, None if vector is None else vector.dtype)
-    found, seen, now = _entries.get(key), _seen.keys, None
+    found, verified, now = _entries.get(key), _verified.keys, None
     fits = found is not None and found.storage() is storage and _same(vector, found.vector)
-    if not fits or seen is None or key not in seen:
+    if not fits or verified is None or key not in verified:
         now = fingerprint(weight)
-    if seen is not None:
-        seen.add(key)
+    if verified is not None:
+        verified.add(key)
     if found is not None and fits and (now is None or found.fingerprint == now):
         return found.pack
     assert now is not None
     with torch.inference_mode(False), torch.no_grad():
-        plain = weight.detach().clone() if weight.is_inference() else weight.detach()
+        values = weight.detach().clone() if weight.is_inference() else weight.detach()
         kept = None if vector is None else vector.detach().clone()
-        pack = kind(plain, dtype) if kept is None else kind(plain, dtype, kept)
+        pack = kind(values, dtype) if kept is None else kind(values, dtype, kept)
     with _lock:
         _entries.pop(key, None)
         _entries[key] = _Entry(weakref.ref(storage, functools.partial(_forget, key)), now, kept, pack)
@@ -90,12 +91,15 @@ def packed(
 
 @contextlib.contextmanager
 def fingerprint_once() -> Iterator[None]:
-    """Within it, this thread takes a weight that it has looked at to stay as it is: for a loop over parts of a map."""
-    outer, _seen.keys = _seen.keys, set()
+    """Inside this context each weight is fingerprinted once per thread: for a loop over the strips of a map.
+
+    The weights must not change inside the context.
+    """
+    outer, _verified.keys = _verified.keys, set()
     try:
         yield
     finally:
-        _seen.keys = outer
+        _verified.keys = outer
 
 
 def _same(vector: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -110,14 +114,14 @@ def _forget(key: tuple[Any, ...], storage: weakref.ref[torch.UntypedStorage]) ->
 
 @torch.no_grad()
 def fingerprint(weight: torch.Tensor) -> Fingerprint:
-    """Return sums over the contents of a weight (O, ...).
+    """Return sums over the contents of a weight (C_out, ...).
 
-    Of its bits, as integers, one a row and one a column: any one changed bit shows, and so do two values that changed
-    places. Integers are summed modulo 2^64, in which an even number of flipped signs cancels, and values that trade
-    places in several rows do not show: so each row is also multiplied, as the numbers that it holds, by numbers drawn
-    at random, in float32 at least. In bfloat16 many of those would be the same number.
+    Read as a matrix (C_out, values), its bits are summed as integers, one sum for each row and one for each column: a
+    single changed bit shows, and so do two values that swapped places. These sums are modulo 2^64, where an even number
+    of flipped signs cancels, and values that swapped places in several rows do not show. So each row, as numbers, is
+    also multiplied by random numbers, in float32 at least: in bfloat16 many of the random numbers would be equal.
     """
-    # In the order of memory, so that all goes at its speed: a slice of channels_last weights has runs of channels.
+    # In the order of memory, for its full speed: a slice of channels_last weights is contiguous along the channels.
     weight = weight.detach()
     lines = weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
     if lines.is_contiguous():
@@ -131,7 +135,7 @@ def fingerprint(weight: torch.Tensor) -> Fingerprint:
         parts = [weight]
     size = weight.element_size()
     bits = weight.view(_INTEGERS[size])
-    # As 64 bits where they divide: narrower integers are converted before they are added, at a tenth of the speed.
+    # As 64-bit integers where sizes allow: PyTorch sums narrower integers at a tenth of the speed.
     strides = (*weight.stride()[:-1], weight.shape[-1], weight.storage_offset())
     if weight.stride(-1) == 1 and all(stride * size % 8 == 0 for stride in strides):
         bits = bits.view(torch.int64)
@@ -144,9 +148,9 @@ def fingerprint(weight: torch.Tensor) -> Fingerprint:
 
 
 def _product(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return x @ key in key's dtype, in blocks of rows that stay in a cache.
+    """Return x @ key in key's dtype, in blocks of rows that fit in a cache.
 
-    Not by `torch.mv`: in MKL its sums depend on the number of threads, and weights would be packed again for it.
+    Not by `torch.mv`: its sums in MKL depend on the number of threads, and a change of it would pack weights again.
     """
     step = max(1, BLOCK // max(1, x.shape[1]))
     block, sums = key.new_empty(min(step, len(x)), x.shape[1]), key.new_empty(len(x))
@@ -160,7 +164,7 @@ _all_keys: dict[torch.dtype, torch.Tensor] = {}
 
 
 def _keys_for(dtype: torch.dtype, count: int) -> torch.Tensor:
-    """Return as many numbers between -1 and 1, the same at every call."""
+    """Return `count` random numbers between -1 and 1, the same at every call."""
     keys = _all_keys.get(dtype)
     if keys is None or len(keys) < count:
         with torch.inference_mode(False):
@@ -171,7 +175,7 @@ def _keys_for(dtype: torch.dtype, count: int) -> torch.Tensor:
 
 
 def packed_bytes() -> int:
-    """Return how many bytes the packs hold that are kept now."""
+    """Return the bytes of all packs in memory."""
 
     def size(pack: Any) -> int:
         if isinstance(pack, torch.Tensor):
@@ -183,6 +187,6 @@ def packed_bytes() -> int:
 
 
 def clear() -> None:
-    """Forget every pack."""
+    """Free every pack."""
     with _lock:
         _entries.clear()

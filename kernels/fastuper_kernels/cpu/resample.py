@@ -1,4 +1,4 @@
-"""Bands applied to maps on a CPU, a few rows or columns at a time, each by a small dense matrix."""
+"""Bands applied to maps, a few rows or columns at a time, by small dense matrices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from fastuper_kernels.cpu.band import Band, blocks_of, inputs_of
 from fastuper_kernels.dispatch.modes import is_eager, without_autocast
+from fastuper_kernels.dispatch.torch_private import is_batched
 
 
 def apply(x: torch.Tensor, kind: Any, sizes: tuple[int, ...]) -> torch.Tensor:
@@ -16,8 +17,8 @@ def apply(x: torch.Tensor, kind: Any, sizes: tuple[int, ...]) -> torch.Tensor:
 
 
 def _apply(x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool) -> torch.Tensor:
-    # A backward pass may be transformed where the forward pass was not: several gradients at once, say.
-    if is_eager() and not torch._C._functorch.is_legacy_batchedtensor(x):
+    # A backward pass may be transformed although the forward pass was not: for several gradients at once, say.
+    if is_eager() and not is_batched(x):
         result: torch.Tensor = _Apply.apply(x, kind, sizes, transposed)
         return result
     band = kind(*sizes)
@@ -25,7 +26,7 @@ def _apply(x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool)
 
 
 class _Apply(torch.autograd.Function):
-    """A linear map: what goes back is its transpose, and nothing is kept for it."""
+    """A linear map: its backward pass is the transpose, and needs no saved tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, kind: Any, sizes: tuple[int, ...], transposed: bool) -> torch.Tensor:
@@ -48,7 +49,7 @@ class _Apply(torch.autograd.Function):
 
 
 def columns(x: torch.Tensor, kind: Any, sizes: tuple[int, int]) -> torch.Tensor:
-    """Apply a band along the columns of x (rows, n, C), without gradients: -> (rows, m, C)."""
+    """Apply the band `kind(*sizes)` to the middle axis of x (H, n, C), without gradients: -> (H, m, C)."""
     out = x.new_empty(x.shape[0], sizes[1], x.shape[2])
     for block in blocks_of(kind, sizes, x.dtype, x.device):
         out[:, block.start : block.stop] = torch.matmul(block.matrix, x[:, block.first : block.last])
@@ -58,36 +59,36 @@ def columns(x: torch.Tensor, kind: Any, sizes: tuple[int, int]) -> torch.Tensor:
 def add_rows_(
     out: torch.Tensor, x: torch.Tensor, kind: Any, sizes: tuple[int, int], start: int, first: int, beta: float = 1.0
 ) -> None:
-    """Add a band's rows, of which `out` holds those from `start` on, to beta times what `out` holds.
+    """Set `out` to beta * out + rows [start, start + len(out)) of the band `kind(*sizes)` applied to the rows of x.
 
     Args:
-        out: (rows, ...), contiguous.
-        x: (n, ...), contiguous, input rows from `first` on.
-        kind: the band is `kind(*sizes)`.
-        sizes: of the whole axis.
-        start: which row of the band the first of `out` is.
-        first: which input row the first of x is.
-        beta: 0 where what `out` holds is to be overwritten.
+        out: (H, ...), contiguous; changed in place.
+        x: (n, ...), contiguous: input rows [first, first + n).
+        kind: makes the band.
+        sizes: (input rows, output rows) of the whole map.
+        start: the output row that out[0] is.
+        first: the input row that x[0] is.
+        beta: 0 to overwrite `out`.
     """
     x, flat = x.flatten(1), out.flatten(1)
     for block in blocks_of(kind, sizes, x.dtype, x.device):
         i, j = max(block.start, start), min(block.stop, start + len(out))
-        # Beyond what x holds there are rows that only outputs of this block need that are not asked for.
+        # Input rows of the block outside x belong to output rows outside [start, start + len(out)).
         a, b = max(block.first, first), min(block.last, first + len(x))
         if i < j:
             matrix = block.matrix[i - block.start : j - block.start, a - block.first : b - block.first]
             flat[i - start : j - start].addmm_(matrix, x[a - first : b - first], beta=beta)
 
 
-def add_upsampled_(y: torch.Tensor, coarser: torch.Tensor, rows: tuple[int, int, int]) -> None:
-    """Add rows [start, stop) of a coarser map, resampled to (height, y's width), to y.
+def add_upsampled_(y: torch.Tensor, coarser: torch.Tensor, strip: tuple[int, int, int]) -> None:
+    """Resample a coarser map to (height, W) and add its rows [start, stop) to y.
 
     Args:
         y: (B, C, stop - start, W) in channels_last memory; changed in place.
         coarser: (B, C, h, w).
-        rows: (start, stop, height).
+        strip: (start, stop, height).
     """
-    start, stop, height = rows
+    start, stop, height = strip
     sizes = (coarser.shape[2], height)
     first, last = inputs_of(Band.bilinear, sizes, start, stop)
     for target, source in zip(y.permute(0, 2, 3, 1), coarser.permute(0, 2, 3, 1), strict=True):

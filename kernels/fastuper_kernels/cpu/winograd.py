@@ -1,12 +1,12 @@
 """3x3 convolutions on a CPU by Winograd's F(4x2, 3x3) (https://arxiv.org/abs/1509.09308): 24 products for every 72.
 
-A tile of 6 x 4 inputs gives 4 x 2 outputs. Everything is done a few rows of tiles at a time, so that what is between
-the transforms stays in cache; the 24 products of a block are GEMMs over its tiles.
+A tile of 6 x 4 inputs gives 4 x 2 outputs. A block is a few rows of tiles: its transformed inputs and products stay in
+cache. Each of a block's 24 products is a GEMM over its tiles.
 
 The points are 0, 1, -1, 2, -1/2 and infinity down the columns, and 0, 1, -1 and infinity along the rows. In float32 the
-result is about as near to float64 as that of a direct convolution: of 512 channels 1.0e-6 away (0.9e-6 after a ReLU),
-where PyTorch's own in channels_last is 1.1e-6 (0.7e-6). F(2x2) would be nearer, and needs a third more products; F(4x4)
-would need 18 for 72, and is two to three times as far away.
+relative error against float64 is about that of a direct convolution: with 512 channels 1.0e-6 (0.9e-6 after a ReLU),
+where PyTorch's own in channels_last has 1.1e-6 (0.7e-6). F(2x2) would have a smaller error, and needs a third more
+products. F(4x4) would need 18 products for 72, with two to three times the error.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from fastuper_kernels.cpu.linear import linear
 
 # Outputs of a tile.
 HEIGHT, WIDTH = 4, 2
-# Bytes of transformed input at a time. With 1 MB of L2 a core and 32 MB of L3: the matrices, 24 MB of them for 512
-# channels, come from memory for each block, and 16 MB were 8 % slower.
+# Bytes of transformed input per block. Measured with 1 MB of L2 cache a core and 32 MB of L3: blocks of 16 MB were 8 %
+# slower, as the transformed weights (24 MB for 512 channels) are read from memory for each block.
 BLOCK_BYTES = 24 << 20
-# G of both axes: what the kernel's three taps are at each point.
+# The matrix G of both axes: the values of the kernel's three taps at each point.
 DOWN = [[1, 0, 0], [-1 / 3, -1 / 3, -1 / 3], [1 / 3, -1 / 3, 1 / 3], [1 / 15, 2 / 15, 4 / 15]]
 DOWN += [[-16 / 15, 8 / 15, -4 / 15], [0, 0, 1]]
 ALONG = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return the 24 matrices (C_out, C_in) of a weight (C_out, C_in, 3, 3), G w G^T row by row.
+    """Return the transformed weight G w G^T of w (C_out, C_in, 3, 3): 24 matrices, point by point, row by row.
 
-    Each is cut in two: first come all of the first half of the input channels.
+    The list has 24 matrices (C_out, C_in / 2) of the first half of the input channels, then 24 of the second half.
     """
     wide = weight if weight.dtype == torch.float64 else weight.float()
     down, along = (torch.tensor(g, dtype=wide.dtype, device=weight.device) for g in (DOWN, ALONG))
     matrices: list[torch.Tensor] = []
     for half in _halves(wide, 1):
-        # In one piece, and from a point's line at a time: small blocks that stay between large ones that go would leave
-        # holes in memory.
+        # One allocation for all matrices, filled one row of points at a time: small allocations between large temporary
+        # ones would fragment the memory.
         block = half.new_empty(len(DOWN) * len(ALONG), *half.shape[:2], dtype=dtype)
         for i, g in enumerate(down):
             line = torch.einsum("j,ocjk->ock", g, half)
@@ -60,11 +60,11 @@ def conv3x3(
 
     Args:
         x: (top + H + bottom, W, C), the channels contiguous.
-        kernels: what `pack` returns.
-        halo: (top, bottom), each 0 or 1: how many rows of x above and below are neighbours and give no output; where
-            there are none, the map ends, and the padding is zero.
-        finish: called with each block of finished rows (rows, W, C_out), in `out`, and its first and last row.
-        out: (H, W, C_out), contiguous.
+        kernels: the result of `pack`.
+        halo: (top, bottom), each 0 or 1: the number of rows of x above and below the output's rows. With 0 the map ends
+            there, and the padding is zero.
+        finish: called with (block, start, stop) after each block: its rows [start, stop) of `out` (rows, W, C_out).
+        out: (H, W, C_out), contiguous; written.
     """
     height, width, channels = out.shape[0], x.shape[1], x.shape[2]
     columns = -(-width // WIDTH)
@@ -80,14 +80,14 @@ def conv3x3(
 
 
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Return the gradient (C_out, C_in, 3, 3) of a 3x3 convolution's weight: 24 products for 72 here too.
+    """Return the gradient (C_out, C_in, 3, 3) of a 3x3 convolution's weight, also with 24 products for 72.
 
-    What `conv3x3` computes is `A^T [sum_c (G w G^T) * (B^T x B)] A`: the transposed maps, the other way round, are
+    `conv3x3` computes `A^T [sum_c (G w G^T) * (B^T x B)] A`. The gradient, by the transposed maps in reverse order, is
     `G^T [sum_tiles (A g A^T) * (B^T x B)] G`.
 
     Args:
-        x: what was convolved, with zero padding: (B, C_in, H, W).
-        grad: the gradient of the result, (B, C_out, H, W).
+        x: the convolution's input, (B, C_in, H, W); its padding was zero.
+        grad: the gradient of the convolution's result, (B, C_out, H, W).
     """
     _, channels, height, width = x.shape
     channels_out = grad.shape[1]
@@ -116,7 +116,7 @@ def weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(x: torch.Tensor, top: int, height: int, width: int) -> torch.Tensor:
-    """Return rows [top, top + height) and columns [-1, width - 1) of x (H, W, C), with zeros outside."""
+    """Return rows [top, top + height) and columns [-1, width - 1) of x (H, W, C), with zeros outside x."""
     padded = x.new_empty(height, width, x.shape[2])
     first, last = max(top, 0), min(top + height, x.shape[0])
     padded[: first - top] = 0
@@ -128,15 +128,25 @@ def _padded(x: torch.Tensor, top: int, height: int, width: int) -> torch.Tensor:
 
 
 def _halves(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-    """Return the halves of the input channels, a dimension of x, which the products take one after the other.
+    """Return the halves of x along `dim`, the input channels: each product is the sum of two GEMMs.
 
-    A GEMM adds up one term after the other, and with twice as many would lose what the transform must not.
+    A GEMM adds its terms one after the other: with all channels in one sum, its rounding error would be larger.
     """
     return x.split(-(-x.shape[dim] // 2), dim=dim)
 
 
 def _products(padded: torch.Tensor, kernels: list[torch.Tensor], rows: int, columns: int) -> list[list[torch.Tensor]]:
-    """Return the products, with A^T applied along the rows: for each point down the columns, each column of a tile."""
+    """Return the products with A^T applied along the rows.
+
+    Args:
+        padded: (HEIGHT * rows + 2, WIDTH * columns + 2, C).
+        kernels: the result of `pack`.
+        rows: rows of tiles.
+        columns: columns of tiles.
+
+    Returns:
+        For each of the six points down the columns, a list of WIDTH maps (rows, columns, C_out).
+    """
     parts = _halves(padded, 2)
     lines = [_down(*(part[k : k + HEIGHT * rows : HEIGHT] for k in range(HEIGHT + 2))) for part in parts]
     sums = []
@@ -152,14 +162,14 @@ def _products(padded: torch.Tensor, kernels: list[torch.Tensor], rows: int, colu
         second = product(1, [b + c for _, b, c, _ in neighbours])
         third = product(2, [c - b for _, b, c, _ in neighbours])
         left = product(0, [a - c for a, _, c, _ in neighbours], second + third)
-        # The last point's input is taken negative, for its product to be added.
+        # The last point's input is negated, so that its product is added.
         right = product(3, [d - b for _, b, _, d in neighbours], second.sub_(third))
         sums.append([total.view(rows, columns, -1) for total in (left, right)])
     return sums
 
 
 def _down(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return B^T applied to the six lines of the tiles: their values at 0, 1, -1, 2, -1/2 and infinity."""
+    """Return B^T applied to the six rows of the tiles: their values at the points 0, 1, -1, 2, -1/2 and infinity."""
     even, odd = x[4] - x[2], x[3] - x[1]
     return (
         (x[0] - x[2]).add_(even).sub_(odd, alpha=1.5),
@@ -172,7 +182,7 @@ def _down(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _down_transposed(*g: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return A applied to the four lines of the tiles' gradients, one for each of the six points."""
+    """Return A applied to the four rows of the tiles' gradients: a map for each of the six points."""
     even, odd = g[0] + g[2], g[1] + g[3]
     two, half = torch.add(g[0], g[2], alpha=4), torch.add(g[0], g[2], alpha=0.25)
     two_odd, half_odd = torch.add(g[1], g[3], alpha=4).mul_(2), torch.add(g[1], g[3], alpha=0.25).mul_(0.5)
@@ -180,7 +190,7 @@ def _down_transposed(*g: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _combine(lines: list[torch.Tensor], out: torch.Tensor) -> None:
-    """Write A^T applied to six lines (rows, columns, C) to the rows of `out` (up to 4 rows, columns, C)."""
+    """Write A^T applied to the maps of six points, (rows, columns, C) each, to `out` (up to 4 * rows, columns, C)."""
     outs = [out[a::HEIGHT] for a in range(HEIGHT)]
     zero, one, minus, two, half, infinity = lines
     both, odd = one + minus, one.sub_(minus)

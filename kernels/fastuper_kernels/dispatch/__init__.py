@@ -1,1 +1,1 @@
-"""When and which way an operation runs: modes, backends, measured choices."""
+"""When and how an operation runs: modes, backends, measured choices, the files they are kept in."""

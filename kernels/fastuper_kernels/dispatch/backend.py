@@ -1,4 +1,4 @@
-"""Which of the two paths an operation takes: Triton's kernels, or PyTorch's operators."""
+"""The choice between Triton's kernels and PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes_triton(backend: str, *tensors: torch.Tensor | None) -> bool:
-    """Return whether an operation on these operands takes its Triton path.
+    """Return True if an operation on these operands runs Triton's kernels.
 
     Args:
-        backend: "torch", "triton", or "auto": what the environment variable `FASTUPER_BACKEND` says, and where it says
-            nothing, Triton on a GPU. Float64, subclasses of Tensor, exported and functionally transformed calls take
-            PyTorch's operators then.
-        tensors: the operands; the first one's device and dtype decide. None stands for one that is left out.
+        backend: "triton", "torch" or "auto". With "auto" the environment variable `FASTUPER_BACKEND` decides. If the
+            variable is unset or "auto" too, operands on a GPU take Triton's kernels. Even there float64, subclasses of
+            Tensor, exported calls and torch.func transforms take PyTorch's operators.
+        tensors: the operands. The device and the dtype of the first operand decide. None stands for an operand that
+            is left out.
 
     Raises:
-        ValueError: `backend` is none of these, or "triton" where its kernels cannot run: the message says why.
+        ValueError: `backend` is unknown, or "triton" although the kernels cannot take these operands. The message
+            gives the reason.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -33,16 +35,16 @@ def takes_triton(backend: str, *tensors: torch.Tensor | None) -> bool:
     if backend == "auto":
         backend = _of_environment()
         if backend == "auto":
-            return given[0].is_cuda and _why_not(given) is None
+            return given[0].is_cuda and _obstacle(given) is None
     if backend == "torch":
         return False
-    if reason := _why_not(given):
+    if reason := _obstacle(given):
         raise ValueError(f'backend="triton": {reason}')
     return True
 
 
 def interpreted() -> bool:
-    """Return whether Triton's kernels are run by its interpreter, on any device."""
+    """Return True if Triton runs its kernels in its interpreter, on any device (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -54,27 +56,27 @@ def _of_environment() -> str:
     return value
 
 
-def _why_not(tensors: list[torch.Tensor]) -> str | None:
-    """Return why Triton's kernels cannot take these operands; None where they can."""
+def _obstacle(tensors: list[torch.Tensor]) -> str | None:
+    """Return the reason that Triton's kernels cannot take these operands; None if they can."""
     first = tensors[0]
     if any(tensor.device != first.device for tensor in tensors):
         return f"the operands are on several devices: {sorted({str(tensor.device) for tensor in tensors})}"
-    if reason := _why_not_here(first.device.type):
+    if reason := _obstacle_of_device(first.device.type):
         return reason
     if first.dtype not in DTYPES:
-        return f"its kernels take float32, bfloat16 and float16, not {first.dtype}"
+        return f"the kernels take float32, bfloat16 and float16, not {first.dtype}"
     if _is_exporting():
-        return "an exported graph holds PyTorch's own operators alone"
+        return "an exported graph may hold PyTorch's own operators alone"
     if torch.compiler.is_compiling():
         return None
     if not is_eager():
-        return "PyTorch's own operators are what is traced, transformed or counted here"
+        return "a tracer, a transform or a mode is active, which needs PyTorch's own operators"
     return None if is_ordinary(*tensors) else "an operand is a subclass of Tensor, or not strided"
 
 
 @torch.compiler.assume_constant_result
 def _is_exporting() -> bool:
-    # Dynamo of PyTorch 2.11 takes torch.compiler.is_exporting() for true wherever it traces: so it is not let in here.
+    # Not traced: Dynamo of PyTorch 2.11 takes torch.compiler.is_exporting() for True in every trace.
     return torch.compiler.is_exporting()
 
 
@@ -84,9 +86,11 @@ def _has_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here(device: str) -> str | None:
+def _obstacle_of_device(device: str) -> str | None:
     if not _has_triton():
         return "Triton is not installed"
     if device != "cuda" and not interpreted():
-        return f"its kernels run on a GPU, not on {device} (or anywhere under its interpreter, TRITON_INTERPRET=1)"
+        return (
+            f"the kernels run on a GPU, not on {device} (or on any device in Triton's interpreter, TRITON_INTERPRET=1)"
+        )
     return None

@@ -1,9 +1,9 @@
-"""Which of several ways that compute the same thing is the fastest on this machine: measured once, shown and forced.
+"""Choices between ways to compute the same result: the fastest on this machine is measured once, shown, and forced.
 
-A `Choice` has a name, its options, and the option that decides where nothing was measured. What was measured is kept
-for each processor, version of PyTorch, number of threads and key (a dtype, say) in `$FASTUPER_CACHE/choices.json`, or
-`~/.cache/fastuper/choices.json`. `FASTUPER_CHOICES="linear=onednn,..."` forces options, and
-`python -m fastuper_kernels` shows what decides here.
+A `Choice` has a name, options, and a default for when nothing may be measured. A measured result is kept for each
+processor, PyTorch version, number of threads and key (a dtype, say) in `choices.json` of the cache folder:
+`$FASTUPER_CACHE`, or the user's own (Linux: `~/.cache/fastuper`). `FASTUPER_CHOICES="linear=onednn,..."` forces
+options. `python -m fastuper_kernels` prints each choice and the option that it takes here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from fastuper_kernels.dispatch.files import atomic_path
+from fastuper_kernels.dispatch.files import cache_folder, replace_json
 from fastuper_kernels.dispatch.modes import is_eager
+from fastuper_kernels.dispatch.terminal import print_table
 
 FORCED = "FASTUPER_CHOICES"
-SECONDS = 0.1  # what measuring one choice may take, beside a first call of each option
-MARGIN = 0.95  # another option than the default has to take less than this much of its time
+SECONDS = 0.1  # for the measurement of one choice, beside the first call of each option
+MARGIN = 0.95  # an option replaces the default if it takes less than this share of the default's time
 CHOICES: dict[str, Choice] = {}
 
 Candidates = Callable[[], Mapping[str, Callable[[], object]]]
@@ -36,13 +37,13 @@ Clock = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice between ways to compute the same thing.
+    """A choice between ways to compute the same result.
 
     Args:
-        name: what it is forced and shown under.
+        name: the name in `FASTUPER_CHOICES`, in the cache file and in the printed table.
         options: the names of the ways.
-        default: the way where nothing was measured: in deterministic mode, on several ranks, while tracing.
-        why: the heuristic behind the default, in a few words.
+        default: the option if nothing may be measured: in deterministic mode, on several ranks, while tracing.
+        reason: the measurement or heuristic behind the default, in a few words.
 
     Raises:
         ValueError: the name is taken.
@@ -51,7 +52,7 @@ class Choice:
     name: str
     options: tuple[str, ...]
     default: str
-    why: str
+    reason: str
     _decided: dict[tuple[str, int], str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,13 +64,13 @@ class Choice:
         """Return the option to take.
 
         Args:
-            key: what the answer depends on beside the machine: a dtype, a class of shapes.
-            candidates: makes a function for each option that can run here, on a representative shape of a millisecond
-                or so; called only where something is measured. It must draw from no global random numbers.
-            clock: what times them, in seconds a call; `time_each` where not given.
+            key: the part of the problem that the result depends on: a dtype, a class of shapes.
+            candidates: makes a function for each option that can run here, on a representative shape that takes about
+                a millisecond. It is called only for a measurement, and must draw no global random numbers.
+            clock: returns the seconds per call of each candidate; `time_each` if None.
 
         Raises:
-            ValueError: `FASTUPER_CHOICES` names a choice or an option that is not known.
+            ValueError: `FASTUPER_CHOICES` names an unknown choice or option.
         """
         if os.environ.get(FORCED) and self.name in (given := forced()):
             return given[self.name]
@@ -83,7 +84,7 @@ class Choice:
         return self._decide(state, candidates, clock or time_each)
 
     def _decide(self, state: tuple[str, int], candidates: Candidates, clock: Clock) -> str:
-        with _lock:  # two threads that measure at once would disturb each other
+        with _lock:  # two measurements at once would disturb each other
             if state not in self._decided:
                 entry = f"{self.name} | {state[0]} | {machine()} | {state[1]} threads"
                 result: dict[str, Any] = read_cache().get(entry)  # type: ignore[assignment]
@@ -102,18 +103,43 @@ class Choice:
         return {"option": best, "milliseconds": {name: round(1e3 * value, 4) for name, value in seconds.items()}}
 
     def forget(self) -> None:
-        """Forget what this process knows, so that the file is read, or the options are measured, again."""
+        """Drop this process's results: the next call reads the file, or measures again."""
         self._decided.clear()
 
 
 _lock = threading.RLock()
 
+LINEAR = Choice(
+    "linear",
+    options=("torch", "conv", "onednn", "float32"),
+    default="onednn",
+    reason="one call of oneDNN with the activation in it was the fastest on AVX-512",
+)
+CONV3X3 = Choice(
+    "conv3x3",
+    options=("winograd", "direct"),
+    default="winograd",
+    reason="24 products for 72 paid from 128 channels and 32 tiles on",
+)
+CONV = Choice(
+    "conv",
+    options=("triton", "cudnn"),
+    default="triton",
+    reason="on a GPU, one kernel for the convolution and its epilogue; cuDNN needs a second kernel",
+)
+
+# Operands that an option, forced or not, cannot take; `python -m fastuper_kernels` prints these lines.
+LIMITS = (
+    "linear: float32 is for float16 operands on a processor without float16 instructions. conv and onednn are for",
+    "  float32, and for bfloat16 and float16 if oneDNN computes in these, with contiguous weights. All else is torch.",
+)
+
 
 def may_measure() -> bool:
-    """Return whether a measured choice may decide here.
+    """Return True if a measured result may decide.
 
-    Not while tracing; not in deterministic mode, whose results must not depend on a stopwatch; not where several
-    ranks would have to agree. (During the capture of a CUDA graph what was measured before decides, and nothing is.)
+    False while tracing; in deterministic mode, whose results must not depend on a clock; and on several ranks, which
+    would have to agree. (During the capture of a CUDA graph an earlier result decides, and nothing is measured.)
     """
     if not is_eager() or torch.are_deterministic_algorithms_enabled():
         return False
@@ -125,7 +151,7 @@ def forced() -> dict[str, str]:
     """Return {choice: option} of `FASTUPER_CHOICES`.
 
     Raises:
-        ValueError: it names a choice or an option that is not known; the message lists those that are.
+        ValueError: the variable names an unknown choice or option; the message lists the known ones.
     """
     return _parse_forced(os.environ.get(FORCED, ""))
 
@@ -144,7 +170,7 @@ def _parse_forced(text: str) -> dict[str, str]:
 
 
 def time_each(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, float]:
-    """Return the shortest time of each function, in seconds: called in turn, so that a busy moment meets them all."""
+    """Return the shortest time of each function in seconds. Calls alternate: a busy moment slows all functions."""
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -159,7 +185,7 @@ def time_each(functions: Mapping[str, Callable[[], object]], seconds: float = SE
 
 @functools.cache
 def machine() -> str:
-    """Return the processor, the instructions that PyTorch uses of it, and PyTorch's version."""
+    """Return the processor, the instruction set that PyTorch uses on it, and PyTorch's version."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")
@@ -170,16 +196,13 @@ def machine() -> str:
 
 
 def cache_file() -> Path | None:
-    """Return where measured choices are kept; None where there is no home."""
-    try:
-        folder = os.environ.get("FASTUPER_CACHE") or Path.home() / ".cache" / "fastuper"
-    except RuntimeError:
-        return None
-    return Path(folder) / "choices.json"
+    """Return the file of measured choices; None if the user has no home folder."""
+    folder = cache_folder()
+    return None if folder is None else folder / "choices.json"
 
 
 def read_cache() -> dict[str, Any]:
-    """Return what was measured before; nothing where the file cannot be read or is no such file."""
+    """Return the measured results {entry: result}; an empty dict if the file is missing, unreadable or malformed."""
     path = cache_file()
     with contextlib.suppress(OSError, ValueError):
         entries = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
@@ -188,7 +211,7 @@ def read_cache() -> dict[str, Any]:
 
 
 def write_cache(entry: str, result: dict[str, Any]) -> None:
-    """Add a result to the file. A read-only home is tolerated."""
+    """Add a result to the file; a folder that cannot be written to is no error."""
     path = cache_file()
     if path is None:
         return
@@ -196,33 +219,31 @@ def write_cache(entry: str, result: dict[str, Any]) -> None:
         replace_json(path, {**read_cache(), entry: result})
 
 
-def replace_json(path: Path, value: Any) -> None:
-    """Write a value to a file, in one step that no reader sees half done.
-
-    Raises:
-        OSError: it cannot be written; the file is then as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
 def _is_result(value: Any, options: tuple[str, ...]) -> bool:
     return isinstance(value, dict) and value.get("option") in options
 
 
-def table(wanted: Iterable[Choice] | None = None) -> Iterator[str]:
-    """Yield the lines that say, for each choice that is wanted (all), what was measured here and what decides."""
+def rows(wanted: Iterable[Choice] | None = None) -> Iterator[tuple[str, str, str]]:
+    """Yield (choice, option, when the option is taken) for the wanted choices (all if None).
+
+    The first row of a choice has all of its options. The others have one option each: the forced one, the default,
+    and those that were measured on this machine.
+    """
     given, entries = forced(), read_cache()
     for choice in sorted(CHOICES.values() if wanted is None else wanted, key=lambda choice: choice.name):
         name = choice.name
-        yield f"{name}: {' | '.join(choice.options)}"
+        yield name, " | ".join(choice.options), "options"
         if name in given:
-            yield f"  {given[name]}: forced by {FORCED}"
-        yield f"  {choice.default}: where nothing is measured ({choice.why})"
+            yield name, given[name], f"forced by {FORCED}"
+        yield name, choice.default, f"if nothing is measured ({choice.reason})"
         for entry, result in sorted(entries.items()):
             parts = entry.split(" | ")
             if parts[0] == name and machine() in entry and _is_result(result, choice.options):
                 times = ", ".join(f"{way} {value:.3g} ms" for way, value in result.get("milliseconds", {}).items())
-                yield f"  {result['option']}: measured for {parts[1]}, {parts[-1]} ({times})"
-    yield f"kept in {cache_file()} for {machine()}"
+                yield name, result["option"], f"measured for {parts[1]}, {parts[-1]} ({times})"
+
+
+def show(wanted: Iterable[Choice] | None = None) -> None:
+    """Print the table of `rows`, the machine, and the file of measured results."""
+    print_table("Choices", ("choice", "option", "when"), rows(wanted))
+    print(f"machine: {machine()}", f"measured results: {cache_file()}", sep="\n")

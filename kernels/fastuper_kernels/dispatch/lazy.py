@@ -1,6 +1,7 @@
-"""Lazy names for a package's `__init__`: each public name is imported from its file when it is first used.
+"""Lazy names for a package's `__init__`: each public name is imported from its file at its first use.
 
-PyTorch takes seconds to import; `fastuper --help` must not wait for it. This file imports no slow module either.
+PyTorch takes seconds to import; `fastuper --help` does not wait for it. This file imports no module that is slow to
+import.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-TYPE_CHECKING = False  # type checkers take the name for `typing.TYPE_CHECKING`, whose import costs time
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any

@@ -1,1 +1,1 @@
-"""The operations' Triton kernels, one file an operation. Imported where the first of them is called."""
+"""The operations' Triton kernels, a file an operation; each is imported at the operation's first call."""

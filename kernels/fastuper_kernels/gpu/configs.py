@@ -1,8 +1,8 @@
-"""Which configuration of a kernel runs: forced, or measured on this GPU, or else a heuristic's.
+"""Configurations of the kernels: forced, or measured on this GPU, or else picked by a heuristic.
 
-What was tuned on a GPU that was really used is in tuned.json, under the device's name; what `python -m
-fastuper_kernels.tune` measures is in the user's cache (see `fastuper_kernels.dispatch.choices`). For every other
-device and shape a heuristic picks one, labelled as such by `python -m fastuper_kernels.tune --show`.
+The package's measured configurations are in `tuned.json` beside this file, under the GPU's name. The user's own, from
+`python -m fastuper_kernels.tune`, are in `tuned.json` of the cache folder (see `fastuper_kernels.dispatch.files`). For
+every other GPU and shape a heuristic picks a configuration. `python -m fastuper_kernels.tune --show` prints which.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from typing import Any
 
 import torch
 
-from fastuper_kernels.dispatch.choices import cache_file, forced, may_measure
-from fastuper_kernels.ops.conv_bn_relu import CONV
+from fastuper_kernels.dispatch.choices import CONV, forced, may_measure
+from fastuper_kernels.dispatch.files import cache_folder
 
 SHIPPED = Path(__file__).parent / "tuned.json"
 
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """How `conv_bn_relu` runs.
+    """The configuration of `conv_bn_relu`.
 
     Args:
-        way: "tma" (tensor descriptors), "pointers", or "cudnn" with its epilogue in a kernel of its own.
-        rows: of a tile of pixels: a box of an image for 3x3 with TMA, and else `rows * columns` in a row.
-        columns: see there.
+        way: "tma" (tensor descriptors), "pointers", or "cudnn" with the epilogue in a second kernel.
+        rows: rows of a tile's pixels. With TMA and 3x3 a tile is a box (rows, columns) of an image. Otherwise it is
+            `rows * columns` consecutive pixels of the batch.
+        columns: columns of a tile's pixels.
         channels: output channels of a tile.
-        depth: bytes of input channels of a step.
-        split: into how many parts the inner dimension goes.
-        warps: of a program.
-        stages: of the loads' pipeline.
-        persistent: whether there are as many programs as multiprocessors, which take tiles in turn.
+        depth: bytes of input channels per step of the inner loop.
+        split: the number of parts of the inner dimension; with more than one, a second kernel adds up the parts.
+        warps: warps of a program.
+        stages: stages of the pipeline of loads.
+        persistent: True for one program per multiprocessor, each of which computes several tiles.
     """
 
     way: str
@@ -50,40 +51,40 @@ class ConvConfig:
     persistent: bool = False
 
     def depth_of(self, dtype: torch.dtype) -> int:
-        """Return the input channels of a step."""
+        """Return the input channels per step of the inner loop."""
         return self.depth // dtype.itemsize
 
     def fits(self, dtype: torch.dtype, upsampled: bool) -> bool:
-        """Return whether a tile, and what is added to it, stay in registers (`bench/results/compiled.json`)."""
-        if self.split > 1:  # the epilogue is another kernel's
+        """Return True if a tile and its epilogue stay in registers (source: `bench/results/compiled.json`)."""
+        if self.split > 1:  # the second kernel has the epilogue
             return True
         limit = 4096 // (dtype.itemsize // 2) // (1 + upsampled * (1 if self.way == "tma" else 3))
         return self.rows * self.columns * self.channels // self.warps <= limit
 
     def fits_in(self, device: torch.device) -> bool:
-        """Return whether the steps that are loaded ahead fit in a multiprocessor's shared memory."""
+        """Return True if the pipeline's stages fit in a multiprocessor's shared memory."""
         return _fit_in(self, self.rows * self.columns, device)
 
     def steps_of(self, channels: int, taps: int, dtype: torch.dtype) -> int:
-        """Return the steps that this inner dimension takes."""
+        """Return the number of steps of the inner loop for all taps and input channels."""
         return taps * -(-channels // self.depth_of(dtype))
 
     def split_of(self, channels: int, taps: int, dtype: torch.dtype) -> int:
-        """Return into how many equal parts those steps go: `split`, or the next fewer."""
+        """Return the number of equal parts of the inner loop: the largest divisor of its steps up to `split`."""
         steps = self.steps_of(channels, taps, dtype)
         return max(n for n in range(1, self.split + 1) if steps % n == 0)
 
     def stages_of(self, channels: int, taps: int, dtype: torch.dtype) -> int:
-        """Return `stages`, or fewer where there are not as many steps to load ahead."""
+        """Return the stages of the pipeline: `stages`, or the number of steps if that is smaller, but 2 at least."""
         steps = self.steps_of(channels, taps, dtype) // self.split_of(channels, taps, dtype)
         return max(2, min(self.stages, steps))
 
     def box_of(self, taps: int) -> tuple[int, int]:
-        """Return rows and columns of a tile's box of pixels."""
+        """Return (rows, columns) of a tile's box of pixels."""
         return (self.rows, self.columns) if self.way == "tma" and taps == 9 else (1, self.rows * self.columns)
 
     def tiles_of(self, batch: int, height: int, width: int, channels: int, taps: int) -> int:
-        """Return how many tiles there are."""
+        """Return the number of tiles of an output (batch, height, width, channels)."""
         rows, columns = self.box_of(taps)
         boxes = batch * -(-height // rows) * -(-width // columns)
         return (boxes if rows > 1 else -(-batch * height * width // columns)) * -(-channels // self.channels)
@@ -91,7 +92,15 @@ class ConvConfig:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """How the products of several maps' channels run; see `ConvConfig`."""
+    """The configuration of `products_kernel`, the grouped GEMM over several maps.
+
+    Args:
+        rows: positions of a tile.
+        channels: output channels of a tile.
+        depth: bytes of input channels per step of the inner loop.
+        warps: warps of a program.
+        stages: stages of the pipeline of loads.
+    """
 
     rows: int
     channels: int
@@ -100,11 +109,11 @@ class GroupConfig:
     stages: int = 4
 
     def depth_of(self, dtype: torch.dtype) -> int:
-        """Return the input channels of a step."""
+        """Return the input channels per step of the inner loop."""
         return self.depth // dtype.itemsize
 
     def fits_in(self, device: torch.device) -> bool:
-        """Return whether the steps that are loaded ahead fit in a multiprocessor's shared memory."""
+        """Return True if the pipeline's stages fit in a multiprocessor's shared memory."""
         return _fit_in(self, self.rows, device)
 
 
@@ -112,8 +121,8 @@ def _fit_in(config: ConvConfig | GroupConfig, pixels: int, device: torch.device)
     return config.stages * (pixels + config.channels) * config.depth < shared_memory(device)
 
 
-# What the tuner tries, in the heuristic's order, large tiles first; all of them are compiled ahead of time for every
-# target that can take them.
+# The configurations that the tuner measures, in the heuristic's order, large tiles first. `make compiled` compiles all
+# of them ahead of time, for every target that can run them.
 CONV_CONFIGS = (
     ConvConfig("tma", 16, 16, 128, warps=8, stages=3),
     ConvConfig("tma", 16, 16, 128, warps=8, stages=4),
@@ -136,12 +145,12 @@ GROUP_CONFIGS = (
     GroupConfig(16, 64, warps=4, stages=4),
 )
 
-SPLIT_STEPS = 16  # of each part of a split inner dimension, at least
-NEARLY = 0.9  # of the multiprocessors: a few that wait cost less than smaller tiles
+SPLIT_STEPS = 16  # the least steps of a part of a split inner dimension
+NEARLY = 0.9  # of the multiprocessors: a few idle multiprocessors cost less than smaller tiles
 
 
 def conv_key(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool) -> str:
-    """Return the name under which a convolution's configuration is kept."""
+    """Return the key of a convolution's configuration in the tuned files."""
     shape, kernel = "x".join(map(str, x.shape)), "3x3" if taps == 9 else "1x1"
     added = ", a coarser map added" if upsampled else ""
     return f"{kernel} {shape} -> {channels_out} {str(x.dtype)[len('torch.') :]}{added}"
@@ -150,15 +159,16 @@ def conv_key(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool) -> 
 def conv_config(
     x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, candidates: Any = None, after: str = ""
 ) -> ConvConfig:
-    """Return the configuration for x (B, C, H, W) and a weight (channels_out, C, k, k) of so many taps.
+    """Return the configuration of a convolution.
 
     Args:
-        x: see there.
-        channels_out: see there.
-        taps: see there.
-        upsampled: whether a coarser map is added in the epilogue.
-        candidates: makes, for a configuration, the functions {"triton": ..., "cudnn": ...} to be measured.
-        after: what follows the convolution, in words: for the name of that measurement.
+        x: (B, C, H, W).
+        channels_out: output channels.
+        taps: 1 or 9, for a kernel of 1x1 or 3x3.
+        upsampled: True if the epilogue adds a coarser map.
+        candidates: makes, for a configuration, the functions {"triton": ..., "cudnn": ...} to measure; None to measure
+            nothing.
+        after: the epilogue in words, for the key of the measurement.
     """
     key, way = conv_key(x, channels_out, taps, upsampled), forced().get(CONV.name)
     found = tuned(x.device, may_measure()).get(key)
@@ -172,7 +182,7 @@ def conv_config(
 
 
 def _time_each(functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the seconds that each function takes on the GPU: what the host needs to launch it is hidden."""
+    """Return the median seconds of each function on the GPU's clock, without the host's time for launches."""
     from triton.testing import do_bench
 
     median = functools.partial(do_bench, warmup=5, rep=20, return_mode="median")
@@ -180,14 +190,21 @@ def _time_each(functions: Mapping[str, Callable[[], object]]) -> dict[str, float
 
 
 def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, must: bool = False) -> ConvConfig:
-    """Return a configuration without a measurement: the first that nearly fills the GPU, or else the most programs.
+    """Return a configuration without a measurement.
 
-    Where the kernel is a `must`, cuDNN is not preferred to it. The inner dimension is split only where each part is
-    long: adding up the parts costs as much as some steps.
+    It is the first that nearly fills the GPU, or else the configuration with the most programs. The inner dimension is
+    split only into long parts: the addition of the parts costs as much as some steps.
+
+    Args:
+        x: (B, C, H, W).
+        channels_out: output channels.
+        taps: 1 or 9, for a kernel of 1x1 or 3x3.
+        upsampled: True if the epilogue adds a coarser map.
+        must: True if the Triton kernel is forced; cuDNN is then not preferred for IEEE float32.
     """
     batch, channels, height, width = x.shape
     if x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) == "ieee":
-        # No tensor cores: PyTorch's own way has nothing to lose, and large tiles would not stay in registers.
+        # Without tensor cores the kernel cannot be faster than cuDNN, and large tiles would not stay in registers.
         return CONV_CONFIGS[-1] if must else ConvConfig("cudnn")
     way = "tma" if has_tma(x.device) and channels * x.element_size() % 16 == 0 else "pointers"
     programs = {}
@@ -204,7 +221,7 @@ def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, mu
 
 
 def pointers_config(x: torch.Tensor, upsampled: bool) -> ConvConfig:
-    """Return a configuration for operands that no descriptor can say: slices, or rows, of odd numbers of bytes."""
+    """Return a configuration without TMA, for operands whose strides are no multiple of 16 bytes."""
     return next(
         (
             config
@@ -216,61 +233,61 @@ def pointers_config(x: torch.Tensor, upsampled: bool) -> ConvConfig:
 
 
 def group_config(x: torch.Tensor, pixels: int) -> GroupConfig:
-    """Return the configuration for maps of at most so many pixels."""
+    """Return the configuration of `products_kernel` for maps like x, the largest of `pixels` pixels over the batch."""
     fitting = (config for config in GROUP_CONFIGS if config.fits_in(x.device))
     return next((config for config in fitting if pixels >= 32 * config.rows), GROUP_CONFIGS[-1])
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return how the tensor cores may take float32: as in cuDNN's convolutions, which these kernels stand for."""
+    """Return the precision of float32 products, "tf32" or "ieee": PyTorch's setting for cuDNN's convolutions."""
     if dtype != torch.float32:
-        return "tf32"  # says nothing about other types
+        return "tf32"  # without effect on other dtypes
     backends: Any = torch.backends
     settings = (backends.cudnn.conv.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision)
-    said = next((setting for setting in settings if setting != "none"), "ieee")  # "none" leaves it to the next one
-    return "tf32" if said == "tf32" else "ieee"
+    setting = next((setting for setting in settings if setting != "none"), "ieee")  # "none" inherits the next setting
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 @functools.cache
 def has_tma(device: torch.device) -> bool:
-    """Return whether tensor descriptors are moved by hardware."""
+    """Return True if the GPU moves boxes of tensors by hardware (TMA): Hopper and later."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs run at once, at least."""
+    """Return the number of multiprocessors: the programs that run at once, at least; without a GPU, 4."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes that a program can have of a multiprocessor's fast memory; without a GPU, a Hopper's."""
+    """Return the bytes of shared memory that a program can use; without a GPU, those of a Hopper."""
     if device.type != "cuda":
         return 232448
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 65536)  # an AMD GPU's says nothing: it has 64 KB
+    return getattr(properties, "shared_memory_per_block_optin", 65536)  # AMD GPUs lack the property, and have 64 KB
 
 
 def user_file() -> Path | None:
-    """Return where this user's tuned configurations are kept; None where there is no home."""
-    path = cache_file()
-    return None if path is None else path.with_name("tuned.json")
+    """Return the file of this user's tuned configurations; None if the user has no home folder."""
+    folder = cache_folder()
+    return None if folder is None else folder / "tuned.json"
 
 
 @functools.cache
 def tuned(device: torch.device, by_user: bool) -> Mapping[str, ConvConfig]:
-    """Return the configurations that were measured on GPUs of this name, the user's before those of the package.
+    """Return {key: configuration} as measured on GPUs of this name; the user's replace the package's.
 
     Args:
         device: the GPU.
-        by_user: whether the user's count: not where ranks have to agree, whose users' files may not.
+        by_user: True to read the user's file. False on several ranks, which have to agree: their files may differ.
     """
     if device.type != "cuda":
         return {}
     found: dict[str, ConvConfig] = {}
     for path in (SHIPPED, user_file() if by_user else None):
-        # A file of another version counts for nothing.
+        # A file of another format is ignored.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             if path is not None:
                 entries = json.loads(path.read_text(encoding="utf-8"))[torch.cuda.get_device_name(device)]
@@ -279,5 +296,5 @@ def tuned(device: torch.device, by_user: bool) -> Mapping[str, ConvConfig]:
 
 
 def as_json(config: ConvConfig) -> dict[str, Any]:
-    """Return what `tuned` reads."""
+    """Return a configuration as `tuned` reads it."""
     return asdict(config)

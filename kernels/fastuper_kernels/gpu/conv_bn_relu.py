@@ -1,12 +1,13 @@
-"""`conv_bn_relu` on a GPU: a convolution as one implicit GEMM, with all that follows it in registers.
+"""`conv_bn_relu` on a GPU: a convolution as one implicit GEMM, with the epilogue in registers.
 
-The convolution of an NHWC map is a GEMM over pixels and output channels whose inner dimension runs over taps and input
-channels. One kernel computes it, with tensor descriptors (TMA, on Hopper and later) or with pointers and masks
-(anywhere). The product is transposed, weights times pixels: only then does a four-dimensional box of the map fold into
-the tensor cores' operand without passing through registers.
+The convolution of an NHWC map is a GEMM over pixels and output channels. Its inner dimension runs over taps and input
+channels. One kernel computes it, with tensor descriptors (TMA, on Hopper and later) or with pointers and masks (on any
+GPU). The product is transposed, weights times pixels: so a four-dimensional box of the map is an operand of the tensor
+cores without a copy through registers.
 
-Small maps have too few tiles for a GPU: their inner dimension is split among programs, which write float32 sums that a
-second kernel adds up and finishes. The same kernel finishes what cuDNN computed, where that is the faster way.
+Small maps have too few tiles for a GPU. Their inner dimension is split among programs, which write float32 sums. A
+second kernel adds up the sums and applies the epilogue. If cuDNN is the faster way, that kernel applies the epilogue to
+cuDNN's result.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastuper_kernels.gpu.configs import ConvConfig, conv_config, multiprocessors, pointers_config, precision
 from fastuper_kernels.gpu.layout import from_nhwc, has_descriptor, nhwc, on_its_device, taps_of
-from fastuper_kernels.gpu.resample import upsample_transposed
+from fastuper_kernels.gpu.resample import upsample_add_backward
 from fastuper_kernels.gpu.tiles import epilogue, place
 
 
@@ -59,19 +60,20 @@ def _tile(
     HAS_UPSAMPLED: tl.constexpr,
     RELU: tl.constexpr,
 ):
+    """Compute one tile of `conv_kernel`, which describes the arguments; `tile` is the tile's number."""
     BM: tl.constexpr = BH * BW
-    # Programs that follow each other read the same pixels, for another block of channels: from L2.
+    # Consecutive programs compute other channels of the same pixels, which they read from L2.
     blocks: tl.constexpr = (C_OUT + BN - 1) // BN
     n0 = tile % blocks * BN
     m = tile // blocks
     i = tl.arange(0, BM)
-    if TMA and TAPS == 9:  # boxes of an image
+    if TMA and TAPS == 9:  # a tile is a box of an image
         across, down = tl.cdiv(W, BW), tl.cdiv(H, BH)
         image, top, left = m // (across * down), m // across % down * BH, m % across * BW
         y, x0 = top + i // BW, left + i % BW
         b = image + tl.zeros_like(i)
         ok = (y < H) & (x0 < W)
-    else:  # pixels of all images in a row
+    else:  # a tile is consecutive pixels of the batch
         pixel = m * BM + i
         b, y, x0 = place(pixel, H, W)
         ok = b < B
@@ -95,17 +97,19 @@ def _tile(
             else:
                 pixels = x.load([0, 0, m * BM, c]).reshape(BM, BK)
         else:
-            seen = ok
+            on_map = ok
             offset = c
             if TAPS == 9:
                 dy, dx = tap // 3 - 1, tap % 3 - 1
-                seen = ok & (y + dy >= 0) & (y + dy < H) & (x0 + dx >= 0) & (x0 + dx < W)
+                on_map = ok & (y + dy >= 0) & (y + dy < H) & (x0 + dx >= 0) & (x0 + dx < W)
                 offset = (dy * W + dx) * C_IN + c
-            some = c + k < C_IN
-            pixels = tl.load(x + (rows + offset)[:, None] + k[None, :], mask=seen[:, None] & some[None, :], other=0.0)
+            valid_k = c + k < C_IN
+            pixels = tl.load(
+                x + (rows + offset)[:, None] + k[None, :], mask=on_map[:, None] & valid_k[None, :], other=0.0
+            )
             weights = tl.load(
                 weight + (columns + (tap * weight_stride_tap + c))[:, None] + k[None, :],
-                mask=inside[:, None] & some[None, :],
+                mask=inside[:, None] & valid_k[None, :],
                 other=0.0,
             )
         acc = tl.dot(weights, pixels.T, acc, input_precision=PRECISION)
@@ -157,10 +161,33 @@ def conv_kernel(
     HAS_UPSAMPLED: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Write out (B, H, W, C_OUT), or with SPLIT > 1 float32 sums (SPLIT, B, H, W, C_OUT).
+    """Write relu((conv(x) + addend) * scale + shift) + upsampled, or with SPLIT > 1 partial sums of conv(x).
 
-    x and weight are tensor descriptors with TMA: of (B, H, W, C_IN), or (1, 1, B * H * W, C_IN) for one tap, and of
-    (C_OUT, taps * C_IN); else pointers. What is left out is any pointer.
+    Program (i, part): tile i of BH * BW pixels and BN output channels, part `part` of the inner dimension. With
+    PERSISTENT it computes tiles i, i + programs, and so on.
+
+    x: pointer to (B, H, W, C_IN), dense. With TMA a descriptor of it; for one tap of (1, 1, B * H * W, C_IN).
+    weight: pointer to (C_OUT, TAPS, C_IN), the channels of a tap contiguous. With TMA a descriptor of the matrix whose
+        row is all taps of an output channel.
+    out: pointer to (B, H, W, C_OUT), or with SPLIT > 1 to float32 (SPLIT, B, H, W, C_OUT), dense; written.
+    addend: pointer to (B, H, W, C_OUT), dense.
+    scale, shift: pointers to (C_OUT,) float32.
+    upsampled: pointer to a coarser map (B, h, w, C_OUT), dense, which is resampled to (H, W).
+    B, H, W: images, rows and columns of the map.
+    h, w: the size of the coarser map.
+    weight_stride_n, weight_stride_tap: elements between output channels, and between taps, of the weight.
+    tiles: the number of tiles.
+    C_IN, C_OUT: input and output channels.
+    TAPS: 1 for a kernel of 1x1, 9 for 3x3.
+    BH, BW: rows and columns of a tile's box of pixels; with BH = 1, BW consecutive pixels of the batch.
+    BN: output channels of a tile.
+    BK: input channels per step.
+    SPLIT: the number of parts of the inner dimension; with more than one, `finish_kernel` applies the epilogue.
+    TMA: True if x and weight are tensor descriptors.
+    PERSISTENT: True if a program computes several tiles.
+    PRECISION: "tf32" or "ieee", the precision of float32 products.
+    HAS_ADDEND, HAS_SCALE, HAS_SHIFT, HAS_UPSAMPLED: False to leave the operand out; any pointer stands for it.
+    RELU: True to clamp negative values to zero.
     """
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -200,7 +227,23 @@ def finish_kernel(
     HAS_UPSAMPLED: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Write the epilogue of the sum of SPLIT maps (B, H, W, C_OUT)."""
+    """Write relu((sum of the parts + addend) * scale + shift) + upsampled.
+
+    Program: BM consecutive pixels of the batch, BN channels.
+
+    sums: pointer to (SPLIT, B, H, W, C_OUT), dense.
+    out: pointer to (B, H, W, C_OUT), dense; written.
+    addend: pointer to (B, H, W, C_OUT), dense.
+    scale, shift: pointers to (C_OUT,) float32.
+    upsampled: pointer to a coarser map (B, h, w, C_OUT), dense, which is resampled to (H, W).
+    B, H, W: images, rows and columns of the map.
+    h, w: the size of the coarser map.
+    C_OUT: channels.
+    SPLIT: the number of parts.
+    BM, BN: pixels and channels of a program.
+    HAS_ADDEND, HAS_SCALE, HAS_SHIFT, HAS_UPSAMPLED: False to leave the operand out; any pointer stands for it.
+    RELU: True to clamp negative values to zero.
+    """
     pixel = tl.program_id(0) * BM + tl.arange(0, BM)
     channels = tl.program_id(1) * BN + tl.arange(0, BN)
     b, y, x0 = place(pixel, H, W)
@@ -228,17 +271,17 @@ def conv(
     relu: bool,
     config: ConvConfig | None = None,
 ) -> torch.Tensor:
-    """Return `conv_bn_relu` of operands that its public function has checked, in channels_last memory.
+    """Return `conv_bn_relu` of checked operands, in channels_last memory.
 
     Args:
-        x: see there, like the others.
-        weight: see there.
-        scale: see there.
-        shift: see there.
-        addend: see there.
-        upsampled: see there.
-        relu: see there.
-        config: the kernel's configuration; what was measured for such shapes, or else a heuristic's, where not given.
+        x: (B, C, H, W).
+        weight: (C_out, C, k, k), k being 1 or 3.
+        scale: (C_out,), or None for ones.
+        shift: (C_out,), or None for zeros.
+        addend: (B, C_out, H, W), or None for zeros.
+        upsampled: (B, C_out, h, w), or None for zeros.
+        relu: True to clamp negative values to zero.
+        config: the kernel's configuration; None for a measured one, or a heuristic's.
     """
     batch, channels, height, width = x.shape
     channels_out, _, size, _ = weight.shape
@@ -254,7 +297,7 @@ def conv(
         config = pointers_config(x, upsampled is not None)
     if config.way == "cudnn":
         sums = F.conv2d(from_nhwc(image), weight, padding=size // 2)
-        return from_nhwc(nhwc(sums)) if after.is_nothing else from_nhwc(finish(nhwc(sums)[None], out, after))
+        return from_nhwc(nhwc(sums)) if after.is_empty else from_nhwc(finish(nhwc(sums)[None], out, after))
     split, box = config.split_of(channels, size * size, x.dtype), config.box_of(size * size)
     sums = out if split == 1 else out.new_empty(split, *out.shape, dtype=torch.float32)
     tiles = config.tiles_of(batch, height, width, channels_out, size * size)
@@ -292,32 +335,38 @@ def conv(
 
 
 def _candidates(x: torch.Tensor, weight: torch.Tensor, after: Epilogue, config: ConvConfig) -> dict[str, Any]:
-    """Return the kernel and cuDNN as functions of no arguments, on these operands."""
+    """Return the kernel and cuDNN on these operands, as functions of no arguments."""
     addend, upsampled = (None if given is None else from_nhwc(given) for given in (after.addend, after.upsampled))
-
     run = partial(conv, x, weight, after.scale, after.shift, addend, upsampled, after.relu)
     return {"triton": partial(run, config), "cudnn": partial(run, ConvConfig("cudnn"))}
 
 
 def _descriptors(image: torch.Tensor, taps: torch.Tensor, config: ConvConfig) -> tuple[Any, Any]:
+    """Return the tensor descriptors of a map (B, H, W, C_in) and of a weight (C_out, taps, C_in)."""
     batch, height, width, channels = image.shape
     channels_out, count, _ = taps.shape
     depth = config.depth_of(image.dtype)
-    if count == 1:  # all pixels in a row
+    if count == 1:  # consecutive pixels of the batch
         batch, height, width = 1, 1, batch * height * width
     strides = [height * width * channels, width * channels, channels, 1]
     pixels = TensorDescriptor(image, [batch, height, width, channels], strides, [1, *config.box_of(count), depth])
-    # The taps of an output channel side by side in a row. What a box reads beyond the channels of a tap is multiplied
-    # by zeros: the pixels have no such channels.
+    # A row is all taps of an output channel. A box may read beyond the channels of its tap: the pixels' descriptor has
+    # zeros for these channels, so that their products are zero.
     width = (count - 1) * taps.stride(1) + channels
-    row = taps.stride(0) if channels_out > 1 else width  # the stride of a single row says nothing
+    row = taps.stride(0) if channels_out > 1 else width  # the stride of a single row is arbitrary
     weights = TensorDescriptor(taps, [channels_out, width], [row, 1], [config.channels, depth])
     return pixels, weights
 
 
 @on_its_device
 def finish(sums: torch.Tensor, out: torch.Tensor, after: Epilogue) -> torch.Tensor:
-    """Write the epilogue of the sum of maps (parts, B, H, W, C) to out, and return it."""
+    """Write the epilogue of the sum of partial maps to `out`, and return `out`.
+
+    Args:
+        sums: (parts, B, H, W, C), dense.
+        out: (B, H, W, C), dense.
+        after: the epilogue.
+    """
     batch, height, width, channels = out.shape
     block = min(triton.next_power_of_2(channels), 128)
     rows = 1024 // block
@@ -339,7 +388,15 @@ def finish(sums: torch.Tensor, out: torch.Tensor, after: Epilogue) -> torch.Tens
 
 
 class Epilogue:
-    """What follows a convolution, as the kernels take it."""
+    """The epilogue of a convolution, in the layouts and dtypes of the kernels.
+
+    Args:
+        scale: (C,), or None for ones.
+        shift: (C,), or None for zeros.
+        addend: (B, C, H, W), or None for zeros.
+        upsampled: (B, C, h, w), or None for zeros.
+        relu: True to clamp negative values to zero before `upsampled` is added.
+    """
 
     def __init__(
         self,
@@ -356,22 +413,22 @@ class Epilogue:
 
     @property
     def name(self) -> str:
-        """Its parts, in words."""
+        """The names of the operands, "relu" among them, separated by spaces; "alone" if there are none."""
         flags = {**self.flags(True), "RELU": self.relu}
         return " ".join(name.removeprefix("HAS_").lower() for name, is_there in flags.items() if is_there) or "alone"
 
     @property
-    def is_nothing(self) -> bool:
-        """Whether the convolution is all there is."""
+    def is_empty(self) -> bool:
+        """True if the epilogue changes nothing."""
         return not self.relu and all(t is None for t in (self.scale, self.shift, self.addend, self.upsampled))
 
     def pointers(self, default: torch.Tensor) -> list[torch.Tensor]:
-        """Return the kernels' pointers; any tensor stands for one that is left out."""
+        """Return (addend, scale, shift, upsampled) for a kernel; `default` stands for an operand that is left out."""
         given = (self.addend, self.scale, self.shift, self.upsampled)
         return [default if tensor is None else tensor for tensor in given]
 
     def flags(self, applies: bool) -> dict[str, bool]:
-        """Return which parts there are; none where a kernel leaves them to the next one."""
+        """Return the kernels' flags; all False if the kernel leaves the epilogue to the next kernel."""
         given = {"ADDEND": self.addend, "SCALE": self.scale, "SHIFT": self.shift, "UPSAMPLED": self.upsampled}
         flags = {f"HAS_{name}": applies and tensor is not None for name, tensor in given.items()}
         return {**flags, "RELU": applies and self.relu}
@@ -387,7 +444,7 @@ def conv_bn_relu(
     upsampled: torch.Tensor | None,
     relu: bool,
 ) -> torch.Tensor:
-    """Return what the public function of this name says, in channels_last memory."""
+    """The operator of `fastuper_kernels.ops.conv_bn_relu`, without `strip`; the result is in channels_last memory."""
     return conv(x, weight, scale, shift, addend, upsampled, relu)
 
 
@@ -404,9 +461,9 @@ def _(
     return from_nhwc(x.new_empty(x.shape[0], *x.shape[2:], weight.shape[0]))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     *tensors, ctx.relu = inputs
-    # Where a coarser map was added, the result shows no longer where ReLU was at work.
+    # After the addition of a coarser map, the result's sign no longer shows which values ReLU clamped.
     ctx.save_for_backward(*tensors, output if ctx.relu and tensors[-1] is None else None)
 
 
@@ -415,7 +472,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needed = ctx.needs_input_grad
     grads: list[torch.Tensor | None] = [None] * 7
     if needed[5]:
-        grads[5] = upsample_transposed(grad, *upsampled.shape[2:])
+        grads[5] = upsample_add_backward(grad, *upsampled.shape[2:])
     if ctx.relu:
         if y is None:
             y = conv_bn_relu(x, weight, scale, shift, addend, None, True)
@@ -437,4 +494,4 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return tuple(grads)
 
 
-conv_bn_relu.register_autograd(_backward, setup_context=_keep)
+conv_bn_relu.register_autograd(_backward, setup_context=_save)

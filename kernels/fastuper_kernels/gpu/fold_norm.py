@@ -1,4 +1,4 @@
-"""`fold_norm` on a GPU: one launch, where PyTorch's operators take ten, and a network has dozens of norms."""
+"""`fold_norm` on a GPU: one launch for each norm, where PyTorch's operators take ten."""
 
 from __future__ import annotations
 
@@ -23,7 +23,19 @@ def fold_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Write scale and shift (C,), float32."""
+    """Write scale = weight / sqrt(var + eps) and shift = bias - mean * scale.
+
+    Program: BC channels.
+
+    mean, var: pointers to (C,).
+    weight, bias: pointers to (C,), or any pointer without HAS_WEIGHT, HAS_BIAS.
+    scale, shift: pointers to (C,) float32; written.
+    eps: a number.
+    C: channels.
+    BC: channels of a program.
+    HAS_WEIGHT: False for a weight of ones.
+    HAS_BIAS: False for a bias of zeros.
+    """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     a = 1.0 / tl.sqrt_rn(tl.load(var + c, mask=inside, other=1.0).to(tl.float32) + eps)
@@ -40,7 +52,7 @@ def fold_kernel(
 def fold(
     mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `fold_norm` of operands that its public function has checked."""
+    """Return scale and shift, (C,) float32 each, of checked vectors (C,); weight and bias may be None."""
     scale, shift = (mean.new_empty(len(mean), dtype=torch.float32) for _ in range(2))
     if scale.numel() == 0:
         return scale, shift
@@ -63,7 +75,7 @@ def fold(
 def fold_norm(
     mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the public function of this name says."""
+    """The operator of `fastuper_kernels.ops.fold_norm`."""
     return fold(mean, var, weight, bias, eps)
 
 

@@ -1,4 +1,4 @@
-"""`pool_conv_bn_relu` on a GPU: the means of all scales in one read of the map, then all branches in one launch."""
+"""`pool_conv_bn_relu` on a GPU: the means of all scales in one read of the map, then all branches in one GEMM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pool_conv_bn_relu(
     scale: Sequence[torch.Tensor],
     shift: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Return what the public function of this name says."""
+    """The operator of `fastuper_kernels.ops.pool_conv_bn_relu`."""
     cells = _by_scale(pyramid_pool(x, scales), scales)
     taps = [taps_of(weight) for weight in weights]
     multipliers, offsets = (torch.stack(list(vectors)).float() for vectors in (scale, shift))
@@ -39,10 +39,11 @@ def _(
 
 
 def _by_scale(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
+    """Return cells (B, sum of s * s, C) as (B, s * s, C) for each scale s."""
     return list(cells.split([scale * scale for scale in scales], dim=1))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, ctx.scales, weights, scale, shift = inputs
     ctx.save_for_backward(x, output, *weights, *scale, *shift)
 
@@ -55,14 +56,14 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grads: list[list[Any]] = [[], [], [], []]
     for cell, part, weight, a, b in zip(cells, _by_scale(grad * (y > 0), scales), weights, scale, shift, strict=True):
         matrix, part = weight.flatten(1), part.flatten(0, 1)
-        flat = cell.flatten(0, 1)
-        grads[2].append(((flat @ matrix.T).float() * part).sum(0).to(a.dtype))
+        positions = cell.flatten(0, 1)
+        grads[2].append(((positions @ matrix.T).float() * part).sum(0).to(a.dtype))
         grads[3].append(part.sum(0, dtype=torch.float32).to(b.dtype))
         part = (part * a).to(x.dtype)
         grads[0].append((part @ matrix).view_as(cell))
-        grads[1].append((part.T @ flat).view_as(weight))
+        grads[1].append((part.T @ positions).view_as(weight))
     to_map = pyramid_pool_backward(torch.cat(grads[0], dim=1), scales, *x.shape[2:])
     return to_map, None, *grads[1:]
 
 
-pool_conv_bn_relu.register_autograd(_backward, setup_context=_keep)
+pool_conv_bn_relu.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""`pyramid_pool` on a GPU: the cells of all scales as one product of their masks with the map, in one read of it."""
+"""`pyramid_pool` on a GPU: the product of the cells' masks, of all scales, with the map, in one read of the map."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from fastuper_kernels.gpu.layout import from_nhwc, nhwc, on_its_device
 
 @triton.jit
 def _edges(cell, H, W, SCALES: tl.constexpr):
-    """Return (first row, end, first column, end) of cells, numbered scale by scale; none has pixels beyond the last."""
+    """Return (top, bottom, left, right) of cells: rows [top, bottom) and columns [left, right).
+
+    cell: (N,) int32, numbers of cells, scale by scale, row by row. A number beyond the last cell has no pixels.
+    H, W: the size of the map.
+    SCALES: a tuple of the numbers s of cells along each side.
+    """
     scale = tl.zeros_like(cell) + 1
     place = tl.zeros_like(cell)
     start = 0
@@ -45,7 +50,19 @@ def pool_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Write out (B, CELLS, C): the means of x (B, H, W, C) over each cell, added up in float32."""
+    """Write the means of x over each cell, added up in float32.
+
+    Program: BC channels of BCELL cells of an image; it reads all pixels of the image.
+
+    x: pointer to (B, H, W, C), dense.
+    out: pointer to (B, CELLS, C), dense; written.
+    H, W: the size of the map.
+    C: channels.
+    CELLS: cells of all scales.
+    SCALES: a tuple of the numbers s of cells along each side.
+    BCELL, BC: cells and channels of a program.
+    BP: pixels per step.
+    """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     cell = tl.program_id(1) * BCELL + tl.arange(0, BCELL)
     b = tl.program_id(2).to(tl.int64)
@@ -58,8 +75,8 @@ def pool_kernel(
         inside = (y >= top[:, None]) & (y < bottom[:, None]) & (column >= left[:, None]) & (column < right[:, None])
         at = x + ((b * H * W + pixel) * C)[:, None] + c[None, :]
         value = tl.load(at, mask=(pixel < H * W)[:, None] & (c < C)[None, :], other=0.0)
-        # Zeros and ones are exact in every dtype, so that nothing is rounded before it is added up. (By way of float32:
-        # the interpreter makes integers of bfloat16 otherwise.)
+        # Zeros and ones are exact in every dtype: nothing is rounded before the sum. (Through float32: Triton's
+        # interpreter casts booleans to the bits of bfloat16 as if these were integers.)
         acc = tl.dot(inside.to(tl.float32).to(value.dtype), value, acc, input_precision="ieee")
     area = tl.maximum((bottom - top) * (right - left), 1).to(tl.float32)
     at = out + ((b * CELLS + cell) * C)[:, None] + c[None, :]
@@ -79,7 +96,19 @@ def pool_backward_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Write out (B, H, W, C): each pixel's share of the gradient (B, CELLS, C) of the cells that it is in."""
+    """Write the map's gradient: for each pixel the sum over its cells of the cell's gradient / the cell's area.
+
+    Program: BC channels of BP pixels of an image; it reads all cells of the image.
+
+    grad: pointer to (B, CELLS, C), dense.
+    out: pointer to (B, H, W, C), dense; written.
+    H, W: the size of the map.
+    C: channels.
+    CELLS: cells of all scales.
+    SCALES: a tuple of the numbers s of cells along each side.
+    BCELL: cells per step.
+    BP, BC: pixels and channels of a program.
+    """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     pixel = tl.program_id(1) * BP + tl.arange(0, BP)
     b = tl.program_id(2).to(tl.int64)
@@ -99,14 +128,14 @@ def pool_backward_kernel(
 
 @on_its_device
 def pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
-    """Return the cells (B, cells, C) of x (B, C, H, W)."""
+    """Return the means (B, cells, C) of x (B, C, H, W) over the cells of each scale."""
     batch, channels, height, width = x.shape
     cells = sum(scale * scale for scale in scales)
     out = x.new_empty(batch, cells, channels)
     if out.numel() == 0:
         return out
     grid = (triton.cdiv(channels, 32), triton.cdiv(cells, 64), batch)
-    # Float32 goes without tensor cores, through registers.
+    # IEEE float32 products do not use tensor cores: their operands are in registers.
     pixels = 16 if x.dtype == torch.float32 else 64
     pool_kernel[grid](
         nhwc(x), out, height, width,
@@ -117,7 +146,7 @@ def pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
 
 @torch.library.custom_op("fastuper::pyramid_pool", mutates_args=())
 def pyramid_pool(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
-    """Return what the public function of this name says."""
+    """The operator of `fastuper_kernels.ops.pyramid_pool`."""
     return pool(x, scales)
 
 
@@ -128,7 +157,7 @@ def _(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
 
 @on_its_device
 def pool_backward(grad: torch.Tensor, scales: Sequence[int], height: int, width: int) -> torch.Tensor:
-    """Return the gradient (B, C, height, width) of a map for that of its cells (B, cells, C)."""
+    """Return the map's gradient (B, C, height, width) in channels_last memory, from the cells' (B, cells, C)."""
     batch, cells, channels = grad.shape
     out = grad.new_empty(batch, height, width, channels)
     if out.numel() == 0:
@@ -143,7 +172,7 @@ def pool_backward(grad: torch.Tensor, scales: Sequence[int], height: int, width:
 
 @torch.library.custom_op("fastuper::pyramid_pool_backward", mutates_args=())
 def pyramid_pool_backward(grad: torch.Tensor, scales: Sequence[int], height: int, width: int) -> torch.Tensor:
-    """Return the gradient of `pyramid_pool`'s map."""
+    """The operator of `pyramid_pool`'s backward pass; see `pool_backward`."""
     return pool_backward(grad, scales, height, width)
 
 
@@ -152,7 +181,7 @@ def _(grad: torch.Tensor, scales: Sequence[int], height: int, width: int) -> tor
     return from_nhwc(grad.new_empty(grad.shape[0], height, width, grad.shape[2]))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_size(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, ctx.scales = inputs
     ctx.size = x.shape[2:]
 
@@ -161,13 +190,13 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
     return pyramid_pool_backward(grad, ctx.scales, *ctx.size), None
 
 
-def _keep_scales(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_scales(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.scales = inputs[1]
 
 
-def _backward_twice(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
     return pyramid_pool(grad, ctx.scales), None, None, None
 
 
-pyramid_pool.register_autograd(_backward, setup_context=_keep)
-pyramid_pool_backward.register_autograd(_backward_twice, setup_context=_keep_scales)
+pyramid_pool.register_autograd(_backward, setup_context=_save_size)
+pyramid_pool_backward.register_autograd(_double_backward, setup_context=_save_scales)

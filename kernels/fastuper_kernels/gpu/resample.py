@@ -1,4 +1,4 @@
-"""The transposed resampling: what a gradient goes back through, from a fine grid to a coarse one."""
+"""The transposed resampling: the backward pass of bilinear upsampling, from a fine grid to a coarse grid."""
 
 from __future__ import annotations
 
@@ -25,10 +25,20 @@ def transposed_kernel(
     BJ: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Write out (B, h, w, TAPS * TAPS, C): each coarse pixel's share of the gradient (B, H, W, C), tap by tap.
+    """Write each coarse pixel's share of a fine gradient, tap by tap.
 
-    Tap (dy, dx) of fine pixel (y, x) reads the resampled map at (y + dy - TAPS // 2, x + dx - TAPS // 2), and zero
-    outside of it. `columns` is how many fine columns one coarse column can reach.
+    Forward, tap (dy, dx) of fine pixel (y, x) reads the resampled map at (y + dy - TAPS // 2, x + dx - TAPS // 2), and
+    zero outside the map. Program: BC channels of BJ coarse pixels of a row.
+
+    grad: pointer to (B, H, W, C), dense.
+    out: pointer to (B, h, w, TAPS * TAPS, C), dense; written.
+    B: images.
+    h, w: the coarse size.
+    H, W: the fine size.
+    columns: the number of fine columns that one coarse column can reach.
+    C: channels.
+    TAPS: taps along each axis, 1 or 3.
+    BJ, BC: coarse pixels and channels of a program.
     """
     M: tl.constexpr = TAPS // 2
     j = tl.program_id(0) * BJ + tl.arange(0, BJ)
@@ -41,7 +51,7 @@ def transposed_kernel(
     image = grad + b.to(tl.int64) * H * W * C
     pixel = ((b.to(tl.int64) * h + i) * w + j) * (TAPS * TAPS * C)
     zeros = tl.zeros((BJ, BC), dtype=tl.float32)
-    # One sum for each tap: `a` of the row above, `b` of this one, `c` of the one below.
+    # A sum for each tap: `a` of the taps' first row, `b` of the second row, `c` of the third row.
     a0, a1, a2, b0, b1, b2, c0, c1, c2 = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     for y in range(top, bottom):
         before, here, after = zeros, zeros, zeros
@@ -85,14 +95,20 @@ def transposed_kernel(
 
 @on_its_device
 def transposed(grad: torch.Tensor, size: tuple[int, int], taps: int) -> torch.Tensor:
-    """Return (B, h, w, taps * taps * C) of a gradient, dense (B, H, W, C)."""
+    """Return the taps' gradient (B, h, w, taps * taps * C) on a coarse grid, from a dense gradient (B, H, W, C).
+
+    Args:
+        grad: (B, H, W, C), dense.
+        size: (h, w).
+        taps: taps along each axis, 1 or 3.
+    """
     batch, height, width, channels = grad.shape
     h, w = size
     out = grad.new_empty(batch, h, w, taps * taps * channels)
     if out.numel() == 0:
         return out
     block = min(triton.next_power_of_2(channels), 64)
-    # Fine columns between the coarse ones on either side, the shifts, and what rounding down adds at both ends.
+    # The fine columns between the two neighbouring coarse columns, the taps' shifts, and rounding at both ends.
     reach = -(-2 * width // w) + taps + 3
     grid = (triton.cdiv(w, 16), triton.cdiv(channels, block), batch * h)
     transposed_kernel[grid](
@@ -101,12 +117,16 @@ def transposed(grad: torch.Tensor, size: tuple[int, int], taps: int) -> torch.Te
     return out
 
 
-@torch.library.custom_op("fastuper::upsample_transposed", mutates_args=())
-def upsample_transposed(grad: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return what bilinear upsampling from (height, width) to the size of grad (B, C, H, W) passes back."""
+@torch.library.custom_op("fastuper::upsample_add_backward", mutates_args=())
+def upsample_add_backward(grad: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The operator of the backward pass of bilinear upsampling from (height, width) to the size of grad (B, C, H, W).
+
+    Returns:
+        (B, C, height, width) in channels_last memory.
+    """
     return from_nhwc(transposed(nhwc(grad), (height, width), 1))
 
 
-@upsample_transposed.register_fake
+@upsample_add_backward.register_fake
 def _(grad: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return from_nhwc(grad.new_empty(grad.shape[0], height, width, grad.shape[1]))

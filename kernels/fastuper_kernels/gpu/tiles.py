@@ -1,4 +1,4 @@
-"""What several kernels share: positions of a map, bilinear weights, chains of them, a convolution's epilogue."""
+"""Parts of several kernels: positions of a map, bilinear weights, chains of resamplings, a convolution's epilogue."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ import triton.language as tl
 
 @triton.jit
 def place(pixel, H, W):
-    """Return (image, row, column) of pixels that are numbered through a batch of maps."""
+    """Return (image, row, column) of pixels.
+
+    pixel: (N,) integers: pixels numbered through a batch of maps, image by image, row by row.
+    H, W: the size of a map.
+    """
     row = pixel // W
     return row // H, row % H, pixel % W
 
 
 @triton.jit
 def bilinear(i, size_in, size_out):
-    """Return (low, high, weight of high) of the position that output i reads, align_corners=False.
+    """Return (low, high, weight of high): the two inputs of output i, align_corners=False.
 
-    The position is a fraction of integers, so that no rounding of a large coordinate reaches the weight.
+    The position is a fraction of integers: no rounding of a large coordinate reaches the weight.
+
+    i: integers of any shape, from 0 to size_out - 1.
+    size_in, size_out: positions of the axis before and after.
     """
     numerator = tl.maximum((2 * i + 1) * size_in - size_out, 0)
     low = numerator // (2 * size_out)
@@ -31,7 +38,11 @@ def bilinear(i, size_in, size_out):
 
 @triton.jit
 def hat(i, j, size_in, size_out):
-    """Return the weight of input j in output i, and zero where there is no output i."""
+    """Return the weight of input j in output i, and zero for an i outside [0, size_out).
+
+    i, j: integers of shapes that broadcast.
+    size_in, size_out: positions of the axis before and after.
+    """
     numerator = tl.maximum((2 * i + 1) * size_in - size_out, 0)
     numerator = tl.minimum(numerator, (size_in - 1) * 2 * size_out)
     distance = tl.abs(numerator - j * (2 * size_out)).to(tl.float32) / (2.0 * size_out)
@@ -41,7 +52,16 @@ def hat(i, j, size_in, size_out):
 
 @triton.jit
 def resampled(pointer, b, y, x, channels, ok, h, w, H, W, C: tl.constexpr):
-    """Return float32 values [pixels, channels] of a coarser NHWC map (h, w), resampled to (H, W), at (b, y, x)."""
+    """Return float32 values (N, BN) of a coarser map, resampled to (H, W).
+
+    pointer: to (B, h, w, C), dense.
+    b, y, x: (N,) integers: image, row and column of each pixel of the result.
+    channels: (BN,) int32, the channels.
+    ok: (N,) booleans; other pixels are not read.
+    h, w: the coarser map's size.
+    H, W: the result's size.
+    C: channels of the map.
+    """
     top, bottom, down = bilinear(y, h, H)
     left, right, along = bilinear(x, w, W)
     image = b.to(tl.int64) * h
@@ -69,7 +89,7 @@ def resampled(pointer, b, y, x, channels, ok, h, w, H, W, C: tl.constexpr):
 
 @triton.jit
 def epilogue(
-    acc,  # [pixels, channels] float32
+    acc,
     b,
     y,
     x,
@@ -90,7 +110,21 @@ def epilogue(
     HAS_UPSAMPLED: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Return relu((acc + addend) * scale + shift) + upsampled, at the pixels (b, y, x) of a map (H, W)."""
+    """Return relu((acc + addend) * scale + shift) + upsampled, (N, BN) float32.
+
+    acc: (N, BN) float32, the convolution's sums.
+    b, y, x: (N,) integers: image, row and column of each pixel.
+    ok: (N,) booleans; other pixels are not read.
+    channels: (BN,) int32, the channels.
+    addend: pointer to (B, H, W, C), dense.
+    scale, shift: pointers to (C,) float32.
+    upsampled: pointer to a coarser map (B, h, w, C), dense, which is resampled to (H, W).
+    h, w: the coarser map's size.
+    H, W: the map's size.
+    C: channels of the map.
+    HAS_ADDEND, HAS_SCALE, HAS_SHIFT, HAS_UPSAMPLED: False to leave the operand out; any pointer stands for it.
+    RELU: True to clamp negative values to zero.
+    """
     inside = channels < C
     if HAS_ADDEND:
         rows = (((b.to(tl.int64) * H + y) * W + x) * C)[:, None]
@@ -108,14 +142,14 @@ def epilogue(
 
 # A chain of resamplings -----------------------------------------------------------------------------------------------
 
-# Neighbouring inputs that an output reads along an axis, at most; more are PyTorch's operators' work. Through sizes
-# that grow they are 2 or 3; one that shrinks on the way (to 1 and up again) makes them many, each of which is code.
+# The most neighbouring inputs that an output reads along an axis; longer chains run on PyTorch's operators. Through
+# growing sizes an output reads 2 or 3 inputs. A smaller size in between (1, say) makes them many, and each is code.
 TAPS = 6
 
 
 def taps_of_chain(sizes: Sequence[int]) -> int:
-    """Return how many inputs, that follow each other, an output reads through a chain of sizes."""
-    apart = 1  # from the first of them to the last
+    """Return the number of neighbouring inputs that an output reads through a chain of sizes, input size first."""
+    apart = 1  # the distance between the first and the last of these inputs
     for size_in, size_out in zip(reversed(sizes[:-2]), reversed(sizes[1:-1]), strict=True):
         apart = 1 + -(-apart * size_in // size_out)
     return 1 + min(apart, sizes[0] - 1)
@@ -123,9 +157,11 @@ def taps_of_chain(sizes: Sequence[int]) -> int:
 
 @triton.jit
 def _path(i, sizes, N: tl.constexpr, TURNS: tl.constexpr):
-    """Return (input, weight) at the end of one of the ways from outputs i through N resamplings, last one first.
+    """Return (input, weight) of one path from outputs i back through N resamplings, the last resampling first.
 
-    Each reads two neighbours; the bits of TURNS say where the way goes by the higher one.
+    i: (BI,) integers, outputs of the chain.
+    sizes: a tuple of N + 1 sizes, input size first.
+    TURNS: bit n is 1 if the path takes the higher of the two inputs of resampling N - n.
     """
     weight = tl.full(i.shape, 1.0, tl.float32)
     for n in tl.static_range(N):
@@ -141,11 +177,20 @@ def _path(i, sizes, N: tl.constexpr, TURNS: tl.constexpr):
 
 @triton.jit
 def band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
-    """Return (first inputs, positions, weights) of outputs i: tuples of TAPS inputs that follow each other."""
+    """Return (first, positions, weights) of the TAPS neighbouring inputs of outputs i through a chain of resamplings.
+
+    `first` is (BI,) integers, the first input. `positions` and `weights` are tuples of TAPS tensors (BI,): the inputs,
+    clamped to the axis, and their float32 weights.
+
+    i: (BI,) integers, outputs of the chain.
+    sizes: a tuple of N + 1 sizes, input size first.
+    N: the number of resamplings.
+    TAPS: see `taps_of_chain`.
+    """
     first, weight = _path(i, sizes, N, 0)
     positions = ()
     weights = ()
-    # Triton adds tuples, and unpacks none.
+    # By addition: Triton cannot unpack tuples.
     for tap in tl.static_range(TAPS):
         positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)  # type: ignore[assignment]  # noqa: RUF005
         weights = weights + (weight if tap == 0 else tl.zeros(i.shape, tl.float32),)  # type: ignore[assignment]  # noqa: RUF005

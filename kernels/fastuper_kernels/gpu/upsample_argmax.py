@@ -1,8 +1,8 @@
-"""`upsample_argmax` on a GPU: each program finds the best class of a tile of pixels, among those that may be it there.
+"""`upsample_argmax` on a GPU: each program finds the best class of each pixel of a tile.
 
-What is resampled bilinearly is a mean of the logits that it reads. A class whose largest logit, of all that the tile
-reads, is less than another class's least one is the best nowhere in the tile: most classes are left out so, and the few
-that remain are resampled one by one.
+A resampled logit is a mean of the logits that its pixel reads. So if a class's largest logit in the tile's input is
+less than the least logit of another class there, the class is the best nowhere in the tile. Most classes are left out
+by this rule; the remaining few, the rivals, are resampled one by one.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
+from fastuper_kernels.cpu.argmax import argmax as argmax_in_blocks
 from fastuper_kernels.gpu.layout import nhwc, on_its_device
 from fastuper_kernels.gpu.tiles import TAPS, band, taps_of_chain
-from fastuper_kernels.ops.upsample_argmax import upsample_argmax as public
 
 
 @triton.jit
 def _finite(value, LIMIT: tl.constexpr):
-    """Return numbers in the place of NaN (the largest, as argmax has it) and infinities."""
-    return tl.maximum(tl.minimum(value.to(tl.float32), LIMIT), -LIMIT)  # `minimum` prefers a number to NaN
+    """Return float32 values with LIMIT in place of NaN and +inf, and -LIMIT in place of -inf."""
+    return tl.maximum(tl.minimum(value.to(tl.float32), LIMIT), -LIMIT)  # minimum(NaN, LIMIT) is LIMIT
 
 
 @triton.jit
@@ -41,14 +41,29 @@ def argmax_kernel(
     LIMIT: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
-    """Write labels (B, heights[N], widths[N]) of logits (B, heights[0], widths[0], CLASSES)."""
+    """Write the best class of each pixel.
+
+    Program: a tile of BY x BX labels of an image.
+
+    logits: pointer to (B, heights[0], widths[0], CLASSES), dense.
+    labels: pointer to (B, heights[N], widths[N]) of an integer type, dense; written.
+    heights, widths: tuples of N + 1 sizes, the logits' first, the labels' last.
+    CLASSES: classes.
+    N: the number of resamplings.
+    ROW_TAPS, COLUMN_TAPS: neighbouring logits that a label reads along each axis; see `taps_of_chain`.
+    BY, BX: rows and columns of a tile.
+    BP: logit pixels per step of the search for rivals.
+    BC: classes per step.
+    LIMIT: half of float32's largest number, in place of infinities.
+    EPSILON: the relative rounding error of a resampled logit, at most.
+    """
     h, w, H, W = heights[0], widths[0], heights[N], widths[N]
     y, x = tl.program_id(1) * BY + tl.arange(0, BY), tl.program_id(0) * BX + tl.arange(0, BX)
     ok = (y < H)[:, None] & (x < W)[None, :]
     first_row, rows, row_weights = band(tl.minimum(y, H - 1), heights, N, ROW_TAPS)
     first_column, columns, column_weights = band(tl.minimum(x, W - 1), widths, N, COLUMN_TAPS)
     image = logits + tl.program_id(2).to(tl.int64) * h * w * CLASSES
-    # The box of logits that the tile reads.
+    # The box of logit pixels that the tile reads.
     top, left = tl.min(first_row), tl.min(first_column)
     down = tl.minimum(tl.max(first_row) + ROW_TAPS, h) - top
     across = tl.minimum(tl.max(first_column) + COLUMN_TAPS, w) - left
@@ -94,7 +109,7 @@ def argmax_kernel(
 
 @on_its_device
 def argmax(logits: torch.Tensor, heights: Sequence[int], widths: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return labels (B, height, width) of logits (B, classes, H, W) resampled through sizes (height, width)."""
+    """Return labels (B, heights[-1], widths[-1]) of logits (B, classes, H, W), resampled through all sizes in turn."""
     batch, classes, h, w = logits.shape
     height, width = heights[-1], widths[-1]
     labels = logits.new_empty(batch, height, width, dtype=dtype)
@@ -103,9 +118,9 @@ def argmax(logits: torch.Tensor, heights: Sequence[int], widths: Sequence[int], 
     row_taps, column_taps = taps_of_chain([h, *heights]), taps_of_chain([w, *widths])
     if max(row_taps, column_taps) > TAPS:
         sizes = list(zip(heights, widths, strict=True))
-        return public(logits, sizes, dtype=dtype, backend="torch")
+        return argmax_in_blocks(logits, sizes, dtype)
     by, bx = 16, 32
-    # Pixels of the box that most tiles read.
+    # Pixels of the box that a tile away from the borders reads.
     box = (-(-by * h // height) + row_taps) * (-(-bx * w // width) + column_taps)
     argmax_kernel[(triton.cdiv(width, bx), triton.cdiv(height, by), batch)](
         nhwc(logits),
@@ -131,7 +146,7 @@ def argmax(logits: torch.Tensor, heights: Sequence[int], widths: Sequence[int], 
 def upsample_argmax(
     logits: torch.Tensor, heights: Sequence[int], widths: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return what the public function of this name says, for sizes (height, width)."""
+    """The operator of `fastuper_kernels.ops.upsample_argmax`, for the sizes zip(heights, widths)."""
     return argmax(logits, heights, widths, dtype)
 
 

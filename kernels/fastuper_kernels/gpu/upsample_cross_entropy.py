@@ -1,8 +1,9 @@
-"""`upsample_cross_entropy` on a GPU: the resampled logits live in registers, in both passes.
+"""`upsample_cross_entropy` on a GPU: the resampled logits stay in registers, in both passes.
 
-Forward, each program compares some pixels of a row with their labels, some classes at a time, and keeps of each pixel
-the logarithm of the sum of its exponentials. Backward, each program owns a tile of coarse pixels and some classes: it
-resamples the logits of the pixels that read these once more, and adds up what they pass back, always in the same order.
+Forward, each program compares consecutive pixels of a row with their labels, a few classes at a time, and writes each
+pixel's loss and the logarithm of the sum of its exponentials. Backward, each program owns a tile of coarse pixels and a
+few classes. It resamples the logits of all pixels that read the tile again, and adds up their gradients, always in the
+same order.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
+from fastuper_kernels.cpu.cross_entropy import Options, losses_in_blocks, whole_cross_entropy
 from fastuper_kernels.gpu.layout import from_nhwc, nhwc, on_its_device
 from fastuper_kernels.gpu.tiles import TAPS, band, taps_of_chain
-from fastuper_kernels.ops.upsample_cross_entropy import Options, of_pytorch, walk
 
-# Pixels of a row that a program of the forward pass compares, and those that one of the backward pass takes at a time.
+# Pixels of a row: of a program of the forward pass, and per step of the backward pass.
 PIXELS, PIXELS_BACK = 32, 16
-# Rows and columns of coarse pixels that a program of the backward pass owns.
+# Rows and columns of coarse pixels of a program of the backward pass.
 ROWS, COLUMNS = 4, 16
-# Classes that a program takes at a time.
+# Classes: per step of the forward pass, and of a program of the backward pass.
 BC = 32
 
 
@@ -31,9 +32,16 @@ def _resampled(
     image, w, rows, row_weights, columns, column_weights, c, C: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Return float32 logits [pixels, classes] of pixels of one row: its band (R taps), and theirs of the columns (K).
+    """Return float32 resampled logits (BX, BC) of pixels of one row.
 
-    Of -inf a weight of zero would make NaN: it counts as a large number. NaN and infinity stay.
+    A logit below -LIMIT counts as -LIMIT: -inf times a weight of zero would be NaN. NaN and +inf stay.
+
+    image: pointer to one image's logits (h, w, C), dense.
+    w: columns of the logits.
+    rows, row_weights: tuples of R scalars, the logit rows that the pixels' row reads, and their weights.
+    columns, column_weights: tuples of K tensors (BX,), the logit columns that each pixel reads, and their weights.
+    c: (BC,) int32, the classes.
+    C: classes of the logits.
     """
     total = tl.zeros((columns[0].shape[0], c.shape[0]), dtype=tl.float32)
     for i in tl.static_range(R):
@@ -48,7 +56,12 @@ def _resampled(
 
 @triton.jit
 def _sum_of_weights(weight, C: tl.constexpr, BC: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    """Return the sum of the classes' weights."""
+    """Return the sum of the classes' weights.
+
+    weight: pointer to (C,) float32; not read without HAS_WEIGHT, where all weights are 1.
+    C: classes.
+    BC: classes per step.
+    """
     total = C * 1.0
     if HAS_WEIGHT:
         c = tl.arange(0, BC)
@@ -61,11 +74,17 @@ def _sum_of_weights(weight, C: tl.constexpr, BC: tl.constexpr, HAS_WEIGHT: tl.co
 
 @triton.jit
 def _readers(first, COUNT: tl.constexpr, sizes, N: tl.constexpr):
-    """Return the outputs [start, stop) of a chain that read any of COUNT inputs from `first` on."""
+    """Return (start, stop): the outputs of a chain of resamplings that may read inputs [first, first + COUNT).
+
+    first: the first input.
+    COUNT: the number of inputs.
+    sizes: a tuple of N + 1 sizes, input size first.
+    N: the number of resamplings.
+    """
     start, last = first, tl.minimum(first + COUNT, sizes[0]) - 1
     for n in tl.static_range(N):
         size_in, size_out = sizes[n], sizes[n + 1]
-        # Output k reads at ((2 k + 1) size_in - size_out) / (2 size_out), and one position away at most.
+        # Output k reads at ((2 k + 1) size_in - size_out) / (2 size_out), and at most one position from there.
         start = tl.maximum(((2 * start - 1) * size_out - size_in) // (2 * size_in), 0)
         last = tl.minimum(((2 * last + 3) * size_out - size_in) // (2 * size_in), size_out - 1)
     return start, last + 1
@@ -92,9 +111,25 @@ def loss_kernel(
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):
-    """Write losses and logs (B, heights[N], widths[N]), log sum exp, of logits (B, heights[0], widths[0], C).
+    """Write the loss of each pixel, and the logarithm of the sum of its exponentials.
 
-    A label that is neither a class nor ignored makes NaN of both.
+    A label that is neither a class nor ignored makes NaN of both. Program: BX pixels of a row of an image.
+
+    logits: pointer to (B, heights[0], widths[0], C), dense.
+    labels: pointer to (B, heights[N], widths[N]) int64, dense.
+    weight: pointer to (C,) float32, the classes' weights, or None without HAS_WEIGHT.
+    losses, logs: pointers to (B, heights[N], widths[N]) float32, dense; written.
+    heights, widths: tuples of N + 1 sizes, the logits' first, the labels' last.
+    ignore_index: the label of pixels without loss.
+    smoothing: the share of a label that is spread over all classes.
+    C: classes.
+    N: the number of resamplings.
+    ROW_TAPS, COLUMN_TAPS: neighbouring logits that a pixel reads along each axis; see `taps_of_chain`.
+    BX: pixels of a program.
+    BC: classes per step.
+    LIMIT: half of float32's largest number.
+    HAS_WEIGHT: False for weights of 1.
+    SMOOTH: False for a smoothing of 0.
     """
     h, w, H, W = heights[0], widths[0], heights[N], widths[N]
     y, x = tl.program_id(1), tl.program_id(0) * BX + tl.arange(0, BX)
@@ -163,7 +198,28 @@ def loss_backward_kernel(
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):
-    """Write out (B, h, w, C): the gradient of logits (B, h, w, C) for a gradient (B, H, W) of the losses."""
+    """Write the gradient of the logits.
+
+    Program: BI x BJ coarse pixels of an image, BC classes.
+
+    grad: pointer to (B, heights[N], widths[N]) float32, the gradient of the losses, dense.
+    logits: pointer to (B, heights[0], widths[0], C), dense.
+    labels: pointer to (B, heights[N], widths[N]) int64, dense.
+    weight: pointer to (C,) float32, the classes' weights, or None without HAS_WEIGHT.
+    logs: pointer to (B, heights[N], widths[N]) float32, from `loss_kernel`.
+    out: pointer to (B, heights[0], widths[0], C), dense; written.
+    heights, widths: tuples of N + 1 sizes, the logits' first, the labels' last.
+    ignore_index: the label of pixels without loss.
+    smoothing: the share of a label that is spread over all classes.
+    C: classes.
+    N: the number of resamplings.
+    ROW_TAPS, COLUMN_TAPS: neighbouring logits that a pixel reads along each axis; see `taps_of_chain`.
+    BI, BJ, BC: rows and columns of coarse pixels, and classes, of a program.
+    BX: pixels of a row per step.
+    LIMIT: half of float32's largest number.
+    HAS_WEIGHT: False for weights of 1.
+    SMOOTH: False for a smoothing of 0.
+    """
     h, w, H, W = heights[0], widths[0], heights[N], widths[N]
     tiles = tl.cdiv(h, BI)
     b = (tl.program_id(2) // tiles).to(tl.int64)
@@ -219,7 +275,7 @@ def loss_backward_kernel(
 def _constants(
     logits: torch.Tensor, weight: torch.Tensor | None, heights: Sequence[int], widths: Sequence[int], smoothing: float
 ) -> dict[str, Any]:
-    """Return what both kernels are compiled for."""
+    """Return the constants that both kernels are compiled for."""
     _, classes, h, w = logits.shape
     return {
         "C": classes,
@@ -234,6 +290,7 @@ def _constants(
 
 
 def _options(heights: Sequence[int], widths: Sequence[int], ignore_index: int, smoothing: float) -> Options:
+    """Return the options of the loss of each pixel, without reduction."""
     return Options(list(zip(heights, widths, strict=True)), ignore_index, smoothing, "none")
 
 
@@ -247,7 +304,17 @@ def forward(
     ignore_index: int,
     smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 losses and logarithms of the sums of exponentials, both (B, height, width)."""
+    """Return the losses, and the logarithms of the sums of exponentials: (B, H, W) float32 each.
+
+    Args:
+        logits: (B, classes, h, w).
+        labels: (B, H, W) int64.
+        weight: (classes,), or None for ones.
+        heights: the heights that the logits are resampled through in turn; the last is H.
+        widths: the widths likewise; the last is W.
+        ignore_index: the label of pixels without loss.
+        smoothing: the share of a label that is spread over all classes.
+    """
     batch, _, h, w = logits.shape
     losses = logits.new_empty(labels.shape, dtype=torch.float32)
     logs = torch.empty_like(losses)
@@ -255,7 +322,8 @@ def forward(
         return losses, logs
     constants = _constants(logits, weight, heights, widths, smoothing)
     if max(constants["ROW_TAPS"], constants["COLUMN_TAPS"]) > TAPS:
-        return walk(logits, labels, weight, _options(heights, widths, ignore_index, smoothing)), logs.zero_()
+        options = _options(heights, widths, ignore_index, smoothing)
+        return losses_in_blocks(logits, labels, weight, options), logs.zero_()
     loss_kernel[(triton.cdiv(widths[-1], PIXELS), heights[-1], batch)](
         nhwc(logits),
         labels.contiguous(),
@@ -285,7 +353,19 @@ def backward(
     ignore_index: int,
     smoothing: float,
 ) -> torch.Tensor:
-    """Return the gradient of the logits, in their dtype and channels_last memory."""
+    """Return the gradient of the logits (B, classes, h, w), in their dtype and in channels_last memory.
+
+    Args:
+        grad: (B, H, W), the gradient of the losses.
+        logits: (B, classes, h, w).
+        labels: (B, H, W) int64.
+        weight: (classes,), or None for ones.
+        logs: (B, H, W) float32, from `forward`.
+        heights: see `forward`.
+        widths: see `forward`.
+        ignore_index: see `forward`.
+        smoothing: see `forward`.
+    """
     batch, classes, h, w = logits.shape
     out = logits.new_empty(batch, h, w, classes)
     if out.numel() == 0:
@@ -293,7 +373,8 @@ def backward(
     constants = _constants(logits, weight, heights, widths, smoothing)
     if max(constants["ROW_TAPS"], constants["COLUMN_TAPS"]) > TAPS:
         gradient = torch.zeros_like(out, dtype=torch.float32)
-        walk(logits, labels, weight, _options(heights, widths, ignore_index, smoothing), gradient, grad)
+        options = _options(heights, widths, ignore_index, smoothing)
+        losses_in_blocks(logits, labels, weight, options, gradient, grad)
         return from_nhwc(gradient.to(logits.dtype))
     loss_backward_kernel[(triton.cdiv(w, COLUMNS), triton.cdiv(classes, BC), batch * triton.cdiv(h, ROWS))](
         grad.contiguous(),
@@ -310,7 +391,7 @@ def backward(
         BJ=COLUMNS,
         BX=PIXELS_BACK,
         num_warps=8,
-        num_stages=1,  # what is loaded ahead would take the registers that the sums need
+        num_stages=1,  # a pipeline of loads would take the registers that the sums need
         **constants,
     )
     return from_nhwc(out)
@@ -326,7 +407,7 @@ def upsample_cross_entropy(
     ignore_index: int,
     smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the losses that the public function of this name reduces, and what their gradient is computed from."""
+    """The operator of `fastuper_kernels.ops.upsample_cross_entropy`, without reduction; see `forward`."""
     return forward(logits, labels, weight, heights, widths, ignore_index, smoothing)
 
 
@@ -348,7 +429,7 @@ def upsample_cross_entropy_backward(
     ignore_index: int,
     smoothing: float,
 ) -> torch.Tensor:
-    """Return what losses with this gradient (B, height, width) pass back to the logits."""
+    """The operator of `upsample_cross_entropy`'s backward pass; see `backward`."""
     return backward(grad, logits, labels, weight, logs, heights, widths, ignore_index, smoothing)
 
 
@@ -358,32 +439,32 @@ def _(grad: torch.Tensor, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return from_nhwc(logits.new_empty(batch, h, w, classes))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    logits, labels, weight, *ctx.how = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels, weight, *ctx.options = inputs
     ctx.save_for_backward(logits, labels, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    result = upsample_cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.how)
+    result = upsample_cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options)
     return result, *[None] * 6
 
 
-def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    grad, logits, labels, weight, _, *ctx.how = inputs
+def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    grad, logits, labels, weight, _, *ctx.options = inputs
     ctx.save_for_backward(grad, logits, labels, weight)
 
 
-def _backward_of_backward(ctx: Any, grad_of_result: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Have PyTorch's operators differentiate twice: a rare wish, for which the resampled logits are made."""
+def _double_backward(ctx: Any, grad_of_result: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Differentiate twice by PyTorch's operators, which make the resampled logits: double backward is rare."""
     grad, logits, labels, weight = ctx.saved_tensors
     with torch.enable_grad():
         grad, logits = grad.detach().requires_grad_(), logits.detach().requires_grad_()
-        losses = of_pytorch(logits.float(), labels, weight, _options(*ctx.how))
+        losses = whole_cross_entropy(logits.float(), labels, weight, _options(*ctx.options))
         (result,) = torch.autograd.grad(losses, logits, grad, create_graph=True)
         first, second = torch.autograd.grad(result, [grad, logits], grad_of_result)
     return first, second, *[None] * 7
 
 
-upsample_cross_entropy.register_autograd(_backward, setup_context=_keep)
-upsample_cross_entropy_backward.register_autograd(_backward_of_backward, setup_context=_keep_for_second)
+upsample_cross_entropy.register_autograd(_backward, setup_context=_save)
+upsample_cross_entropy_backward.register_autograd(_double_backward, setup_context=_save_for_double_backward)

@@ -1,8 +1,9 @@
-"""`upsampled_conv3x3` on a GPU: all levels' products with the nine taps in one launch, then their sum in another.
+"""`upsampled_conv3x3` on a GPU: one launch for the products of all levels with the nine taps, a second for their sum.
 
-The first kernel is a GEMM whose tiles are spread over several maps, so that the small ones share a launch with the
-large: it also computes the branches of a pyramid pooling module. The second gives each program a few rows, columns and
-channels of the result: it resamples a row of products along the columns once, and adds it to every row that it reaches.
+The first kernel is a grouped GEMM: its tiles are spread over several maps, so that small maps share a launch with large
+maps. It also computes the branches of a pyramid pooling module. In the second kernel each program computes a few rows,
+columns and channels of the result: it resamples a row of products along the columns once, and adds it to each of its
+rows that reads the row of products.
 """
 
 from __future__ import annotations
@@ -44,15 +45,31 @@ def products_kernel(
     HAS_SCALE: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Write out (B, pixels of all levels, TAPS, C_OUT): each pixel's channels times its level's weights, tap by tap.
+    """Write relu(products * scale + shift): each pixel's channels times the weights of its level, tap by tap.
 
-    xs: pointers to maps of (B, pixels[l], C_IN), dense inside an image, `x_strides` between images.
-    weights: pointers to (C_OUT, TAPS, C_IN) with the strides that are given, for each level.
-    scale, shift: (LEVELS, C_OUT) float32, applied before ReLU.
+    Program: BM pixels of a level's batch, BN output channels of one tap.
+
+    xs: a tuple of LEVELS pointers to maps (B, pixels[l], C_IN), dense inside each image.
+    weights: a tuple of LEVELS pointers to (C_OUT, TAPS, C_IN), the channels of a tap contiguous.
+    out: pointer to (B, sum of pixels, TAPS, C_OUT), dense inside each image; written.
+    scale, shift: pointers to (LEVELS, C_OUT) float32, or any pointer without HAS_SCALE.
+    B: images.
+    pixels: a tuple of LEVELS numbers, the pixels of an image.
+    x_strides: a tuple of LEVELS numbers, the elements between the images of a map.
+    weight_stride_n, weight_stride_tap: elements between output channels, and between taps, of each weight.
+    out_stride: elements between the images of `out`.
+    C_IN, C_OUT: input and output channels of each level.
+    TAPS: taps of the weights: 9, or 1 for the branches of a pyramid.
+    LEVELS: the number of maps.
+    BM, BN: pixels and output channels of a tile.
+    BK: input channels per step.
+    PRECISION: "tf32" or "ieee", the precision of float32 products.
+    HAS_SCALE: False to leave out scale and shift.
+    RELU: True to clamp negative values to zero.
     """
     blocks: tl.constexpr = (C_OUT + BN - 1) // BN
     tile = tl.program_id(0)
-    # The level whose tile this is: zeros keep what may be a constant from being one.
+    # The tile's level. `+ zero` makes a variable of an argument that Triton may have compiled in as a constant.
     zero = tile * 0
     x, weight, stride, count = xs[0], weights[0], x_strides[0] + zero, pixels[0] + zero
     level, start, first = zero, zero, zero
@@ -75,12 +92,12 @@ def products_kernel(
     k = tl.arange(0, BK)
     x += (b.to(tl.int64) * stride + p.to(tl.int64) * C_IN)[:, None] + k[None, :]
     weight += tap * weight_stride_tap + (channels.to(tl.int64) * weight_stride_n)[:, None] + k[None, :]
-    # Weights times pixels, so that a few pixels do for the tensor cores, which want 64 rows of the left factor.
+    # Weights times pixels: the tensor cores need 64 rows of the left factor, and small maps have fewer pixels.
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for c in range(0, C_IN, BK):
-        some = c + k < C_IN
-        left = tl.load(weight + c, mask=inside[:, None] & some[None, :], other=0.0)
-        right = tl.load(x + c, mask=ok[:, None] & some[None, :], other=0.0)
+        valid_k = c + k < C_IN
+        left = tl.load(weight + c, mask=inside[:, None] & valid_k[None, :], other=0.0)
+        right = tl.load(x + c, mask=ok[:, None] & valid_k[None, :], other=0.0)
         acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
     acc = acc.T
     if HAS_SCALE:
@@ -108,12 +125,21 @@ def gather_kernel(
     BX: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Write out (B, H, W, C): for each level and tap, the products resampled to (H, W) and shifted by the tap.
+    """Write the sum over levels and taps of the products, resampled to (H, W) and shifted by the tap.
 
-    products: pointers to (B, heights[l], widths[l], 9, C), dense inside an image, `image_strides` between images.
+    Program: BY rows, BX columns and BC channels of an image.
+
+    products: a tuple of LEVELS pointers to (B, heights[l], widths[l], 9, C), dense inside each image.
+    out: pointer to (B, H, W, C), dense; written.
+    heights, widths: tuples of LEVELS numbers, the sizes of the levels.
+    image_strides: a tuple of LEVELS numbers, the elements between the images of the products.
+    H, W: the size of the result.
+    C: channels.
+    LEVELS: the number of levels.
+    BY, BX, BC: rows, columns and channels of a program.
     """
     top = tl.program_id(0) // tl.cdiv(W, BX) * BY
-    # Of three dimensions from the start: a row of products is in the threads that add it up.
+    # Three dimensions from the start: each thread holds the values of a row of products that it adds up.
     y = (top + tl.arange(0, BY))[:, None, None]
     x = (tl.program_id(0) % tl.cdiv(W, BX) * BX + tl.arange(0, BX))[None, :, None]
     c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, None, :]
@@ -123,7 +149,7 @@ def gather_kernel(
     for level in tl.static_range(LEVELS):
         h, w = heights[level], widths[level]
         image = products[level] + tl.cast(b, tl.int64) * image_strides[level]
-        # The rows of products that these rows of the result read.
+        # The rows of products that the program's rows read.
         low, _, _ = bilinear(tl.maximum(top - 1, 0), h, H)
         _, high, _ = bilinear(tl.minimum(top + BY, H - 1), h, H)
         for r in range(low, high + 1):
@@ -135,9 +161,9 @@ def gather_kernel(
                     along = tl.where(inside, along, 0.0)
                     against = tl.where(inside, 1.0 - along, 0.0)
                     at = image + (tl.cast(r, tl.int64) * w * 9 + dy * 3 + dx) * C
-                    one = tl.load(at + left * (9 * C) + c, mask=mask, other=0.0)
-                    two = tl.load(at + right * (9 * C) + c, mask=mask, other=0.0)
-                    line += one.to(tl.float32) * against + two.to(tl.float32) * along
+                    near = tl.load(at + left * (9 * C) + c, mask=mask, other=0.0)
+                    far = tl.load(at + right * (9 * C) + c, mask=mask, other=0.0)
+                    line += near.to(tl.float32) * against + far.to(tl.float32) * along
                 acc += hat(y + dy - 1, r, h, H) * line
     at = out + ((tl.cast(b, tl.int64) * H + y) * W + x) * C + c
     tl.store(at, acc.to(out.dtype.element_ty), mask=(y < H) & mask)
@@ -152,15 +178,15 @@ def products_of(
     relu: bool = False,
     config: GroupConfig | None = None,
 ) -> torch.Tensor:
-    """Return (B, pixels of all levels, taps, C_out): each pixel's channels times the weights of its level.
+    """Return each pixel's channels times the weights of its level: (B, pixels of all levels, taps, C_out).
 
     Args:
-        levels: maps (B, pixels, C), dense inside each image; of one number of channels.
-        taps: (C_out, taps, C) for each level, the channels of a tap side by side.
-        scale: (levels, C_out) float32, with `shift` applied to the products before ReLU.
-        shift: see there.
-        relu: whether negative results become zero.
-        config: the kernel's configuration, a heuristic's where not given.
+        levels: maps (B, pixels, C), dense inside each image, all with the same C.
+        taps: (C_out, taps, C) for each level, the channels of a tap contiguous.
+        scale: (levels, C_out) float32; the result is relu(products * scale + shift). None for ones.
+        shift: (levels, C_out) float32; given if scale is.
+        relu: True to clamp negative values to zero.
+        config: the kernel's configuration; None for a heuristic's.
     """
     batch, channels = levels[0].shape[0], levels[0].shape[2]
     channels_out, count, _ = taps[0].shape
@@ -203,12 +229,12 @@ def products_of(
 
 @on_its_device
 def gather(products: Sequence[torch.Tensor], sizes: Sequence[Any], out: torch.Tensor) -> None:
-    """Write the sum of resampled and shifted products to out (B, H, W, C).
+    """Write the sum over levels and taps of resampled and shifted products.
 
     Args:
         products: (B, h * w, 9, C) for each level, dense inside each image.
         sizes: (h, w) of each level.
-        out: see there; dense.
+        out: (B, H, W, C), dense; written.
     """
     batch, height, width, channels = out.shape
     block = min(triton.next_power_of_2(channels), 64)
@@ -230,7 +256,7 @@ def gather(products: Sequence[torch.Tensor], sizes: Sequence[Any], out: torch.Te
 
 
 def pixels_of(x: torch.Tensor) -> torch.Tensor:
-    """Return x (B, C, H, W) as (B, H * W, C), dense inside each image: a view where it is one already."""
+    """Return x (B, C, H, W) as (B, H * W, C), dense inside each image: a view if x's memory allows, else a copy."""
     batch, channels, height, width = x.shape
     image = x.permute(0, 2, 3, 1)
     dense = (
@@ -243,7 +269,14 @@ def pixels_of(x: torch.Tensor) -> torch.Tensor:
 def upsampled_conv3x3(
     levels: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], height: int, width: int
 ) -> torch.Tensor:
-    """Return what the public function of this name says, in channels_last memory."""
+    """The operator of `fastuper_kernels.ops.upsampled_conv3x3`, without `strip`; the result is in channels_last memory.
+
+    Args:
+        levels: maps (B, C_l, H_l, W_l).
+        weights: (C_out, C_l, 3, 3) for each level.
+        height: of the result.
+        width: of the result.
+    """
     batch, channels_out = levels[0].shape[0], weights[0].shape[0]
     out = levels[0].new_empty(batch, height, width, channels_out)
     if out.numel() == 0:
@@ -264,56 +297,77 @@ def _(levels: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], height: i
     return from_nhwc(levels[0].new_empty(levels[0].shape[0], height, width, weights[0].shape[0]))
 
 
-@torch.library.custom_op("fastuper::taps_transposed", mutates_args=())
-def taps_transposed(grad: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the products' gradient (B, height * width, 9, C) for that of their sum, grad (B, C, H, W)."""
+@torch.library.custom_op("fastuper::upsampled_conv3x3_backward", mutates_args=())
+def upsampled_conv3x3_backward(grad: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The operator of the backward pass of `gather`, for one level.
+
+    Args:
+        grad: (B, C, H, W), the gradient of the result.
+        height: of the level.
+        width: of the level.
+
+    Returns:
+        The gradient of the level's products, (B, height * width, 9, C).
+    """
     batch, channels = grad.shape[:2]
     image = grad.permute(0, 2, 3, 1).contiguous()
     return transposed(image, (height, width), 3).view(batch, height * width, 9, channels)
 
 
-@taps_transposed.register_fake
+@upsampled_conv3x3_backward.register_fake
 def _(grad: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return grad.new_empty(grad.shape[0], height * width, 9, grad.shape[1])
 
 
-@torch.library.custom_op("fastuper::taps_gathered", mutates_args=())
-def taps_gathered(products: torch.Tensor, size: Sequence[int], height: int, width: int) -> torch.Tensor:
-    """Return the sum (B, C, height, width) of a level's resampled products (B, h * w, 9, C); its size is (h, w)."""
+@torch.library.custom_op("fastuper::upsampled_conv3x3_double_backward", mutates_args=())
+def upsampled_conv3x3_double_backward(
+    products: torch.Tensor, size: Sequence[int], height: int, width: int
+) -> torch.Tensor:
+    """The operator of the backward pass of `upsampled_conv3x3_backward`: `gather` of one level's products.
+
+    Args:
+        products: (B, h * w, 9, C).
+        size: (h, w) of the level.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        (B, C, height, width) in channels_last memory.
+    """
     out = products.new_empty(len(products), height, width, products.shape[3])
     if out.numel():
         gather([products.contiguous()], [tuple(size)], out)
     return from_nhwc(out)
 
 
-@taps_gathered.register_fake
+@upsampled_conv3x3_double_backward.register_fake
 def _(products: torch.Tensor, size: Sequence[int], height: int, width: int) -> torch.Tensor:
     return from_nhwc(products.new_empty(len(products), height, width, products.shape[3]))
 
 
-def _keep_fine(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_sizes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     grad, height, width = inputs
     ctx.sizes = (height, width), *grad.shape[2:]
 
 
-def _keep_coarse(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_level_size(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.size = inputs[1]
 
 
 def _to_fine(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    return taps_gathered(grad, *ctx.sizes), None, None
+    return upsampled_conv3x3_double_backward(grad, *ctx.sizes), None, None
 
 
 def _to_coarse(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-    return taps_transposed(grad, *ctx.size), None, None, None
+    return upsampled_conv3x3_backward(grad, *ctx.size), None, None, None
 
 
-# Each is the other's transpose, so that gradients of gradients are theirs too.
-taps_transposed.register_autograd(_to_fine, setup_context=_keep_fine)
-taps_gathered.register_autograd(_to_coarse, setup_context=_keep_coarse)
+# Each operator is the other's transpose, and so its backward pass: gradients of any order need no third operator.
+upsampled_conv3x3_backward.register_autograd(_to_fine, setup_context=_save_sizes)
+upsampled_conv3x3_double_backward.register_autograd(_to_coarse, setup_context=_save_level_size)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     levels, weights, _, _ = inputs
     ctx.count = len(levels)
     ctx.save_for_backward(*levels, *weights)
@@ -329,20 +383,20 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 def _level_backward(
     grad: torch.Tensor, level: torch.Tensor, weight: torch.Tensor, needs_level: bool, needs_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of a level and of its weight: two GEMMs at the level's own resolution."""
+    """Return the gradients of a level (B, C, h, w) and of its weight (C_out, C, 3, 3), by two GEMMs."""
     if not needs_level and not needs_weight:
         return None, None
     batch, channels, height, width = level.shape
     channels_out = weight.shape[0]
     taps = weight.permute(2, 3, 0, 1).reshape(9 * channels_out, channels)
-    products = taps_transposed(grad, height, width).view(batch * height * width, 9 * channels_out)
+    products = upsampled_conv3x3_backward(grad, height, width).view(batch * height * width, 9 * channels_out)
     level_grad = weight_grad = None
     if needs_level:
         level_grad = from_nhwc((products @ taps).view(batch, height, width, channels))
     if needs_weight:
-        flat = level.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
-        weight_grad = (products.T @ flat).view(3, 3, channels_out, channels).permute(2, 3, 0, 1)
+        positions = level.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+        weight_grad = (products.T @ positions).view(3, 3, channels_out, channels).permute(2, 3, 0, 1)
     return level_grad, weight_grad
 
 
-upsampled_conv3x3.register_autograd(_backward, setup_context=_keep)
+upsampled_conv3x3.register_autograd(_backward, setup_context=_save)

@@ -1,1 +1,1 @@
-"""The operations: signature, checks, definition (`reference`), and which way each call takes."""
+"""The operations: signature, checks, definition (`reference`), and the way that each call takes."""

@@ -1,4 +1,4 @@
-"""BatchNorm in evaluation: a scale and a shift of each channel."""
+"""BatchNorm in evaluation as a scale and a shift of each channel."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def fold_norm(
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (scale, shift) with `batch_norm(x) = x * scale + shift`, as running statistics and parameters give them.
+    """Return (scale, shift) of a BatchNorm in evaluation: `batch_norm(x) = x * scale + shift`.
 
-    Where gradients are wanted PyTorch's operators are taken on every device.
+    If an operand requires a gradient, PyTorch's operators run on every device.
 
     Args:
         mean: the running mean, (C,).
         var: the running variance, (C,).
-        weight: (C,); None for one.
-        bias: (C,); None for zero.
-        eps: what is added to the variance.
+        weight: (C,); None for ones.
+        bias: (C,); None for zeros.
+        eps: the number added to the variance.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
-        scale and shift, (C,), in float32 at least.
+        scale and shift, (C,) each, in float32 at least.
 
     Raises:
-        ValueError: the vectors differ in size; or a backend that cannot take them.
+        ValueError: the vectors differ in size, or the backend cannot take them.
     """
     given = (mean, var, weight, bias)
     if any(vector is not None and vector.shape != (len(mean),) for vector in given):

@@ -1,4 +1,4 @@
-"""All branches of a pyramid pooling module: means over each grid, and on each cell conv 1x1, BatchNorm, ReLU."""
+"""All branches of a pyramid pooling module: the means over each grid's cells, then conv 1x1, BatchNorm and ReLU."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def pool_conv_bn_relu(
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Return `relu(conv1x1(mean over s x s cells) * scale + shift)` for each branch.
+    """Return `relu(conv1x1(means of x over s x s cells) * scale + shift)` for each branch.
 
     Args:
         x: (B, C, H, W).
-        scales: cells along each side, one number a branch.
-        weights: (C_out, C, 1, 1), one a branch.
-        scale: (C_out,), one a branch: with `shift` a BatchNorm in evaluation.
-        shift: (C_out,), one a branch.
+        scales: for each branch the number s of cells along each side.
+        weights: for each branch (C_out, C, 1, 1).
+        scale: for each branch (C_out,): with `shift` a BatchNorm in evaluation.
+        shift: for each branch (C_out,).
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
         (B, sum of s * s, C_out): for each branch in turn its cells, row by row.
 
     Raises:
-        ValueError: the branches' weights are not as many as the scales, shapes do not fit, or x and the weights are
-            of several dtypes; or a backend that cannot take them.
+        ValueError: scales, weights, scale and shift differ in length, shapes do not fit, x and the weights have several
+            dtypes, or the backend cannot take the operands.
     """
     if not len(scales) == len(weights) == len(scale) == len(shift):
         counts = (len(scales), len(weights), len(scale), len(shift))
-        raise ValueError(f"scales, weights, scale and shift must be as many, one a branch; got {counts}")
+        raise ValueError(f"scales, weights, scale and shift must have one entry per branch; got {counts}")
     shape = (weights[0].shape[0], x.shape[1], 1, 1) if len(weights) and x.ndim == 4 else None
     if shape is not None and any(weight.shape != shape for weight in weights):
         raise ValueError(f"weights must all be {tuple(shape)}, got {[tuple(weight.shape) for weight in weights]}")

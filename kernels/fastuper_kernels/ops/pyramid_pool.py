@@ -1,4 +1,4 @@
-"""Averages of a map over grids of several scales: the pooling of PSPNet's pyramid (https://arxiv.org/abs/1612.01105)."""
+"""Means of a map over grids of several scales: the pooling of PSPNet's pyramid (https://arxiv.org/abs/1612.01105)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fastuper_kernels.dispatch.modes import is_eager, is_ordinary, without_autoc
 
 
 def pyramid_pool(x: torch.Tensor, scales: Sequence[int], *, backend: str = "auto") -> torch.Tensor:
-    """Return the means of a map over s x s cells for each scale s, as `F.adaptive_avg_pool2d` divides it.
+    """Return the means of a map over s x s cells for each scale s; the cells are those of `F.adaptive_avg_pool2d`.
 
-    The rows of all scales are pooled in one read of the map, by one small matrix.
+    One small matrix pools the rows for all scales, in one read of the map.
 
     Args:
         x: (B, C, H, W).
-        scales: cells along each side.
+        scales: the numbers s of cells along each side.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
-        (B, sum of s * s, C): for each scale in turn its cells, row by row; of x's dtype, added up in float32 at least.
+        (B, sum of s * s, C): for each scale in turn its cells, row by row; in x's dtype, added up in float32 at least.
 
     Raises:
-        ValueError: no scales, or one below 1; x is no map, or an empty one; a backend that cannot take it.
+        ValueError: no scales, or a scale below 1; x is not a map, or is empty; or the backend cannot take x.
     """
     if not scales or min(scales) < 1:
-        raise ValueError(f"scales must be one or more numbers from 1, got {list(scales)}")
+        raise ValueError(f"scales must be one or more positive numbers, got {list(scales)}")
     if x.ndim != 4 or min(x.shape[2:]) < 1 or not x.is_floating_point():
         raise ValueError(f"x must be (B, C, H, W) of floating-point numbers, got {tuple(x.shape)} of {x.dtype}")
     if takes_triton(backend, x):
@@ -40,7 +40,7 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int], *, backend: str = "auto
         return reference(x, scales)
     batch, channels, height, width = x.shape
     wide = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32))
-    with without_autocast(x):  # a mean in bfloat16 weights would be off by the same share everywhere
+    with without_autocast(x):  # weights rounded to bfloat16 would scale all means by the same wrong factor
         rows = torch.cat([pool_matrix(height, scale, wide.dtype, wide.device) for scale in scales])
         pooled = rows @ wide.reshape(batch, height, width * channels)
         cells = []
@@ -51,7 +51,7 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int], *, backend: str = "auto
 
 
 def grids(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
-    """Return `pyramid_pool`'s cells (B, sum of s * s, C) as a map (B, C, s, s) for each scale s; views of them."""
+    """Return the cells (B, sum of s * s, C) of `pyramid_pool` as a view (B, C, s, s) for each scale s."""
     parts = cells.transpose(1, 2).split([scale * scale for scale in scales], dim=2)
     return [part.unflatten(2, (scale, scale)) for part, scale in zip(parts, scales, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The step of a feature pyramid's top-down path: a coarser level, resampled, added to a finer one."""
+"""The step of a feature pyramid's top-down path: a coarser level is resampled and added to a finer level."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ def upsample_add(x: torch.Tensor, lateral: torch.Tensor, *, backend: str = "auto
 
     Args:
         x: the coarser level, (B, C, h, w).
-        lateral: the finer level, (B, C, H, W), of the same dtype and device.
+        lateral: the finer level, (B, C, H, W), of the same dtype and on the same device.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
         (B, C, H, W).
 
     Raises:
-        ValueError: the two are no maps, or empty ones, or differ in batch, channels or dtype (which, under autocast,
-            they may: the sum is then of the wider one); or a backend that cannot take them.
+        ValueError: x or lateral is not a map or is empty, the two differ in batch, channels or dtype, or the backend
+            cannot take them. Under autocast the dtypes may differ; the sum then has the wider dtype.
     """
     if not x.ndim == lateral.ndim == 4:
         raise ValueError(f"x and lateral must be (B, C, H, W), got {tuple(x.shape)} and {tuple(lateral.shape)}")
     if x.shape[:2] != lateral.shape[:2]:
         raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must agree in batch and channels")
-    if 0 in x.shape[2:] or 0 in lateral.shape[2:]:  # the least of all would be another graph for each order of sizes
+    if 0 in x.shape[2:] or 0 in lateral.shape[2:]:  # not min(): Dynamo would compile a graph for each order of sizes
         raise ValueError(f"x {tuple(x.shape)} and lateral {tuple(lateral.shape)} must not be empty")
     check_dtypes(x=x, lateral=lateral)
     if x.dtype == lateral.dtype and takes_triton(backend, x, lateral):
@@ -39,5 +39,5 @@ def upsample_add(x: torch.Tensor, lateral: torch.Tensor, *, backend: str = "auto
 
 
 def reference(x: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
-    """The definition of `upsample_add`, and on a CPU the quickest way too."""
+    """The definition of `upsample_add`, and the fastest way on a CPU."""
     return lateral + F.interpolate(x, size=lateral.shape[2:], mode="bilinear", align_corners=False)
