@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastuper.models.heads.upernet
+import fastuper.models.heads.strips
 from fastuper_kernels.cpu import band, packs
 from tests.models.heads import Listed, as_written, error, feature_maps, head, randomize
 from tests.models.test_upernet import model as small_model
@@ -409,6 +409,6 @@ def test_strips_keep_nothing_more(monkeypatch):
     with torch.no_grad():
         model(maps)
         before = packs.packed_bytes()
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+        monkeypatch.setattr(fastuper.models.heads.strips, "STRIP_BYTES", 1)
         model(maps)
     assert packs.packed_bytes() == before

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import fastuper.models.heads.upernet
+import fastuper.models.heads.strips
 import fastuper_kernels.cpu.packs as packs
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper_kernels.cpu import winograd
@@ -292,7 +292,7 @@ def test_frozen_norms_train_with_their_statistics():
 def test_strips_look_at_a_weight_once_a_call(monkeypatch):
     """Many times for each strip would be many times the weights' bytes; and the next call looks again."""
     model, maps = head(64), feature_maps(2, [(40, 48), (20, 24), (10, 12), (5, 6)])
-    monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+    monkeypatch.setattr(fastuper.models.heads.strips, "STRIP_BYTES", 1)
     looked = []
     fingerprint = packs.fingerprint
     monkeypatch.setattr(packs, "fingerprint", lambda weight: looked.append(weight.data_ptr()) or fingerprint(weight))

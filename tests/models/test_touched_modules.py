@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
-import fastuper.models.heads.upernet
+import fastuper.models.heads.strips
+from fastuper.models.heads.conv_module import ConvModule, is_fusible
 from fastuper.models.untouched import is_untouched
 from tests.models.heads import as_written, error, feature_maps, head, randomize
 
@@ -33,7 +34,7 @@ CONVOLUTIONS = [
 def strips(request, monkeypatch):
     """Run each test once with maps that are small, and once with maps that would run in strips."""
     if request.param:
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+        monkeypatch.setattr(fastuper.models.heads.strips, "STRIP_BYTES", 1)
     return request.param
 
 
@@ -57,9 +58,9 @@ def place(model, name, module):
 
 def is_taken(model):
     """Return whether the hand-written path is taken for every convolution of a head."""
-    modules = [module for module in model.modules() if isinstance(module, fastuper.models.heads.upernet.ConvModule)]
+    modules = [module for module in model.modules() if isinstance(module, ConvModule)]
     with torch.no_grad():
-        return all(fastuper.models.heads.upernet.is_fusible(module) and module.is_folding() for module in modules)
+        return all(is_fusible(module) and module.is_foldable() for module in modules)
 
 
 def test_an_untouched_head(strips):
@@ -239,7 +240,7 @@ class Centred(nn.BatchNorm2d):
 def test_other_norms(kind, training, strips):
     model = head().train(training)
     for module in list(model.modules()):
-        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+        if isinstance(module, ConvModule):
             module.batch_norm = randomize(NORMS[kind](12)).train(training)
     other, maps = copy.deepcopy(model), feature_maps()
     with torch.no_grad():
@@ -251,7 +252,7 @@ def test_other_norms(kind, training, strips):
 def test_convert_sync_batchnorm(strips):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(head())
     assert not is_taken(model)
-    assert all(fastuper.models.heads.upernet.is_fusible(module) for module in model.lateral_convs)
+    assert all(is_fusible(module) for module in model.lateral_convs)
     assert error(check(model), check(head())) < 2e-6
 
 
@@ -259,7 +260,7 @@ def test_convert_sync_batchnorm(strips):
 def test_other_activations(kind, strips):
     model = head()
     for module in list(model.modules()):
-        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+        if isinstance(module, ConvModule):
             module.activation = kind()
     check(model)
 
@@ -297,7 +298,7 @@ BLOCKS = ["fpn_bottleneck", "bottleneck", "lateral_convs.0", "lateral_convs.1", 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_blocks_of_other_kernels(name, kernel_size, strips):
     model, original = head(), head()
-    new = fastuper.models.heads.upernet.ConvModule(model.get_submodule(name).conv.in_channels, 12, kernel_size)
+    new = ConvModule(model.get_submodule(name).conv.in_channels, 12, kernel_size)
     place(model, name, randomize(new, seed=1).eval())
     check(model, original)
     maps, other = feature_maps(), copy.deepcopy(model.train())
@@ -308,15 +309,15 @@ def test_blocks_of_other_kernels(name, kernel_size, strips):
 
 def test_branches_of_several_widths(strips):
     model = head()
-    model.psp_modules[1][1] = randomize(fastuper.models.heads.upernet.ConvModule(24, 7, 1)).eval()
-    model.bottleneck = randomize(fastuper.models.heads.upernet.ConvModule(24 + 3 * 12 + 7, 12, 3)).eval()
+    model.psp_modules[1][1] = randomize(ConvModule(24, 7, 1)).eval()
+    model.bottleneck = randomize(ConvModule(24 + 3 * 12 + 7, 12, 3)).eval()
     check(model)
 
 
 def test_levels_of_several_widths(strips):
     model = head()
-    model.fpn_convs[0] = randomize(fastuper.models.heads.upernet.ConvModule(12, 9, 3)).eval()
-    model.fpn_bottleneck = randomize(fastuper.models.heads.upernet.ConvModule(9 + 36, 12, 3)).eval()
+    model.fpn_convs[0] = randomize(ConvModule(12, 9, 3)).eval()
+    model.fpn_bottleneck = randomize(ConvModule(9 + 36, 12, 3)).eval()
     check(model)
 
 
@@ -452,7 +453,7 @@ def test_fused_convolutions_and_norms(strips):
     """What `torch.nn.utils.fusion` makes: a convolution with a bias, and no norm."""
     model = head()
     for module in list(model.modules()):
-        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+        if isinstance(module, ConvModule):
             module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.batch_norm)
             module.batch_norm = nn.Identity()
     assert error(check(model), check(head())) < 4e-6

@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fastuper.models.heads.upernet
 from fastuper import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper.models.heads import strips
+from fastuper.models.heads.conv_module import ConvModule
 from fastuper_kernels import upsampled_conv3x3
 from fastuper_kernels.cpu.linear import linear
 from tests.models.heads import Listed, as_written, error, feature_maps, head, randomize
@@ -104,7 +105,7 @@ def test_other_norms(kind, training):
     """
     model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
     for module in list(model.modules()):
-        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+        if isinstance(module, ConvModule):
             module.batch_norm, module.activation = randomize(NORMS[kind](HIDDEN)), nn.SiLU()
     single = copy.deepcopy(model.train(training))
     other = copy.deepcopy(model).double()
@@ -166,10 +167,10 @@ def test_the_check_sees_the_network_as_written():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
-def test_inference(dtype, strips, monkeypatch):
-    if strips:
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+@pytest.mark.parametrize("in_strips", [False, True], ids=["whole", "strips"])
+def test_inference(dtype, in_strips, monkeypatch):
+    if in_strips:
+        monkeypatch.setattr(strips, "STRIP_BYTES", 1)
     model, maps = head(HIDDEN).to(dtype), feature_maps(sizes=SIZES, dtype=dtype)
     with torch.no_grad():
         assert_narrow(profiled(lambda: model(maps)), 2)
@@ -225,19 +226,15 @@ def test_the_last_steps_in_strips_need_no_more_for_larger_maps(monkeypatch):
     def run(factor):
         maps = feature_maps(1, [(factor * h, w) for h, w in SIZES])
         with torch.no_grad():
-            above = model.pyramid_pooling(maps[-1])
-            levels = [above]
-            for i in (2, 1):
-                above = model.add_lateral(model.lateral_convs[i], maps[i], above)
-                levels.insert(0, model.fpn_convs[i](above))
-            model.in_strips(maps[0], above, levels)
+            levels, above = model.top_down(maps[1:-1], model.pool(maps[-1]))
+            strips.tail(model, maps[0], above, levels)
             logits = 4 * 5 * factor * SIZES[0][0] * SIZES[0][1]
-            return peak(lambda: model.in_strips(maps[0], above, levels)) - logits
+            return peak(lambda: strips.tail(model, maps[0], above, levels)) - logits
 
-    monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 4 * HIDDEN * SIZES[0][1] * 16)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 4 * HIDDEN * SIZES[0][1] * 16)
     small, large = run(4), run(16)
     assert large < 1.1 * small
-    monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1 << 40)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 1 << 40)
 
 
 # Strips --------------------------------------------------------------------------------------------------------------
@@ -268,8 +265,8 @@ def test_strips_give_the_same_logits(dtype, sizes, hidden_size, monkeypatch):
         others = as_written(copy.deepcopy(model).to(**wide), [x.to(**wide) for x in maps])
         written = max(error(other, truth) for other in (as_written(model, maps), others))
         whole = model(maps)
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
-        assert model.runs_in_strips(maps[0])
+        monkeypatch.setattr(strips, "STRIP_BYTES", 0)
+        assert strips.apply_to(model, maps)
         result = model(maps)
     assert result.dtype == whole.dtype == dtype
     eps = torch.finfo(dtype).eps
@@ -285,8 +282,8 @@ def test_strips_of_any_height(rows, monkeypatch):
     model, maps = head(HIDDEN), feature_maps(1, [(77, 10), (39, 5), (20, 3), (10, 2)])
     with torch.no_grad():
         expected = model(maps)
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 4 * HIDDEN * 10 * rows)
-        assert model.runs_in_strips(maps[0])
+        monkeypatch.setattr(strips, "STRIP_BYTES", 4 * HIDDEN * 10 * rows)
+        assert strips.apply_to(model, maps)
         assert error(model(maps), expected) < 1e-6
 
 
@@ -294,10 +291,10 @@ def test_strips_of_any_height(rows, monkeypatch):
 
 
 @pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
-def test_logits_are_contiguous(family, strips, monkeypatch):
-    if strips:
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
+@pytest.mark.parametrize("in_strips", [False, True], ids=["whole", "strips"])
+def test_logits_are_contiguous(family, in_strips, monkeypatch):
+    if in_strips:
+        monkeypatch.setattr(strips, "STRIP_BYTES", 0)
     model, pixels = randomize(small_model(family, hidden_size=16)), torch.randn(2, 3, 70, 90)
     odd = torch.randn(2, 3, 90, 140).transpose(2, 3)[:, :, ::2]
     layouts = {
@@ -334,11 +331,11 @@ def test_logits_of_a_model_in_channels_last():
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
-def test_autocast(cast, training, strips, monkeypatch):
+@pytest.mark.parametrize("in_strips", [False, True], ids=["whole", "strips"])
+def test_autocast(cast, training, in_strips, monkeypatch):
     """The head's logits have autocast's dtype, as those of the network written in PyTorch's modules; weights stay."""
-    if strips:
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
+    if in_strips:
+        monkeypatch.setattr(strips, "STRIP_BYTES", 0)
     model, maps = head(HIDDEN).train(training), feature_maps(sizes=SIZES)
     other = copy.deepcopy(model)
     with torch.set_grad_enabled(training):
