@@ -224,7 +224,7 @@ def test_a_loss_over_several_batches():
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     torch.testing.assert_close(total, network(**whole).loss)
     torch.testing.assert_close(network(**whole, num_items_in_batch=int(valid)).loss, network(**whole).loss)
-    with pytest.raises(ValueError, match="num_items_in_batch is what the loss is divided by: give labels too"):
+    with pytest.raises(ValueError, match="num_items_in_batch divides the loss: give labels too"):
         network(parts[0]["pixel_values"], num_items_in_batch=3)
 
 
@@ -374,9 +374,11 @@ def test_options_of_checkpointing():
     assert network.decode_head.gradient_checkpointing
     with pytest.raises(ValueError, match="offload=True"):
         network.activation_checkpointing_enable(offload=True)
-    for said in ({"use_reentrant": True}, {"every": 2}):
-        with pytest.raises(ValueError, match="gradient checkpointing has use_reentrant=False and every_n_layers"):
-            network.gradient_checkpointing_enable(said)
+    for options in ({"use_reentrant": True}, {"every": 2}):
+        with pytest.raises(
+            ValueError, match="gradient checkpointing supports only use_reentrant=False and every_n_layers"
+        ):
+            network.gradient_checkpointing_enable(options)
 
 
 @pytest.mark.exhaustive

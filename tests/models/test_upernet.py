@@ -131,14 +131,14 @@ def auxiliary_loss_of_one(one, pixels, labels):
 def test_labels_of_what_is_not_finite(network, value):
     pixels = torch.zeros(1, 3, 32, 32)
     pixels[0, 1, 31, 0] = value
-    with pytest.raises(ValueError, match=r"logits are not finite.*pixel_values hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"logits are not finite.*: pixel_values contain NaN or infinity"):
         network.segment(pixels)
 
 
 def test_labels_of_weights_that_are_not_finite(network):
     broken = copy.deepcopy(network)
     torch.nn.init.constant_(broken.decode_head.classifier.bias, float("nan"))
-    with pytest.raises(ValueError, match=r"not finite.*: the weights are not, or they overflow torch\.float32"):
+    with pytest.raises(ValueError, match=r"not finite.*: weights are not finite, or they overflow torch\.float32"):
         broken.segment(torch.zeros(1, 3, 32, 32))
 
 

@@ -141,8 +141,8 @@ def test_attentions_are_returned_whenever_they_are_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"auxiliary_in_channels": 39}, "auxiliary_in_channels=39, but the map that it reads has 40 channels"),
-        ({"auxiliary_num_convs": 0}, "the 40 channels of the feature map must be auxiliary_channels, which is 20"),
+        ({"auxiliary_in_channels": 39}, "auxiliary_in_channels=39, but feature map 3 has 40 channels"),
+        ({"auxiliary_num_convs": 0}, "auxiliary_channels must be the 40 channels of the feature map, got 20"),
     ],
     ids=["in-channels", "no-convs"],
 )
@@ -188,7 +188,7 @@ def test_an_image_alone_is_trained_on(family, caplog):
     pixels, labels = images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         theirs(pixels, labels=labels)
-    untouched._say_once.cache_clear()
+    untouched._warn_once.cache_clear()
     norms = {name: copy.deepcopy(norm) for name, norm in ours.named_modules() if isinstance(norm, nn.BatchNorm2d)}
     for _ in range(2):
         ours(pixels, labels=labels).loss.backward()

@@ -54,6 +54,7 @@ def test_outputs_are_transformers_own_once_it_is_imported():
     for other in copies:
         assert list(other) == ["logits"]
         assert torch.equal(other.logits, output.logits)
+    assert '"fastuper.SemanticSegmenterOutput.transformers"' in torch.utils._pytree.treespec_dumps(spec)
 
 
 def test_our_processor_in_the_pipeline():
