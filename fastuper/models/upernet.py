@@ -19,13 +19,9 @@ from fastuper.models.heads.fcn import FCNHead
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.inputs import TargetSizes, check_labels, check_pixels, check_target_sizes
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
-from fastuper.models.pretrained import (
-    CheckpointError,
-    PretrainedMixin,
-    backbone_state_dict,
-    read_weights,
-    rename_on_load,
-)
+from fastuper.models.pretrained import PretrainedMixin, backbone_state_dict, rename_on_load
+from fastuper.weights.errors import CheckpointError
+from fastuper.weights.reading import read_weights
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
