@@ -177,7 +177,7 @@ def _some(names: Iterable[str], count: int = 3) -> str:
     return (", ".join(names[:count]) + (", ..." if len(names) > count else "")) or "none at all"
 
 
-# -------------------------------------------------------------------------------------------------- as a PreTrainedModel
+# ------------------------------------------------------------------------------------------------- as a PreTrainedModel
 
 
 class KnownToTransformers:
