@@ -55,7 +55,7 @@ def tiny_config(backbone="convnext", **values):
 
 
 def tiny_model(backbone="convnext", seed=0, **values):
-    """A model none of whose tensors has the value it was built with."""
+    """Return a model whose tensors all differ from their initial values."""
     torch.manual_seed(seed)
     model = UperNetForSemanticSegmentation(tiny_config(backbone, **values)).eval()
     with torch.no_grad():
@@ -68,7 +68,7 @@ def tiny_model(backbone="convnext", seed=0, **values):
 
 
 def names_of_version_5(state_dict):
-    """What a Swin UPerNet's state dict looks like in Transformers 5's memory; written out, not derived."""
+    """Return the state dict of a Swin UPerNet with the names that Transformers 5 has in memory."""
     renamed = {}
     for name, tensor in state_dict.items():
         if name.endswith("relative_position_index"):
@@ -94,7 +94,7 @@ def folder_contents(folder):
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that a tensor nobody filled is seen."""
+    """Fill new memory with NaN, so that a tensor without values is found."""
     empty_like = torch.empty_like
 
     def poisoned(*args, **kwargs):
@@ -239,7 +239,7 @@ def test_backbone_state_dict_of_something_else():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder with a tiny ConvNeXt UPerNet, not to be written to, and the model."""
+    """Return a read-only folder with a tiny ConvNeXt UPerNet, and the model."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = tiny_model()
     model.save_pretrained(folder)
@@ -251,7 +251,7 @@ def load(folder, **kwargs):
 
 
 def rewrite(folder, change):
-    """Let `change` edit the tensors of a folder's model.safetensors."""
+    """Apply `change` to the tensors of a folder's model.safetensors."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -275,8 +275,8 @@ def test_round_trip(tmp_path, backbone, poisoned_memory, caplog):
     torch.testing.assert_close(other(pixels).logits, model(pixels).logits, rtol=0, atol=0)
 
 
-def test_no_tensor_is_left_unset(tmp_path, poisoned_memory):
-    """Whatever is missing gets an initial value, the buffers included."""
+def test_every_missing_tensor_is_initialised(tmp_path, poisoned_memory):
+    """Missing tensors get initial values, buffers too."""
     model = tiny_model("swin")
     model.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: [tensors.pop(n) for n in list(tensors) if n != "decode_head.classifier.weight"])
@@ -332,7 +332,7 @@ def test_dtype(tmp_path, asked, expected, in_config):
     assert_same(theirs, other.state_dict())
 
 
-def test_the_configs_dtype_goes_before_that_of_the_weights(tmp_path):
+def test_the_dtype_of_the_configuration_precedes_that_of_the_weights(tmp_path):
     tiny_model().half().save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     del values["dtype"]
@@ -411,7 +411,7 @@ def test_the_same_number_of_classes_keeps_their_names(tmp_path):
     assert load(tmp_path, num_labels=3, loss_ignore_index=0).config.id2label == {0: "road", 1: "sky", 2: "tree"}
 
 
-def test_missing_and_unexpected_are_told(tmp_path, caplog, poisoned_memory):
+def test_missing_and_unexpected_tensors_are_logged(tmp_path, caplog, poisoned_memory):
     model = tiny_model()
     model.save_pretrained(tmp_path)
 
@@ -434,7 +434,7 @@ def test_missing_and_unexpected_are_told(tmp_path, caplog, poisoned_memory):
     assert_same(theirs, ours)
 
 
-def test_weights_of_something_else(tmp_path):
+def test_weights_of_another_model_are_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     save_file({"vit.cls_token": torch.zeros(1), "vit.norm": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(
@@ -478,7 +478,7 @@ def test_arguments_that_are_refused(checkpoint, asked, message):
         load(checkpoint[0], **asked)
 
 
-def test_arguments_of_transformers_that_change_nothing(checkpoint):
+def test_arguments_of_transformers_without_effect_are_accepted(checkpoint):
     model = load(
         checkpoint[0],
         low_cpu_mem_usage=True,
@@ -506,7 +506,7 @@ def test_use_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["object", "dict", "folder"])
-def test_a_configuration_of_ones_own(checkpoint, tmp_path, given):
+def test_a_configuration_in_place_of_the_checkpoints(checkpoint, tmp_path, given):
     config = tiny_config(loss_ignore_index=9)
     before = config.to_dict()
     config.save_pretrained(tmp_path)
@@ -521,7 +521,7 @@ def test_a_configuration_of_ones_own(checkpoint, tmp_path, given):
     assert config.to_dict() == before
 
 
-def test_no_configuration(tmp_path):
+def test_a_missing_configuration(tmp_path):
     with pytest.raises(OSError, match=r"config\.json"):
         load(tmp_path)
 
@@ -535,7 +535,7 @@ def test_variant_and_subfolder(tmp_path):
 
 
 def test_from_the_hubs_cache(tmp_path):
-    """A whole repository in the cache, and weights of a later commit that `main` no longer means."""
+    """The cache holds a whole repository, and weights of a commit that is not `main`'s."""
     model = tiny_model()
     repository = tmp_path / "models--someone--upernet"
     model.save_pretrained(repository / "snapshots" / ("a" * 40), max_shard_size="4KB")
@@ -552,7 +552,7 @@ def test_from_the_hubs_cache(tmp_path):
 
 
 def test_options_reach_the_hub(tmp_path, monkeypatch):
-    """Each of them, for each file; once the commit is known, that commit is asked for."""
+    """All options are passed for each file; once the commit is known, it is the revision."""
     model = tiny_model()
     commit = "a" * 40
     snapshot = tmp_path / "models--someone--upernet" / "snapshots" / commit
@@ -583,7 +583,7 @@ def test_options_reach_the_hub(tmp_path, monkeypatch):
 
 
 def test_all_files_come_from_one_commit(tmp_path, monkeypatch):
-    """Even where somebody pushes between two downloads."""
+    """All files have one commit, even after a push between two downloads."""
     model = tiny_model()
     repository = tmp_path / "models--someone--upernet"
     model.save_pretrained(repository / "snapshots" / ("a" * 40))
@@ -647,7 +647,7 @@ class ToyConfig:
 
 
 class Toy(PretrainedMixin):
-    """One tensor under two names, and a part that another library built with values of its own."""
+    """A model with a tensor under two names, and a part that another library built with values."""
 
     config_class = ToyConfig
 
@@ -693,7 +693,7 @@ def test_shared_tensors_and_foreign_parts(tmp_path, poisoned_memory):
 # ------------------------------------------------------------------------------------------------------ save_pretrained
 
 
-def test_what_is_written(tmp_path):
+def test_files_and_values_that_are_written(tmp_path):
     model = tiny_model().to(memory_format=torch.channels_last)
     model.save_pretrained(tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
@@ -729,8 +729,8 @@ def test_shards(tmp_path, safe, variant, poisoned_memory):
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
-def test_an_older_save_leaves_nothing_behind(tmp_path, safe):
-    """Shards over one file, one file over shards, fewer shards over more; the files of others stay."""
+def test_files_of_an_older_save_are_removed(tmp_path, safe):
+    """Shards replace one file, one file replaces shards, and fewer replace more; other files stay."""
     others = {"notes.txt": b"x", "model-card.safetensors": b"y", "training_args.bin": b"z"}
     for name, content in others.items():
         (tmp_path / name).write_bytes(content)
@@ -755,7 +755,7 @@ def test_a_pickle_is_not_hidden_by_older_safetensors(tmp_path):
     assert_same(model.state_dict(), load(tmp_path).state_dict())
 
 
-def test_over_the_folder_it_came_from(tmp_path):
+def test_saving_over_the_folder_of_the_checkpoint(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     other = load(tmp_path)
@@ -787,7 +787,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, safe, at):
 @pytest.mark.skipif(resource is None, reason="needs a limit on the size of files")
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
 def test_the_error_of_a_real_full_disk(tmp_path, safe):
-    """Not an imitation of the writers' errors, but theirs."""
+    """The writers raise their own errors here, without a mock."""
     name = "model.safetensors" if safe else "pytorch_model.bin"
     model = tiny_model()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -801,8 +801,8 @@ def test_the_error_of_a_real_full_disk(tmp_path, safe):
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
-def test_permissions_are_those_of_any_new_file(tmp_path, safe):
-    (tmp_path / "plain").write_text("x")
+def test_permissions_are_those_of_a_new_file(tmp_path, safe):
+    (tmp_path / "new_file").write_text("x")
     tiny_model().save_pretrained(tmp_path, safe_serialization=safe, max_shard_size="10KB")
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
@@ -815,7 +815,7 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
-def test_views_do_not_drag_their_base_along(tmp_path, safe):
+def test_views_are_saved_without_their_base(tmp_path, safe):
     base = torch.arange(100_000.0)
     tensors = {"a": base[:4], "b": base[:4], "c": base[2:6], "d": base[:4].view(2, 2).t()}
     Toy(ToyConfig()).save_pretrained(tmp_path, state_dict=tensors, safe_serialization=safe)
@@ -824,7 +824,7 @@ def test_views_do_not_drag_their_base_along(tmp_path, safe):
     assert file.stat().st_size < 10_000
 
 
-def test_another_state_dict(tmp_path):
+def test_saving_another_state_dict(tmp_path):
     model = tiny_model()
     state_dict = {name: t.half() if t.is_floating_point() else t for name, t in tiny_model(seed=1).state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state_dict)
@@ -833,7 +833,7 @@ def test_another_state_dict(tmp_path):
     assert_same(tiny_model().state_dict(), model.state_dict())
 
 
-def test_tensors_without_values(tmp_path):
+def test_tensors_without_values_are_refused(tmp_path):
     with torch.device("meta"):
         model = UperNetForSemanticSegmentation(tiny_config())
     with pytest.raises(CheckpointError, match=r"backbone\..* is on the meta device and has no values"):
@@ -848,7 +848,7 @@ def test_only_the_main_process_writes(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-def test_save_pretrained_knows_its_arguments(tmp_path):
+def test_save_pretrained_refuses_unknown_arguments(tmp_path):
     with pytest.raises(TypeError, match="no argument safe_serialisation"):
         tiny_model().save_pretrained(tmp_path, safe_serialisation=True)
     with pytest.raises(TypeError, match="no argument repo_id, or only with push_to_hub=True"):
@@ -861,7 +861,7 @@ def test_save_pretrained_knows_its_arguments(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What the Hub was asked, and the files that it got."""
+    """Return the calls to the Hub and the files uploaded to it."""
     asked = types.SimpleNamespace(calls=[], files={})
 
     def create_repo(self, repo_id, **kwargs):

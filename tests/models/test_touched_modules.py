@@ -1,4 +1,4 @@
-"""Modules that somebody has replaced, hooked or wrapped are called, and the result is what they make of it."""
+"""Replaced, hooked or wrapped modules are called, and their results are used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastuper.models.untouched import is_untouched
 from tests.models.heads import as_written, error, feature_maps, head, randomize
 
 CALLED = [name for name, module in head().named_modules() if not isinstance(module, nn.ModuleList)]
-# One of each kind, and the first and the last of those that are several.
+# One module of each kind; of several, the first and the last.
 MODULES = [name for name in CALLED if not name.startswith(("psp_modules.0", "psp_modules.2", "psp_modules.3"))]
 MODULES = [name for name in MODULES if not name.startswith(("lateral_convs.1", "fpn_convs.1", "fpn_convs.2."))]
 CONVOLUTIONS = [
@@ -32,14 +32,14 @@ CONVOLUTIONS = [
 
 @pytest.fixture(params=[False, True], ids=["whole", "strips"])
 def strips(request, monkeypatch):
-    """Run each test once with maps that are small, and once with maps that would run in strips."""
+    """Run each test once with whole maps, and once with maps large enough for strips."""
     if request.param:
         monkeypatch.setattr(fastuper.models.heads.strips, "STRIP_BYTES", 1)
     return request.param
 
 
 def check(model, original=None, tolerance=2e-6):
-    """Compare a head with itself, every module called; and see that what was done to it makes a difference."""
+    """Compare a head with its modules called one by one, and check that its change matters to the result."""
     maps = feature_maps()
     with torch.no_grad():
         result, expected = model(maps), as_written(model, maps)
@@ -57,7 +57,7 @@ def place(model, name, module):
 
 
 def is_taken(model):
-    """Return whether the hand-written path is taken for every convolution of a head."""
+    """Return True if the hand-written path is taken for every convolution of a head."""
     modules = [module for module in model.modules() if isinstance(module, ConvModule)]
     with torch.no_grad():
         return all(is_fusible(module) and module.is_foldable() for module in modules)
@@ -74,7 +74,7 @@ def test_an_untouched_head(strips):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_forward_hooks(name, strips):
-    """What a hook returns takes the place of what the module returned."""
+    """The value that a hook returns replaces the module's result."""
     original, calls = head(), []
     model = copy.deepcopy(original)
 
@@ -98,7 +98,7 @@ def test_forward_hooks(name, strips):
 
 @pytest.mark.parametrize("name", MODULES[1:])
 def test_forward_pre_hooks(name, strips):
-    """A module's input is the map that it always had: a convolution of levels gets them concatenated."""
+    """A hooked module gets the same input as in the network as written: the fusion gets concatenated levels."""
     original, channels = head(), []
     model = copy.deepcopy(original)
 
@@ -153,8 +153,8 @@ def test_hooks_on_all_modules(register, hook, strips):
     assert is_taken(model)
 
 
-def test_feature_extraction_sees_every_map():
-    """Hooks that only look, as those of feature extractors and of torchinfo."""
+def test_feature_extraction_gets_every_map():
+    """Hooks that return nothing, such as those of feature extractors and of torchinfo."""
     model, seen = head(), {}
     for name in MODULES[1:]:
         model.get_submodule(name).register_forward_hook(
@@ -178,7 +178,7 @@ def test_forward_replaced_on_the_instance(name, strips):
     kept = module.forward
     module.forward = lambda x: kept(x) * 1.5 + 0.25
     check(model, original)
-    module.forward = kept  # accelerate, taking its hooks away, leaves this
+    module.forward = kept  # the state in which accelerate leaves a module when it removes its hooks
     assert is_untouched(module)
     assert torch.equal(check(model), check(original))
     module.forward = original.get_submodule(name).forward  # another instance's
@@ -372,7 +372,7 @@ def test_parametrizations(name, kind, strips):
 
 
 class Quantised(torch.Tensor):
-    """A weight that is more than its values: whoever convolves with it gets twice as much."""
+    """A weight whose class changes the convolution: its result is doubled."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -383,7 +383,7 @@ class Quantised(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_weights_that_are_no_ordinary_tensors(name, strips):
+def test_weights_of_tensor_subclasses(name, strips):
     original = head()
     model = copy.deepcopy(original)
     module = model.get_submodule(name)
@@ -431,7 +431,7 @@ def test_lora_on_every_convolution_merged_into_them(strips):
 
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 def test_offloading(kind, strips, tmp_path):
-    """Between calls the weights are on the meta device, and hooks bring each module its own."""
+    """Between calls the weights are on the meta device; hooks load those of each module."""
     accelerate = pytest.importorskip("accelerate")
     original, maps = head(), feature_maps()
     model = copy.deepcopy(original)
@@ -450,7 +450,7 @@ def test_offloading(kind, strips, tmp_path):
 
 
 def test_fused_convolutions_and_norms(strips):
-    """What `torch.nn.utils.fusion` makes: a convolution with a bias, and no norm."""
+    """The result of `torch.nn.utils.fusion`: a convolution with a bias, and no norm."""
     model = head()
     for module in list(model.modules()):
         if isinstance(module, ConvModule):

@@ -28,7 +28,7 @@ SEEDS = range(5)
 
 
 def results(model: Any, pixels: torch.Tensor, labels: torch.Tensor, attentions: bool) -> dict[str, torch.Tensor]:
-    """Return what forward gives, by name."""
+    """Return the outputs of `forward` by name."""
     with torch.no_grad():
         output = model(pixels, labels=labels, output_hidden_states=True)
         named = {"logits": output.logits, "loss": output.loss}
