@@ -48,9 +48,9 @@ class Shapes(TorchDispatchMode):
 
 
 def assert_narrow(shapes, batch):
-    """No map at stride 4 is wider than hidden_size, with its channels before or after its positions.
+    """Check that no map at stride 4 has more than hidden_size channels, in either layout.
 
-    Nor is anything much larger, in whatever shape. The largest are what is resampled along one axis alone: three taps
+    No tensor of another shape is much larger either. The largest tensors are maps resampled along one axis: three taps
     of hidden_size channels at (H / 2, W).
     """
     assert shapes
@@ -101,7 +101,7 @@ NORMS = {
 def test_other_norms(kind, training):
     """Another norm or activation is called, and does not change the path of the convolution before it.
 
-    The activation is a smooth one: of a ReLU's, a rounding error at 0 would change whole gradients.
+    The activation is smooth: with a ReLU, a rounding error at 0 would change whole gradients.
     """
     model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
     for module in list(model.modules()):
