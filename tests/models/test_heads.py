@@ -7,6 +7,7 @@ import torch
 
 from fastuper import UperNetConfig
 from fastuper.models.heads.fcn import FCNHead
+from fastuper.models.heads.pyramid import PyramidHead
 from fastuper.models.heads.upernet import UperNetHead
 
 
@@ -88,3 +89,28 @@ def test_auxiliary_head_reads_only_the_third_map():
     maps[2] = torch.randn(1, 7, 6, 5)
     assert head(maps).isfinite().all()
     assert head(maps).shape == (1, 4, 6, 5)
+
+
+class SeveralResults(PyramidHead):
+    """A head that reads the pyramid at three places, as a head for several tasks does."""
+
+    def forward(self, feature_maps):
+        *lower, top = feature_maps
+        pooled = self.pool(top)
+        levels = self.top_down(lower, pooled).levels
+        return pooled, levels[0], self.fuse(levels)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_another_head_over_the_same_pyramid(gradients):
+    """Its steps are those of `UperNetHead`: a classifier on the fused levels gives the same logits."""
+    upernet = UperNetHead(config(), [3, 5, 7, 9]).eval()
+    other = SeveralResults([3, 5, 7, 9], 8, config().pool_scales).eval()
+    state = {name: value for name, value in upernet.state_dict().items() if not name.startswith("classifier")}
+    other.load_state_dict(state)
+    maps = [torch.randn(2, c, 16 >> i, 24 >> i) for i, c in enumerate([3, 5, 7, 9])]
+    with torch.set_grad_enabled(gradients):
+        pooled, finest, fused = other(maps)
+        assert pooled.shape == (2, 8, 2, 3)
+        assert finest.shape == fused.shape == (2, 8, 16, 24)
+        assert torch.equal(upernet.classify(fused), upernet(maps))
