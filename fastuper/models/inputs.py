@@ -72,9 +72,9 @@ def check_target_sizes(target_sizes: TargetSizes, pixel_values: torch.Tensor) ->
     Raises:
         ValueError: they are not pairs of integers from 1, or not one pair an image.
     """
-    batch, _, height, width = pixel_values.shape
+    batch = len(pixel_values)
     if target_sizes is None:
-        return [(height, width)] * batch
+        return [(pixel_values.shape[2], pixel_values.shape[3])] * batch
     try:
         targets = [(operator.index(height), operator.index(width)) for height, width in target_sizes]
     except (TypeError, ValueError):

@@ -106,7 +106,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         config = self.config
         pixel_values = check_pixels(pixel_values)
         if labels is not None:
-            labels = check_labels(labels, len(pixel_values), config.num_labels, config.loss_ignore_index)
+            labels = check_labels(labels, pixel_values.shape[0], config.num_labels, config.loss_ignore_index)
         elif num_items_in_batch is not None:
             raise ValueError("num_items_in_batch divides the loss: give labels too")
         if output_attentions is None:
@@ -119,12 +119,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         size = pixel_values.shape[2:]
         maps, hidden_states, attentions = self._features(pixel_values, output_hidden_states, output_attentions)
         coarse = self.decode_head(maps)
-        loss = None
-        if labels is not None:
-            loss = self._loss(coarse, labels, num_items_in_batch)
-            if self.auxiliary_head is not None:
-                auxiliary_loss = self._loss(self.auxiliary_head(maps), labels, num_items_in_batch)
-                loss = loss + config.auxiliary_loss_weight * auxiliary_loss
+        loss = None if labels is None else self._loss(coarse, maps, labels, num_items_in_batch)
         del maps  # their memory is free while the logits are resampled to full size
 
         logits: Any = None
@@ -218,9 +213,19 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         return output.feature_maps, output.hidden_states, output.attentions
 
     def _loss(
+        self, coarse: torch.Tensor, maps: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Return the loss of the head's logits at stride 4, plus that of the auxiliary head on the feature maps."""
+        loss = self._cross_entropy(coarse, labels, num_items_in_batch)
+        if self.auxiliary_head is None:
+            return loss
+        auxiliary_loss = self._cross_entropy(self.auxiliary_head(maps), labels, num_items_in_batch)
+        return loss + self.config.auxiliary_loss_weight * auxiliary_loss
+
+    def _cross_entropy(
         self, coarse: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
-        """Return the cross entropy of logits at stride 4, resampled to the labels' size."""
+        """Return the cross entropy of logits (B, num_labels, h, w), resampled to the labels' size (H, W)."""
         ignore_index = self.config.loss_ignore_index
         if num_items_in_batch is None:
             return upsample_cross_entropy(coarse, labels, ignore_index=ignore_index)
