@@ -1,4 +1,4 @@
-"""A model's work on images of one shape as a CUDA graph: replayed by one launch, where many small ones would wait."""
+"""CUDA graphs: a model's work on images of one shape, recorded once and replayed by a single launch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch.nn.modules import module as torch_module
 from fastuper.models.untouched import GLOBAL_HOOKS, HOOKS
 
 
-class Captured:
-    """What a function of a model does with one tensor of a fixed shape, recorded.
+class CapturedFunction:
+    """A function of a model, recorded as a CUDA graph for images of one shape, dtype and device.
 
-    The kernels read the model's parameters where they are, so that weights changed in place (by an optimizer, by
-    `load_state_dict`) count at the next call. Parameters that were moved, replaced or converted, modules that were
-    replaced or hooked, and modes that have changed are noticed before a replay: the work is then recorded anew. (A hook
-    that is there already runs while the work is recorded, and not at a replay.)
+    The recorded kernels read the model's parameters from their memory. Weights changed in place (by an optimizer, by
+    `load_state_dict`) therefore take effect at the next call. A call records the graph again if parameters were moved,
+    replaced or converted, if modules were replaced or hooked, or if a module's mode has changed. Hooks run while the
+    graph is recorded, but not at a replay.
 
     Args:
-        model: whose weights are looked at.
-        function: called with the static input, without gradients; it must not look at values on the host.
-        example: (B, C, H, W) on a GPU; the shape, dtype and device that every call must have.
+        model: the model whose modules and tensors the graph depends on.
+        function: takes the images and returns tensors; called without gradients. It must not synchronise with the
+            host.
+        example: (B, C, H, W) on a GPU; every call takes images of its shape, dtype and device.
 
     Raises:
         ValueError: `example` is not on a GPU.
@@ -31,21 +32,24 @@ class Captured:
 
     def __init__(self, model: nn.Module, function: Callable[[torch.Tensor], Any], example: torch.Tensor):
         if not example.is_cuda:
-            raise ValueError(f"a CUDA graph is recorded on a GPU, and pixel_values are on {example.device}")
+            raise ValueError(
+                f"a CUDA graph is recorded on a GPU, but pixel_values are on {example.device}; move the model and the "
+                "images there"
+            )
         self.model, self.function = model, function
         self.input = example.detach().clone(memory_format=torch.preserve_format)
         self._record()
 
     def __call__(self, pixel_values: torch.Tensor) -> Any:
-        """Return the function's result for (B, C, H, W); its tensors are overwritten by the next call.
+        """Return the function's result for (B, C, H, W); the next call overwrites its tensors.
 
         Raises:
-            ValueError: a shape, dtype or device other than the recorded one.
+            ValueError: the shape, dtype or device is not the recorded one.
         """
-        mine, given = ((t.shape, t.dtype, t.device) for t in (self.input, pixel_values))
-        if mine != given:
-            raise ValueError(f"this was recorded for {mine}, got {given}: capture once more for another shape")
-        if not self.seen.is_current():
+        recorded, given = ((t.shape, t.dtype, t.device) for t in (self.input, pixel_values))
+        if recorded != given:
+            raise ValueError(f"the graph was recorded for {recorded}, got {given}: call capture for this shape too")
+        if not self.dependencies.are_unchanged():
             self._record()
         self.input.copy_(pixel_values)
         self.graph.replay()
@@ -56,19 +60,19 @@ class Captured:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(3):  # kernels are compiled, and choices measured, before
+                for _ in range(3):  # kernels are compiled and choices measured before the recording
                     self.function(self.input)
             torch.cuda.current_stream().wait_stream(stream)
-            seen, graph = Seen(self.model), torch.cuda.CUDAGraph()
+            dependencies, graph = Dependencies(self.model), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 output = self.function(self.input)
-        self.seen, self.graph, self.output = seen, graph, output
+        self.dependencies, self.graph, self.output = dependencies, graph, output
 
 
-class Seen:
-    """What a recorded graph depends on: the modules, and where their tensors are.
+class Dependencies:
+    """The state of a model that a recorded graph depends on: its modules, their hooks and modes, and its tensors.
 
-    As flat lists: that a replay looks at them takes less time than the replay.
+    It is held in flat lists, because every replay compares it with the model: that takes less time than the replay.
     """
 
     def __init__(self, model: nn.Module):
@@ -85,10 +89,10 @@ class Seen:
         ]
         self.state = self._state()
 
-    def is_current(self) -> bool:
-        """Return whether all of that is as it was."""
-        for owner, name, tensor, place, dtype, stride in self.tensors:
-            if owner.get(name) is not tensor or tensor.data_ptr() != place:
+    def are_unchanged(self) -> bool:
+        """Return True if the model still has the same modules, hooks and modes, and its tensors the same memory."""
+        for owner, name, tensor, address, dtype, stride in self.tensors:
+            if owner.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
             if tensor.dtype is not dtype or tensor.stride() != stride:
                 return False
@@ -98,7 +102,7 @@ class Seen:
         return self._state() == self.state
 
     def _state(self) -> tuple[Any, ...]:
-        """Return the hooks, how many children and tensors there are, and the modes and own `forward`s."""
+        """Return the hooks, which children and tensors are None, the modes, and which instances have a `forward`."""
         hooks = [tuple(hooks) for hooks in self.hooks if hooks]
         modes = [(module.training, "forward" in module.__dict__) for module in self.modules]
         values = [tensor is not None for owner in self.owners for tensor in owner.values()]

@@ -1,4 +1,4 @@
-"""What the model returns: dataclasses that are also ordered dictionaries and tuples, as Transformers' outputs are."""
+"""The models' outputs: dataclasses that are also ordered dictionaries and tuples, like Transformers' outputs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ Output = TypeVar("Output", bound="ModelOutput")
 
 
 class Deferred:
-    """A value that is computed when somebody first looks at it.
+    """A value that is computed at its first use, under the grad and autocast modes active when it was created.
 
     Args:
-        compute: returns the value. It runs with gradients and autocast on or off as they are now, wherever it is
-            called.
-        device: the type of device that it computes on.
+        compute: returns the value.
+        device: the type of the device that it computes on.
     """
 
     def __init__(self, compute: Callable[[], Any], device: str):
@@ -32,19 +31,19 @@ class Deferred:
         self.autocast = current_autocast(device)
 
     def __call__(self) -> Any:
-        """Return the value."""
+        """Compute and return the value."""
         with torch.inference_mode(self.in_inference), torch.set_grad_enabled(self.with_gradients), self.autocast:
             return self.compute()
 
 
 class DeferrableField:
-    """A dataclass field, None by default, that may hold a `Deferred`: whoever reads it gets the value itself."""
+    """A dataclass field, None by default, that may hold a `Deferred`; reading the field computes the value."""
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
         self.name = name
 
     def __get__(self, output: Any, owner: type[Any]) -> Any:
-        if output is None:  # what `dataclass` takes for the field's default
+        if output is None:  # `dataclass` reads the field's default from the class
             return None
         value = output.__dict__.get(self.name)
         if isinstance(value, Deferred):
@@ -59,23 +58,29 @@ class DeferrableField:
 class ModelOutput(OrderedDict[str, Any]):
     """Base of the outputs: fields that are None are left out of the keys and of the tuple.
 
-    `output.logits`, `output["logits"]` and `output[0]` are the same object. Subclasses are dataclasses, and pytrees,
-    so that DistributedDataParallel, `torch.export` and `torch.compile` see the tensors inside. A value that is
-    `Deferred` is among the keys and in the length, and is computed when it is read by its name or its place, or with
-    all the others: in a loop over values or items, as a tuple, pickled or flattened.
+    `output.logits`, `output["logits"]` and `output[0]` are the same object. Subclasses are dataclasses. They are
+    registered as pytrees, so that DistributedDataParallel, `torch.export` and `torch.compile` find their tensors. A
+    `Deferred` value counts among the keys and in the length. It is computed when it is read by name or by index, and
+    with all other values in a loop over values or items, as a tuple, pickled or flattened.
+
+    A subclass takes one argument, `class Output(ModelOutput, serialized_name="fastuper.Output")`: the name of its
+    pytree in exported programs. It stays the same wherever the class lies; by default it is the class's full name.
     """
 
-    _plain: ClassVar[type[ModelOutput]]
+    serialized_name: ClassVar[str]
+    # The class as this library defines it; `known_to_transformers` derives another class from it.
+    _base: ClassVar[type[ModelOutput]]
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, serialized_name: str | None = None) -> None:
         """Register the subclass as a pytree."""
-        if "_plain" not in cls.__dict__:
-            cls._plain = cls
+        if "_base" not in cls.__dict__:
+            cls._base = cls
+        cls.serialized_name = serialized_name or f"{cls.__module__}.{cls.__qualname__}"
         pytree.register_pytree_node(
             cls,
             lambda output: (list(output.values()), list(output.keys())),
             lambda values, keys: _rebuild(cls, zip(keys, values, strict=True)),
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}" + (".derived" if cls._plain is not cls else ""),
+            serialized_type_name=cls.serialized_name,
             flatten_with_keys_fn=lambda output: (
                 [(pytree.MappingKey(key), value) for key, value in output.items()],
                 list(output.keys()),
@@ -85,13 +90,14 @@ class ModelOutput(OrderedDict[str, Any]):
     def __post_init__(self) -> None:
         given = {field.name: self.__dict__.get(field.name) for field in fields(self)}  # type: ignore[arg-type]
         first = next(iter(given))
-        # accelerate and DataParallel rebuild outputs as `type(output)(mapping)` and `type(output)(pairs)`.
+        # accelerate and DataParallel rebuild outputs by `type(output)(mapping)` and `type(output)(pairs)`.
         value = given[first]
         alone = all(other is None for name, other in given.items() if name != first)
         pairs = _as_pairs(value) if alone else None
         if pairs is not None:
             if unknown := pairs.keys() - given.keys():
-                raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}; it has {', '.join(given)}")
+                names, known = ", ".join(sorted(unknown)), ", ".join(given)
+                raise TypeError(f"{type(self).__name__} has no field {names}; its fields are {known}")
             given = {name: pairs.get(name) for name in given}
         for name, value in given.items():
             setattr(self, name, value)
@@ -105,15 +111,15 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value at a key, or the default."""
-        return self[key] if key in self else default  # noqa: SIM401 (it would be this method)
+        return self[key] if key in self else default  # noqa: SIM401 (`self.get` would call itself)
 
     def values(self) -> Any:
-        """Return the values, all of them computed."""
+        """Compute all values and return them."""
         self._compute()
         return super().values()
 
     def items(self) -> Any:
-        """Return keys and values, all of them computed."""
+        """Compute all values and return the (key, value) pairs."""
         self._compute()
         return super().items()
 
@@ -122,7 +128,7 @@ class ModelOutput(OrderedDict[str, Any]):
             self[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        # Transformers' pipelines add a key of their own ("target_size"): it has to be found again as a key.
+        # Transformers' pipelines add a key of their own ("target_size") and read it as a key.
         if key not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
             OrderedDict.__setitem__(self, key, value)
         setattr(self, key, value)
@@ -136,39 +142,39 @@ class ModelOutput(OrderedDict[str, Any]):
         object.__setattr__(self, name, value)
 
     def __delitem__(self, key: str) -> None:
-        raise TypeError(f"nothing can be deleted from a {type(self).__name__}; set {key} to None")
+        raise TypeError(f"{type(self).__name__} cannot delete {key}; set {key} to None")
 
     def pop(self, *_: Any, **__: Any) -> Any:
-        """Refuse: an output keeps its fields."""
-        raise TypeError(f"nothing can be popped from a {type(self).__name__}")
+        """Raise TypeError: an output keeps its fields."""
+        raise TypeError(f"{type(self).__name__} has no pop or popitem; read its attributes")
 
     popitem = pop
 
     def setdefault(self, *_: Any, **__: Any) -> Any:
-        """Refuse: an output keeps its fields."""
-        raise TypeError(f"a {type(self).__name__} has no setdefault")
+        """Raise TypeError: an output keeps its fields."""
+        raise TypeError(f"{type(self).__name__} has no setdefault; set its attributes")
 
     def update(self, *_: Any, **__: Any) -> None:
-        """Refuse: an output keeps its fields."""
-        raise TypeError(f"a {type(self).__name__} cannot be updated; set its attributes")
+        """Raise TypeError: an output keeps its fields."""
+        raise TypeError(f"{type(self).__name__} has no update; set its attributes")
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         added = [(key, value) for key, value in self.items() if key not in names]
         values = tuple(getattr(self, name) for name in names)
-        # A derived class has no name that another process could import; it is derived anew there.
-        made = (type(self), values) if type(self) is self._plain else (_derived_with, (self._plain, values))
+        # Another process cannot import a derived class by name, and derives it again.
+        made = (type(self), values) if type(self) is self._base else (_new_derived, (self._base, values))
         return *made, None, None, iter(added)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return the values that are not None, in the order of the keys: the fields' own, unless one was set later."""
+        """Return the values that are not None, in the order of the keys; a field that was set later comes last."""
         return tuple(self.values())
 
 
 def known_to_transformers(cls: type[Output]) -> type[Output]:
-    """Return an output class as it is, or, once Transformers is imported, a subclass that is one of its outputs too.
+    """Return an output class itself or, once Transformers is imported, a subclass of it and of Transformers' output.
 
-    Its pipelines make a plain dictionary of any other mapping, in which they then look for attributes.
+    Transformers' pipelines copy any other mapping into a dictionary, and then read attributes of that dictionary.
     """
     if torch.compiler.is_compiling():
         return cls
@@ -178,15 +184,17 @@ def known_to_transformers(cls: type[Output]) -> type[Output]:
 
 @cache
 def _derived(cls: type[Any], theirs: type[Any]) -> type[Any]:
-    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "_plain": cls})
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_base": cls}
+    serialized = f"{cls.serialized_name}.transformers"
+    return type(cls.__name__, (cls, theirs), names, serialized_name=serialized)
 
 
-def _derived_with(cls: type[Any], values: tuple[Any, ...]) -> Any:
+def _new_derived(cls: type[Any], values: tuple[Any, ...]) -> Any:
     return known_to_transformers(cls)(*values)
 
 
 def _as_pairs(value: Any) -> dict[str, Any] | None:
-    """Return what a mapping or (key, value) pairs hold; None for anything else, such as a list of tensors."""
+    """Return a mapping or (key, value) pairs as a dictionary; None for anything else, such as a list of tensors."""
     if isinstance(value, Iterator):
         value = list(value)
     if isinstance(value, list) and not all(isinstance(item, tuple | list) and len(item) == 2 for item in value):
@@ -202,14 +210,14 @@ def _rebuild(cls: type[Any], pairs: Iterable[tuple[str, Any]]) -> Any:
 
 
 @dataclass(eq=False)
-class BackboneOutput(ModelOutput):
-    """What a backbone returns.
+class BackboneOutput(ModelOutput, serialized_name="fastuper.BackboneOutput"):
+    """The output of a backbone.
 
     Attributes:
         feature_maps: the maps of `out_features`, finest first, each (B, C, H, W).
-        hidden_states: the maps of the stem and of every stage, each (B, C, H, W), where they were asked for.
+        hidden_states: the maps of the stem and of every stage, each (B, C, H, W), with `output_hidden_states`.
         attentions: the attention weights of the last block of every stage, each (B * windows, heads, L, L) with L the
-            number of positions in a window, where they were asked for and the backbone has attention.
+            number of positions in a window; with `output_attentions`, and only if the backbone has attention.
     """
 
     feature_maps: tuple[torch.Tensor, ...] | None = None
@@ -218,11 +226,11 @@ class BackboneOutput(ModelOutput):
 
 
 @dataclass(eq=False)
-class SemanticSegmenterOutput(ModelOutput):
-    """What `UperNetForSemanticSegmentation` returns.
+class SemanticSegmenterOutput(ModelOutput, serialized_name="fastuper.SemanticSegmenterOutput"):
+    """The output of `UperNetForSemanticSegmentation`.
 
     Attributes:
-        loss: scalar, where labels were given.
+        loss: scalar, if labels were given.
         logits: (B, num_labels, H, W), contiguous, at the size of `pixel_values`. With labels they are computed when
             they are first read.
         hidden_states: see `BackboneOutput`.

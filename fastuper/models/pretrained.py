@@ -1,4 +1,4 @@
-"""Reading and writing weights. Every name that is not ours is known here and nowhere else.
+"""`from_pretrained`, `save_pretrained` and `push_to_hub`, and the names of tensors in Transformers' checkpoints.
 
 Modules here are named as in the Hub's checkpoints, whose names are those of Transformers 4.56. In Swin, Transformers 5
 has others in memory, and on disk one pair of tensors that UPerNet does not use; it left ConvNeXt and ResNet alone.
@@ -6,49 +6,33 @@ has others in memory, and on disk one pair of tensors that UPerNet does not use;
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import logging
 import os
-import pickle
 import re
 import sys
 import tempfile
-import zipfile
-from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
-from fnmatch import fnmatchcase
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
-from huggingface_hub import HfApi, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub import HfApi
 from torch import nn
 
-from fastuper.io.files import read_json
-from fastuper.io.hub import HubOptions, find_file, pin_revision
+from fastuper.io.hub import HubOptions, pin_revision
 from fastuper.models.configuration import as_dtype
-from fastuper_kernels.dispatch.files import atomic_path
+from fastuper.weights.errors import CheckpointError
+from fastuper.weights.reading import find_weights, iterate_weights, listed
+from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 
 logger = logging.getLogger("fastuper")
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound="PretrainedMixin")
 StrPath: TypeAlias = "str | os.PathLike[str]"
-
-
-# Names of weight files; an index says in which of several files ("shards") a tensor is.
-SAFETENSORS = "model.safetensors"
-PICKLE = "pytorch_model.bin"
-INDEX = ".index.json"
-
-
-class CheckpointError(OSError):
-    """Weights that cannot be read or written; the message names the file, the reason and the remedy."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -193,163 +177,61 @@ def _some(names: Iterable[str], count: int = 3) -> str:
     return (", ".join(names[:count]) + (", ..." if len(names) > count else "")) or "none at all"
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------- as a PreTrainedModel
 
 
-def read_weights(
-    source: StrPath, options: HubOptions | None = None, variant: str | None = None
-) -> tuple[dict[str, torch.Tensor], list[Path]]:
-    """Read all tensors of a checkpoint, under the names it has for them.
+class KnownToTransformers:
+    """Makes `isinstance(model, transformers.PreTrainedModel)` true once Transformers is imported.
 
-    Args:
-        source: a folder, or the id of a Hub repository.
-        options: where on the Hub to look.
-        variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
-
-    Returns:
-        Tensors on the CPU, in their own memory, and the files that they came from.
-
-    Raises:
-        CheckpointError: there are no weights, or a file is damaged; the message names it.
+    Transformers' Trainer writes config.json beside the weights only for a `PreTrainedModel`; without it, the saved
+    model could not be loaded. Nothing is inherited: `type(model)` is the class itself.
     """
-    shards = find_weights(source, options, variant)
-    return {name: tensor.clone() for name, tensor in iterate_weights(shards)}, list(shards)
+
+    @property
+    def __class__(self) -> type[Any]:  # `isinstance` reads it besides the type
+        theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+        cls: Any = type(self)
+        return cls if theirs is None or issubclass(cls, theirs) else _derived(cls, theirs)
+
+    @__class__.setter
+    def __class__(self, cls: type[Any]) -> None:  # FSDP and parametrizations assign classes that they derive
+        object.__dict__["__class__"].__set__(self, cls)
+
+    # PEFT reads these of a `PreTrainedModel`.
+    _keys_to_ignore_on_save = None
+
+    def is_custom_code(self) -> bool:
+        """Return True, so that no names are converted: modules are named as on the Hub."""
+        return True
+
+    def get_output_embeddings(self) -> None:
+        """Return None: there are no token embeddings."""
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Python's own way to rebuild the object compares its type with its `__class__`.
+        return _new, (type(self),), object.__reduce_ex__(self, 2)[2]
 
 
-def find_weights(
-    source: StrPath,
-    options: HubOptions | None = None,
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-) -> dict[Path, set[str]]:
-    """Find the files of a checkpoint: safetensors before pickles, one file before shards.
+@functools.cache
+def _derived(cls: Hashable, theirs: Hashable) -> Any:
+    """Return a subclass of both classes whose call builds a `cls`."""
+    assert isinstance(cls, type)
+    assert isinstance(theirs, type)
 
-    Args:
-        source: a folder, or the id of a Hub repository.
-        options: where on the Hub to look.
-        variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
-        use_safetensors: True for safetensors alone, False for pickles alone, None for either.
+    def new(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls(*args, **kwargs)
 
-    Returns:
-        For each file the names that the index says are in it, none where there is no index.
-
-    Raises:
-        CheckpointError: there are no weights, or an index names a file that is not there.
-    """
-    names = []
-    if use_safetensors is not False:
-        names += [SAFETENSORS, SAFETENSORS + INDEX]
-    if not use_safetensors:
-        names += [PICKLE, PICKLE + INDEX]
-    names = [_with_variant(name, variant) for name in names]
-    for name in names:
-        path = find_file(source, name, options)
-        if path is not None:
-            return _shards_of(path, source, options) if name.endswith(".json") else {path: set()}
-    place = f"{source}/{options.subfolder}" if options is not None and options.subfolder else f"{source}"
-    remedy = "leave out variant=" if variant else "give the folder or repository that has one of them"
-    if use_safetensors is not None:
-        remedy += ", or leave out use_safetensors="
-    if not Path(source).is_dir():
-        remedy += "; where the Hub was not reached, only its cache was looked into"
-    raise CheckpointError(f"{place} has no weights: looked for {', '.join(names)}; {remedy}")
+    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": new})
 
 
-def iterate_weights(shards: Mapping[Path, set[str]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor of the files that `find_weights` found, one file open at a time.
-
-    The tensors are windows into the files: copy what is to stay, for the file may be overwritten.
-
-    Raises:
-        CheckpointError: a file is damaged, or lacks a tensor that the index says is in it.
-    """
-    for path, promised in shards.items():
-        found = set()
-        for name, tensor in _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path):
-            found.add(name)
-            yield name, tensor
-        if promised - found:
-            raise CheckpointError(
-                f"{path} lacks {_some(sorted(promised - found))}, which the index says it holds; "
-                "index and file are of different checkpoints: fetch both again"
-            )
-
-
-def _with_variant(filename: str, variant: str | None) -> str:
-    """Put the variant where Transformers puts it: before the last extension."""
-    stem, dot, extension = filename.rpartition(".")
-    return f"{stem}.{variant}{dot}{extension}" if variant else filename
-
-
-def _shards_of(index: Path, source: StrPath, options: HubOptions | None) -> dict[Path, set[str]]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map that names a file for each tensor; fetch it again")
-    names: dict[str, set[str]] = {}
-    for tensor, filename in weight_map.items():
-        names.setdefault(filename, set()).add(tensor)
-    shards = {}
-    for filename, promised in names.items():
-        if Path(filename).name != filename or Path(filename).suffix not in (".safetensors", ".bin"):
-            raise CheckpointError(f"{index} names {filename!r}, which is not a weight file beside it")
-        path = find_file(source, filename, options)
-        if path is None:
-            raise CheckpointError(f"{index} names {filename}, which is not there; fetch the missing file")
-        shards[path] = promised
-    return shards
-
-
-def _check_file(path: Path) -> None:
-    """Recognise what is often found in the place of a weight file."""
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise CheckpointError(f"{path} is empty; fetch it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
-
-
-def _read_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    _check_file(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118  (the file itself cannot be iterated)
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from None
-
-
-def _read_pickle(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    _check_file(path)
-    try:
-        # Before PyTorch 1.6 the file was no zip archive, and such a one cannot be mapped into memory.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if not re.search(r"GLOBAL|global|reduce|NEWOBJ|can only (create|build)", str(error), re.IGNORECASE):
-            raise CheckpointError(f"{path} is damaged ({_reason(error)}); fetch it again") from None
-        raise CheckpointError(
-            f"{path} wants to run code on loading ({_reason(error)}); it was not run. "
-            "Ask whoever made it for model.safetensors, or convert it where you trust it"
-        ) from None
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # what it is (AssertionError, struct.error, ...) depends on where the damage is
-        raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch it again") from None
-    if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} holds something else than a dict of tensors; save `model.state_dict()`")
-    yield from content.items()
-
-
-def _reason(error: Exception) -> str:
-    """Return the sentence of torch.load's long message that says what was wrong."""
-    text = str(error)
-    match = re.search(r"WeightsUnpickler error:\s*([^\n]+)", text)
-    return (match.group(1) if match else text.split("\n")[0]).split(". ")[0].strip() or type(error).__name__
+def _new(cls: type[T]) -> T:
+    return cls.__new__(cls)
 
 
 # --------------------------------------------------------------------------------------------- from_pretrained and back
 
-# Arguments that Transformers has and we have not: what to do instead.
+# Arguments of Transformers that are not supported, and what to do instead.
 REFUSED = {
     "force_download": "delete the repository from the Hub's cache",
     "from_flax": "convert the checkpoint to safetensors first",
@@ -368,62 +250,13 @@ REFUSED = {
 }
 
 
-class KnownToTransformers:
-    """What Transformers takes for one of its own models, once it is imported; everything else sees the class as it is.
-
-    Its Trainer writes config.json beside the weights for instances of `PreTrainedModel` alone, so that what it saved of
-    any other module could not be loaded.
-    """
-
-    @property
-    def __class__(self) -> type[Any]:  # what `isinstance` asks for beside the type
-        theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-        cls: Any = type(self)
-        return cls if theirs is None or issubclass(cls, theirs) else _related(cls, theirs)
-
-    @__class__.setter
-    def __class__(self, cls: type[Any]) -> None:  # FSDP and parametrizations derive classes of their own
-        object.__dict__["__class__"].__set__(self, cls)
-
-    # What PEFT asks of a `PreTrainedModel`.
-    _keys_to_ignore_on_save = None
-
-    def is_custom_code(self) -> bool:
-        """Return True: names of modules are the Hub's, and are not to be translated."""
-        return True
-
-    def get_output_embeddings(self) -> None:
-        """Return None: there are no token embeddings."""
-        return None
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Python's own way of making the object anew compares its type with its class.
-        return _new, (type(self),), object.__reduce_ex__(self, 2)[2]
-
-
-@functools.cache
-def _related(cls: Hashable, theirs: Hashable) -> Any:
-    assert isinstance(cls, type)
-    assert isinstance(theirs, type)
-
-    def new(_: Any, *args: Any, **kwargs: Any) -> Any:  # `model.__class__(config)` builds what the model is
-        return cls(*args, **kwargs)
-
-    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": new})
-
-
-def _new(cls: type[T]) -> T:
-    return cls.__new__(cls)
-
-
 class PretrainedMixin(KnownToTransformers, nn.Module):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`, as `transformers.PreTrainedModel` has them.
 
-    The class that inherits it is built by `cls(config)`, has the attributes below, and a method
-    `initialize(names)` that gives initial values to the parameters and buffers of these full names.
+    The class that inherits it is built by `cls(config)`, and has the attributes below and the method `initialize`.
 
     Attributes:
-        config_class: has `from_pretrained` and `from_dict`; its objects have `to_dict` and `save_pretrained`.
+        config_class: a class with `from_pretrained` and `from_dict`; its objects have `to_dict` and `save_pretrained`.
         config: the model's configuration.
     """
 
@@ -431,7 +264,7 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
     config: Any
 
     def initialize(self, names: set[str] | None = None) -> None:
-        """Give the parameters and buffers of these names (all of them where None) their initial values, in place."""
+        """Fill the parameters and buffers of these full names (all if None) with initial values, in place."""
         raise NotImplementedError(f"{type(self).__name__} has no initialize(names)")
 
     @classmethod
@@ -458,45 +291,46 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         output_loading_info: bool = False,
         **config_overrides: Any,
     ) -> Model:
-        """Load a checkpoint of a folder or a Hub repository, in evaluation mode.
+        """Load a checkpoint from a folder or a Hub repository, in evaluation mode.
 
-        Tensors that the checkpoint lacks are freshly initialised; a warning lists them, and those that it has too many.
+        Tensors that the checkpoint lacks are newly initialised. Warnings list them and the checkpoint's unused tensors.
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a Hub repository.
-            config: a configuration to use instead of the checkpoint's: ours, Transformers', a dictionary, or the
+            config: a configuration in place of the checkpoint's: this library's, Transformers', a dictionary, or the
                 folder or repository that has it.
-            dtype: a `torch.dtype`, its name, or "auto" (also None): the configuration's where it says one, else that of
+            dtype: a `torch.dtype` or its name. If "auto" or None, the configuration's dtype; if it has none, that of
                 the checkpoint's first floating-point tensor.
             torch_dtype: the older name of `dtype`.
-            device: where to put the model; the default device where None.
-            num_labels: the number of classes, where it is not the checkpoint's.
+            device: the model's device; the default device if None.
+            num_labels: the number of classes, if it is not the checkpoint's.
             id2label: the names of the classes.
-            label2id: the inverse of `id2label`, made from it where None.
-            token: for private repositories; True for the one that `hf auth login` stored.
-            cache_dir: the Hub's cache.
-            subfolder: where in the folder or repository the checkpoint is.
+            label2id: the inverse of `id2label`, made from it if None.
+            token: for private repositories; True for the token that `hf auth login` stored.
+            cache_dir: the folder of the Hub's cache.
+            subfolder: the place of the checkpoint in the folder or repository.
             revision: a branch, tag or commit of the repository.
             variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
-            local_files_only: take what the cache has and never ask the Hub.
-            device_map: Transformers' name of `device`: a device, {"": device}, or "auto" for a GPU where there is one.
-            use_safetensors: True never to open a pickle (.bin), False to open nothing else.
-            ignore_mismatched_sizes: freshly initialise tensors whose shape is not the checkpoint's (the classifier,
-                where the number of classes is another) instead of failing.
-            output_loading_info: also return what was missing, unexpected and of another shape.
+            local_files_only: use only files in the cache, and never ask the Hub.
+            device_map: Transformers' name of `device`: a device, {"": device}, or "auto" for a GPU if there is one.
+            use_safetensors: True for only safetensors, False for only pickles (.bin), None for either.
+            ignore_mismatched_sizes: initialise tensors whose shape differs from the checkpoint's (the classifier, if
+                the number of classes differs) instead of raising an error.
+            output_loading_info: also return which tensors were missing, unexpected or of another shape.
             **config_overrides: attributes of the configuration to change, such as `loss_ignore_index=0`. Arguments of
-                Transformers that change nothing here (`low_cpu_mem_usage`, `attn_implementation="sdpa"`) are accepted.
+                Transformers without an effect here (`low_cpu_mem_usage`, `attn_implementation="sdpa"`) are accepted.
 
         Returns:
-            The model; with `output_loading_info=True`, it and a dictionary: `missing_keys` and `unexpected_keys`, sets
-            of names, `mismatched_keys`, a set of (name, shape in the checkpoint, shape in the model), and `error_msgs`.
+            The model. With `output_loading_info=True`, the model and a dictionary: `missing_keys` and
+            `unexpected_keys`, sets of names; `mismatched_keys`, a set of (name, shape in the checkpoint, shape in the
+            model); and `error_msgs`, an empty list.
 
         Raises:
-            CheckpointError: there are no weights, a file of them is damaged, or they are not a UPerNet's.
+            CheckpointError: there are no weights, a file is damaged, or the weights are not a UPerNet's.
             OSError: there is no such folder, repository or revision, or it has no config.json.
             RuntimeError: tensors have another shape than the checkpoint's; the message lists them.
-            TypeError: the configuration has no attribute of this name; the message says what to do instead.
-            ValueError: `dtype` is not one, or `torch_dtype` contradicts it.
+            TypeError: an argument is unknown or not supported; the message says what to do instead.
+            ValueError: `dtype` is not a dtype, or `torch_dtype` contradicts it.
         """
         source = pretrained_model_name_or_path
         _refuse(cls, config_overrides)
@@ -507,50 +341,20 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         labels = {"num_labels": num_labels, "id2label": id2label, "label2id": label2id}
         config = _build_config(cls, source if config is None else config, options, labels, config_overrides)
         config.name_or_path = str(source)
-
         shards = find_weights(source, options, variant, use_safetensors)
         config.dtype = wanted_dtype or config.dtype or _first_dtype(shards)
-        target = _device(device, device_map)
-        # Weights made in inference mode could never be trained.
-        with torch.inference_mode(False), torch.no_grad():
-            with torch.device("meta"):
-                model = cls(config)
-            fresh = _materialise(model, target, config.dtype)
-            # Older safetensors make tensors where the caller's `with torch.device(...)` says.
-            with torch.device("cpu"):
-                loaded, info = _copy_weights(model, shards)
-            mismatched = sorted(info["mismatched_keys"])
-            if mismatched and not ignore_mismatched_sizes:
-                raise RuntimeError(
-                    f"{source}: the checkpoint has other shapes than the model; "
-                    "pass ignore_mismatched_sizes=True to initialise these freshly:\n"
-                    + "\n".join(
-                        f"  {name}: {theirs} in the checkpoint, {ours} here" for name, theirs, ours in mismatched
-                    )
-                )
-            if fresh - loaded:
-                model.initialize(fresh - loaded)
-        model.eval()
 
-        if info["missing_keys"]:
-            logger.warning(
-                "%s: not in the checkpoint, and freshly initialised: %s",
-                source,
-                ", ".join(sorted(info["missing_keys"])),
-            )
-        if info["unexpected_keys"]:
-            logger.warning(
-                "%s: in the checkpoint but not in the model, and left out: %s",
-                source,
-                ", ".join(sorted(info["unexpected_keys"])),
-            )
-        if mismatched:
-            logger.warning(
-                "%s: of another shape in the checkpoint, and freshly initialised: %s",
-                source,
-                ", ".join(f"{name} ({theirs} there, {ours} here)" for name, theirs, ours in mismatched),
-            )
-        # As in Transformers, the return type speaks of the usual case alone.
+        # Tensors made in inference mode could never be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            model, unset = _build(cls, config, _device(device, device_map))
+            loaded, info = _copy_weights(model, shards)
+            if info["mismatched_keys"] and not ignore_mismatched_sizes:
+                raise RuntimeError(_shapes_message(source, info["mismatched_keys"]))
+            if unset - loaded:
+                model.initialize(unset - loaded)
+        model.eval()
+        _warn(source, info)
+        # As in Transformers, the return type is that of the usual case.
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
     def save_pretrained(
@@ -565,28 +369,29 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write config.json and the weights, which Transformers 4.56 and 5.x read as well.
+        """Write config.json and the weights; Transformers 4.56 and 5.x read them as well.
 
-        Each file is written beside its place and then moved there, the weights only when all of them are written: a
-        save that fails leaves the folder's older checkpoint as it was. Files of an older save that no longer belong to
-        the checkpoint are then removed. The folder may be the one that the model was loaded from.
+        Each file is written beside its place and then moved there, the weights only when all are written: a save that
+        fails leaves the folder's older weights as they were. Weight files of an older save that do not belong to the
+        checkpoint are then removed. The folder may be the one that the model was loaded from.
 
         Args:
-            save_directory: the folder, made where it is missing.
-            is_main_process: False to do nothing, as every process but one should of a distributed training.
-            state_dict: what to write instead of `self.state_dict()`.
+            save_directory: the folder; made if it is missing.
+            is_main_process: False to do nothing: in distributed training only one process should save.
+            state_dict: written in place of `self.state_dict()`.
             safe_serialization: False for a pickle, `pytorch_model.bin`.
-            max_shard_size: where the weights are more than this, in bytes or as "500MB", they are split into several
-                files with an index.
+            max_shard_size: the largest size of a file, in bytes or as "500MB". Larger weights are divided among
+                several files with an index.
             variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
-            push_to_hub: also upload what was written.
-            **kwargs: `repo_id` (the folder's name where it is not given) and the other arguments of `push_to_hub`.
-                `save_function` of Transformers is accepted, and not called: safetensors does the writing.
+            push_to_hub: also upload the files.
+            **kwargs: with `push_to_hub`, `repo_id` (by default the folder's name) and the other arguments of the
+                method `push_to_hub`. Transformers' `save_function` is accepted and not called.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
             CheckpointError: a file could not be written, or a tensor has no values.
-            OSError: the folder cannot be written to.
+            OSError: the folder is not writable.
+            TypeError: an argument is unknown.
         """
         kwargs.pop("save_function", None)
         if kwargs and not push_to_hub:
@@ -595,9 +400,9 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             return
         folder = Path(save_directory)
         repo_id = kwargs.pop("repo_id", folder.absolute().name)
-        written, replaced = self._save(folder, state_dict, safe_serialization, max_shard_size, variant)
+        files = self._save(folder, state_dict, safe_serialization, max_shard_size, variant)
         if push_to_hub:
-            _upload(folder, written, replaced, repo_id, **kwargs)
+            _upload(folder, files, repo_id, **kwargs)
 
     def push_to_hub(
         self,
@@ -611,30 +416,29 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
     ) -> str:
-        """Upload config.json and the weights to a Hub repository, made where it is missing.
+        """Upload config.json and the weights to a Hub repository; it is made if it is missing.
 
         Args:
             repo_id: "name" or "organization/name".
             commit_message: of the commit.
-            private: whether a new repository is private; the account's default where None.
-            token: True, or None, for the one that `hf auth login` stored.
-            revision: the branch, made where it is missing.
+            private: whether a new repository is private; the account's default if None.
+            token: the token; True or None for the one that `hf auth login` stored.
+            revision: the branch; made if it is missing.
             create_pr: open a pull request instead of committing.
-            max_shard_size: see `save_pretrained`.
-            variant: see `save_pretrained`.
+            max_shard_size: the largest size of a file, as in `save_pretrained`.
+            variant: the middle of the files' names, as in `save_pretrained`.
 
         Returns:
             The commit's URL.
 
         Raises:
-            OSError: the Hub refused it.
+            OSError: the Hub refused the request.
         """
         with tempfile.TemporaryDirectory() as folder:
-            written, replaced = self._save(Path(folder), None, True, max_shard_size, variant)
+            files = self._save(Path(folder), None, True, max_shard_size, variant)
             return _upload(
                 Path(folder),
-                written,
-                replaced,
+                files,
                 repo_id,
                 commit_message=commit_message,
                 private=private,
@@ -650,47 +454,31 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         safe_serialization: bool,
         max_shard_size: int | str,
         variant: str | None,
-    ) -> tuple[list[str], list[str]]:
-        """Write everything; return the names of the files, and patterns of those whose place they take."""
+    ) -> WeightFiles:
+        """Write config.json and the weights; return the weights' files."""
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; save_pretrained writes a folder")
         on_disk = _names_on_disk(self)
         state_dict = self.state_dict() if state_dict is None else state_dict
-        tensors = _own_storage({on_disk.get(name, name): tensor for name, tensor in state_dict.items()})
-        kind = SAFETENSORS if safe_serialization else PICKLE
-        index = _with_variant(kind + INDEX, variant)
-        split = split_torch_state_dict_into_shards(
-            tensors,
-            filename_pattern="{suffix}.".join(_with_variant(kind, variant).rsplit(".", 1)),
-            max_shard_size=max_shard_size,
-        )
+        tensors = as_independent({on_disk.get(name, name): tensor for name, tensor in state_dict.items()})
+        files = split_weights(tensors, safe_serialization, max_shard_size, variant)
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
 
         folder.mkdir(parents=True, exist_ok=True)
-        # On leaving it, and only if all is well, every file is moved to its place.
-        with contextlib.ExitStack() as moves:
-            if split.is_sharded:
-                content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-                path = moves.enter_context(atomic_path(folder / index))  # entered first, moved last
-                path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            for filename, names in split.filename_to_tensors.items():
-                path = moves.enter_context(atomic_path(folder / filename))
-                _write(path, {name: tensors[name] for name in names}, folder / filename)
+        with atomic_weights(folder, tensors, files):
             config.save_pretrained(folder)
-        written = [*split.filename_to_tensors, *([index] if split.is_sharded else [])]
-        # Safetensors are read first, so those of an older save would hide a pickle.
-        replaced = [glob for k in {kind, SAFETENSORS} for glob in _globs(k, variant)]
-        for path in folder.iterdir():
-            if path.name not in written and any(fnmatchcase(path.name, glob) for glob in replaced):
-                path.unlink()
-        return ["config.json", *written], replaced
+        remove_replaced(folder, files)
+        return files
+
+
+# ----------------------------------------------------------------------------------------- the steps of from_pretrained
 
 
 def _refuse(cls: type, kwargs: dict[str, Any]) -> None:
-    """Take Transformers' arguments out of `kwargs`, or say what to do instead."""
-    kwargs.pop("low_cpu_mem_usage", None)  # always so
+    """Remove Transformers' arguments from `kwargs`; raise TypeError for one that is not supported."""
+    kwargs.pop("low_cpu_mem_usage", None)  # it is always low
     kwargs.pop("_fast_init", None)
     attention = kwargs.pop("attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
@@ -703,8 +491,43 @@ def _refuse(cls: type, kwargs: dict[str, Any]) -> None:
             raise TypeError(f"{cls.__name__}.from_pretrained has no {name}: {remedy}")
 
 
+def _wanted_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype that the caller names; None for "auto"."""
+    named = [as_dtype(name) for name in (dtype, torch_dtype) if name is not None and name != "auto"]
+    if dtype is not None and torch_dtype is not None and (len(named) == 1 or len(set(named)) > 1):
+        raise ValueError(
+            f"dtype={dtype!r} and torch_dtype={torch_dtype!r} disagree; torch_dtype is the older name: leave it out"
+        )
+    return named[0] if named else None
+
+
+def _build_config(
+    cls: type[PretrainedMixin], given: Any, options: HubOptions, labels: dict[str, Any], overrides: dict[str, Any]
+) -> Any:
+    """Return a new configuration of this library, with the labels and overrides."""
+    if isinstance(given, str | os.PathLike):
+        hub = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        config = cls.config_class.from_pretrained(given, **hub)
+    else:
+        config = cls.config_class.from_dict(given if isinstance(given, Mapping) else given.to_dict())
+    unknown = [name for name in overrides if name.startswith("_") or not hasattr(config, name)]
+    if unknown:
+        raise TypeError(
+            f"{cls.__name__}.from_pretrained has no argument {', '.join(unknown)}, "
+            f"and {type(config).__name__} has no such attribute"
+        )
+    changes = {name: value for name, value in labels.items() if value is not None} | overrides
+    return cls.config_class.from_dict(config.to_dict(), **changes) if changes else config
+
+
+def _first_dtype(shards: Mapping[Path, set[str]]) -> torch.dtype:
+    """Return the dtype of the first floating-point tensor; without one, PyTorch's default dtype."""
+    floating = (tensor.dtype for _, tensor in iterate_weights(shards) if tensor.is_floating_point())
+    return next(floating, torch.get_default_dtype())
+
+
 def _device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
-    """Return where the whole model goes."""
+    """Return the device of the whole model."""
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
     if isinstance(device_map, Mapping) or (device is not None and device_map is not None):
@@ -715,65 +538,37 @@ def _device(device: torch.device | str | int | None, device_map: Any) -> torch.d
     return torch.get_default_device() if chosen is None else torch.device(chosen)
 
 
-def _build_config(
-    cls: type[PretrainedMixin], given: Any, options: HubOptions, labels: dict[str, Any], overrides: dict[str, Any]
-) -> Any:
-    """Return a configuration of our own that nobody else holds, with what is to be changed changed."""
-    if isinstance(given, str | os.PathLike):
-        hub = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-        config = cls.config_class.from_pretrained(given, **hub)
-    else:
-        config = cls.config_class.from_dict(given if isinstance(given, Mapping) else given.to_dict())
-    unknown = [name for name in overrides if name.startswith("_") or not hasattr(config, name)]
-    if unknown:
-        raise TypeError(
-            f"{cls.__name__}.from_pretrained has no argument {', '.join(unknown)}, "
-            f"and {type(config).__name__} no such attribute"
-        )
-    changes = {name: value for name, value in labels.items() if value is not None} | overrides
-    return cls.config_class.from_dict(config.to_dict(), **changes) if changes else config
+def _build(cls: type[Model], config: Any, device: torch.device) -> tuple[Model, set[str]]:
+    """Return a model in `config.dtype` on the device, and the names of its tensors that have no values yet.
 
-
-def _wanted_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
-    named = [as_dtype(name) for name in (dtype, torch_dtype) if name is not None and name != "auto"]
-    if dtype is not None and torch_dtype is not None and (len(named) == 1 or len(set(named)) > 1):
-        raise ValueError(
-            f"dtype={dtype!r} and torch_dtype={torch_dtype!r} disagree; torch_dtype is the older name: leave it out"
-        )
-    return named[0] if named else None
-
-
-def _first_dtype(shards: Mapping[Path, set[str]]) -> torch.dtype:
-    """Return the dtype of the first floating-point tensor; where there is none, PyTorch's default."""
-    floating = (tensor.dtype for _, tensor in iterate_weights(shards) if tensor.is_floating_point())
-    return next(floating, torch.get_default_dtype())
-
-
-def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> set[str]:
-    """Give memory to what is on the meta device, and move the rest; floating-point tensors become `dtype`.
-
-    Returns the names of the tensors that have no values yet. Backbones of other libraries are not among them: those
-    are built with values.
+    Backbones of other libraries are built with values, and their tensors are not among the names.
     """
-    made: dict[torch.Tensor, torch.Tensor] = {}  # a tensor that two modules share stays one
-    fresh = set()
+    with torch.device("meta"):
+        model = cls(config)
+    allocated: dict[torch.Tensor, torch.Tensor] = {}  # a tensor that two modules share stays shared
+    unset = set()
     for prefix, module in model.named_modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is None or not tensor.is_meta:
                     continue
-                if tensor not in made:
-                    empty = torch.empty_like(tensor, device=device, dtype=dtype if tensor.is_floating_point() else None)
+                if tensor not in allocated:
+                    dtype = config.dtype if tensor.is_floating_point() else None
+                    empty = torch.empty_like(tensor, device=device, dtype=dtype)
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    made[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                table[name] = made[tensor]
-                fresh.add(f"{prefix}.{name}" if prefix else name)
-    model.to(device=device, dtype=dtype)
-    return fresh
+                    allocated[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                table[name] = allocated[tensor]
+                unset.add(f"{prefix}.{name}" if prefix else name)
+    model.to(device=device, dtype=config.dtype)
+    return model, unset
 
 
 def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]]) -> tuple[set[str], dict[str, Any]]:
-    """Copy the checkpoint into the model; return the names that now have their values, and what did not fit."""
+    """Copy a checkpoint into a model; return the names of the tensors that were set, and the loading info.
+
+    Raises:
+        CheckpointError: no tensor of the checkpoint belongs to the model.
+    """
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
     names_of: dict[torch.Tensor, set[str]] = {}
     for name, tensor in own.items():
@@ -782,21 +577,23 @@ def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]]) -> tuple[se
     loaded: set[str] = set()
     unexpected: set[str] = set()
     mismatched: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
-    for theirs, tensor in iterate_weights(shards):
-        ours = theirs if theirs in own else renamed.get(theirs) or _hub_name(theirs)
-        if ours is None:
-            continue
-        if ours not in own:
-            unexpected.add(theirs)
-        elif tensor.shape != own[ours].shape:
-            mismatched.add((ours, tuple(tensor.shape), tuple(own[ours].shape)))
-        else:
-            own[ours].copy_(tensor)
-            loaded |= names_of[own[ours]]
+    # Older versions of safetensors make tensors on the default device.
+    with torch.device("cpu"):
+        for theirs, tensor in iterate_weights(shards):
+            ours = theirs if theirs in own else renamed.get(theirs) or _hub_name(theirs)
+            if ours is None:
+                continue
+            if ours not in own:
+                unexpected.add(theirs)
+            elif tensor.shape != own[ours].shape:
+                mismatched.add((ours, tuple(tensor.shape), tuple(own[ours].shape)))
+            else:
+                own[ours].copy_(tensor)
+                loaded |= names_of[own[ours]]
     if not loaded and not mismatched:
         raise CheckpointError(
             f"{', '.join(map(str, shards))}: these are not UPerNet weights of this kind; their names are "
-            f"{_some(sorted(unexpected))} and the model's {_some(own)}"
+            f"{listed(sorted(unexpected))} and the model's {listed(own)}"
         )
     missing = own.keys() - loaded - {name for name, _, _ in mismatched}
     return loaded, {
@@ -807,50 +604,32 @@ def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]]) -> tuple[se
     }
 
 
-def _own_storage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return contiguous tensors that share no memory, as the file formats want them; copies only where needed."""
-    tensors = {}
-    seen = set()
-    for name, tensor in state_dict.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
-            what = "has no values (it is on the meta device)" if isinstance(tensor, torch.Tensor) else "is no tensor"
-            raise CheckpointError(f"{name} {what} and cannot be saved; pass a full state_dict=")
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage()
-        # Two names of one tensor are written twice, so that no reader misses one; a view would drag its base along.
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    return tensors
+def _shapes_message(source: StrPath, mismatched: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+    lines = [f"  {name}: {theirs} in the checkpoint, {ours} in the model" for name, theirs, ours in sorted(mismatched)]
+    return (
+        f"{source}: tensors of the checkpoint have other shapes than the model's; "
+        "pass ignore_mismatched_sizes=True to initialise these:\n" + "\n".join(lines)
+    )
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], place: Path) -> None:
-    """Write a weight file to `path`, which is to be moved to `place`."""
-    try:
-        if path.suffix == ".safetensors":
-            path.touch()
-            mode = path.stat().st_mode
-            save_file(tensors, path, metadata={"format": "pt"})
-            path.chmod(mode)  # safetensors 0.8 makes files that nobody else may read
-        else:
-            torch.save(tensors, path)
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{place} could not be written (is the disk full?): {error}") from error
+def _warn(source: StrPath, info: Mapping[str, Any]) -> None:
+    """Log a warning for each kind of tensors that did not come from the checkpoint, or were not used."""
+    shapes = (f"{name} ({theirs} there, {ours} here)" for name, theirs, ours in sorted(info["mismatched_keys"]))
+    for text, names in (
+        ("not in the checkpoint, newly initialised", sorted(info["missing_keys"])),
+        ("in the checkpoint but not in the model, not used", sorted(info["unexpected_keys"])),
+        ("of another shape in the checkpoint, newly initialised", list(shapes)),
+    ):
+        if names:
+            logger.warning("%s: %s: %s", source, text, ", ".join(names))
 
 
-def _globs(kind: str, variant: str | None) -> list[str]:
-    """Return patterns of the files that a checkpoint of this kind may consist of."""
-    stem, extension = _with_variant(kind, variant).rsplit(".", 1)
-    number = "[0-9]" * 5
-    index = _with_variant(kind + INDEX, variant)
-    return [f"{stem}.{extension}", f"{stem}-{number}-of-{number}.{extension}", index]
+# ---------------------------------------------------------------------------------------------------------- push_to_hub
 
 
 def _upload(
     folder: Path,
-    written: list[str],
-    replaced: list[str],
+    files: WeightFiles,
     repo_id: str,
     *,
     commit_message: str | None = None,
@@ -859,7 +638,7 @@ def _upload(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload these files of a folder, in place of the repository's that match `replaced`; return the commit's URL."""
+    """Upload config.json and the weights in place of the repository's older weights; return the commit's URL."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
@@ -867,8 +646,8 @@ def _upload(
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        allow_patterns=written,
-        delete_patterns=replaced,
+        allow_patterns=["config.json", *files.names],
+        delete_patterns=files.replaced,
         commit_message=commit_message or "Upload model",
         revision=revision,
         create_pr=create_pr,

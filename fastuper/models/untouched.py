@@ -1,7 +1,7 @@
-"""Whether a module is exactly what this library put there, so that its arithmetic may be written in another way.
+"""Detects hooked, replaced or quantised modules, which must run as they are; and BatchNorm, called or folded.
 
-LoRA, pruning, quantisation, hooks, offloading and parametrizations all work by replacing a module or by hooking it.
-Whatever has been touched is called as it stands.
+LoRA, pruning, quantisation, hooks, offloading and parametrizations replace a module or hook it. A faster way may stand
+in for a module only if nobody has touched the module.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from torch.nn.modules import module as torch_module
 
 from fastuper_kernels import fold_norm
 
-# Under a tracer (`torch.export`, AOTAutograd) ordinary parameters are stood in for by tensors of these two classes;
-# those of a parameter's own class keep that class.
+# Tracers (`torch.export`, AOTAutograd) replace ordinary parameters by tensors of the last two classes. A parameter of
+# another class keeps its class under a tracer.
 PARAMETERS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
-
 
 logger = logging.getLogger(__name__)
 
 
 def is_untouched(*modules: nn.Module) -> bool:
-    """Return whether nothing sees these modules being called, and whether their classes are ours or PyTorch's own.
+    """Return True if no hook, subclass or parametrization changes these modules. Their children are not checked.
 
-    Children are not looked at. A module is not plain where a hook is registered on it (or on all modules), where its
-    `forward` has been replaced on the instance, where its class is somebody's subclass or parametrization, or where
-    one of its parameters is no ordinary tensor.
+    A module is touched where a hook is registered on it (or on all modules), where its instance has another `forward`,
+    where its class is neither PyTorch's nor this library's, where it has parametrizations, or where one of its
+    parameters is not an ordinary tensor (a quantised one, for example).
     """
     if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
         return False
@@ -47,7 +46,10 @@ def is_untouched(*modules: nn.Module) -> bool:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Return whether the instance has a `forward` of its own. Accelerate, taking its hooks away, leaves the class's."""
+    """Return True if the instance has a `forward` other than its class's.
+
+    Accelerate, when it removes its hooks, leaves the class's own `forward` on the instance.
+    """
     forward = module.__dict__.get("forward")
     if forward is None:
         return False
@@ -55,12 +57,12 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a module is plain and of this very class, not of a subclass."""
+    """Return True if a module is untouched and its class is `kind` itself, not a subclass."""
     return type(module) is kind and is_untouched(module)
 
 
 def is_supported_conv(conv: nn.Module) -> bool:
-    """Return whether a module is a convolution that `conv_bn_relu` computes, and nobody has touched it."""
+    """Return True if a module is an untouched convolution that `conv_bn_relu` supports: 1x1 or 3x3, stride 1."""
     return (
         is_exactly(conv, nn.Conv2d)
         and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
@@ -69,43 +71,41 @@ def is_supported_conv(conv: nn.Module) -> bool:
 
 
 def is_fixed_norm(norm: nn.Module) -> bool:
-    """Return whether a module is a BatchNorm that is a fixed scale and shift here, and nobody has touched it.
-
-    It is one in evaluation with gradients off.
-    """
+    """Return True if a module is an untouched BatchNorm in evaluation with gradients off: a fixed scale and shift."""
     if not is_exactly(norm, nn.BatchNorm2d):
         return False
     return not (norm.training or norm.running_var is None or torch.is_grad_enabled())
 
 
 def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a BatchNorm's scale and shift (C,) in evaluation, in float32 at least; computed at every call."""
+    """Return the scale and shift (C,) of a BatchNorm in evaluation, in float32 or wider; computed at every call."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return fold_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 def batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return `norm(x)` of a map (B, C, H, W): in training, with running statistics where x is one cell of one image.
+    """Return `norm(x)` of a map (B, C, H, W), also in training on a single cell (1, C, 1, 1).
 
-    A single value has no variance, so that PyTorch refuses it: an image alone, averaged over the whole map, could not
-    be trained on. SyncBatchNorm is left to do what it does: other ranks may hold more, and wait for this one.
+    A single value has no variance, and PyTorch raises an error. The running statistics are used there, so that one
+    image can be trained on although the pyramid pooling averages it to one cell. SyncBatchNorm is called as usual:
+    other ranks may hold more cells, and they wait for this rank.
     """
     has_statistics = isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
     if not norm.training or not has_statistics or x.shape[0] != 1 or tuple(x.shape[2:]) != (1, 1):
         return norm(x)
     if not torch.compiler.is_compiling():
-        _say_once(
-            "BatchNorm over a single cell of a single image takes its running statistics, as one value has no "
-            "variance; with two images in a batch it would take the batch's own"
+        _warn_once(
+            "BatchNorm over a single cell of a single image uses its running statistics, because one value has no "
+            "variance; train on two or more images in a batch to use the batch's statistics"
         )
     norm.training = False
-    try:  # called all the same, for whoever has hooked it
-        return norm(x)
+    try:
+        return norm(x)  # the module is called, so that its hooks run
     finally:
         norm.training = True
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logger.warning(message)

@@ -1,4 +1,4 @@
-"""Small heads with random weights, and what they compute when every module is called as it stands."""
+"""Small heads with random weights, and their result when every module is called."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = [(17, 22), (9, 11), (5, 6), (3, 3)]
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter and statistic, so that none is 0 or 1."""
+    """Draw every parameter and running statistic at random, so that none is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
@@ -33,7 +33,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def head(hidden_size: int = 12, seed: int = 0, channels: Sequence[int] = CHANNELS, **values: Any) -> Any:
-    """Return a head in evaluation."""
+    """Return a head in evaluation mode with random weights."""
     config = UperNetConfig(**{"hidden_size": hidden_size, "num_labels": 5, **values})
     return randomize(UperNetHead(config, channels), seed).eval()
 
@@ -51,7 +51,7 @@ def feature_maps(
 
 
 class Listed(nn.Module):
-    """A head that takes its maps one by one, as tracers want them."""
+    """A head that takes its maps as separate arguments, as tracers require."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
@@ -62,7 +62,7 @@ class Listed(nn.Module):
 
 
 class Unfused:
-    """Within it every ConvModule calls its children."""
+    """A context in which every ConvModule calls its children."""
 
     def __enter__(self) -> None:
         self.kept = ConvModule.is_fusible
@@ -73,7 +73,7 @@ class Unfused:
 
 
 def as_written(head: Any, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a head's logits as the paper, mmsegmentation and Transformers write them."""
+    """Return a head's logits by the steps of the paper, mmsegmentation and Transformers."""
     *lower, top = maps
     with Unfused():
         pooled = [branch(top) for branch in head.psp_modules]

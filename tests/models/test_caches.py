@@ -1,4 +1,4 @@
-"""What is kept between calls: seen by nobody, shared by threads, gone with the model, untouched by transformations."""
+"""Caches: not part of a model's state, safe for threads, freed with the model, and unused by transformations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastuper.models.heads.upernet
+import fastuper.models.heads.strips
 from fastuper_kernels.cpu import band, packs
 from tests.models.heads import Listed, as_written, error, feature_maps, head, randomize
 from tests.models.test_upernet import model as small_model
@@ -47,7 +47,7 @@ def saved(model):
 # Copies --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_has_run_is_what_it_was():
+def test_a_call_does_not_change_the_model():
     model = small_model("resnet", hidden_size=WIDE)
     sizes, attributes = (len(pickle.dumps(model)), saved(model)), {k: set(vars(m)) for k, m in model.named_modules()}
     state = copy.deepcopy(model.state_dict())
@@ -65,7 +65,7 @@ def test_a_model_that_has_run_is_what_it_was():
             assert torch.equal(other(pixels).logits, expected)
 
 
-def test_a_copy_is_another_model():
+def test_a_copy_has_packs_of_its_own():
     model, maps = head(WIDE), wide_maps()
     with torch.no_grad():
         before = model(maps)
@@ -79,7 +79,7 @@ def test_a_copy_is_another_model():
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def test_packs_go_with_the_model():
+def test_packs_are_freed_with_the_model():
     maps = wide_maps()
     models = [head(WIDE, seed) for seed in range(3)]
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_packs_go_with_the_model():
             assert packs.packed_bytes() == one * left
 
 
-def test_packs_follow_moved_weights():
+def test_packs_of_converted_weights_are_replaced():
     model, maps = head(WIDE), wide_maps()
     with torch.no_grad():
         model(maps)
@@ -105,7 +105,7 @@ def test_packs_follow_moved_weights():
             assert packs.packed_bytes() == before
 
 
-def test_changed_weights_leave_no_old_packs():
+def test_packs_of_changed_weights_are_replaced():
     model, maps = head(WIDE), wide_maps()
     with torch.no_grad():
         model(maps)
@@ -116,7 +116,7 @@ def test_changed_weights_leave_no_old_packs():
     assert packs.packed_bytes() == before
 
 
-def test_packs_are_bounded(monkeypatch):
+def test_number_of_packs_is_bounded(monkeypatch):
     monkeypatch.setattr(packs, "MAX_PACKS", 3)
     maps = wide_maps()
     models = [head(WIDE, seed) for seed in range(3)]
@@ -128,7 +128,7 @@ def test_packs_are_bounded(monkeypatch):
                 assert len(packs._entries) <= 3
 
 
-def test_bands_are_bounded():
+def test_number_of_bands_is_bounded():
     model = head()
     with torch.no_grad():
         for height in range(1, 60):
@@ -137,7 +137,7 @@ def test_bands_are_bounded():
         assert cache.cache_info().currsize <= 128
 
 
-def test_training_packs_nothing():
+def test_training_makes_no_packs():
     model = head(WIDE).train()
     model(wide_maps()).sum().backward()
     assert packs.packed_bytes() == 0
@@ -163,7 +163,7 @@ def test_eight_threads_on_one_model():
             assert all(error(result, logits) < 2e-6 for result in results)
 
 
-def test_eight_threads_on_models_that_come_and_go():
+def test_eight_threads_that_make_and_free_models():
     maps = wide_maps()
 
     def run(seed):
@@ -189,12 +189,12 @@ def test_eight_threads_on_models_that_come_and_go():
 # Modes ---------------------------------------------------------------------------------------------------------------
 
 
-def test_bands_made_in_inference_mode_serve_training():
+def test_bands_made_in_inference_mode_are_used_in_training():
     model, maps = head(WIDE), wide_maps()
     with torch.inference_mode():
         model(maps)
         model.train()
-        model(maps)  # without gradients: the same bands as the next call's
+        model(maps)  # without gradients: the next call uses the same bands
     other = copy.deepcopy(model)
     model(maps).square().mean().backward()
     as_written(other, maps).square().mean().backward()
@@ -202,7 +202,7 @@ def test_bands_made_in_inference_mode_serve_training():
         assert error(ours.grad, theirs.grad) < 2e-4, name
 
 
-def test_packs_made_in_inference_mode_serve_outside_of_it():
+def test_packs_made_in_inference_mode_are_used_outside_of_it():
     model, maps = head(WIDE), wide_maps()
     with torch.inference_mode():
         expected = model(maps)
@@ -218,13 +218,13 @@ def test_packs_made_in_inference_mode_serve_outside_of_it():
 
 
 def test_the_first_call_under_other_defaults():
-    """Nothing that is kept depends on PyTorch's default device or dtype."""
+    """No cached tensor depends on PyTorch's default device or dtype."""
     model, maps = head(WIDE), wide_maps()
     with torch.no_grad():
         expected = as_written(model, maps)
         with torch.device("meta"):
             assert error(model(maps), expected) < 2e-6
-        assert packs.packed_bytes() > 0  # saying where tensors are made changes no arithmetic
+        assert packs.packed_bytes() > 0  # a default device does not change the path
         forget()
         torch.set_default_dtype(torch.float64)
         try:
@@ -243,8 +243,8 @@ def test_the_meta_device():
     assert packs.packed_bytes() == 0
 
 
-def test_modes_that_count():
-    """A mode sees PyTorch's own operators. This one hooks every module to count by module: each is called."""
+def test_modes_that_count_operations():
+    """A dispatch mode gets PyTorch's own operators. This mode hooks every module, and each module is called."""
     model, maps = head(WIDE), wide_maps(batch=1)
     with torch.no_grad():
         with FlopCounterMode(display=False) as ours:
@@ -257,15 +257,15 @@ def test_modes_that_count():
     assert "UperNetHead.fpn_bottleneck.conv" in ours.get_flop_counts()
 
 
-def test_modes_that_see_functions():
-    class Seeing(TorchFunctionMode):
+def test_modes_that_intercept_functions():
+    class Recording(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             if function is torch.conv2d:
                 seen.append(args[1].shape)
             return function(*args, **(kwargs or {}))
 
     seen, model = [], head(WIDE)
-    with torch.no_grad(), Seeing():
+    with torch.no_grad(), Recording():
         model(wide_maps())
     assert len(seen) > 12
     assert packs.packed_bytes() == 0
@@ -298,7 +298,7 @@ def test_vmap_over_images(context):
 
 
 def test_vmap_over_models():
-    """An ensemble: the weights are batched, the input is not."""
+    """An ensemble: the weights have a batch dimension, the input has none."""
     models, maps = [head(WIDE, seed) for seed in range(3)], wide_maps()
     parameters, buffers = torch.func.stack_module_state(models)
     with torch.no_grad():
@@ -336,7 +336,7 @@ def test_gradients_of_each_sample():
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_mode(requires_grad):
-    """Tangents travel where nothing requires a gradient: the hand-written path would drop them."""
+    """Tangents flow also if nothing requires a gradient; the hand-written path would drop them."""
     model, maps = head(WIDE).requires_grad_(requires_grad), wide_maps()
     tangents = wide_maps(seed=1)
     with torch.no_grad() if not requires_grad else torch.enable_grad(), forward_ad.dual_level():
@@ -385,7 +385,7 @@ def test_checkpointing(reentrant):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_jit_trace():
-    """At the traced size, as before; and nothing of a trace is kept."""
+    """The trace is right at the traced size, and tracing caches nothing."""
     model, maps = head(WIDE), wide_maps()
     with torch.no_grad():
         traced = torch.jit.trace(Listed(model), tuple(maps), check_trace=False)
@@ -404,11 +404,11 @@ def test_fx_tracing():
         assert error(graph(*others), as_written(model, others)) < 2e-6
 
 
-def test_strips_keep_nothing_more(monkeypatch):
+def test_strips_add_no_packs(monkeypatch):
     model, maps = head(WIDE), feature_maps(sizes=[(32, 20), (16, 10), (8, 5), (4, 3)])
     with torch.no_grad():
         model(maps)
         before = packs.packed_bytes()
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+        monkeypatch.setattr(fastuper.models.heads.strips, "STRIP_BYTES", 1)
         model(maps)
     assert packs.packed_bytes() == before

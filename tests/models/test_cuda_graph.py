@@ -1,4 +1,4 @@
-"""CUDA graphs where there is no GPU, and where there is one."""
+"""CUDA graphs: the error without a GPU, replays on a GPU, and the state that a recorded graph depends on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from fastuper.models.cuda_graph import Seen
+from fastuper.models.cuda_graph import Dependencies
 from tests.models.test_upernet import model
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    with pytest.raises(ValueError, match="recorded on a GPU, and pixel_values are on cpu"):
+def test_capture_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="recorded on a GPU, but pixel_values are on cpu; move the model"):
         model("convnext").capture(torch.zeros(1, 3, 64, 64))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_replay_sees_new_images_and_new_weights() -> None:
+def test_replay_uses_new_images_and_new_weights() -> None:
     network = model("convnext").eval().cuda()
     first, second = torch.randn(2, 1, 3, 64, 64, device="cuda").unbind()
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_a_replay_sees_new_images_and_new_weights() -> None:
                 assert torch.equal(labels(pixels)[0], network.segment(pixels, target_sizes=[(50, 70)])[0])
             parameter = network.decode_head.classifier.weight
             parameter.mul_(1.5) if step == 0 else setattr(parameter, "data", parameter.data * 0.5)
-    with pytest.raises(ValueError, match="capture once more for another shape"):
+    with pytest.raises(ValueError, match="call capture for this shape too"):
         replay(first[:, :, :32])
 
 
@@ -65,27 +65,27 @@ def changes() -> dict[str, Callable[[Any], Any]]:
 
 
 @pytest.mark.parametrize("change", changes())
-def test_what_a_recorded_graph_depends_on(change: str) -> None:
+def test_dependencies_of_a_recorded_graph(change: str) -> None:
     network = model("convnext").eval().requires_grad_(False)
     network.backbone.register_forward_hook(lambda *_: None)
-    seen = Seen(network)
-    network.decode_head.classifier.weight.mul_(2)  # where it is: the graph reads it there
+    dependencies = Dependencies(network)
+    network.decode_head.classifier.weight.mul_(2)  # in place: the graph reads this memory
     network.load_state_dict(network.state_dict())
-    assert seen.is_current()
+    assert dependencies.are_unchanged()
     changes()[change](network)
-    assert not seen.is_current()
-    assert Seen(network).is_current()
+    assert not dependencies.are_unchanged()
+    assert Dependencies(network).are_unchanged()
 
 
-def test_a_compiled_part_has_a_mode_too() -> None:
+def test_dependencies_include_compiled_parts() -> None:
     network = model("convnext").eval()
     network.backbone = torch.compile(network.backbone, backend="eager")
-    assert Seen(network).is_current()
+    assert Dependencies(network).are_unchanged()
 
 
-def test_a_hook_on_all_modules() -> None:
-    seen = Seen(model("convnext"))
+def test_dependencies_include_hooks_on_all_modules() -> None:
+    dependencies = Dependencies(model("convnext"))
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not seen.is_current()
+    assert not dependencies.are_unchanged()
     handle.remove()
-    assert seen.is_current()
+    assert dependencies.are_unchanged()

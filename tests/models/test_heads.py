@@ -1,4 +1,4 @@
-"""The heads alone."""
+"""The heads without a backbone: their checks, their outputs' sizes and their inputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from fastuper import UperNetConfig
 from fastuper.models.heads.fcn import FCNHead
+from fastuper.models.heads.pyramid import PyramidHead
 from fastuper.models.heads.upernet import UperNetHead
 
 
@@ -17,18 +18,30 @@ def config(**values):
 @pytest.mark.parametrize(
     ("options", "channels", "message"),
     [
-        ({}, [8, 16], "reads feature map 3, the backbone gives 2: name more stages in out_features, or set use_aux"),
-        ({"auxiliary_in_channels": 9}, [8, 16, 24], "auxiliary_in_channels=9, but the map that it reads has 24"),
-        ({"auxiliary_num_convs": 0}, [8, 16, 24], r"the 24 channels .* must be auxiliary_channels, which is 6"),
+        (
+            {},
+            [8, 16],
+            "reads feature map 3, but the backbone returns 2: name more stages in out_features, or set use_aux",
+        ),
+        (
+            {"auxiliary_in_channels": 9},
+            [8, 16, 24],
+            "auxiliary_in_channels=9, but feature map 3 has 24 channels; set auxiliary_in_channels=None",
+        ),
+        (
+            {"auxiliary_num_convs": 0},
+            [8, 16, 24],
+            r"auxiliary_channels must be the 24 channels of the feature map, got 6",
+        ),
     ],
     ids=["too-few-maps", "in-channels", "no-convolutions"],
 )
-def test_an_auxiliary_head_that_does_not_fit(options, channels, message):
+def test_auxiliary_head_refuses_options_that_do_not_fit(options, channels, message):
     with pytest.raises(ValueError, match=message):
         FCNHead(config(**options), channels)
 
 
-def test_logits_have_the_finest_maps_size():
+def test_logits_have_the_size_of_the_finest_map():
     head = UperNetHead(config(), [3, 5, 7, 9]).eval()
     sizes = [(13, 17), (7, 9), (4, 5), (2, 3)]
     maps = [torch.randn(2, channels, *size) for channels, size in zip([3, 5, 7, 9], sizes, strict=True)]
@@ -48,21 +61,21 @@ def test_logits_have_the_finest_maps_size():
     ids=["too-few", "too-many", "channels", "coarsest-first", "no-batch", "none"],
 )
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_maps_that_do_not_fit(training, shapes):
+def test_head_refuses_maps_that_do_not_fit(training, shapes):
     head = UperNetHead(config(), [3, 5, 7]).train(training)
     with pytest.raises(ValueError, match=r"in_channels=\[3, 5, 7\] channels, finest first, got \[") as error:
         head([torch.zeros(shape) for shape in shapes])
     assert all(str(shape) in str(error.value) for shape in shapes)
 
 
-def test_any_number_of_levels():
+def test_head_takes_any_number_of_levels():
     for channels in ([5], [3, 5], [3, 5, 7, 9, 11]):
         head = UperNetHead(config(pool_scales=[2]), channels).eval()
         maps = [torch.randn(1, c, 16 >> i, 16 >> i) for i, c in enumerate(channels)]
         assert head(maps).shape == (1, 4, 16, 16)
 
 
-def test_the_maps_given_are_left_alone():
+def test_head_leaves_its_inputs_unchanged():
     head = UperNetHead(config(), [3, 5]).train()
     maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)]
     before = [x.clone() for x in maps]
@@ -70,9 +83,34 @@ def test_the_maps_given_are_left_alone():
     assert all(torch.equal(x, y) for x, y in zip(maps, before, strict=True))
 
 
-def test_the_auxiliary_head_reads_the_third_map_alone():
+def test_auxiliary_head_reads_only_the_third_map():
     head = FCNHead(config(), [3, 5, 7, 9]).eval()
     maps = [torch.full((1, c, 4, 4), float("nan")) for c in (3, 5, 7, 9)]
     maps[2] = torch.randn(1, 7, 6, 5)
     assert head(maps).isfinite().all()
     assert head(maps).shape == (1, 4, 6, 5)
+
+
+class SeveralResults(PyramidHead):
+    """A head that reads the pyramid at three places, as a head for several tasks does."""
+
+    def forward(self, feature_maps):
+        *lower, top = feature_maps
+        pooled = self.pool(top)
+        levels = self.top_down(lower, pooled).levels
+        return pooled, levels[0], self.fuse(levels)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_another_head_over_the_same_pyramid(gradients):
+    """Its steps are those of `UperNetHead`: a classifier on the fused levels gives the same logits."""
+    upernet = UperNetHead(config(), [3, 5, 7, 9]).eval()
+    other = SeveralResults([3, 5, 7, 9], 8, config().pool_scales).eval()
+    state = {name: value for name, value in upernet.state_dict().items() if not name.startswith("classifier")}
+    other.load_state_dict(state)
+    maps = [torch.randn(2, c, 16 >> i, 24 >> i) for i, c in enumerate([3, 5, 7, 9])]
+    with torch.set_grad_enabled(gradients):
+        pooled, finest, fused = other(maps)
+        assert pooled.shape == (2, 8, 2, 3)
+        assert finest.shape == fused.shape == (2, 8, 16, 24)
+        assert torch.equal(upernet.classify(fused), upernet(maps))

@@ -1,6 +1,6 @@
-"""Weights that change after a forward pass: the next one computes with what they are now.
+"""Weights that change after a forward pass: the next pass uses their new values.
 
-Neither a tensor's identity, its address nor its version tells of all of these changes.
+No single one of a tensor's identity, address and version reveals all of these changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import fastuper.models.heads.upernet
+import fastuper.models.heads.strips
 import fastuper_kernels.cpu.packs as packs
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper_kernels.cpu import winograd
@@ -24,7 +24,7 @@ SIZES = [(18, 20), (9, 10), (5, 5), (3, 3)]
 
 @pytest.fixture(autouse=True)
 def all_packs(monkeypatch):
-    """However small the maps, Winograd's packs are made too."""
+    """Winograd's packs are made for small maps too."""
     operation = importlib.import_module("fastuper_kernels.cpu.conv")
     monkeypatch.setattr(operation, "_way", lambda x, _: "winograd" if x.dtype == torch.float32 else "direct")
     calls, convolve = [], winograd.conv3x3
@@ -33,7 +33,7 @@ def all_packs(monkeypatch):
 
 
 def fresh(model, dtype=torch.float32):
-    """Return a head that has never run, with the same values in tensors of its own."""
+    """Return a new head with copies of the same values, so that it has no packs yet."""
     new = head(WIDE, seed=99).to(dtype)
     new.load_state_dict(copy.deepcopy(model.state_dict()))
     for module, other in zip(model.modules(), new.modules(), strict=True):
@@ -187,7 +187,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("inference_mode", [False, True], ids=["no_grad", "inference_mode"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_shows(change, inference_mode):
+def test_a_changed_weight_is_used(change, inference_mode):
     model, maps = head(WIDE), feature_maps(sizes=SIZES)
     packs.clear()
     context = torch.inference_mode if inference_mode else torch.no_grad
@@ -204,13 +204,13 @@ def test_a_change_shows(change, inference_mode):
         assert error(after, as_written(copy.deepcopy(model).double(), [x.double() for x in maps])) < 5e-6
 
 
-def test_every_tensor_counts(all_packs):
+def test_a_change_of_any_tensor_is_used(all_packs):
     model, maps = head(WIDE), feature_maps(1, sizes=SIZES)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if "num_batches" not in name}
     with torch.no_grad():
         for name, tensor in tensors.items():
             before = model(maps)
-            tensor.view(len(tensor), -1)[:, 0] += 0.5  # one value an output channel: some of them are cut off by ReLU
+            tensor.view(len(tensor), -1)[:, 0] += 0.5  # one value an output channel, because ReLU hides some channels
             after = model(maps)
             assert not torch.equal(before, after), name
             assert error(after, fresh(model)(maps)) < 1e-6, name
@@ -229,7 +229,7 @@ def test_other_dtypes(dtype):
 
 
 def test_a_weight_made_in_inference_mode():
-    """It has no version at all."""
+    """A tensor made in inference mode has no version counter."""
     with torch.inference_mode():
         model = head(WIDE)
         maps = feature_maps(sizes=SIZES)
@@ -276,7 +276,7 @@ def test_tied_weights():
 
 
 def test_frozen_norms_train_with_their_statistics():
-    """Gradients on, norms in evaluation: the usual fine-tuning. Nothing is folded, nothing is packed."""
+    """Usual fine-tuning: gradients on, norms in evaluation. No norm is folded, no weight is packed."""
     model, maps = randomize(head(WIDE).train(), 3), feature_maps(sizes=SIZES)
     for norm in every(model, nn.BatchNorm2d):
         norm.eval()
@@ -289,10 +289,10 @@ def test_frozen_norms_train_with_their_statistics():
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
 
 
-def test_strips_look_at_a_weight_once_a_call(monkeypatch):
-    """Many times for each strip would be many times the weights' bytes; and the next call looks again."""
+def test_strips_fingerprint_a_weight_once_a_call(monkeypatch):
+    """A fingerprint reads all bytes of a weight, too many to read for every strip. The next call makes a new one."""
     model, maps = head(64), feature_maps(2, [(40, 48), (20, 24), (10, 12), (5, 6)])
-    monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+    monkeypatch.setattr(fastuper.models.heads.strips, "STRIP_BYTES", 1)
     looked = []
     fingerprint = packs.fingerprint
     monkeypatch.setattr(packs, "fingerprint", lambda weight: looked.append(weight.data_ptr()) or fingerprint(weight))

@@ -1,4 +1,4 @@
-"""Modules that somebody has replaced, hooked or wrapped are called, and the result is what they make of it."""
+"""Replaced, hooked or wrapped modules are called, and their results are used."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
-import fastuper.models.heads.upernet
+import fastuper.models.heads.strips
+from fastuper.models.heads.conv_module import ConvModule, is_fusible
 from fastuper.models.untouched import is_untouched
 from tests.models.heads import as_written, error, feature_maps, head, randomize
 
 CALLED = [name for name, module in head().named_modules() if not isinstance(module, nn.ModuleList)]
-# One of each kind, and the first and the last of those that are several.
+# One module of each kind; of several, the first and the last.
 MODULES = [name for name in CALLED if not name.startswith(("psp_modules.0", "psp_modules.2", "psp_modules.3"))]
 MODULES = [name for name in MODULES if not name.startswith(("lateral_convs.1", "fpn_convs.1", "fpn_convs.2."))]
 CONVOLUTIONS = [
@@ -31,14 +32,14 @@ CONVOLUTIONS = [
 
 @pytest.fixture(params=[False, True], ids=["whole", "strips"])
 def strips(request, monkeypatch):
-    """Run each test once with maps that are small, and once with maps that would run in strips."""
+    """Run each test once with whole maps, and once with maps large enough for strips."""
     if request.param:
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+        monkeypatch.setattr(fastuper.models.heads.strips, "STRIP_BYTES", 1)
     return request.param
 
 
 def check(model, original=None, tolerance=2e-6):
-    """Compare a head with itself, every module called; and see that what was done to it makes a difference."""
+    """Compare a head with its modules called one by one, and check that its change matters to the result."""
     maps = feature_maps()
     with torch.no_grad():
         result, expected = model(maps), as_written(model, maps)
@@ -56,10 +57,10 @@ def place(model, name, module):
 
 
 def is_taken(model):
-    """Return whether the hand-written path is taken for every convolution of a head."""
-    modules = [module for module in model.modules() if isinstance(module, fastuper.models.heads.upernet.ConvModule)]
+    """Return True if the hand-written path is taken for every convolution of a head."""
+    modules = [module for module in model.modules() if isinstance(module, ConvModule)]
     with torch.no_grad():
-        return all(fastuper.models.heads.upernet.is_fusible(module) and module.is_folding() for module in modules)
+        return all(is_fusible(module) and module.is_foldable() for module in modules)
 
 
 def test_an_untouched_head(strips):
@@ -73,7 +74,7 @@ def test_an_untouched_head(strips):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_forward_hooks(name, strips):
-    """What a hook returns takes the place of what the module returned."""
+    """The value that a hook returns replaces the module's result."""
     original, calls = head(), []
     model = copy.deepcopy(original)
 
@@ -97,7 +98,7 @@ def test_forward_hooks(name, strips):
 
 @pytest.mark.parametrize("name", MODULES[1:])
 def test_forward_pre_hooks(name, strips):
-    """A module's input is the map that it always had: a convolution of levels gets them concatenated."""
+    """A hooked module gets the same input as in the network as written: the fusion gets concatenated levels."""
     original, channels = head(), []
     model = copy.deepcopy(original)
 
@@ -152,8 +153,8 @@ def test_hooks_on_all_modules(register, hook, strips):
     assert is_taken(model)
 
 
-def test_feature_extraction_sees_every_map():
-    """Hooks that only look, as those of feature extractors and of torchinfo."""
+def test_feature_extraction_gets_every_map():
+    """Hooks that return nothing, such as those of feature extractors and of torchinfo."""
     model, seen = head(), {}
     for name in MODULES[1:]:
         model.get_submodule(name).register_forward_hook(
@@ -177,7 +178,7 @@ def test_forward_replaced_on_the_instance(name, strips):
     kept = module.forward
     module.forward = lambda x: kept(x) * 1.5 + 0.25
     check(model, original)
-    module.forward = kept  # accelerate, taking its hooks away, leaves this
+    module.forward = kept  # the state in which accelerate leaves a module when it removes its hooks
     assert is_untouched(module)
     assert torch.equal(check(model), check(original))
     module.forward = original.get_submodule(name).forward  # another instance's
@@ -239,7 +240,7 @@ class Centred(nn.BatchNorm2d):
 def test_other_norms(kind, training, strips):
     model = head().train(training)
     for module in list(model.modules()):
-        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+        if isinstance(module, ConvModule):
             module.batch_norm = randomize(NORMS[kind](12)).train(training)
     other, maps = copy.deepcopy(model), feature_maps()
     with torch.no_grad():
@@ -251,7 +252,7 @@ def test_other_norms(kind, training, strips):
 def test_convert_sync_batchnorm(strips):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(head())
     assert not is_taken(model)
-    assert all(fastuper.models.heads.upernet.is_fusible(module) for module in model.lateral_convs)
+    assert all(is_fusible(module) for module in model.lateral_convs)
     assert error(check(model), check(head())) < 2e-6
 
 
@@ -259,7 +260,7 @@ def test_convert_sync_batchnorm(strips):
 def test_other_activations(kind, strips):
     model = head()
     for module in list(model.modules()):
-        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+        if isinstance(module, ConvModule):
             module.activation = kind()
     check(model)
 
@@ -297,7 +298,7 @@ BLOCKS = ["fpn_bottleneck", "bottleneck", "lateral_convs.0", "lateral_convs.1", 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_blocks_of_other_kernels(name, kernel_size, strips):
     model, original = head(), head()
-    new = fastuper.models.heads.upernet.ConvModule(model.get_submodule(name).conv.in_channels, 12, kernel_size)
+    new = ConvModule(model.get_submodule(name).conv.in_channels, 12, kernel_size)
     place(model, name, randomize(new, seed=1).eval())
     check(model, original)
     maps, other = feature_maps(), copy.deepcopy(model.train())
@@ -308,15 +309,15 @@ def test_blocks_of_other_kernels(name, kernel_size, strips):
 
 def test_branches_of_several_widths(strips):
     model = head()
-    model.psp_modules[1][1] = randomize(fastuper.models.heads.upernet.ConvModule(24, 7, 1)).eval()
-    model.bottleneck = randomize(fastuper.models.heads.upernet.ConvModule(24 + 3 * 12 + 7, 12, 3)).eval()
+    model.psp_modules[1][1] = randomize(ConvModule(24, 7, 1)).eval()
+    model.bottleneck = randomize(ConvModule(24 + 3 * 12 + 7, 12, 3)).eval()
     check(model)
 
 
 def test_levels_of_several_widths(strips):
     model = head()
-    model.fpn_convs[0] = randomize(fastuper.models.heads.upernet.ConvModule(12, 9, 3)).eval()
-    model.fpn_bottleneck = randomize(fastuper.models.heads.upernet.ConvModule(9 + 36, 12, 3)).eval()
+    model.fpn_convs[0] = randomize(ConvModule(12, 9, 3)).eval()
+    model.fpn_bottleneck = randomize(ConvModule(9 + 36, 12, 3)).eval()
     check(model)
 
 
@@ -371,7 +372,7 @@ def test_parametrizations(name, kind, strips):
 
 
 class Quantised(torch.Tensor):
-    """A weight that is more than its values: whoever convolves with it gets twice as much."""
+    """A weight whose class changes the convolution: its result is doubled."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -382,7 +383,7 @@ class Quantised(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_weights_that_are_no_ordinary_tensors(name, strips):
+def test_weights_of_tensor_subclasses(name, strips):
     original = head()
     model = copy.deepcopy(original)
     module = model.get_submodule(name)
@@ -430,7 +431,7 @@ def test_lora_on_every_convolution_merged_into_them(strips):
 
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 def test_offloading(kind, strips, tmp_path):
-    """Between calls the weights are on the meta device, and hooks bring each module its own."""
+    """Between calls the weights are on the meta device; hooks load those of each module."""
     accelerate = pytest.importorskip("accelerate")
     original, maps = head(), feature_maps()
     model = copy.deepcopy(original)
@@ -449,10 +450,10 @@ def test_offloading(kind, strips, tmp_path):
 
 
 def test_fused_convolutions_and_norms(strips):
-    """What `torch.nn.utils.fusion` makes: a convolution with a bias, and no norm."""
+    """The result of `torch.nn.utils.fusion`: a convolution with a bias, and no norm."""
     model = head()
     for module in list(model.modules()):
-        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+        if isinstance(module, ConvModule):
             module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.batch_norm)
             module.batch_norm = nn.Identity()
     assert error(check(model), check(head())) < 4e-6

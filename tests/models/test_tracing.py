@@ -19,9 +19,9 @@ from tests.models.pooling import pooling_asks
 from tests.models.test_upernet import BACKBONES
 from tests.models.test_upernet import model as small_model
 
-# (batch, sizes): the first is the traced one. Batches of one and maps of one pixel are classes of their own to PyTorch,
-# and so are sizes that are equal in the second, which the graph for all sizes is made from. To Inductor, sums of more
-# than 4096 pixels are such a class as well.
+# (batch, sizes): the first is traced. PyTorch makes graphs of their own for batches of one and for maps of one pixel,
+# and for sizes that are equal in the second entry, from which it makes the graph for all sizes. Inductor does so for
+# sums of more than 4096 pixels.
 HEAD_SIZES = [
     (2, [(20, 28), (10, 14), (5, 7), (3, 4)]),
     (3, [(34, 38), (17, 19), (9, 10), (5, 6)]),
@@ -29,9 +29,9 @@ HEAD_SIZES = [
     (5, [(21, 7), (11, 4), (6, 2), (3, 2)]),
 ]
 IMAGE_SIZES = [(2, 96, 128), (3, 97, 101), (2, 70, 203), (4, 131, 66)]
-# Two windows of a Swin, at least, in its last stage: one would be a number that PyTorch takes as given.
+# At least two windows in the last stage of a Swin: PyTorch would take a single window for a constant.
 SWIN_SIZES = [(2, 160, 192), (3, 177, 231), (2, 161, 200), (4, 229, 165)]
-# The first size alone, then all sizes at once. What is marked as dynamic beforehand needs the second of them only.
+# One graph for the first size, then one for all sizes. A size marked as dynamic needs only the second.
 COMPILATIONS = 2
 FAMILIES = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name != "convnext")) for name in BACKBONES]
@@ -43,7 +43,7 @@ MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"]
 def forgotten():
     torch._dynamo.reset()
     packs.clear()
-    # The C++ compiler takes minutes to optimize what runs for a moment here.
+    # The C++ compiler would optimise for minutes, and the code runs for a moment.
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):
         yield
     torch._dynamo.reset()
@@ -58,14 +58,14 @@ def images_for(family):
 
 
 def exported_images_for(family):
-    """Return images of which one graph is made: their pooled sides are all odd, or all even, where PyTorch asks."""
+    """Return images that share one graph; if PyTorch needs it, their pooled sides are all odd or all even."""
     if family == "resnet" and pooling_asks():
         return [image_inputs(*size) for size in [(2, 96, 128), (3, 99, 103), (2, 72, 204), (4, 131, 67)]]
     return images_for(family)
 
 
 def parities(family):
-    """Return how many graphs more PyTorch makes of a ResNet, where its max pool has one for odd and for even sides."""
+    """Return the number of extra graphs for a ResNet, if PyTorch's max pooling needs one for odd and for even sides."""
     return 3 if family == "resnet" and pooling_asks() else 0
 
 
@@ -92,7 +92,7 @@ class Labels(nn.Module):
 
 
 def whole(family, training=False, **values):
-    """Return a small model; without random depth, so that it can be compared in training."""
+    """Return a small model without random depth, so that two of them agree in training."""
     model = randomize(small_model(family, hidden_size=16, **values))
     for module in model.modules():
         if type(module).__name__ == "DropPath":
@@ -108,8 +108,8 @@ def check_compiled(model, inputs, backend, training, dynamic=None, limit=COMPILA
     for arguments in inputs:
         with torch.set_grad_enabled(training):
             result, expected = compiled(*arguments), eager(*arguments)
-        # Statistics of a few pixels magnify rounding: ResNet's eager result differs by 1e-5 from float64's
-        # itself, and its gradients by 4e-4.
+        # Statistics of a few pixels magnify rounding: ResNet's eager float32 result differs by 1e-5 from that in
+        # float64, and its gradients by 4e-4.
         assert error(result, expected) < (5e-5 if training else 1e-5)
         if training:
             result.square().mean().backward()
@@ -130,7 +130,7 @@ def any_sizes(model, arguments):
 
 
 def check_exported(model, inputs, training, strict=False):
-    """Compare an exported module with the eager one at each input. Returns the program."""
+    """Compare an exported module with the eager one at each input, and return the program."""
     program = torch.export.export(model, inputs[0], dynamic_shapes=any_sizes(model, inputs[0]), strict=strict)
     exported = program.module()
     for arguments in inputs:
@@ -149,15 +149,15 @@ def test_the_head_in_one_graph(training):
 
 @pytest.mark.exhaustive
 def test_batches_and_maps_of_one():
-    """Each costs a graph of its own, and no more than one."""
+    """Each needs one graph of its own."""
     model = Listed(head())
     sizes = [*HEAD_SIZES, (1, HEAD_SIZES[0][1]), (1, HEAD_SIZES[1][1]), (2, [(8, 8), (4, 4), (2, 2), (1, 1)])]
     check_compiled(model, [head_inputs(*size) for size in sizes], "eager", False, limit=COMPILATIONS + 3)
 
 
 @MODES
-def test_the_heads_graph_is_small(training):
-    """Compilers take their time for each node: 1,600 of them are a head, and a graph of bands was twice that."""
+def test_the_graph_of_the_head_is_small(training):
+    """Compile time grows with the number of nodes."""
     counter = CompileCounterWithBackend("eager")
     with torch.set_grad_enabled(training):
         torch.compile(Listed(head()).train(training), backend=counter, fullgraph=True)(*head_inputs(*HEAD_SIZES[0]))
@@ -168,10 +168,9 @@ def test_the_heads_graph_is_small(training):
 def test_the_head_exported(training):
     model = Listed(head()).train(training)
     program = check_exported(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], training)
-    # The path without gradients, folded; and it comes from the graph alone.
     assert packs.packed_bytes() == 0
     resampled = [node for node in program.graph.nodes if "upsample_bilinear2d" in str(node.target)]
-    assert len(resampled) >= 6 * 7  # six for each level that a convolution takes resampled: channels are mixed below
+    assert len(resampled) >= 6 * 7  # six for each resampled level of a convolution
 
 
 def test_the_head_exported_without_gradients():
@@ -196,18 +195,18 @@ def test_the_head_exported_in_other_dtypes(dtype):
 
 
 def test_a_touched_head_exported():
-    """A hook's work is in the graph."""
+    """The graph contains the work of a hook."""
     model = head()
     model.fpn_convs[0].conv.register_forward_hook(lambda module, args, output: output * 1.5)
     check_exported(Listed(model), [head_inputs(*sizes) for sizes in HEAD_SIZES[:2]], False)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.timeout(1800)  # the backward pass takes Inductor two minutes and more, for each of its graphs
+@pytest.mark.timeout(1800)  # Inductor needs two minutes or more for each graph of the backward pass
 @MODES
 def test_the_head_compiled(training):
     model = Listed(head()).train(training)
-    # Inductor takes the sizes of convolutions' backward passes as given.
+    # Inductor takes the sizes in a convolution's backward pass for constants.
     limit = len(HEAD_SIZES) if training else COMPILATIONS
     check_compiled(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], "inductor", training, limit=limit)
 
@@ -276,7 +275,7 @@ class LossAndLogits(nn.Module):
 
 
 def test_the_loss_exported():
-    """The logits are in the graph: nobody could ask for them later."""
+    """The graph contains the logits, because they cannot be computed later."""
     model, (pixels,) = LossAndLogits(whole("convnext", True)), image_inputs(2, 64, 96)
     labels = torch.randint(5, (2, 64, 96))
     loss, logits = torch.export.export(copy.deepcopy(model), (pixels, labels)).module()(pixels, labels)
@@ -306,7 +305,7 @@ def test_the_loss_exported_without_logits():
 
 @pytest.mark.exhaustive
 def test_segment_in_one_graph():
-    """The same labels; one more graph for each number of images, as the result is a list of so many."""
+    """Compiled labels are equal. Each number of images needs a graph, because the result is a list of that length."""
     model, counter = whole("resnet"), CompileCounterWithBackend("eager")
     compiled = torch.compile(model.segment, backend=counter, fullgraph=True)
     for batch, height, width in [(2, 96, 128), (2, 97, 101), (2, 131, 66), (2, 70, 203)]:
@@ -331,14 +330,14 @@ def test_segment_exported():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.timeout(1800)  # Inductor's C++ compiler takes its time, the more so for the backward pass
+@pytest.mark.timeout(1800)  # Inductor's C++ compiler is slow, above all for the backward pass
 @MODES
 @pytest.mark.parametrize("family", BACKBONES)
 def test_the_model_compiled(family, training):
     model, inputs = Logits(whole(family, training)), images_for(family)
     if training:
-        # Of one size, as crops are: with several PyTorch 2.14's Inductor fails, of Transformers' model as well. Four
-        # images: over two, the norm of the pyramid's one cell magnifies rounding beyond what is allowed.
+        # One size, like crops: PyTorch 2.14's Inductor fails on several, for Transformers' model too. Four images: over
+        # two, the norm of the pyramid's single cell magnifies rounding beyond the tolerance.
         check_compiled(model, inputs[-1:] * 2, "inductor", training, dynamic=False, limit=1)
     else:
         check_compiled(model, inputs, "inductor", training, limit=COMPILATIONS + 1 + parities(family))
@@ -350,7 +349,7 @@ def test_the_model_compiled(family, training):
 def test_the_model_compiled_for_any_size_at_once():
     model = Logits(whole("resnet"))
     inputs = [image_inputs(*size) for size in IMAGE_SIZES]
-    # PyTorch may give Inductor the first graph twice, the second time with the norms' epsilons as constants.
+    # PyTorch may compile the first graph twice, the second time with the norms' epsilons as constants.
     with torch._dynamo.config.patch(error_on_recompile=True):
         check_compiled(model, inputs, "inductor", False, dynamic=True, limit=2)
 
@@ -364,7 +363,7 @@ def test_segment_compiled():
         (pixels,) = image_inputs(*size)
         with torch.no_grad():
             best = model(pixels).logits.double().topk(2, dim=1).values
-        decided = best[:, 0] - best[:, 1] > 1e-5  # sums in another order may settle a tie in another way
+        decided = best[:, 0] - best[:, 1] > 1e-5  # sums in another order can decide a tie differently
         for ours, theirs, certain in zip(compiled(pixels), model.segment(pixels), decided, strict=True):
             assert torch.equal(ours[certain], theirs[certain])
         assert decided.float().mean() > 0.99
@@ -373,7 +372,7 @@ def test_segment_compiled():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", BACKBONES)
 def test_onnx(family, tmp_path):
-    """Written with dynamic sizes, and run by ONNX Runtime at others."""
+    """Exported with dynamic sizes, and run by ONNX Runtime at other sizes."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, path = Logits(whole(family)), tmp_path / "model.onnx"

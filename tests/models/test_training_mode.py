@@ -1,4 +1,4 @@
-"""The model in training: logits that are not there until they are read, checkpointing, losses of several batches."""
+"""The model in training: deferred logits, gradient checkpointing, and losses over several batches."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BACKBONES = {
     "swin": lambda: SwinConfig(
         embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, hidden_dropout_prob=0.2
     ),
-    # At least 16 channels: oneDNN 3.12's backward pass of strided 1x1 convolutions of fewer writes where it should not,
-    # with AVX512, two threads and an odd number of images.
+    # At least 16 channels: with fewer, oneDNN 3.12's backward pass of strided 1x1 convolutions writes out of bounds (on
+    # AVX512, two threads, an odd number of images).
     "resnet": lambda: ResNetConfig(embedding_size=16, hidden_sizes=[32, 32, 32, 32], depths=[2, 2, 2, 2]),
 }
 
@@ -42,14 +42,14 @@ def batch(count: int = 2, size: int = 64) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def formed(monkeypatch):
-    """How often full-size logits were made."""
+    """Return a list with one item for each computation of full-size logits."""
     calls: list[int] = []
     resize = fastuper.models.upernet._resize
     monkeypatch.setattr(fastuper.models.upernet, "_resize", lambda *args: calls.append(1) or resize(*args))
     return calls
 
 
-def test_the_loss_makes_no_logits(formed):
+def test_the_loss_computes_no_full_size_logits(formed):
     output = model()(**batch())
     output.loss.backward()
     assert output["loss"] is output[0] is output.loss
@@ -74,7 +74,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
-def test_logits_are_made_once_by_whoever_reads_them(read, formed):
+def test_logits_are_computed_once_when_they_are_read(read, formed):
     network = model()
     output = network(**batch())
     with torch.no_grad():
@@ -84,15 +84,15 @@ def test_logits_are_made_once_by_whoever_reads_them(read, formed):
     assert len(formed) == 1
     assert logits.is_contiguous()
     assert logits.shape == (2, 5, 64, 64)
-    # They carry the gradient, as they would had they been made in the forward pass.
+    # They carry the same gradient as logits computed in the forward pass.
     (gradient,) = torch.autograd.grad(logits.square().sum(), network.decode_head.classifier.weight)
     assert gradient.any()
 
 
 @pytest.mark.parametrize("then", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("now", [None, torch.bfloat16], ids=str)
-def test_logits_are_made_under_autocast_as_it_was(then, now, monkeypatch):
-    # On a GPU autocast has the resampling in float32, which may not depend on where the logits are read.
+def test_logits_are_computed_under_the_autocast_of_the_forward_pass(then, now, monkeypatch):
+    # On a GPU autocast resamples in float32. The result must not depend on the place where the logits are read.
     def state() -> torch.dtype | None:
         return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
@@ -134,7 +134,7 @@ def test_logits_read_in_inference_mode_keep_their_gradient():
     assert not output.logits.is_inference()
 
 
-def test_nothing_but_ignored_pixels_in_all_batches():
+def test_the_loss_of_only_ignored_pixels_is_zero():
     network, data = model(), batch()
     data["labels"][:] = 255
     for count in (0, torch.tensor(0)):
@@ -144,7 +144,7 @@ def test_nothing_but_ignored_pixels_in_all_batches():
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
 
 
-def test_a_sum_that_is_more_than_float16_holds():
+def test_a_sum_of_losses_beyond_the_range_of_float16():
     network = model().half()
     data = batch(size=256)
     data["pixel_values"] = data["pixel_values"].half()
@@ -155,7 +155,7 @@ def test_a_sum_that_is_more_than_float16_holds():
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
 
 
-def test_a_metric_without_gradients():
+def test_logits_without_gradients():
     with torch.no_grad():
         output = model()(**batch())
     assert not output.logits.requires_grad
@@ -179,7 +179,7 @@ def test_output_logits(given, count, formed):
     assert len(short) == 1
 
 
-def test_what_traces_or_counts_sees_them(formed):
+def test_logits_are_computed_under_a_mode(formed):
     with FlopCounterMode(display=False):
         output = model()(**batch())
     assert len(formed) == 1
@@ -187,7 +187,7 @@ def test_what_traces_or_counts_sees_them(formed):
 
 
 @pytest.mark.exhaustive
-def test_compiled_models_make_them(formed):
+def test_logits_are_computed_in_compiled_models(formed):
     torch._dynamo.reset()
     compiled = torch.compile(model(), backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_compiled_models_make_them(formed):
     assert isinstance(output.__dict__["logits"], torch.Tensor)
 
 
-def test_under_ddp_they_are_there_for_it_to_see(formed):
+def test_logits_are_computed_under_ddp(formed):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -224,7 +224,7 @@ def test_a_loss_over_several_batches():
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     torch.testing.assert_close(total, network(**whole).loss)
     torch.testing.assert_close(network(**whole, num_items_in_batch=int(valid)).loss, network(**whole).loss)
-    with pytest.raises(ValueError, match="num_items_in_batch is what the loss is divided by: give labels too"):
+    with pytest.raises(ValueError, match="num_items_in_batch divides the loss: give labels too"):
         network(parts[0]["pixel_values"], num_items_in_batch=3)
 
 
@@ -267,16 +267,16 @@ def gradients(network: UperNetForSemanticSegmentation, steps: int = 2) -> dict[s
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_checkpointing_changes_nothing_but_memory(kind):
-    """Dropped branches, running statistics and counts of batches included."""
-    plain, thrifty = model(kind), model(kind)
+    """This includes dropped branches, running statistics and counts of batches."""
+    usual, thrifty = model(kind), model(kind)
     assert not thrifty.is_gradient_checkpointing
     thrifty.gradient_checkpointing_enable()
     assert thrifty.is_gradient_checkpointing
-    expected, found = gradients(plain), gradients(thrifty)
+    expected, found = gradients(usual), gradients(thrifty)
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
-    buffers = dict(plain.named_buffers())
+    buffers = dict(usual.named_buffers())
     assert buffers
     for name, buffer in thrifty.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
@@ -284,7 +284,7 @@ def test_checkpointing_changes_nothing_but_memory(kind):
 
 
 def kept_bytes(network: UperNetForSemanticSegmentation) -> int:
-    """Return the bytes that are kept for the backward pass, beside parameters."""
+    """Return the bytes kept for the backward pass, without the parameters."""
     own = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -299,13 +299,13 @@ def kept_bytes(network: UperNetForSemanticSegmentation) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def test_maps_that_are_kept_are_channels_last():
+def test_maps_kept_for_the_backward_pass_are_channels_last():
     network, kept = model("resnet"), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         network(**batch()).loss.backward()
     own = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
     maps = [x for x in kept if x.ndim == 4 and x.untyped_storage().data_ptr() not in own]
-    # (B, C, H, W); the loss's own are (B, H, W, classes).
+    # Maps are (B, C, H, W); those of the loss are (B, H, W, classes).
     strides = [x.stride(3 if x.shape[3] == 5 else 1) for x in maps if x.shape[1] > 1 and x.shape[2:].numel() > 1]
     assert len(strides) > 100
     assert set(strides) == {1}
@@ -316,26 +316,26 @@ def test_checkpointing_keeps_less(kind):
     network = model(kind)
     before = kept_bytes(network)
     network.gradient_checkpointing_enable()
-    # The hooks above see what leaves the blocks; the inputs of each are what is kept.
+    # The hooks of `kept_bytes` get the inputs of the blocks, which are kept.
     assert kept_bytes(network) < 0.5 * before
     network.gradient_checkpointing_disable()
     assert kept_bytes(network) == before
 
 
 @pytest.mark.parametrize("kind", ["convnext", "swin"])
-def test_an_mlp_keeps_its_input_and_its_hidden_rows(kind):
-    """Norms and activations are cheap: they are computed again, to the same gradients, where no module is touched."""
-    plain, touched = model(kind), model(kind)
+def test_an_mlp_keeps_only_its_input_and_its_hidden_values(kind):
+    """Norms and activations are cheap: untouched ones are recomputed, with the same gradients."""
+    untouched, touched = model(kind), model(kind)
     for name, module in touched.named_modules():
         if name.endswith(("layernorm", "layernorm_after")):
             module.register_forward_hook(lambda *_: None)
-    assert kept_bytes(plain) < 0.95 * kept_bytes(touched)
-    expected, found = gradients(touched), gradients(plain)
+    assert kept_bytes(untouched) < 0.95 * kept_bytes(touched)
+    expected, found = gradients(touched), gradients(untouched)
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
 
 
-def test_checkpointing_acts_in_training_alone():
+def test_checkpointing_acts_only_in_training():
     network = model()
     network.gradient_checkpointing_enable()
     network.eval()
@@ -344,22 +344,22 @@ def test_checkpointing_acts_in_training_alone():
     assert kept_bytes(network) == expected
 
 
-def test_checkpointing_of_another_librarys_backbone():
+def test_checkpointing_of_a_timm_backbone():
     pytest.importorskip("timm")
     torch.manual_seed(0)
     config = UperNetConfig(
         backbone="resnet10t", use_timm_backbone=True, hidden_size=16, auxiliary_channels=8, num_labels=5
     )
     config.auxiliary_in_channels = None
-    plain = UperNetForSemanticSegmentation(config).train()
-    thrifty = copy.deepcopy(plain)
+    usual = UperNetForSemanticSegmentation(config).train()
+    thrifty = copy.deepcopy(usual)
     thrifty.activation_checkpointing_enable()  # its name in Transformers 5
-    expected, found = gradients(plain), gradients(thrifty)
+    expected, found = gradients(usual), gradients(thrifty)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
-    buffers = dict(plain.named_buffers())
+    buffers = dict(usual.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in thrifty.named_buffers())
-    assert kept_bytes(thrifty) < kept_bytes(plain)
+    assert kept_bytes(thrifty) < kept_bytes(usual)
     thrifty.activation_checkpointing_disable()
     assert not thrifty.is_gradient_checkpointing
 
@@ -374,9 +374,11 @@ def test_options_of_checkpointing():
     assert network.decode_head.gradient_checkpointing
     with pytest.raises(ValueError, match="offload=True"):
         network.activation_checkpointing_enable(offload=True)
-    for said in ({"use_reentrant": True}, {"every": 2}):
-        with pytest.raises(ValueError, match="gradient checkpointing has use_reentrant=False and every_n_layers"):
-            network.gradient_checkpointing_enable(said)
+    for options in ({"use_reentrant": True}, {"every": 2}):
+        with pytest.raises(
+            ValueError, match="gradient checkpointing supports only use_reentrant=False and every_n_layers"
+        ):
+            network.gradient_checkpointing_enable(options)
 
 
 @pytest.mark.exhaustive

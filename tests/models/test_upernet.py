@@ -1,4 +1,4 @@
-"""What the model says to input that it cannot take."""
+"""The model's checks of its inputs, and models of one class."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ PIXELS = {
 
 @pytest.mark.parametrize("method", ["forward", "segment"])
 @pytest.mark.parametrize("case", PIXELS)
-def test_pixels(network, case, method):
+def test_wrong_pixels_are_refused(network, case, method):
     pixels, message = PIXELS[case]
     with pytest.raises(ValueError, match=message):
         getattr(network, method)(pixels)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_every_backbone_counts_the_channels(kind):
+def test_every_backbone_checks_the_number_of_channels(kind):
     with pytest.raises(ValueError, match="have 4 channels, the backbone's num_channels is 3"):
         model(kind)(torch.zeros(1, 4, 32, 32))
 
@@ -74,7 +74,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("case", LABELS)
-def test_labels(network, case):
+def test_wrong_labels_are_refused(network, case):
     labels, message = LABELS[case]
     with pytest.raises(ValueError, match=message):
         network(torch.zeros(2, 3, 32, 48), labels=labels)
@@ -108,7 +108,7 @@ def test_one_class():
     valid = labels != 255
     expected = F.binary_cross_entropy_with_logits(output.logits[:, 0][valid], labels[valid].float())
     torch.testing.assert_close(output.loss, expected + 0.4 * auxiliary_loss_of_one(one, pixels, labels))
-    with torch.no_grad():  # whatever the weights are drawn as, half of the pixels are the object's
+    with torch.no_grad():  # for any weights, half of the pixels belong to the object
         one.decode_head.classifier.bias -= output.logits.median()
     output = one(pixels)
     expected = (output.logits[:, 0] > 0).long()
@@ -128,17 +128,17 @@ def auxiliary_loss_of_one(one, pixels, labels):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_labels_of_what_is_not_finite(network, value):
+def test_segment_refuses_pixels_that_are_not_finite(network, value):
     pixels = torch.zeros(1, 3, 32, 32)
     pixels[0, 1, 31, 0] = value
-    with pytest.raises(ValueError, match=r"logits are not finite.*pixel_values hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"logits are not finite.*: pixel_values contain NaN or infinity"):
         network.segment(pixels)
 
 
-def test_labels_of_weights_that_are_not_finite(network):
+def test_segment_refuses_weights_that_are_not_finite(network):
     broken = copy.deepcopy(network)
     torch.nn.init.constant_(broken.decode_head.classifier.bias, float("nan"))
-    with pytest.raises(ValueError, match=r"not finite.*: the weights are not, or they overflow torch\.float32"):
+    with pytest.raises(ValueError, match=r"not finite.*: weights are not finite, or they overflow torch\.float32"):
         broken.segment(torch.zeros(1, 3, 32, 32))
 
 
@@ -159,7 +159,7 @@ def test_labels_of_weights_that_are_not_finite(network):
     ],
     ids=["one", "none", "three", "one-pair", "triples", "empty", "negative", "fraction", "floats", "text", "number"],
 )
-def test_target_sizes(network, sizes, message, monkeypatch):
+def test_wrong_target_sizes_are_refused(network, sizes, message, monkeypatch):
     monkeypatch.setattr(network.backbone, "forward", lambda *_, **__: pytest.fail("the network has run"))
     with pytest.raises(ValueError, match=message):
         network.segment(torch.zeros(2, 3, 32, 32), target_sizes=sizes)
@@ -180,7 +180,7 @@ def test_target_sizes_of_any_integers(network, sizes):
     assert [tuple(x.shape) for x in labels] == [(8, 9), (10, 11)]
 
 
-def test_a_refused_call_leaves_the_model_as_it_was(network):
+def test_a_refused_call_does_not_change_the_model(network):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.train()
     with pytest.raises(ValueError, match="labels"):

@@ -1,4 +1,4 @@
-"""Memory and layouts: no map wider than hidden_size at stride 4, in any of the ways that a head can run."""
+"""Memory and layouts: no path of the head makes a map at stride 4 with more than hidden_size channels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fastuper.models.heads.upernet
 from fastuper import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper.models.heads import strips
+from fastuper.models.heads.conv_module import ConvModule
 from fastuper_kernels import linear, upsampled_conv3x3
 from tests.models.heads import Listed, as_written, error, feature_maps, head, randomize
 from tests.models.test_upernet import BACKBONES
@@ -26,14 +27,14 @@ SIZES = [(40, 48), (20, 24), (10, 12), (5, 6)]
 
 @pytest.fixture(autouse=True, scope="module")
 def measured():
-    """What measures the ways of a linear layer, once a process, is none of a head's maps."""
+    """Measure the choice of a linear layer first, so that its tensors do not count as maps of a head."""
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
             linear(torch.ones(2, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype))
 
 
 class Shapes(TorchDispatchMode):
-    """Note the shape of every tensor that an operator returns, forward and backward."""
+    """Record the shape of every tensor that an operator returns, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -46,15 +47,15 @@ class Shapes(TorchDispatchMode):
 
 
 def assert_narrow(shapes, batch):
-    """No map at stride 4 is wider than hidden_size, with its channels before or after its positions.
+    """Check that no map at stride 4 has more than hidden_size channels, in either layout.
 
-    Nor is anything much larger, in whatever shape. The largest are what is resampled along one axis alone: three taps
+    No tensor of another shape is much larger either. The largest tensors are maps resampled along one axis: three taps
     of hidden_size channels at (H / 2, W).
     """
     assert shapes
     for shape in shapes:
         if len(shape) >= 3:
-            # No map here has as many columns as channels: what ends in hidden_size has its channels there.
+            # No map here has hidden_size columns: a last dimension of hidden_size is that of the channels.
             first = [] if shape[-1] == HIDDEN else [shape[-3:]]
             for channels, height, width in (*first, (shape[-1], *shape[-3:-1])):
                 assert channels <= HIDDEN or height < SIZES[0][0] or width < SIZES[0][1], shape
@@ -63,7 +64,7 @@ def assert_narrow(shapes, batch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_training(dtype):
-    """Every operator's result, forward and backward."""
+    """The results of all operators are narrow, forward and backward."""
     model, maps = head(HIDDEN).to(dtype).train(), feature_maps(sizes=SIZES, dtype=dtype)
     with Shapes() as seen:
         model(maps).square().mean().backward()
@@ -71,7 +72,7 @@ def test_training(dtype):
 
 
 class Frozen(nn.Module):
-    """As detectron2 and torchvision have it."""
+    """A frozen BatchNorm, like those of detectron2 and torchvision."""
 
     def __init__(self, count):
         super().__init__()
@@ -97,13 +98,13 @@ NORMS = {
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("kind", NORMS)
 def test_other_norms(kind, training):
-    """What follows a convolution is called as it stands, and decides nothing about the convolution.
+    """Another norm or activation is called, and does not change the path of the convolution before it.
 
-    The activation is a smooth one: of a ReLU's, a rounding error at 0 would change whole gradients.
+    The activation is smooth: with a ReLU, a rounding error at 0 would change whole gradients.
     """
     model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
     for module in list(model.modules()):
-        if isinstance(module, fastuper.models.heads.upernet.ConvModule):
+        if isinstance(module, ConvModule):
             module.batch_norm, module.activation = randomize(NORMS[kind](HIDDEN)), nn.SiLU()
     single = copy.deepcopy(model.train(training))
     other = copy.deepcopy(model).double()
@@ -124,8 +125,8 @@ def test_other_norms(kind, training):
             assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6), name
 
 
-def test_training_without_a_mode():
-    """A mode has operators of its own for company: the profiler sees those of the path that is really taken."""
+def test_training_under_the_profiler():
+    """A mode changes the path; the profiler records the operators of the usual path."""
     model, maps = head(HIDDEN).train(), feature_maps(sizes=SIZES)
     assert_narrow(profiled(lambda: model(maps).square().mean().backward()), 2)
 
@@ -151,7 +152,7 @@ def shapes_of(graph):
     return {tuple(value.shape) for value in values if isinstance(value, torch.Tensor)}
 
 
-def test_the_check_sees_the_network_as_written():
+def test_the_check_fails_for_the_network_as_written():
     model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
     with torch.no_grad():
         shapes = profiled(lambda: as_written(model, maps))
@@ -165,10 +166,10 @@ def test_the_check_sees_the_network_as_written():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
-def test_inference(dtype, strips, monkeypatch):
-    if strips:
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1)
+@pytest.mark.parametrize("in_strips", [False, True], ids=["whole", "strips"])
+def test_inference(dtype, in_strips, monkeypatch):
+    if in_strips:
+        monkeypatch.setattr(strips, "STRIP_BYTES", 1)
     model, maps = head(HIDDEN).to(dtype), feature_maps(sizes=SIZES, dtype=dtype)
     with torch.no_grad():
         assert_narrow(profiled(lambda: model(maps)), 2)
@@ -216,27 +217,23 @@ def test_memory_is_linear_in_the_pixels(training):
     assert 1.5 * small < large <= 4.4 * small
 
 
-def test_the_last_steps_in_strips_need_no_more_for_larger_maps(monkeypatch):
-    """Beyond the levels below stride 4 and the logits: what was 64 channels at stride 4 is a strip of them."""
+def test_memory_of_strips_does_not_grow_with_the_map(monkeypatch):
+    """Apart from the coarser levels and the logits, memory holds strips of 64 channels instead of maps."""
     model = head(HIDDEN)
     monkeypatch.setattr(sys.modules[upsampled_conv3x3.__module__], "CHUNK_POSITIONS", SIZES[-1][0] * SIZES[-1][1])
 
     def run(factor):
         maps = feature_maps(1, [(factor * h, w) for h, w in SIZES])
         with torch.no_grad():
-            above = model.pyramid_pooling(maps[-1])
-            levels = [above]
-            for i in (2, 1):
-                above = model.add_lateral(model.lateral_convs[i], maps[i], above)
-                levels.insert(0, model.fpn_convs[i](above))
-            model.in_strips(maps[0], above, levels)
+            levels, above = model.top_down(maps[1:-1], model.pool(maps[-1]))
+            strips.tail(model, maps[0], above, levels)
             logits = 4 * 5 * factor * SIZES[0][0] * SIZES[0][1]
-            return peak(lambda: model.in_strips(maps[0], above, levels)) - logits
+            return peak(lambda: strips.tail(model, maps[0], above, levels)) - logits
 
-    monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 4 * HIDDEN * SIZES[0][1] * 16)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 4 * HIDDEN * SIZES[0][1] * 16)
     small, large = run(4), run(16)
     assert large < 1.1 * small
-    monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 1 << 40)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 1 << 40)
 
 
 # Strips --------------------------------------------------------------------------------------------------------------
@@ -262,17 +259,17 @@ def test_strips_give_the_same_logits(dtype, sizes, hidden_size, monkeypatch):
     with torch.no_grad():
         truth = as_written(copy.deepcopy(model).double(), [x.double() for x in maps])
         model, maps = model.to(dtype), [x.to(dtype) for x in maps]
-        # The reference in either layout: its float32 convolutions err twice as much in one of them.
+        # The reference in both layouts: the error of its float32 convolutions in one is twice that in the other.
         wide = {"memory_format": torch.channels_last}
         others = as_written(copy.deepcopy(model).to(**wide), [x.to(**wide) for x in maps])
         written = max(error(other, truth) for other in (as_written(model, maps), others))
         whole = model(maps)
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
-        assert model.runs_in_strips(maps[0])
+        monkeypatch.setattr(strips, "STRIP_BYTES", 0)
+        assert strips.apply_to(model, maps)
         result = model(maps)
     assert result.dtype == whole.dtype == dtype
     eps = torch.finfo(dtype).eps
-    # float64 is the truth itself, but for its rounding.
+    # float64 differs from the truth only by its rounding.
     limit = 1e-13 if dtype == torch.float64 else max(1.25 * written, 4 * eps)
     assert error(whole, truth) <= limit
     assert error(result, truth) <= limit
@@ -284,19 +281,19 @@ def test_strips_of_any_height(rows, monkeypatch):
     model, maps = head(HIDDEN), feature_maps(1, [(77, 10), (39, 5), (20, 3), (10, 2)])
     with torch.no_grad():
         expected = model(maps)
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 4 * HIDDEN * 10 * rows)
-        assert model.runs_in_strips(maps[0])
+        monkeypatch.setattr(strips, "STRIP_BYTES", 4 * HIDDEN * 10 * rows)
+        assert strips.apply_to(model, maps)
         assert error(model(maps), expected) < 1e-6
 
 
-# What is returned ----------------------------------------------------------------------------------------------------
+# Results ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
-def test_logits_are_contiguous(family, strips, monkeypatch):
-    if strips:
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
+@pytest.mark.parametrize("in_strips", [False, True], ids=["whole", "strips"])
+def test_logits_are_contiguous(family, in_strips, monkeypatch):
+    if in_strips:
+        monkeypatch.setattr(strips, "STRIP_BYTES", 0)
     model, pixels = randomize(small_model(family, hidden_size=16)), torch.randn(2, 3, 70, 90)
     odd = torch.randn(2, 3, 90, 140).transpose(2, 3)[:, :, ::2]
     layouts = {
@@ -333,11 +330,11 @@ def test_logits_of_a_model_in_channels_last():
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
-def test_autocast(cast, training, strips, monkeypatch):
-    """The head's logits have autocast's dtype, as those of the network written in PyTorch's modules; weights stay."""
-    if strips:
-        monkeypatch.setattr(fastuper.models.heads.upernet, "STRIP_BYTES", 0)
+@pytest.mark.parametrize("in_strips", [False, True], ids=["whole", "strips"])
+def test_autocast(cast, training, in_strips, monkeypatch):
+    """The head's logits have autocast's dtype, as with PyTorch's modules; weights keep their dtype."""
+    if in_strips:
+        monkeypatch.setattr(strips, "STRIP_BYTES", 0)
     model, maps = head(HIDDEN).train(training), feature_maps(sizes=SIZES)
     other = copy.deepcopy(model)
     with torch.set_grad_enabled(training):
@@ -362,15 +359,15 @@ def test_autocast_changes_nothing_for_later_calls():
         assert torch.equal(model(maps), before)
 
 
-def test_autocast_of_a_wide_model():
-    """float64 is left alone by autocast."""
+def test_autocast_of_a_float64_model():
+    """Autocast does not change float64."""
     model, maps = head(12).double(), feature_maps(dtype=torch.float64)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=True):
         assert model(maps).dtype == torch.float64
 
 
 def test_threads():
-    """The caller's number of threads is used, and left as it is."""
+    """The caller's number of threads is used and not changed."""
     model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
     before = torch.get_num_threads()
     results = []
@@ -385,7 +382,7 @@ def test_threads():
     assert error(*results) < 1e-6
 
 
-def test_what_is_given_is_left_alone():
+def test_inputs_and_weights_are_not_changed():
     model, maps = head(HIDDEN), feature_maps(sizes=SIZES)
     maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     before = [x.clone() for x in maps]
@@ -397,7 +394,7 @@ def test_what_is_given_is_left_alone():
 
 
 def test_results_are_new_tensors():
-    """Nothing that is returned is part of a cache, or of another result."""
+    """A result shares no memory with a cache or with another result."""
     model = UperNetForSemanticSegmentation(
         UperNetConfig(backbone_config=ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1] * 4))
     )

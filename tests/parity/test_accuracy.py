@@ -1,7 +1,7 @@
-"""No less accurate than Transformers: errors against float64, in the dtypes that models run in.
+"""The accuracy of the outputs beside Transformers': errors against float64, in the dtypes that models run in.
 
-`e = ||y - y64|| / ||y64||`, root mean square over seeds that change weights and images; ours is at most 1.25 times the
-larger of Transformers' in its two memory layouts, or 4 machine epsilons.
+The error is `e = ||y - y64|| / ||y64||`, root mean square over seeds that change weights and images. Ours is at most
+1.25 times the larger of Transformers' errors in its two memory layouts, or 4 machine epsilons.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEEDS = range(5)
 
 
 def results(model: Any, pixels: torch.Tensor, labels: torch.Tensor, attentions: bool) -> dict[str, torch.Tensor]:
-    """Return what forward gives, by name."""
+    """Return the outputs of `forward` by name."""
     with torch.no_grad():
         output = model(pixels, labels=labels, output_hidden_states=True)
         named = {"logits": output.logits, "loss": output.loss}
@@ -40,11 +40,11 @@ def results(model: Any, pixels: torch.Tensor, labels: torch.Tensor, attentions: 
 
 
 def errors_of(family: str, dtype: torch.dtype, training: bool) -> dict[str, dict[str, list[float]]]:
-    """Return {what: {"ours" | "contiguous" | "channels_last": errors}}."""
+    """Return {output: {"ours" | "contiguous" | "channels_last": errors}}."""
     errors: dict[str, dict[str, list[float]]] = {}
     attentions = family == "swin"
-    # BatchNorm over the 1 x 1 cells of two images is the sign of a difference, so that one channel where they nearly
-    # agree decides the error of a whole training pass. Over eight images no channel does.
+    # BatchNorm over the 1 x 1 cells of two images returns the sign of their difference. A channel where they nearly
+    # agree then decides the error of a whole training pass. Over eight images no channel does.
     batch, height, width = (8, 64, 96) if training else (2, 96, 128)
     for seed in SEEDS:
         pixels = images(batch, 3, height, width, seed=seed, dtype=dtype)
@@ -58,7 +58,7 @@ def errors_of(family: str, dtype: torch.dtype, training: bool) -> dict[str, dict
             "ours": results(ours, pixels, labels, attentions),
             "contiguous": results(theirs, pixels, labels, attentions),
         }
-        # A second pass in training would be from other running statistics, which it does not use.
+        # In training this is a second pass, with other running statistics; BatchNorm does not use them.
         theirs.to(memory_format=torch.channels_last)
         last = pixels.contiguous(memory_format=torch.channels_last)
         runs["channels_last"] = results(theirs, last, labels, attentions)
@@ -80,7 +80,7 @@ def test_as_accurate_as_transformers(family, dtype, training, record_property):
         ours, *theirs = (root_mean_square(runs[run]) for run in ("ours", "contiguous", "channels_last"))
         record_property(name, f"ours {ours:.3g}, Transformers' {theirs[0]:.3g} and (channels_last) {theirs[1]:.3g}")
         assert ours <= max(1.25 * max(theirs), 4 * torch.finfo(dtype).eps), name
-        # In bfloat16 4 epsilons are 3 %, which would forgive much: over a million logits the ratio is no noise.
+        # In bfloat16, 4 epsilons are 3 %, too weak a bound; over a million logits the ratio has little noise.
         if name == "logits":
             assert ours <= 1.25 * max(theirs)
 

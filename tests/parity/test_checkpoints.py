@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file
 
 import fastuper
-from fastuper.models.pretrained import backbone_state_dict, read_weights, to_hub_names
+from fastuper.models.pretrained import backbone_state_dict, to_hub_names
+from fastuper.weights.reading import read_weights
 
 VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 STAGES = ["stage1", "stage2", "stage3", "stage4"]

@@ -1,4 +1,4 @@
-"""The differences that docs/differences.md lists: what fails or is wasted in Transformers, and what we do instead."""
+"""The differences that docs/differences.md lists, each beside Transformers' behaviour."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOUND = 1e-10
 
 @pytest.mark.parametrize("family", ["ConvNext", "Swin", "ResNet"])
 @pytest.mark.parametrize("library", [transformers, fastuper], ids=["their-config", "our-config"])
-def test_a_backbone_that_names_no_stages_gives_all(family, library):
+def test_a_backbone_that_names_no_stages_returns_all(family, library):
     key = {"ConvNext": "convnext", "Swin": "swin", "ResNet": "resnet-basic"}[family]
     values = copy.deepcopy(BACKBONES[key][1])
     given = library.UperNetConfig(backbone_config=getattr(library, f"{family}Config")(**values), hidden_size=16)
@@ -45,7 +45,7 @@ def test_the_default_convnext_configuration():
 
 
 def pad_before_small_convolutions(model: nn.Module) -> None:
-    """Let Transformers' ConvNeXt take small images, by padding with zeros what is smaller than a kernel."""
+    """Pad maps that are smaller than a kernel with zeros, so that Transformers' ConvNeXt takes small images."""
 
     def pad(module: nn.Conv2d, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         height, width = args[0].shape[2:]
@@ -88,7 +88,7 @@ def test_absolute_position_embeddings_are_resampled(height, width):
                 theirs(pixels)
             reference = theirs.backbone.swin.embeddings
             reference.position_embeddings.copy_(embeddings.position_embeddings)
-            if height % 4 == width % 4 == 0:  # its count of patches leaves the padded ones out
+            if height % 4 == width % 4 == 0:  # Transformers does not count padded patches
                 grid = reference.interpolate_pos_encoding(patches.flatten(1, 2), height, width)
                 assert error(embeddings.positions(height // 4, width // 4).reshape(grid.shape), grid) < BOUND
         assert ours(pixels).logits.shape == (2, 7, height, width)
@@ -103,7 +103,7 @@ def calls_of_the_auxiliary_head(model: Any, **inputs: Any) -> int:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_auxiliary_head_runs_for_a_loss_alone(training):
+def test_the_auxiliary_head_runs_only_for_a_loss(training):
     theirs, ours = pair(config("convnext"), train=training)
     pixels, labels = images(2, 3, 64, 64), segmentation_labels(2, 64, 64)
     assert calls_of_the_auxiliary_head(theirs, pixel_values=pixels) == 1
@@ -125,7 +125,7 @@ def test_hidden_states_are_maps():
     assert all(x.is_contiguous() for x in states)
 
 
-def test_attentions_are_returned_whenever_they_are_asked_for():
+def test_attentions_are_returned_with_output_attentions():
     theirs, ours = pair(config("swin"))
     pixels = images(1, 3, 64, 64)
     with torch.no_grad():
@@ -141,8 +141,8 @@ def test_attentions_are_returned_whenever_they_are_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"auxiliary_in_channels": 39}, "auxiliary_in_channels=39, but the map that it reads has 40 channels"),
-        ({"auxiliary_num_convs": 0}, "the 40 channels of the feature map must be auxiliary_channels, which is 20"),
+        ({"auxiliary_in_channels": 39}, "auxiliary_in_channels=39, but feature map 3 has 40 channels"),
+        ({"auxiliary_num_convs": 0}, "auxiliary_channels must be the 40 channels of the feature map, got 20"),
     ],
     ids=["in-channels", "no-convs"],
 )
@@ -155,7 +155,7 @@ def test_an_auxiliary_head_that_does_not_fit_is_not_built(options, message):
         fastuper.UperNetForSemanticSegmentation(given)
 
 
-def test_a_loss_without_a_single_label_is_zero_and_nan_there():
+def test_a_loss_of_ignored_pixels_is_zero_and_nan_in_transformers():
     theirs, ours = pair(config("convnext"))
     pixels, labels = images(1, 3, 64, 64), torch.full((1, 64, 64), 255)
     assert theirs(pixels, labels=labels).loss.isnan()
@@ -168,7 +168,7 @@ def test_a_loss_without_a_single_label_is_zero_and_nan_there():
 
 
 def test_labels_of_another_size():
-    """The logits are resampled to the labels, as the definition has it; Transformers' loss fails."""
+    """The logits are resampled to the labels' size; Transformers' loss raises an error."""
     theirs, ours = pair(config("swin"))
     pixels, labels = images(2, 3, 64, 64), segmentation_labels(2, 40, 52)
     with pytest.raises((ValueError, RuntimeError)):
@@ -182,13 +182,13 @@ def test_labels_of_another_size():
 
 
 @pytest.mark.parametrize("family", ["convnext", "resnet-basic"])
-def test_an_image_alone_is_trained_on(family, caplog):
-    """BatchNorm over a single cell takes the running statistics there, and says so once."""
+def test_training_on_one_image(family, caplog):
+    """BatchNorm over a single cell uses its running statistics there, and logs that once."""
     theirs, ours = pair(config(family), train=True)
     pixels, labels = images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         theirs(pixels, labels=labels)
-    untouched._say_once.cache_clear()
+    untouched._warn_once.cache_clear()
     norms = {name: copy.deepcopy(norm) for name, norm in ours.named_modules() if isinstance(norm, nn.BatchNorm2d)}
     for _ in range(2):
         ours(pixels, labels=labels).loss.backward()
@@ -200,14 +200,14 @@ def test_an_image_alone_is_trained_on(family, caplog):
             alone = name == "decode_head.psp_modules.0.1.batch_norm"
             assert (norm.num_batches_tracked == norms[name].num_batches_tracked) == alone
             assert torch.equal(norm.running_mean, norms[name].running_mean) == alone
-    # What the branch gives is what it gives in evaluation.
+    # The branch has the same result as in evaluation.
     branch, x = ours.decode_head.psp_modules[0], images(1, 56, 2, 2)
     trained = branch(x)
     torch.testing.assert_close(trained, branch.eval()(x))
 
 
-def test_synchronized_norms_are_left_alone():
-    """Other ranks may hold more than the one cell that this one has, and wait for it."""
+def test_synchronized_norms_are_called():
+    """Other ranks may hold more cells than this rank, and wait for it."""
     norm = nn.SyncBatchNorm(3)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         untouched.batch_norm(norm, torch.randn(1, 3, 1, 1))

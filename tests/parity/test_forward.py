@@ -1,4 +1,4 @@
-"""Logits, losses and hidden states against Transformers' in float64, where rounding hides nothing."""
+"""Logits, losses and hidden states against Transformers' in float64, where rounding hides no error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.parity.models import (
 
 BOUND = 1e-10
 
-# name: (family, what the backbone's configuration has, what UPerNet's has)
+# name: (family, options of the backbone's configuration, options of UPerNet's)
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{family: (family, {}, {}) for family in FAMILIES},
     "convnext-1-channel": ("convnext", {"num_channels": 1}, {}),
@@ -162,7 +162,7 @@ def evaluated_pair(family: str) -> tuple[Any, Any]:
 def check_size(family: str, batch: int, height: int, width: int) -> None:
     theirs, ours = evaluated_pair(family)
     pixels, labels = inputs(theirs.config, batch, height, width)
-    labels[:, 0, 0] = 0  # a tiny image might have every pixel ignored
+    labels[:, 0, 0] = 0  # in a tiny image all pixels could be ignored
     with torch.no_grad():
         expected, output = theirs(pixels, labels=labels), ours(pixels, labels=labels)
     assert output.logits.shape == (batch, 7, height, width)
@@ -176,7 +176,7 @@ def check_size(family: str, batch: int, height: int, width: int) -> None:
     [(1, 32, 32), (3, 33, 95), (1, 129, 65), (1, 32, 224), (2, 250, 33)],
     ids=lambda value: str(value),
 )
-def test_sizes_that_are_no_multiples_of_32(family, batch, height, width):
+def test_sizes_that_are_not_multiples_of_32(family, batch, height, width):
     check_size(family, batch, height, width)
 
 
@@ -227,7 +227,7 @@ def test_a_seeded_step_drops_the_same_paths(family, seed):
     for model in (theirs, ours, ours):
         torch.manual_seed(seed if len(losses) < 2 else seed + 10)
         losses.append(model(pixels, labels=labels).loss)
-    # The rates are rounded to float32 in one and not in the other, depending on the version.
+    # One of the two rounds the rates to float32, depending on Transformers' version.
     assert error(losses[1], losses[0]) < 1e-5
     assert error(losses[2], losses[0]) > 1e-3
 
@@ -236,7 +236,7 @@ def test_a_seeded_step_drops_the_same_paths(family, seed):
     "dropout",
     ["hidden_dropout_prob", "attention_probs_dropout_prob"],
 )
-def test_swins_dropouts_act_in_training_alone(dropout):
+def test_swins_dropouts_act_only_in_training(dropout):
     theirs, ours = pair(config("swin", {dropout: 0.5}))
     pixels = images(2, 3, 64, 64)
     with torch.no_grad():

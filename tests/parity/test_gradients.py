@@ -31,7 +31,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 def backward(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    """Return the gradients of the loss at the parameters, and at the "pixels"."""
+    """Return the gradients of the loss by parameter, and that of the images as "pixels"."""
     model.zero_grad(set_to_none=True)
     pixels = pixels.clone().requires_grad_()
     model(pixels, labels=labels).loss.backward()
@@ -47,7 +47,7 @@ def check_equal(gradients: dict[str, torch.Tensor | None], expected: dict[str, t
     for name, gradient in gradients.items():
         if gradient is None:
             continue
-        # A key's bias moves all the scores of a query alike: its gradient is 0, and what is computed is rounding.
+        # A key's bias shifts all scores of a query equally: its gradient is 0, and the computed value is rounding.
         if expected[name].norm() < 1e-13 * largest:
             assert gradient.norm() < 1e-12 * largest, name
         else:
@@ -87,7 +87,9 @@ def test_a_few_steps_of_an_optimizer_end_at_the_same_weights():
     with torch.no_grad():
         pixels = images(2, 3, 64, 64, seed=9)
         expected = theirs.eval()(pixels).logits
-        assert error(ours.eval()(pixels).logits, expected) < 1e-9  # what the steps make of the first step's rounding
+        assert (
+            error(ours.eval()(pixels).logits, expected) < 1e-9
+        )  # the first step's rounding, magnified by the later steps
         fresh = pair(config("swin"))[1](pixels).logits
         assert error(fresh, expected) > 1e-3
 
@@ -104,13 +106,13 @@ def test_a_few_steps_of_an_optimizer_end_at_the_same_weights():
     ],
 )
 def test_gradients_in_float32_are_as_accurate(family, training, hidden_size, record_property, monkeypatch):
-    """The error of each parameter's gradient, root mean square over five seeds, over that of Transformers'."""
+    """The error of each parameter's gradient, root mean square over five seeds, divided by Transformers' error."""
     monkeypatch.setenv("FASTUPER_CHOICES", "conv3x3=winograd")
     by_winograd, original = [], winograd.weight_gradient
     monkeypatch.setattr(winograd, "weight_gradient", lambda *args: by_winograd.append(args) or original(*args))
     ours_errors: dict[str, list[float]] = {}
     their_errors: dict[str, list[list[float]]] = {}
-    batch = 8 if training else 2  # in training BatchNorm over two 1 x 1 cells would multiply rounding
+    batch = 8 if training else 2  # in training, BatchNorm over two 1 x 1 cells would magnify rounding
     for seed in range(5):
         pixels = images(batch, 3, 64, 64, seed=seed, dtype=torch.float32)
         labels = segmentation_labels(batch, 64, 64, seed=seed)
@@ -138,5 +140,6 @@ def test_gradients_in_float32_are_as_accurate(family, training, hidden_size, rec
     record_property("median_ratio", median)
     record_property("largest_ratio", f"{ratios[worst]} at {worst}")
     assert median < 1.25
-    # One parameter's ratio of two small samples: Transformers 4.56 and 5.23, eager and fused attention, differ by 1.8.
+    # The ratio for one parameter comes from small samples: that of Transformers 4.56 to 5.23, or of eager to fused
+    # attention, reaches 1.8.
     assert ratios[worst] < 3.0, worst

@@ -1,4 +1,4 @@
-"""Every published backbone at its full width and depth, with the ADE20K head: the shapes that checkpoints have."""
+"""Every published backbone at its full width and depth with the ADE20K head: numbers of parameters and outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet-101": ("ResNet", {"depths": [3, 4, 23, 3], "hidden_sizes": [256, 512, 1024, 2048]}),
 }
 
-# Millions, as their papers give them for ADE20K with both heads.
+# Millions of parameters, from their papers, for ADE20K with both heads.
 PARAMETERS = {
     "convnext-tiny": 60, "convnext-small": 82, "convnext-base": 122, "convnext-large": 235, "convnext-xlarge": 391,
     "swin-tiny-window7": 60, "swin-small-window7": 81, "swin-base-window7": 121, "swin-large-window7": 234,
@@ -53,6 +53,6 @@ def test_published_shape(name):
     with torch.no_grad():
         expected, output = theirs(pixels, labels=labels), ours(pixels, labels=labels)
     spread = expected.logits.std().item()
-    assert 0.1 < spread < 100  # neither vanished nor exploded on the way
+    assert 0.1 < spread < 100  # activations neither vanish nor explode
     assert error(output.logits, expected.logits) < 1e-10
     assert error(output.loss, expected.loss) < 1e-10

@@ -1,4 +1,4 @@
-"""What forward returns: the same keys, tuples, dtypes and layouts as Transformers' output, and the same access."""
+"""Outputs of `forward`: the same keys, tuples, dtypes, layouts and access as Transformers'."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_keys_of_transformers(family, asked, with_labels):
 @pytest.mark.parametrize("with_labels", [False, True], ids=["no-labels", "labels"])
 @pytest.mark.parametrize("where", ["argument", "configuration"])
 @pytest.mark.parametrize("hidden_states", [False, True], ids=["", "hidden-states"])
-def test_a_tuple_instead(where, with_labels, hidden_states):
+def test_tuples_in_place_of_outputs(where, with_labels, hidden_states):
     theirs, ours = pair(config("convnext"))
     inputs: dict[str, Any] = {"pixel_values": images(1, 3, 64, 64)}
     if with_labels:
@@ -77,7 +77,7 @@ def test_the_configurations_flags():
 
 
 def everything() -> tuple[Any, Any]:
-    """Return (Transformers' output, ours), with all of the fields."""
+    """Return (Transformers' output, ours) with all fields."""
     theirs, ours = pair(config("swin"))
     give_attentions(theirs)
     pixels, labels = images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
@@ -98,7 +98,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_attribute_key_index_slice_and_iteration(outputs):
-    for output in outputs:  # Transformers' first: the test holds for it as well
+    for output in outputs:  # for Transformers' output too
         assert output.loss is output["loss"] is output[0]
         assert output.logits is output["logits"] is output[1]
         assert output[-1] is output.attentions
@@ -120,7 +120,7 @@ def test_attribute_key_index_slice_and_iteration(outputs):
 
 @pytest.mark.parametrize("which", [0, 1], ids=["transformers", "fastuper"])
 class TestTheOutput:
-    """Each holds for Transformers' output and for ours."""
+    """Tests that hold for Transformers' output and for ours."""
 
     def test_setting(self, outputs, which):
         output = copy.copy(outputs[which])
@@ -135,7 +135,7 @@ class TestTheOutput:
         output["target_size"] = [(3, 4)]
         assert list(output.keys()) == ["logits", "target_size"]
         assert output["target_size"] is output.target_size is output[1]
-        if which == 1:  # Transformers' loses it in copies
+        if which == 1:  # Transformers' copies lose it
             output.loss = torch.ones(1)
             assert list(output.keys()) == ["logits", "target_size", "loss"]
             assert all(x is y for x, y in zip(output.values(), output.to_tuple(), strict=True))
@@ -174,7 +174,7 @@ class TestTheOutput:
         "rebuild",
         [
             lambda o: type(o)(dict(o)),  # accelerate
-            lambda o: type(o)((k, o[k]) for k in o),  # torch.nn.parallel gathers so
+            lambda o: type(o)((k, o[k]) for k in o),  # torch.nn.parallel
             lambda o: type(o)(**o),
             lambda o: type(o)({k: o[k] for k in ("logits",)}),
         ],
@@ -199,7 +199,7 @@ class TestTheOutput:
             assert pytree.keystr(pytree.tree_flatten_with_path(output)[0][1][0]) == "['logits']"
 
     def test_gather(self, outputs, which):
-        """What DataParallel does with the outputs of its replicas."""
+        """The steps by which DataParallel gathers the outputs of its replicas."""
         output = outputs[which]
         pieces = [type(output)(logits=output.logits), type(output)(logits=output.logits + 1)]
         gathered = type(pieces[0])((k, torch.cat([piece[k] for piece in pieces])) for k in pieces[0])

@@ -1,4 +1,4 @@
-"""The tools that people use a model of Transformers with take ours in its place."""
+"""Tools for Transformers' models (pipelines, accelerate, hooks, optimizers, compilers) take ours in their place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def photo(name: str) -> Any:
 
 @pytest.mark.parametrize("given", ["one", "list"])
 @pytest.mark.parametrize("family", ["convnext", "swin"])
-def test_the_pipeline_gives_the_same_segments(family, given):
+def test_the_pipeline_returns_the_same_segments(family, given):
     models = pair(config(family, id2label={i: f"thing {i}" for i in range(7)}), dtype=torch.float32)
     processor = transformers.SegformerImageProcessor(size={"height": 96, "width": 128})
     pictures = photo("chelsea") if given == "one" else [photo("chelsea"), photo("astronaut")]
@@ -39,10 +39,10 @@ def test_the_pipeline_gives_the_same_segments(family, given):
         for segment, reference in zip(segments, expected, strict=True):
             assert segment["score"] == reference["score"]
             different = np.asarray(segment["mask"]) != np.asarray(reference["mask"])
-            assert different.mean() < 1e-4  # where two classes are as likely, in float32
+            assert different.mean() < 1e-4  # ties of two classes in float32
 
 
-def test_outputs_are_transformers_own_once_it_is_imported():
+def test_outputs_are_also_transformers_outputs():
     ours = pair(config("convnext"), dtype=torch.float32)[1]
     with torch.no_grad():
         output = ours(images(1, 3, 33, 40, dtype=torch.float32))
@@ -54,6 +54,7 @@ def test_outputs_are_transformers_own_once_it_is_imported():
     for other in copies:
         assert list(other) == ["logits"]
         assert torch.equal(other.logits, output.logits)
+    assert '"fastuper.SemanticSegmenterOutput.transformers"' in torch.utils._pytree.treespec_dumps(spec)
 
 
 def test_our_processor_in_the_pipeline():
@@ -67,12 +68,12 @@ def test_our_processor_in_the_pipeline():
         pipeline = transformers.pipeline("image-segmentation", model=model, image_processor=processor, device="cpu")
         masks.append({segment["label"]: np.asarray(segment["mask"]) for segment in pipeline(photo("chelsea"))})
     assert masks[0].keys() == masks[1].keys()
-    # In Transformers 5 theirs resizes with torchvision, a little differently.
+    # In Transformers 5 their processor resizes with torchvision, a little differently.
     differ = sum((masks[0][label] != masks[1][label]).mean() for label in masks[0])
     assert differ < (0.02 if VERSION_5 else 1e-9)
 
 
-def test_accelerate_prepares_it():
+def test_accelerate_prepares_the_model():
     accelerate = pytest.importorskip("accelerate")
     ours = pair(config("convnext"), dtype=torch.float32, train=True)[1]
     accelerator = accelerate.Accelerator(cpu=True)
@@ -92,7 +93,7 @@ def test_accelerate_prepares_it():
 
 
 def test_accelerate_under_mixed_precision_returns_float32():
-    """It wraps forward, and rebuilds the output with its tensors cast."""
+    """accelerate wraps `forward`, casts the output's tensors and rebuilds the output."""
     convert = pytest.importorskip("accelerate.utils").convert_to_fp32
     ours = pair(config("convnext"), dtype=torch.bfloat16)[1]
     output = convert(ours(images(1, 3, 64, 64, dtype=torch.bfloat16), labels=segmentation_labels(1, 64, 64)))
@@ -101,9 +102,9 @@ def test_accelerate_under_mixed_precision_returns_float32():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_model_says_of_itself(family):
+def test_properties_of_the_model(family):
     theirs, ours = pair(config(family), dtype=torch.bfloat16)
-    unused = 2 * 128 if family == "swin" and VERSION_5 else 0  # a last norm, which nothing reads
+    unused = 2 * 128 if family == "swin" and VERSION_5 else 0  # an unused last norm
     assert ours.num_parameters() == theirs.num_parameters() - unused
     theirs.backbone.requires_grad_(False)
     ours.backbone.requires_grad_(False)
@@ -117,7 +118,7 @@ def test_what_a_model_says_of_itself(family):
     assert ours.training is theirs.training is False
 
 
-def test_hooks_on_the_modules_inside_are_called():
+def test_hooks_on_inner_modules_are_called():
     ours = pair(config("swin"))[1]
     silent = {"backbone.encoder", "decode_head.fpn_convs", "decode_head.lateral_convs", "decode_head.psp_modules"}
     called = set()
@@ -187,7 +188,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_changed_weights_are_noticed(family, change):
+def test_changed_weights_are_used(family, change):
     theirs, ours = pair(config(family))
     pixels = images(1, 3, 64, 64)
     with torch.no_grad():
@@ -202,7 +203,7 @@ def test_changed_weights_are_noticed(family, change):
         assert torch.equal(ours.segment(pixels)[0], expected.argmax(1)[0])
 
 
-def test_weights_changed_by_a_fused_optimizer_are_noticed():
+def test_weights_changed_by_a_fused_optimizer_are_used():
     theirs, ours = pair(config("convnext"), dtype=torch.float32)
     pixels, labels = images(1, 3, 64, 64, dtype=torch.float32), segmentation_labels(1, 64, 64)
     before = ours(pixels).logits
@@ -212,12 +213,12 @@ def test_weights_changed_by_a_fused_optimizer_are_noticed():
         optimizer.step()
     with torch.no_grad():
         expected = theirs(pixels).logits
-        assert error(ours(pixels).logits, expected) < 1e-3  # Adam's step is the sign of what may be rounding
+        assert error(ours(pixels).logits, expected) < 1e-3  # Adam's first step is the gradient's sign, even of rounding
         assert error(before, expected) > 1e-2
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_after_inference_it_still_trains(mode):
+def test_training_after_inference(mode):
     ours = pair(config("swin"))[1]
     pixels, labels = images(2, 3, 64, 64), segmentation_labels(2, 64, 64)
     with mode():
@@ -227,7 +228,7 @@ def test_after_inference_it_still_trains(mode):
     assert all(p.grad is not None for p in ours.parameters())
 
 
-def test_a_state_dict_holds_parameters_and_statistics_alone():
+def test_a_state_dict_holds_only_parameters_and_statistics():
     theirs, ours = pair(config("resnet-basic"))
     with torch.no_grad():
         ours(images(1, 3, 64, 64))

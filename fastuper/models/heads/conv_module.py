@@ -1,4 +1,4 @@
-"""Convolution, BatchNorm, ReLU: the block both heads are made of, and its fused form."""
+"""ConvModule, the block of both heads: a convolution, BatchNorm and ReLU, and its fused form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from fastuper_kernels import conv_bn_relu, upsample_add, upsampled_conv3x3
 
 
 class ConvModule(nn.Module):
-    """Convolution without bias and with "same" padding, BatchNorm, ReLU."""
+    """Convolution without bias and with "same" padding, BatchNorm, ReLU.
+
+    Args:
+        dim_in: input channels.
+        dim: output channels.
+        kernel_size: odd.
+    """
 
     def __init__(self, dim_in: int, dim: int, kernel_size: int):
         super().__init__()
@@ -24,11 +30,23 @@ class ConvModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, H, W)."""
-        return self.fused(x) if self.is_fusible() else self.activation(batch_norm(self.batch_norm, self.conv(x)))
+        if self.is_fusible():
+            return self.fused(x)
+        return self.activation(batch_norm(self.batch_norm, self.conv(x)))
 
     def is_fusible(self) -> bool:
-        """Return whether `fused` is the same function: a matter of the convolution, as it calls the other two."""
+        """Return True if `fused` computes the same function.
+
+        This depends on the convolution alone: `fused` calls a norm or an activation that it cannot fold.
+        """
         return is_supported_conv(self.conv) and self.conv.bias is None
+
+    def is_foldable(self) -> bool:
+        """Return True if `fused` folds the norm and the activation into the convolution, and calls neither.
+
+        The norm must be an untouched BatchNorm in evaluation with gradients off, the activation an untouched ReLU.
+        """
+        return is_fixed_norm(self.batch_norm) and is_exactly(self.activation, nn.ReLU)
 
     def fused(
         self,
@@ -38,43 +56,39 @@ class ConvModule(nn.Module):
         upsampled: torch.Tensor | None = None,
         strip: tuple[int, int, int] | None = None,
     ) -> torch.Tensor:
-        """Return the module's result for [x, *coarser resampled to x's size], plus `upsampled`, resampled.
+        """Return the module's result for [x, *coarser], concatenated at x's size, plus `upsampled`, resampled to it.
 
-        Nothing is resampled before it is convolved, and nothing is concatenated.
+        Each map is convolved at its own resolution and then resampled (docs/idea.md); no concatenation is made.
 
         Args:
-            x: (B, C, H, W), for the convolution's first C input channels.
-            coarser: maps (B, C_l, H_l, W_l) for its other ones.
-            upsampled: (B, C_out, h, w), added at the end.
-            strip: see `conv_bn_relu`; in evaluation alone.
+            x: (B, C, H, W), for the first C input channels of the convolution.
+            coarser: maps (B, C_l, H_l, W_l) for its other input channels; the kernel must be 3 x 3.
+            upsampled: (B, C_out, h, w), resampled (bilinear) and added after the activation.
+            strip: (start, stop, height), the rows to compute, see `conv_bn_relu`; only where `is_foldable()`.
+
+        Returns:
+            (B, C_out, H, W); with `strip`, (B, C_out, stop - start, W).
         """
         weight, *weights = self.conv.weight.split([x.shape[1], *(level.shape[1] for level in coarser)], dim=1)
         addend = None
         if coarser:
-            height, part = (x.shape[2], None) if strip is None else (strip[2], strip[:2])
-            addend = upsampled_conv3x3(coarser, weights, (height, x.shape[3]), strip=part)
-        if self.is_folding():
+            height, rows = (x.shape[2], None) if strip is None else (strip[2], strip[:2])
+            addend = upsampled_conv3x3(coarser, weights, (height, x.shape[3]), strip=rows)
+        if self.is_foldable():
             scale, shift = fold(self.batch_norm)
             return conv_bn_relu(x, weight, scale, shift, addend=addend, upsampled=upsampled, strip=strip)
         y = self.activation(batch_norm(self.batch_norm, conv_bn_relu(x, weight, addend=addend, relu=False)))
         return y if upsampled is None else upsample_add(upsampled, y)
 
-    def is_folding(self) -> bool:
-        """Return whether the norm is a fixed scale and shift here and the activation ReLU, so that none is called.
-
-        The norm is one in evaluation with gradients off, where it is a BatchNorm that nobody has touched.
-        """
-        return is_fixed_norm(self.batch_norm) and is_exactly(self.activation, nn.ReLU)
-
 
 def is_fusible(module: Any, kernel_size: tuple[int, int] | None = None) -> bool:
-    """Return whether a module is a `ConvModule` that may be `fused`, and its kernel of the size that is given."""
+    """Return True if a module is an untouched `ConvModule` that is fusible and, if given, has this kernel size."""
     fusible = is_exactly(module, ConvModule) and module.is_fusible()
     return fusible and kernel_size in (None, module.conv.kernel_size)
 
 
 def convolve_levels(module: Any, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a module's result for its levels, resampled to the size of the first and concatenated."""
+    """Return a module's result for levels (B, C_l, H_l, W_l), concatenated at the size of the first."""
     if is_fusible(module, (3, 3)):
         return module.fused(levels[0], levels[1:])
     return module(concatenate_at_first_size(levels))

@@ -1,4 +1,4 @@
-"""The auxiliary head (https://arxiv.org/abs/1411.4038)."""
+"""The auxiliary head: FCN (https://arxiv.org/abs/1411.4038)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastuper.models.heads.conv_module import ConvModule
 
 
 class FCNHead(Checkpointed):
-    """The auxiliary head (https://arxiv.org/abs/1411.4038): a few 3x3 convolutions on one of the feature maps.
+    """A few 3x3 convolutions and a classifier on one of the feature maps (https://arxiv.org/abs/1411.4038).
 
     Args:
         config: the `auxiliary_*` options and `num_labels`.
         in_channels: channels of the backbone's feature maps, finest first.
-        in_index: which of the maps it reads.
+        in_index: index of the map that the head reads.
 
     Raises:
         ValueError: there is no such map, or the options do not fit its channels.
@@ -28,19 +28,20 @@ class FCNHead(Checkpointed):
         super().__init__()
         if in_index >= len(in_channels):
             raise ValueError(
-                f"the auxiliary head reads feature map {in_index + 1}, the backbone gives {len(in_channels)}: name "
-                "more stages in out_features, or set use_auxiliary_head=False"
+                f"the auxiliary head reads feature map {in_index + 1}, but the backbone returns {len(in_channels)}: "
+                "name more stages in out_features, or set use_auxiliary_head=False"
             )
         given, dim = config.auxiliary_in_channels, config.auxiliary_channels
         dim_in = in_channels[in_index] if given is None else given
         if dim_in != in_channels[in_index]:
             raise ValueError(
-                f"auxiliary_in_channels={given}, but the map that it reads has {in_channels[in_index]} channels"
+                f"auxiliary_in_channels={given}, but feature map {in_index + 1} has {in_channels[in_index]} channels; "
+                "set auxiliary_in_channels=None to take these"
             )
         if config.auxiliary_num_convs == 0 and dim_in != dim:
             raise ValueError(
-                f"without convolutions (auxiliary_num_convs=0) the {dim_in} channels of the feature map must be "
-                f"auxiliary_channels, which is {dim}"
+                f"without convolutions (auxiliary_num_convs=0), auxiliary_channels must be the {dim_in} channels of "
+                f"the feature map, got {dim}"
             )
         self.in_index = in_index
         self.convs: nn.Module = nn.Sequential(
@@ -50,7 +51,7 @@ class FCNHead(Checkpointed):
         self.classifier = nn.Conv2d(dim, config.num_labels, kernel_size=1)
 
     def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return logits (B, num_labels, H, W) at the size of the map that it reads."""
+        """Return logits (B, num_labels, H, W) at the size of map `in_index`; `feature_maps` are (B, C_l, H_l, W_l)."""
         x = feature_maps[self.in_index]
         out = self.convs(x)
         if self.conv_cat is not None:
