@@ -311,7 +311,8 @@ def _build(
 
 
 def _set_drop_path(config: UperNetConfig, rate: float) -> None:
-    from fastuper.models.configuration import ForeignBackboneConfig, named_backbone_config
+    from fastuper.models.configuration import ForeignBackboneConfig
+    from fastuper.models.upernet_configuration import named_backbone_config
 
     backbone = config.backbone_config or named_backbone_config(config)
     if not hasattr(backbone, "drop_path_rate"):

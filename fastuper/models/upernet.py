@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,23 +13,20 @@ from torch.nn import functional as F
 
 from fastuper.models.backbones import Backbone, build_backbone
 from fastuper.models.backbones.layers import initialize_tensor
-from fastuper.models.configuration import (
-    UperNetConfig,
-    named_backbone_config,
-    upernet_config_from,
-)
+from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.cuda_graph import Captured
 from fastuper.models.gradient_checkpointing import Checkpointed, checkpointed
 from fastuper.models.heads.fcn import FCNHead
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
 from fastuper.models.pretrained import (
-    CheckpointError,
     PretrainedMixin,
-    backbone_state_dict,
     read_weights,
     rename_on_load,
 )
+from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config, upernet_config_from
+from fastuper.weights.errors import CheckpointError
+from fastuper.weights.transformers import backbone_state_dict
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes, check_values
@@ -253,10 +249,12 @@ class UperNetForSemanticSegmentation(PretrainedMixin):
             self.backbone = AutoBackbone.from_pretrained(config.backbone, **(config.backbone_kwargs or {}))
             return
         weights, _ = read_weights(config.backbone)
-        weights = backbone_state_dict(weights, self.backbone.config.model_type)
+        model_type = self.backbone.config.model_type
+        names = checkpoint_names(model_type)
+        weights = backbone_state_dict(weights, model_type, names)
         missing, unexpected = self.backbone.load_state_dict(weights, strict=False)
-        # A classifier has no norms of the stages' outputs, and Transformers 5 stores no relative_position_index.
-        missing = [name for name in missing if not re.match(r"hidden_states_norms|.*relative_position_index", name)]
+        # A classifier has no norms of the stages' outputs, and computed buffers have their values already.
+        missing = [n for n in missing if not n.startswith("hidden_states_norms.") and not names.is_computed(n)]
         if missing or unexpected:
             raise CheckpointError(f"{config.backbone}: missing {missing}, unexpected {unexpected}")
 

@@ -1,4 +1,4 @@
-"""How the published UPerNets were trained."""
+"""Training recipes of the published UPerNets, backbones by name, parameter groups and learning rate schedule."""
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 

@@ -10,7 +10,9 @@ import transformers
 from safetensors.torch import load_file
 
 import fastuper
-from fastuper.models.pretrained import backbone_state_dict, read_weights, to_hub_names
+from fastuper.models.backbones.registry import checkpoint_names
+from fastuper.models.pretrained import read_weights
+from fastuper.weights.transformers import backbone_state_dict, hub_name
 
 VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -82,9 +84,15 @@ def make_model(library, backbone, dtype=torch.float32):
     return model.to(dtype)
 
 
+def as_loaded(state_dict, model):
+    """Return a state dict of Transformers under the names by which our loader copies it."""
+    names = checkpoint_names(model.config.backbone_config.model_type)
+    return {ours: tensor for name, tensor in state_dict.items() if (ours := hub_name(name, names)) is not None}
+
+
 def assert_same_weights(theirs, ours):
     """Compare Transformers' model with ours, tensor by tensor; only the indices that 5.x computes may be missing."""
-    theirs, ours = to_hub_names(theirs.state_dict()), ours.state_dict()
+    theirs, ours = as_loaded(theirs.state_dict(), ours), ours.state_dict()
     absent = ours.keys() - theirs.keys()
     assert theirs.keys() <= ours.keys()
     assert all(VERSION_5 and name.endswith("relative_position_index") for name in absent)
@@ -173,11 +181,12 @@ def test_load_state_dict(backbone):
 def test_names_are_those_of_version_4(backbone):
     """What we write is what 4.56 writes, to the letter; 5.x leaves out the indices and adds a norm."""
     theirs = make_model(transformers, backbone).state_dict()
-    ours = make_model(fastuper, backbone).state_dict()
+    model = make_model(fastuper, backbone)
+    ours = model.state_dict()
     if not VERSION_5:
         assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
     else:
-        assert sorted(to_hub_names(theirs)) == sorted(n for n in ours if not n.endswith("relative_position_index"))
+        assert sorted(as_loaded(theirs, model)) == sorted(n for n in ours if not n.endswith("relative_position_index"))
 
 
 def test_a_transformers_configuration_object(tmp_path):
@@ -228,8 +237,9 @@ def test_a_checkpoint_of_the_backbones_family(tmp_path, backbone, kind):
                 tensor.copy_(torch.rand(tensor.shape) + 0.5)
     model.save_pretrained(tmp_path)
 
-    ours = fastuper.UperNetForSemanticSegmentation(make_config(fastuper, backbone)).backbone
-    weights = backbone_state_dict(read_weights(tmp_path)[0], backbone)
+    upernet = fastuper.UperNetForSemanticSegmentation(make_config(fastuper, backbone))
+    ours = upernet.backbone
+    weights = backbone_state_dict(read_weights(tmp_path)[0], backbone, checkpoint_names(backbone))
     result = ours.load_state_dict(weights, strict=False)
     norms = {n for n in ours.state_dict() if n.startswith("hidden_states_norms.")}
     indices = {n for n in ours.state_dict() if n.endswith("relative_position_index")} if VERSION_5 else set()
@@ -238,7 +248,7 @@ def test_a_checkpoint_of_the_backbones_family(tmp_path, backbone, kind):
 
     backbone_class = getattr(transformers, name.replace("Config", "Backbone"))
     theirs = backbone_class.from_pretrained(tmp_path, out_indices=[1, 2, 3, 4])
-    theirs = to_hub_names({f"backbone.{n}": t for n, t in theirs.state_dict().items()})
+    theirs = as_loaded({f"backbone.{n}": t for n, t in theirs.state_dict().items()}, upernet)
     random = set(result.missing_keys)
     for tensor_name, tensor in ours.state_dict().items():
         if tensor_name not in random:

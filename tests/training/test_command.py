@@ -16,7 +16,7 @@ from fastuper import UperNetConfig, UperNetForSemanticSegmentation
 from fastuper.cli import app
 from fastuper.cli.train import _build, _open, _set_drop_path
 from fastuper.data.classes import ade20k_names
-from fastuper.models.configuration import named_backbone_config
+from fastuper.models.upernet_configuration import named_backbone_config
 from fastuper.recipes.recipes import BACKBONES
 from tests.training.common import losses, read_log, tiny_model, tiny_processor, write_data
 

@@ -7,12 +7,11 @@ No level is upsampled to be convolved: channels are mixed at a level's own resol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fastuper.models.configuration import UperNetConfig
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.heads.conv_module import ConvModule, convolve_levels, is_fusible
 from fastuper.models.untouched import fold, is_exactly, is_supported_conv
@@ -21,6 +20,9 @@ from fastuper_kernels.cpu.packs import fingerprint_once
 from fastuper_kernels.dispatch.modes import autocast, is_eager_inference
 from fastuper_kernels.ops.pyramid_pool import grids
 from fastuper_kernels.ops.upsampled_conv3x3 import UpsampledConv3x3
+
+if TYPE_CHECKING:
+    from fastuper.models.upernet_configuration import UperNetConfig
 
 # Bytes of a strip of rows of hidden_size channels, at stride 4: in a CPU's cache, and so little that malloc gives the
 # same memory to the next strip (with 16 MB it went back to the system in between, and each page cost a fault). Images
