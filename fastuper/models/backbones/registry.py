@@ -99,7 +99,8 @@ def register(
         TypeError: an argument is of the wrong type.
         ValueError: the model type or the name of a preset is not valid or already registered.
     """
-    family = Family(model_type, config, network, dict(presets or {}), depths, names or Names())
+    names = Names() if names is None else names
+    family = Family(model_type, config, network, dict(presets or {}), depths, names)
     if model_type in FAMILIES:
         raise ValueError(f"a backbone {model_type!r} is already registered: {FAMILIES[model_type].network.__name__}")
     for name in family.presets:
