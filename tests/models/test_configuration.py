@@ -1,4 +1,4 @@
-"""Configurations: what they refuse and say. tests/parity/test_configs.py compares them with Transformers'."""
+"""Configurations: checks, messages, conversions. tests/parity/test_configs.py compares them with Transformers'."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_the_same_function(family, batch, size, mlps):
     assert len(mlps) == (8 if family in FAST else 0)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "swin"])  # attention does not take it
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "swin"])  # PyTorch's attention fails
 @pytest.mark.parametrize("scale", [0.0, 0.1])
 def test_an_empty_batch(family, scale, mlps):
     """What the modules accept, the rewrites accept too."""
@@ -256,7 +256,7 @@ def replaced(model, path):
 
 
 def wrapped(model, path):
-    """As offloading does."""
+    """Replace a module's forward on the instance, as offloading does."""
     module = model.get_submodule(path)
     forward = module.forward
     module.forward = lambda x: forward(x) + 1
@@ -361,7 +361,7 @@ def test_plans_are_bounded_and_no_inference_tensors():
         rewrites.window_plan(1, 5, width, 4, 2, torch.float32)
     assert rewrites._cached_window_plan.cache_info().currsize <= 32
     before = rewrites._cached_window_plan.cache_info()
-    rewrites.window_plan(1, 1024, 1024, 7, 3, torch.float32)  # too large to keep
+    rewrites.window_plan(1, 1024, 1024, 7, 3, torch.float32)  # too large for the cache
     assert rewrites._cached_window_plan.cache_info() == before
 
 

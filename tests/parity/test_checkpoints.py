@@ -1,4 +1,4 @@
-"""Checkpoints go both ways between fastuper and the installed Transformers (run under 4.56 and 5.x)."""
+"""Checkpoints of fastuper in Transformers and the other way round; run with Transformers 4.56 and 5.x."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def make_config(library, backbone, **values):
 
 
 def make_model(library, backbone, dtype=torch.float32):
-    """A model none of whose floating-point tensors has the value that it was built with."""
+    """Return a model with random values in all floating-point tensors, none of them an initial value."""
     torch.manual_seed(0)
     model = library.UperNetForSemanticSegmentation(make_config(library, backbone)).eval()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def as_loaded(state_dict, model):
 
 
 def assert_same_weights(theirs, ours):
-    """Compare Transformers' model with ours, tensor by tensor; only the indices that 5.x computes may be missing."""
+    """Compare all tensors of Transformers' model with ours; only relative_position_index may be missing, in 5.x."""
     theirs, ours = as_loaded(theirs.state_dict(), ours), ours.state_dict()
     absent = ours.keys() - theirs.keys()
     assert theirs.keys() <= ours.keys()
@@ -179,7 +179,7 @@ def test_load_state_dict(backbone):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_names_are_those_of_version_4(backbone):
-    """What we write is what 4.56 writes, to the letter; 5.x leaves out the indices and adds a norm."""
+    """Our names, shapes and dtypes are those of 4.56. 5.x has no relative_position_index, and one norm more."""
     theirs = make_model(transformers, backbone).state_dict()
     model = make_model(fastuper, backbone)
     ours = model.state_dict()
@@ -205,7 +205,7 @@ def test_classes_of_another_number_as_transformers_has_it(tmp_path):
     theirs, expected = transformers.UperNetForSemanticSegmentation.from_pretrained(tmp_path, **asked)
     ours, info = fastuper.UperNetForSemanticSegmentation.from_pretrained(tmp_path, **asked)
     assert len(info["mismatched_keys"]) == 4
-    if VERSION_5:  # 4.56 gives the names alone
+    if VERSION_5:  # 4.56 returns the names alone
         assert {(n, tuple(a), tuple(b)) for n, a, b in expected["mismatched_keys"]} == info["mismatched_keys"]
     else:
         assert set(expected["mismatched_keys"]) == {name for name, _, _ in info["mismatched_keys"]}
@@ -221,7 +221,7 @@ def test_classes_of_another_number_as_transformers_has_it(tmp_path):
 @pytest.mark.parametrize("backbone", ["convnext", "resnet", "swin"])
 @pytest.mark.parametrize("kind", ["classifier", "bare model", "backbone"])
 def test_a_checkpoint_of_the_backbones_family(tmp_path, backbone, kind):
-    """Our backbone gets from it what Transformers' backbone gets."""
+    """Our backbone loads the same tensors from it as Transformers' backbone."""
     name, arguments, _ = BACKBONES[backbone]
     config = getattr(transformers, name)(**arguments, out_indices=[1, 2, 3, 4])
     auto = {
@@ -264,7 +264,7 @@ def test_a_checkpoint_of_the_backbones_family(tmp_path, backbone, kind):
     ],
 )
 def test_backbones_that_transformers_builds(tmp_path, name, arguments):
-    """Theirs in memory too; 5.x has other names there than on disk, and on disk we write the latter."""
+    """Our modules have Transformers' names in memory. For 5.x these differ from the names on disk, which we write."""
     sizes = {} if "hidden_sizes" in arguments else {"hidden_size": 8, "num_attention_heads": 2}
     config = getattr(transformers, name)(**arguments, **sizes, out_features=STAGES)
     config = transformers.UperNetConfig(backbone_config=config, num_labels=3, hidden_size=6, use_auxiliary_head=False)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastuper.models.backbones import rewrites
-from fastuper.models.backbones.layers import Backbone, LayerNorm2d, activation, channels_last, drop_path, pad_to
+from fastuper.models.backbones.layers import STAGES, Backbone, LayerNorm2d, activation, channels_last, drop_path, pad_to
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.configuration import BackboneConfig, check_counts
 from fastuper.models.gradient_checkpointing import Checkpointed
@@ -203,7 +203,6 @@ class ConvNextBackbone(Backbone):
             super().initialize_tensor(module, name, tensor)
 
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
 # With the stochastic depth of the authors' UPerNets.
 PRESETS = {
     name: partial(ConvNextConfig, hidden_sizes=sizes, depths=depths, drop_path_rate=rate, out_features=STAGES)
@@ -215,6 +214,9 @@ PRESETS = {
     )
 }
 DEPTHS = stage_depths(r"encoder\.stages\.(\d+)\.layers\.")
-NAMES = Names(parts=("embeddings", "encoder", "hidden_states_norms"), unused=("embeddings.mask_token",))
+NAMES = Names(
+    parts=("embeddings", "encoder", "hidden_states_norms"),
+    unused=("embeddings.mask_token",),  # of masked image modelling
+)
 
 register("convnext", ConvNextConfig, ConvNextBackbone, presets=PRESETS, depths=DEPTHS, names=NAMES)

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from fastuper.models.configuration import BackboneConfig
 from fastuper_kernels.dispatch.modes import is_eager
 
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+"""The stages that UPerNet reads, of a backbone with four."""
+
 
 class Elementwise(nn.Module):
     """An elementwise function as a module."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastuper.models.backbones import rewrites
-from fastuper.models.backbones.layers import Backbone, activation, channels_last
+from fastuper.models.backbones.layers import STAGES, Backbone, activation, channels_last
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.configuration import BackboneConfig
 from fastuper.models.gradient_checkpointing import Checkpointed
@@ -193,7 +193,6 @@ class ResNetBackbone(Backbone):
             super().initialize_tensor(module, name, tensor)
 
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
 PRESETS = {
     name: partial(ResNetConfig, hidden_sizes=sizes, depths=depths, layer_type=layer_type, out_features=STAGES)
     for name, sizes, depths, layer_type in (

@@ -5,13 +5,13 @@ A block that has a faster way names it in the class attribute `rewrite`, and its
     if rewrites.apply_to(self, x):
         return rewrites.run(self, x)
 
-Inference on a CPU, where no gradient flows: attention and MLPs run part by part, so that queries and hidden layers stay
-in the cache; `linear` fuses activation and residual; a convolution takes its BatchNorm and ReLU along.
+In inference on a CPU, attention and MLPs run part by part, so that queries and hidden layers stay in the cache. The
+operation `linear` fuses an activation or a residual, `conv_bn_relu` a BatchNorm and a ReLU.
 
-Training, on any device: norms and activations are computed again in the backward pass, which keeps their inputs alone.
+In training, on any device, the backward pass computes norms and activations again: their results need no memory.
 
-No rewrite applies to a block with a part that is hooked, replaced or quantised (`fastuper/models/untouched.py`), nor
-while anything traces: the textbook forward calls each module.
+No rewrite applies if a part of the block is hooked, replaced or quantised (`fastuper/models/untouched.py`), or while a
+tracer runs. The textbook forward then calls each module.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ HIDDEN_BYTES = 2**22
 into a cache, and malloc returns the same memory for each part."""
 
 CACHED_POSITIONS = 2**17
-"""Positions of the largest map whose window plan is cached. A larger plan takes megabytes; to make it takes no time
-beside the attention that uses it."""
+"""Positions of the largest map whose window plan is cached. A larger plan takes megabytes, and making it little time
+compared with the attention that uses it."""
 
 
-# The question and the answer ------------------------------------------------------------------------------------------
+# Dispatch -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Rewrite:
     """The faster ways of a class of blocks. All functions take the block first, then the arguments of its forward.
 
     Args:
-        infers: returns True if `infer` computes the block's forward.
+        can_infer: returns True if `infer` computes the block's forward.
         infer: the way on a CPU without gradients.
-        trains: given the block alone, returns True if `train` computes its forward; None if there is no such way.
-        train: the way that saves memory where gradients are enabled.
+        can_train: returns True if `train` computes the forward of a block, its one argument.
+        train: the way that saves memory where gradients are enabled; None, like `can_train`, if there is none.
     """
 
-    infers: Callable[..., bool]
+    can_infer: Callable[..., bool]
     infer: Callable[..., Any]
-    trains: Callable[[Any], bool] | None = None
+    can_train: Callable[[Any], bool] | None = None
     train: Callable[..., Any] | None = None
 
 
@@ -77,16 +77,16 @@ def apply_to(block: Any, x: torch.Tensor, *args: Any) -> bool:
     if not is_eager():
         return False
     rewrite: Rewrite = block.rewrite
-    if rewrite.infers(block, x, *args):
+    if rewrite.can_infer(block, x, *args):
         return True
-    return rewrite.trains is not None and torch.is_grad_enabled() and rewrite.trains(block)
+    return rewrite.can_train is not None and torch.is_grad_enabled() and rewrite.can_train(block)
 
 
 def run(block: Any, x: torch.Tensor, *args: Any) -> Any:
     """Return the result of a block's forward, computed faster; `apply_to` has returned True for these arguments."""
     rewrite: Rewrite = block.rewrite
     # With gradients disabled `infer` alone can apply: the question need not be asked again.
-    if rewrite.train is None or not torch.is_grad_enabled() or rewrite.infers(block, x, *args):
+    if rewrite.train is None or not torch.is_grad_enabled() or rewrite.can_infer(block, x, *args):
         return rewrite.infer(block, x, *args)
     return rewrite.train(block, x, *args)
 
@@ -190,36 +190,36 @@ def _convnext_mlp(block: ConvNextLayer) -> tuple[nn.LayerNorm, nn.Linear, nn.Mod
     return block.layernorm, block.pwconv1, block.act, block.pwconv2
 
 
-def _convnext_infers(block: ConvNextLayer, x: torch.Tensor) -> bool:
+def _can_infer_convnext(block: ConvNextLayer, x: torch.Tensor) -> bool:
     mlp = _convnext_mlp(block)
     untouched = is_exactly(block.dwconv, nn.Conv2d) and is_untouched_mlp(*mlp) and does_nothing(block.drop_path)
     return untouched and on_cpu_without_gradients(x, block, block.dwconv, *mlp)
 
 
-def _convnext_infer(block: ConvNextLayer, x: torch.Tensor) -> torch.Tensor:
+def _infer_convnext(block: ConvNextLayer, x: torch.Tensor) -> torch.Tensor:
     out = block.dwconv(x).permute(0, 2, 3, 1)
     # Nothing else reads the convolution's result: the sum overwrites it.
     scale = block.layer_scale_parameter
     return residual_mlp(x.permute(0, 2, 3, 1), out, *_convnext_mlp(block), scale, out).permute(0, 3, 1, 2)
 
 
-def _convnext_trains(block: ConvNextLayer) -> bool:
+def _can_train_convnext(block: ConvNextLayer) -> bool:
     return is_untouched_mlp(*_convnext_mlp(block))
 
 
-def _convnext_train(block: ConvNextLayer, x: torch.Tensor) -> torch.Tensor:
+def _train_convnext(block: ConvNextLayer, x: torch.Tensor) -> torch.Tensor:
     out = block.dwconv(x).permute(0, 2, 3, 1)
     out = recomputed_mlp(out, *_convnext_mlp(block))
     return x + block.drop_path(block.scaled(out).permute(0, 3, 1, 2))
 
 
-CONVNEXT_LAYER = Rewrite(_convnext_infers, _convnext_infer, _convnext_trains, _convnext_train)
+CONVNEXT_LAYER = Rewrite(_can_infer_convnext, _infer_convnext, _can_train_convnext, _train_convnext)
 
 
 # Swin: blocks ---------------------------------------------------------------------------------------------------------
 
 
-def _swin_infers(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> bool:
+def _can_infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> bool:
     # `layernorm_before` is not in the list: `_attend_in_plan` calls the module.
     if output_attentions:
         return False
@@ -235,7 +235,7 @@ def _swin_infers(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> 
     )
 
 
-def _swin_infer(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
+def _infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
     x = _attend_in_plan(block, x)
     if x.requires_grad:  # from `layernorm_before`, which may be the user's own
         return x + _swin_recomputed_mlp(block, x), None
@@ -243,13 +243,13 @@ def _swin_infer(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> t
     return residual_mlp(x, x, block.layernorm_after, block.intermediate.dense, act, block.output.dense), None
 
 
-def _swin_trains(block: SwinLayer) -> bool:
+def _can_train_swin(block: SwinLayer) -> bool:
     act = block.intermediate.intermediate_act_fn
     untouched = is_untouched_mlp(block.layernorm_after, block.intermediate.dense, act, block.output.dense)
     return untouched and is_untouched(block.intermediate, block.output)
 
 
-def _swin_train(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _train_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     attended, weights = block.attend(block.layernorm_before(x), output_attentions)
     x = x + block.drop_path(attended)
     return x + _swin_recomputed_mlp(block, x), weights
@@ -260,7 +260,7 @@ def _swin_recomputed_mlp(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
     return recomputed_mlp(x, block.layernorm_after, block.intermediate.dense, act, block.output)
 
 
-SWIN_LAYER = Rewrite(_swin_infers, _swin_infer, _swin_trains, _swin_train)
+SWIN_LAYER = Rewrite(_can_infer_swin, _infer_swin, _can_train_swin, _train_swin)
 
 
 # Swin: attention in a plan of windows ---------------------------------------------------------------------------------
@@ -362,22 +362,22 @@ def attend_in_groups(attention: SwinSelfAttention, windows: torch.Tensor, plan: 
 # Swin: patch merging --------------------------------------------------------------------------------------------------
 
 
-def _merging_infers(merging: SwinPatchMerging, x: torch.Tensor) -> bool:
+def _can_infer_merging(merging: SwinPatchMerging, x: torch.Tensor) -> bool:
     return is_exactly(merging.reduction, nn.Linear) and on_cpu_without_gradients(x, merging.reduction)
 
 
-def _merging_infer(merging: SwinPatchMerging, x: torch.Tensor) -> torch.Tensor:
+def _infer_merging(merging: SwinPatchMerging, x: torch.Tensor) -> torch.Tensor:
     reduction = merging.reduction
     return linear(merging.norm(merging.squares(x)), reduction.weight, reduction.bias)
 
 
-SWIN_PATCH_MERGING = Rewrite(_merging_infers, _merging_infer)
+SWIN_PATCH_MERGING = Rewrite(_can_infer_merging, _infer_merging)
 
 
 # ResNet ---------------------------------------------------------------------------------------------------------------
 
 
-def _resnet_infers(layer: ResNetConvLayer, x: torch.Tensor) -> bool:
+def _can_infer_resnet(layer: ResNetConvLayer, x: torch.Tensor) -> bool:
     act = layer.activation
     return (
         is_supported_conv(layer.convolution)
@@ -388,9 +388,9 @@ def _resnet_infers(layer: ResNetConvLayer, x: torch.Tensor) -> bool:
     )
 
 
-def _resnet_infer(layer: ResNetConvLayer, x: torch.Tensor) -> torch.Tensor:
+def _infer_resnet(layer: ResNetConvLayer, x: torch.Tensor) -> torch.Tensor:
     relu = isinstance(layer.activation, nn.ReLU)
     return conv_bn_relu(x, layer.convolution.weight, *fold(layer.normalization), relu=relu)
 
 
-RESNET_CONV_LAYER = Rewrite(_resnet_infers, _resnet_infer)
+RESNET_CONV_LAYER = Rewrite(_can_infer_resnet, _infer_resnet)

@@ -15,7 +15,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.models.backbones import rewrites
-from fastuper.models.backbones.layers import Backbone, activation, channels_last, drop_path, pad_to_multiple, pair
+from fastuper.models.backbones.layers import (
+    STAGES,
+    Backbone,
+    activation,
+    channels_last,
+    drop_path,
+    pad_to_multiple,
+    pair,
+)
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.backbones.windows import (
     crop,
@@ -426,7 +434,6 @@ class SwinBackbone(Backbone):
             super().initialize_tensor(module, name, tensor)
 
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
 # With the stochastic depth of the authors' UPerNets.
 PRESETS = {
     name: partial(
@@ -460,7 +467,7 @@ NAMES = Names(
         (BLOCK + r"mlp\.fc1\.", r"\1intermediate.dense."),
         (BLOCK + r"mlp\.fc2\.", r"\1output.dense."),
     ),
-    unused=("layernorm.", "embeddings.mask_token"),
+    unused=("layernorm.", "embeddings.mask_token"),  # the final norm, and the token of masked image modelling
     computed=("relative_position_index",),  # follows from the window's size; Transformers 5 does not store it
 )
 
