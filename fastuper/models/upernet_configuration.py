@@ -1,4 +1,4 @@
-"""`UperNetConfig`, and what makes it, or a backbone's configuration, from Transformers' objects and dictionaries."""
+"""`UperNetConfig`, and conversions of Transformers' configurations and of dictionaries to our classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastuper.models.configuration import (
 class UperNetConfig(Config):
     """UPerNet (https://arxiv.org/abs/1807.10221): a backbone, the head over its feature maps, an auxiliary head.
 
-    Arguments and defaults are those of Transformers 4.56. Two differ, in cases for which Transformers builds no model:
+    Arguments and defaults are those of Transformers 4.56, but for two defaults with which it cannot build a model:
 
     - the auxiliary head needs three maps; a backbone configuration without a selection of stages gives all stages, not
       only the last;

@@ -1,4 +1,4 @@
-"""The registry of backbones: a family that is registered here works everywhere, and what `register` refuses."""
+"""The registry of backbones: a toy family in training, checkpoints and the command; refused registrations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backbones' rewrites: each returns what its block's modules return, and none goes past a touched module."""
+"""The backbones' rewrites: the results of the modules, and calls of every touched module."""
 
 from __future__ import annotations
 

@@ -204,4 +204,6 @@ def initialize_tensor(module: nn.Module, name: str, tensor: torch.Tensor, *, std
     elif isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
         nn.init.ones_(tensor) if name in ("weight", "running_var") else nn.init.zeros_(tensor)
     else:
-        raise NotImplementedError(f"no initial value is known for {name} of {type(module).__name__}")
+        raise NotImplementedError(
+            f"no initial value is defined for {name} of {type(module).__name__}; override Backbone.initialize_tensor"
+        )
