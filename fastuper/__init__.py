@@ -9,8 +9,11 @@ from fastuper_kernels.dispatch.lazy import lazy_names
 TYPE_CHECKING = False  # not imported from `typing`, which would take most of this file's time
 if TYPE_CHECKING:
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
-    from fastuper.models.configuration import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig
+    from fastuper.models.backbones.convnext import ConvNextConfig
+    from fastuper.models.backbones.resnet import ResNetConfig
+    from fastuper.models.backbones.swin import SwinConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
+    from fastuper.models.upernet_configuration import UperNetConfig
 
 __all__ = [
     "BatchFeature",
@@ -26,10 +29,10 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "BatchFeature": "fastuper.data.processor",
-        "ConvNextConfig": "fastuper.models.configuration",
-        "ResNetConfig": "fastuper.models.configuration",
-        "SwinConfig": "fastuper.models.configuration",
-        "UperNetConfig": "fastuper.models.configuration",
+        "ConvNextConfig": "fastuper.models.backbones.convnext",
+        "ResNetConfig": "fastuper.models.backbones.resnet",
+        "SwinConfig": "fastuper.models.backbones.swin",
+        "UperNetConfig": "fastuper.models.upernet_configuration",
         "UperNetForSemanticSegmentation": "fastuper.models.upernet",
         "UperNetImageProcessor": "fastuper.data.processor",
     },

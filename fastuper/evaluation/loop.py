@@ -21,8 +21,8 @@ from fastuper.io.messages import listed
 
 if TYPE_CHECKING:
     from fastuper.data.processor import UperNetImageProcessor
-    from fastuper.models.configuration import UperNetConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
+    from fastuper.models.upernet_configuration import UperNetConfig
 
 
 def evaluate(

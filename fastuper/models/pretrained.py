@@ -1,8 +1,4 @@
-"""`from_pretrained`, `save_pretrained` and `push_to_hub`, and the names of tensors in Transformers' checkpoints.
-
-Modules here are named as in the Hub's checkpoints, whose names are those of Transformers 4.56. In Swin, Transformers 5
-has others in memory, and on disk one pair of tensors that UPerNet does not use; it left ConvNeXt and ResNet alone.
-"""
+"""`from_pretrained`, `save_pretrained` and `push_to_hub`."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Hashable, Iterable, Mapping, MutableMapping
@@ -23,9 +18,11 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from fastuper.io.hub import HubOptions, pin_revision
+from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.configuration import as_dtype
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import find_weights, iterate_weights, listed
+from fastuper.weights.transformers import Names, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 
 logger = logging.getLogger("fastuper")
@@ -37,123 +34,45 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 
 # ---------------------------------------------------------------------------------------------------------------- names
 
-SWIN_BLOCK = re.compile(r"(encoder\.layers\.\d+\.blocks\.\d+\.)(.+)")
-
-# Inside a Swin block: Transformers 5.x in memory -> the Hub.
-SWIN_BLOCK_NAMES = (
-    ("attention.q_proj.", "attention.self.query."),
-    ("attention.k_proj.", "attention.self.key."),
-    ("attention.v_proj.", "attention.self.value."),
-    ("attention.o_proj.", "attention.output.dense."),
-    ("attention.relative_position_bias.", "attention.self."),
-    ("mlp.fc1.", "intermediate.dense."),
-    ("mlp.fc2.", "output.dense."),
-)
-
-# What a backbone consists of; a classification checkpoint has a final norm and a classifier besides.
-BACKBONE_PARTS = ("embeddings", "embedder", "encoder", "hidden_states_norms")
-
-# A constant that follows from the window's size. Transformers 5.x does not store it.
-COMPUTED_BUFFER = "relative_position_index"
-
-
-def to_hub_names(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Return a UPerNet state dict with the names that the Hub's checkpoints, and our modules, have.
-
-    Args:
-        state_dict: of a UPerNet of Transformers 4.x or 5.x, from memory or from disk.
-
-    Returns:
-        The same values; the final norm of 5.x's Swin, which UPerNet never uses, is left out.
-
-    Raises:
-        CheckpointError: two names mean the same tensor.
-    """
-    renamed: dict[str, T] = {}
-    for name, value in state_dict.items():
-        ours = _hub_name(name)
-        if ours is None:
-            continue
-        if ours in renamed:
-            raise CheckpointError(f"{ours} is in the state dict twice, once as {name}; remove one of them")
-        renamed[ours] = value
-    return renamed
-
 
 def rename_on_load(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
-    """Let `load_state_dict` take the names of Transformers 5.x; for `nn.Module.register_load_state_dict_pre_hook`.
+    """Rename the tensors of a Transformers 5 state dict; a hook for `nn.Module.register_load_state_dict_pre_hook`.
 
-    Names that the module itself has are never touched. `relative_position_index`, which 5.x does not store, is the
-    module's own where it is missing.
+    Names that the module itself has stay as they are. If a buffer that follows from the configuration is missing, the
+    module's own is taken.
 
     Args:
         module: a UPerNet.
-        state_dict: changed in place; keys that do not begin with `prefix` belong to others.
-        prefix: the name of the module inside the one that is loaded, with a final dot, or empty.
+        state_dict: changed in place, except the keys that do not begin with `prefix`.
+        prefix: the name of the module inside the module that is loaded, with a final dot; "" if they are the same.
     """
-    own = module.state_dict(keep_vars=True)  # without the buffers that are not stored, such as Swin v2's index
+    own = module.state_dict(keep_vars=True)  # without buffers that are not stored, such as the index of a Swin v2
+    names = backbone_names(module)
     for key in list(state_dict):
         name = key.removeprefix(prefix)
         if not key.startswith(prefix) or name in own:
             continue
-        ours = _hub_name(name)
+        ours = hub_name(name, names)
         if ours is None:
             del state_dict[key]
-        elif prefix + ours not in state_dict:  # else both are there: `load_state_dict` calls this one unexpected
+        elif prefix + ours not in state_dict:  # if it is, `load_state_dict` reports the other name as unexpected
             state_dict[prefix + ours] = state_dict.pop(key)
     for name, buffer in own.items():
-        if name.endswith(COMPUTED_BUFFER):
+        if names.is_computed(name):
             state_dict.setdefault(prefix + name, buffer)
 
 
-def backbone_state_dict(state_dict: Mapping[str, T], model_type: str) -> dict[str, T]:
-    """Return a backbone's part of a checkpoint of its family, named as in our backbone module.
-
-    Args:
-        state_dict: of an image classifier, a bare model, a backbone or a UPerNet of Transformers.
-        model_type: "convnext", "resnet" or "swin".
-
-    Returns:
-        The weights without the classifier, the final norm and the pooler, and without any prefix. The norms of a
-        backbone's outputs (`hidden_states_norms`) are in it only where the checkpoint has them.
-
-    Raises:
-        CheckpointError: there is no such backbone in it.
-    """
-    weights: dict[str, T] = {}
-    for name, value in state_dict.items():
-        bare = name.removeprefix("backbone.").removeprefix(f"{model_type}.")
-        if bare.split(".")[0] in BACKBONE_PARTS and not bare.endswith("embeddings.mask_token"):
-            weights[_swin_block_name(bare)] = value
-    if not weights:
-        raise CheckpointError(f"these are not weights of a {model_type} model: their names are {_some(state_dict)}")
-    return weights
-
-
-def _hub_name(name: str) -> str | None:
-    """Return the Hub's name for a tensor of a UPerNet, or None for one that UPerNet does not use."""
-    if not name.startswith("backbone."):
-        return name
-    if name.startswith("backbone.swin.layernorm."):
-        return None
-    return "backbone." + _swin_block_name(name.removeprefix("backbone.").removeprefix("swin."))
-
-
-def _swin_block_name(name: str) -> str:
-    match = SWIN_BLOCK.fullmatch(name)
-    if match is not None:
-        block, rest = match.groups()
-        for theirs, ours in SWIN_BLOCK_NAMES:
-            if rest.startswith(theirs):
-                return block + ours + rest.removeprefix(theirs)
-    return name
+def backbone_names(model: nn.Module) -> Names:
+    """Return the checkpoint names of a model's backbone, by the `model_type` in its configuration."""
+    backbone_config = getattr(getattr(model, "config", None), "backbone_config", None)
+    return checkpoint_names(getattr(backbone_config, "model_type", ""))
 
 
 def _names_on_disk(model: nn.Module) -> dict[str, str]:
-    """Return, for a backbone that Transformers 5 built, its name in checkpoints of each tensor that it has renamed.
+    """Return {name in memory: name on disk} of the tensors that Transformers 5 has renamed in its own backbones.
 
-    It knows the names of its own models, and gives back the same tensors under those; conversions that change a
-    tensor's values are none of a backbone's.
+    Transformers' own function renames them. It returns the same tensors, because no conversion of a backbone changes
+    values.
     """
     backbone: Any = getattr(model, "backbone", None)
     if not any(cls.__module__.startswith("transformers.") for cls in type(backbone).__mro__):
@@ -573,6 +492,7 @@ def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]]) -> tuple[se
     names_of: dict[torch.Tensor, set[str]] = {}
     for name, tensor in own.items():
         names_of.setdefault(tensor, set()).add(name)
+    names = backbone_names(model)
     renamed = {theirs: ours for ours, theirs in _names_on_disk(model).items()}
     loaded: set[str] = set()
     unexpected: set[str] = set()
@@ -580,7 +500,7 @@ def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]]) -> tuple[se
     # Older versions of safetensors make tensors on the default device.
     with torch.device("cpu"):
         for theirs, tensor in iterate_weights(shards):
-            ours = theirs if theirs in own else renamed.get(theirs) or _hub_name(theirs)
+            ours = theirs if theirs in own else renamed.get(theirs) or hub_name(theirs, names)
             if ours is None:
                 continue
             if ours not in own:
@@ -597,7 +517,7 @@ def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]]) -> tuple[se
         )
     missing = own.keys() - loaded - {name for name, _, _ in mismatched}
     return loaded, {
-        "missing_keys": {name for name in missing if not name.endswith(COMPUTED_BUFFER)},
+        "missing_keys": {name for name in missing if not names.is_computed(name)},
         "unexpected_keys": unexpected,
         "mismatched_keys": mismatched,
         "error_msgs": [],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from functools import partial
 from typing import Any
 
@@ -12,16 +11,18 @@ from torch.nn import functional as F
 
 from fastuper.models.backbones import Backbone, build_backbone
 from fastuper.models.backbones.layers import initialize_tensor
-from fastuper.models.configuration import UperNetConfig, named_backbone_config, upernet_config_from
+from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.cuda_graph import CapturedFunction
 from fastuper.models.gradient_checkpointing import GradientCheckpointingMixin, checkpointed
 from fastuper.models.heads.fcn import FCNHead
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.inputs import TargetSizes, check_labels, check_pixels, check_target_sizes
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
-from fastuper.models.pretrained import PretrainedMixin, backbone_state_dict, rename_on_load
+from fastuper.models.pretrained import PretrainedMixin, rename_on_load
+from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config, upernet_config_from
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
+from fastuper.weights.transformers import backbone_state_dict
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
@@ -268,10 +269,12 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
             self.backbone = AutoBackbone.from_pretrained(config.backbone, **(config.backbone_kwargs or {}))
             return
         weights, _ = read_weights(config.backbone)
-        weights = backbone_state_dict(weights, self.backbone.config.model_type)
+        model_type = self.backbone.config.model_type
+        names = checkpoint_names(model_type)
+        weights = backbone_state_dict(weights, model_type, names)
         missing, unexpected = self.backbone.load_state_dict(weights, strict=False)
-        # A classifier has no norms of the stages' outputs, and Transformers 5 stores no relative_position_index.
-        missing = [name for name in missing if not re.match(r"hidden_states_norms|.*relative_position_index", name)]
+        # A classifier has no norms of the stages' outputs, and computed buffers have their values already.
+        missing = [n for n in missing if not n.startswith("hidden_states_norms.") and not names.is_computed(n)]
         if missing or unexpected:
             raise CheckpointError(
                 f"{config.backbone} does not fit its configuration: missing {missing}, unexpected {unexpected}"

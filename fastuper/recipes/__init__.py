@@ -1,8 +1,8 @@
-"""How the published UPerNets were trained."""
+"""Training recipes of the published UPerNets, backbones by name, parameter groups and learning rate schedule."""
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # what `typing` has under this name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # as in `typing`, whose import would take longer than all else in this file
 if TYPE_CHECKING:
     from fastuper.recipes.recipes import (
         BACKBONES,

@@ -13,7 +13,7 @@ from typing import Any
 from fastuper.data.augment import TrainingDataset
 from fastuper.data.folders import FolderDataset
 from fastuper.data.processor import UperNetImageProcessor
-from fastuper.models.configuration import UperNetConfig
+from fastuper.models.upernet_configuration import UperNetConfig
 from fastuper.training.config import MAY_CHANGE_ON_RESUME, Plan, TrainingConfig
 
 

@@ -17,8 +17,9 @@ from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.samples import IGNORE_INDEX, checked_classes
 from fastuper.evaluation.loop import check_classes, classes_of
 from fastuper.io.hub import find_file
-from fastuper.models.configuration import ForeignBackboneConfig, UperNetConfig, named_backbone_config
+from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.upernet import UperNetForSemanticSegmentation
+from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config
 from fastuper.recipes.recipes import BACKBONES
 
 

@@ -30,7 +30,7 @@ from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.evaluation.loop import check_classes, class_names, evaluate
 from fastuper.inference.predictor import Predictor
 from fastuper.io.messages import reason
-from fastuper.models.backbones import Backbone
+from fastuper.models.backbones.registry import layer_depths
 from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper.recipes.recipes import learning_rate_factor, parameter_groups
 from fastuper.training.batches import Batch, CheckedItems, StepSampler, UnusableImage, collate, derived_seed
@@ -87,8 +87,8 @@ class Trainer:
     ):
         backbone_type = model.config.backbone_config.model_type
         self.config, self.plan = config, config.plan(backbone_type)
-        if self.plan.recipe.layer_decay != 1 and not isinstance(model.backbone, Backbone):
-            raise ValueError(f"layer_decay is for this package's ConvNeXt, Swin and ResNet, not for {backbone_type}")
+        if self.plan.recipe.layer_decay != 1:
+            layer_depths(backbone_type)  # refuses a backbone without layer depths
         self.accelerator = accelerator = make_accelerator(model, config.cpu)
         pieces = accelerator.num_processes * config.accumulate
         if config.batch_size % pieces:

@@ -1,4 +1,4 @@
-"""What PyTorch's max pooling, and so a ResNet, can have traced."""
+"""`pooling_asks`: if a traced max pooling, and so a traced ResNet, is restricted to odd or even sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @functools.cache
 def pooling_asks() -> bool:
-    """Return whether this PyTorch (2.11 does) takes a pooled map's size for odd, or even, as it is in the example."""
+    """Return True if an exported max pooling accepts only sizes as odd or even as its example's, as in PyTorch 2.11."""
     pool, auto = nn.MaxPool2d(3, 2, 1), torch.export.Dim.AUTO
     pooled = torch.export.export(pool, (torch.ones(1, 1, 8, 8),), dynamic_shapes=({2: auto, 3: auto},)).module()
     try:

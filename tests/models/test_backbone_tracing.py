@@ -1,4 +1,4 @@
-"""Backbones through `torch.export` and `torch.compile` with sizes that vary, against eager runs at other sizes."""
+"""Backbones traced by `torch.export` and `torch.compile` with dynamic sizes, compared with eager runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.models.pooling import pooling_asks
 from tests.models.test_rewrites import build
 from tests.parity.models import FAMILIES, error, images
 
-# Nothing is a multiple of 32, nor of Swin's patches and windows. The traced size has two windows in the last stage of
-# a Swin: where there is one, PyTorch takes the number 1 as given.
+# No size in OTHERS is a multiple of 32, or of Swin's patches and windows. The traced size has two windows in the last
+# stage of a Swin: PyTorch would specialise the graph to a single window.
 TRACED = (2, 3, 160, 192)
 OTHERS = [(1, 3, 177, 231), (3, 3, 229, 165), (2, 3, 161, 200)]
 
 
 class Maps(nn.Module):
-    """A backbone whose result is a list: a BackboneOutput is no pytree."""
+    """A backbone that returns a list, because a BackboneOutput is not a pytree."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -34,12 +34,12 @@ def model(family: str, training: bool, **values: Any) -> nn.Module:
     backbone = build(family, **values).train(training)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # each pass must leave the statistics as they are, to be compared with another
+            module.momentum = 0.0  # no pass changes the statistics, so that all passes can be compared
     return Maps(backbone)
 
 
 def case(family: str, training: bool, name: str = "", **values: Any) -> Any:
-    """Each family is traced as it is used, and ConvNeXt in training too; the rest is of the same kind."""
+    """Trace each family in evaluation, and ConvNeXt in training; the other cases are exhaustive tests."""
     marks = [pytest.mark.slow] * (family == "swin")
     if name or (training and family != "convnext"):
         marks = [pytest.mark.exhaustive]
@@ -63,7 +63,7 @@ def compare(traced: Any, eager: nn.Module) -> None:
 @pytest.mark.parametrize(("family", "values", "training"), CASES)
 def test_export_with_dynamic_sizes(family, values, training):
     if family.startswith("resnet") and pooling_asks():
-        pytest.skip("this PyTorch's max pooling exports for odd sizes or for even ones")
+        pytest.skip("this PyTorch exports max pooling for odd or for even sizes only")
     eager, auto = model(family, training, **values), torch.export.Dim.AUTO
     with torch.no_grad():
         program = torch.export.export(eager, (images(*TRACED),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
@@ -80,5 +80,5 @@ def test_compile_in_one_graph_for_all_sizes(family, values, training):
 
     torch._dynamo.reset()
     compare(torch.compile(eager, fullgraph=True, dynamic=True, backend=backend), eager)
-    # A batch of 1 has a graph of its own.
+    # PyTorch compiles a second graph for a batch of 1.
     assert len(graphs) <= (4 if family.startswith("resnet") and pooling_asks() else 2)

@@ -1,4 +1,4 @@
-"""Configurations: what they refuse and say. tests/parity/test_configs.py compares them with Transformers'."""
+"""Configurations: checks, messages, conversions. tests/parity/test_configs.py compares them with Transformers'."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import torch
 
 import fastuper
 from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig
-from fastuper.models.configuration import as_dtype, backbone_config_from, upernet_config_from
+from fastuper.models.configuration import as_dtype
+from fastuper.models.upernet_configuration import backbone_config_from, upernet_config_from
 
 REFUSED = {
     "stages-that-disagree": (
         lambda: ConvNextConfig(depths=[1, 2, 3]),
-        r"num_stages=4, hidden_sizes=\[96, 192, 384, 768\] and depths=\[1, 2, 3\] must speak of the same number",
+        r"num_stages=4, hidden_sizes=\[96, 192, 384, 768\] and depths=\[1, 2, 3\] must agree on the number of stages",
     ),
     "fewer-stages": (lambda: ConvNextConfig(num_stages=3), "num_stages=3"),
     "swin-heads-and-depths": (
         lambda: SwinConfig(depths=[2, 2], num_heads=[3]),
-        r"depths=\[2, 2\] and num_heads=\[3\] must speak of the same number of stages",
+        r"depths=\[2, 2\] and num_heads=\[3\] must agree on the number of stages",
     ),
     "swin-heads": (
         lambda: SwinConfig(num_heads=[3, 5, 12, 24]),
         r"the 192 channels of stage 2 \(embed_dim=96\) are not a multiple of its 5 attention heads",
     ),
-    "resnet-layer-type": (lambda: ResNetConfig(layer_type="wide"), "'wide' is not one of basic, bottleneck"),
+    "resnet-layer-type": (lambda: ResNetConfig(layer_type="wide"), "'wide' must be one of basic, bottleneck"),
     "resnet-stages": (
         lambda: ResNetConfig(hidden_sizes=[64, 128]),
-        r"hidden_sizes=\[64, 128\] and depths=\[3, 4, 6, 3\] must speak of the same number of stages",
+        r"hidden_sizes=\[64, 128\] and depths=\[3, 4, 6, 3\] must agree on the number of stages",
     ),
     "unknown-feature": (lambda: SwinConfig(out_features=["layer1"]), r"\['layer1'\] must be among the stages"),
     "unordered-features": (

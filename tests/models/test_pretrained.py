@@ -22,7 +22,7 @@ import fastuper.io.hub
 import fastuper.models.pretrained
 import fastuper.weights.writing
 from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
-from fastuper.models.pretrained import PretrainedMixin, backbone_state_dict, rename_on_load, to_hub_names
+from fastuper.models.pretrained import PretrainedMixin, rename_on_load
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
 from tests.weights.common import assert_same
@@ -107,44 +107,6 @@ def poisoned_memory(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- names
 
 
-def test_to_hub_names():
-    block = "backbone.swin.encoder.layers.2.blocks.11."
-    hub = "backbone.encoder.layers.2.blocks.11."
-    pairs = {
-        "backbone.swin.embeddings.norm.bias": "backbone.embeddings.norm.bias",
-        block + "attention.q_proj.weight": hub + "attention.self.query.weight",
-        block + "attention.k_proj.bias": hub + "attention.self.key.bias",
-        block + "attention.v_proj.weight": hub + "attention.self.value.weight",
-        block + "attention.o_proj.weight": hub + "attention.output.dense.weight",
-        block + "attention.relative_position_bias.relative_position_bias_table": hub
-        + "attention.self.relative_position_bias_table",
-        block + "mlp.fc1.weight": hub + "intermediate.dense.weight",
-        block + "mlp.fc2.bias": hub + "output.dense.bias",
-        block + "layernorm_before.weight": hub + "layernorm_before.weight",
-        "backbone.swin.encoder.layers.0.downsample.norm.bias": "backbone.encoder.layers.0.downsample.norm.bias",
-        "backbone.hidden_states_norms.stage1.weight": "backbone.hidden_states_norms.stage1.weight",
-        "decode_head.classifier.weight": "decode_head.classifier.weight",
-    }
-    state_dict = {theirs: object() for theirs in pairs}
-    dropped = {"backbone.swin.layernorm.weight": None, "backbone.swin.layernorm.bias": None}
-    renamed = to_hub_names(state_dict | dropped)
-    assert renamed == {ours: state_dict[theirs] for theirs, ours in pairs.items()}
-    assert list(renamed) == list(pairs.values())
-    assert to_hub_names(renamed) == renamed
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_to_hub_names_leaves_our_names_alone(backbone):
-    state_dict = dict(tiny_model(backbone).state_dict())
-    assert to_hub_names(state_dict) == state_dict
-
-
-def test_to_hub_names_twice():
-    hub = "backbone.encoder.layers.0.blocks.0.output.dense.weight"
-    with pytest.raises(CheckpointError, match=re.escape(hub)):
-        to_hub_names({hub: 1, "backbone.swin.encoder.layers.0.blocks.0.mlp.fc2.weight": 2})
-
-
 def test_load_state_dict_with_version_5_names():
     model, other = tiny_model("swin"), tiny_model("swin", seed=1)
     theirs = names_of_version_5(model.state_dict())
@@ -197,41 +159,6 @@ def test_a_model_can_be_copied_and_pickled():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.load_state_dict(names_of_version_5(model.state_dict()))
         assert_same(model.state_dict(), other.state_dict())
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("prefix", ["model", "bare", "upernet"])
-def test_backbone_state_dict(backbone, prefix):
-    expected = dict(tiny_model(backbone).backbone.state_dict())
-    prefix = {"model": f"{backbone}.", "bare": "", "upernet": "backbone."}[prefix]
-    theirs = {prefix + name: tensor for name, tensor in expected.items()}
-    for surplus in (
-        f"{backbone}.layernorm.weight",
-        "layernorm.bias",
-        "classifier.weight",
-        "classifier.1.bias",
-        f"{backbone}.pooler.weight",
-        f"{backbone}.embeddings.mask_token",
-        "decode_head.classifier.weight",
-    ):
-        theirs[surplus] = torch.zeros(1)
-    assert backbone_state_dict(theirs, backbone) == expected
-
-
-def test_backbone_state_dict_with_version_5_names():
-    model = tiny_model("swin")
-    theirs = names_of_version_5(model.state_dict())
-    classifier = {name.removeprefix("backbone."): tensor for name, tensor in theirs.items()}
-    result = backbone_state_dict(classifier, "swin")
-    expected = {n: t for n, t in model.backbone.state_dict().items() if not n.endswith("relative_position_index")}
-    assert_same(expected, result)
-
-
-def test_backbone_state_dict_of_something_else():
-    with pytest.raises(
-        CheckpointError, match=r"not weights of a swin model: their names are vit\.cls_token, fc\.weight$"
-    ):
-        backbone_state_dict({"vit.cls_token": 0, "fc.weight": 1}, "swin")
 
 
 # ------------------------------------------------------------------------------------------------------ from_pretrained

@@ -1,4 +1,4 @@
-"""The backbones' quick ways on the CPU: the function that their modules are, taken only where nobody would notice."""
+"""The backbones' rewrites: the results of the modules, and calls of every touched module."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from fastuper.models.backbones import convnext, layers, resnet, swin
+from fastuper.models.backbones import resnet, rewrites
 from tests.parity.models import BACKBONES, FAMILIES, backbone_config, error, images, randomize
 
 FAST = ["convnext", "swin"]
-# A linear layer of each kind that the quick ways go past.
+# A linear layer of each kind that a rewrite does not call.
 LINEAR = {
     "convnext": ["encoder.stages.1.layers.0.pwconv1", "encoder.stages.2.layers.1.pwconv2"],
     "swin": [
@@ -69,20 +69,17 @@ def maps(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def slow_maps(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Return what the modules themselves compute, one after the other."""
+    """Return what the modules themselves compute, one after another."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (convnext, resnet, swin):
-            patch.setattr(module, "on_cpu_without_gradients", lambda *_: False)
+        patch.setattr(rewrites, "on_cpu_without_gradients", lambda *_: False)
         return maps(model, pixels)
 
 
 @pytest.fixture
 def mlps(monkeypatch):
-    """Count the blocks that take the quick way."""
-    calls = []
-    for module in (convnext, swin):
-        quick = module.residual_mlp
-        monkeypatch.setattr(module, "residual_mlp", lambda *a, f=quick: calls.append(1) or f(*a))
+    """Count the blocks that are rewritten for inference."""
+    calls, rewritten = [], rewrites.residual_mlp
+    monkeypatch.setattr(rewrites, "residual_mlp", lambda *a: calls.append(1) or rewritten(*a))
     return calls
 
 
@@ -101,10 +98,10 @@ def test_the_same_function(family, batch, size, mlps):
     assert len(mlps) == (8 if family in FAST else 0)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "swin"])  # attention does not take it
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "swin"])  # PyTorch's attention fails
 @pytest.mark.parametrize("scale", [0.0, 0.1])
 def test_an_empty_batch(family, scale, mlps):
-    """What the modules take, the quick ways take too."""
+    """What the modules accept, the rewrites accept too."""
     model = build(family, **({"layer_scale_init_value": scale} if family == "convnext" else {}))
     pixels = images(2, 3, 70, 99)[:0]
     with torch.enable_grad():
@@ -148,30 +145,28 @@ def test_without_layer_scale(mlps):
     assert mlps
 
 
-@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("positions", [1, 7, 100])
 @pytest.mark.parametrize("family", FAST)
-def test_the_size_of_the_blocks_is_no_matter(family, rows, monkeypatch):
-    for module in (layers, swin):
-        monkeypatch.setattr(module, "HIDDEN_BYTES", rows * 64 * 8)
+def test_the_size_of_the_parts_changes_nothing(family, positions, monkeypatch):
+    monkeypatch.setattr(rewrites, "HIDDEN_BYTES", positions * 64 * 8)
     check(build(family))
 
 
-@pytest.mark.parametrize("rows", [7, 10**6])
+@pytest.mark.parametrize("positions", [7, 10**6])
 @pytest.mark.parametrize("way", ["parameter", "hook"])
-def test_a_gradient_from_the_norm_that_is_called(way, rows, monkeypatch):
-    """Of a Swin block only the first norm may be the user's own: the quick way goes on, as far as it can."""
-    for module in (layers, swin):
-        monkeypatch.setattr(module, "HIDDEN_BYTES", rows * 64 * 8)
+def test_a_gradient_from_the_norm_that_is_called(way, positions, monkeypatch):
+    """A Swin block's first norm may be the user's own: its gradient flows through the rewritten attention."""
+    monkeypatch.setattr(rewrites, "HIDDEN_BYTES", positions * 64 * 8)
     model, pixels = build("swin").requires_grad_(False), images(1, 3, 64, 64)
     norm = model.encoder.layers[0].blocks[1].layernorm_before
     leaf = norm.weight.requires_grad_() if way == "parameter" else torch.ones_like(norm.weight).requires_grad_()
     if way == "hook":
         norm.register_forward_hook(lambda module, args, output: output * leaf)
     gradients = []
-    for quick in (True, False):
+    for rewritten in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            if not quick:
-                patch.setattr(swin, "on_cpu_without_gradients", lambda *_: False)
+            if not rewritten:
+                patch.setattr(rewrites, "on_cpu_without_gradients", lambda *_: False)
             loss = sum(x.square().mean() for x in model(pixels).feature_maps[:2])
             gradients += torch.autograd.grad(loss, leaf)
     assert gradients[1].norm() > 0
@@ -194,7 +189,7 @@ def test_modules_are_called_where_gradients_flow(family, mlps):
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_types(family, dtype, autocast):
-    """The dtypes are those that the modules give; how accurate they are, tests/parity/test_accuracy.py says."""
+    """The dtypes are those of the modules' results; tests/parity/test_accuracy.py measures the accuracy."""
     if autocast and dtype == torch.float16:
         pytest.skip("PyTorch's norms take no bfloat16 with weights of float16")
     model, pixels = build(family, dtype), images(1, 3, 64, 96, dtype=dtype)
@@ -209,7 +204,7 @@ def test_channels_last_inside(family, memory_format):
     with torch.no_grad():
         output = model(pixels, output_hidden_states=True)
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in output.feature_maps)
-    if family != "convnext":  # whose hidden states are channels_last in Transformers, too
+    if family != "convnext":  # its hidden states are channels_last in Transformers too
         assert all(x.is_contiguous() for x in output.hidden_states)
 
 
@@ -261,7 +256,7 @@ def replaced(model, path):
 
 
 def wrapped(model, path):
-    """As offloading does."""
+    """Replace a module's forward on the instance, as offloading does."""
     module = model.get_submodule(path)
     forward = module.forward
     module.forward = lambda x: forward(x) + 1
@@ -277,7 +272,7 @@ def adapted(model, path):
 
 @pytest.mark.parametrize("touch", [parametrized, pruned, replaced, wrapped, adapted])
 @pytest.mark.parametrize(("family", "path"), PATHS)
-def test_what_has_been_touched_is_called(family, path, touch):
+def test_touched_modules_are_called(family, path, touch):
     model = build(family)
     before = maps(model, images(2, 3, 70, 99))
     touch(model, path)
@@ -322,7 +317,7 @@ def test_nothing_is_kept_in_the_model(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inference_mode_then_training(family):
-    swin._cached_window_plan.cache_clear()
+    rewrites._cached_window_plan.cache_clear()
     model, pixels = build(family), images(2, 3, 64, 64)
     with torch.inference_mode():
         inferred = model(pixels).feature_maps
@@ -336,7 +331,7 @@ def test_inference_mode_then_training(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_threads(family):
-    swin._cached_window_plan.cache_clear()
+    rewrites._cached_window_plan.cache_clear()
     model, results, errors = build(family), {}, []
     sizes = [(64, 64 + 8 * i) for i in range(4)]
 
@@ -358,26 +353,26 @@ def test_eight_threads(family):
 
 
 def test_plans_are_bounded_and_no_inference_tensors():
-    swin._cached_window_plan.cache_clear()
+    rewrites._cached_window_plan.cache_clear()
     with torch.inference_mode(), torch.device("meta"):
-        plan = swin.window_plan(1, 30, 20, 7, 3, torch.float32)
+        plan = rewrites.window_plan(1, 30, 20, 7, 3, torch.float32)
     assert not any(t.is_inference() or t.is_meta for t in (plan.gather, plan.padding, plan.scatter, plan.mask))
     for width in range(1, 60):
-        swin.window_plan(1, 5, width, 4, 2, torch.float32)
-    assert swin._cached_window_plan.cache_info().currsize <= 32
-    before = swin._cached_window_plan.cache_info()
-    swin.window_plan(1, 1024, 1024, 7, 3, torch.float32)  # too large to keep
-    assert swin._cached_window_plan.cache_info() == before
+        rewrites.window_plan(1, 5, width, 4, 2, torch.float32)
+    assert rewrites._cached_window_plan.cache_info().currsize <= 32
+    before = rewrites._cached_window_plan.cache_info()
+    rewrites.window_plan(1, 1024, 1024, 7, 3, torch.float32)  # too large for the cache
+    assert rewrites._cached_window_plan.cache_info() == before
 
 
 def test_functorch_and_tracing_take_the_modules(mlps):
     for family in FAST:
-        swin._cached_window_plan.cache_clear()
+        rewrites._cached_window_plan.cache_clear()
         model, pixels = build(family), images(2, 3, 64, 64)
         with torch.no_grad():
             mapped = torch.func.vmap(lambda x, model=model: model(x[None]).feature_maps[-1][0])(pixels)
         assert not mlps
-        assert swin._cached_window_plan.cache_info().currsize == 0
+        assert rewrites._cached_window_plan.cache_info().currsize == 0
         assert error(mapped, maps(model, pixels)[3]) < 1e-14
         mlps.clear()
 
@@ -405,8 +400,8 @@ def resnet_layer(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("family", ["resnet-basic", "resnet-bottleneck"])
 def test_resnets_convolutions_take_their_norms_along(family, monkeypatch):
-    model, calls, quick = build(family), [], resnet.conv_bn_relu
-    monkeypatch.setattr(resnet, "conv_bn_relu", lambda *a, **k: calls.append(1) or quick(*a, **k))
+    model, calls, rewritten = build(family), [], rewrites.conv_bn_relu
+    monkeypatch.setattr(rewrites, "conv_bn_relu", lambda *a, **k: calls.append(1) or rewritten(*a, **k))
     maps(model, images(1, 3, 64, 64))
     convolutions = [m for m in model.modules() if isinstance(m, resnet.ResNetConvLayer)]
     strided = [m for m in convolutions if m.convolution.stride != (1, 1)]

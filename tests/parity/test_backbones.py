@@ -1,4 +1,4 @@
-"""Backbones of other libraries under our head: timm's, and those of Transformers' AutoBackbone."""
+"""UPerNets over backbones of other libraries: timm's models, and Transformers' AutoBackbone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compare(theirs: Any, ours: Any, size: tuple[int, int] = (64, 64)) -> None:
         theirs.train(training)
         ours.train(training)
         pixels, labels = images(2, 3, *size), segmentation_labels(2, *size)
-        torch.manual_seed(0)  # some of them drop paths by default
+        torch.manual_seed(0)  # some backbones have stochastic depth by default
         expected = theirs(pixels, labels=labels)
         torch.manual_seed(0)
         output = ours(pixels, labels=labels)
@@ -114,7 +114,7 @@ def test_a_folder_names_the_backbone(tmp_path):
 
 
 def test_the_levels_asked_for_take_the_place_of_those_that_the_folder_names(tmp_path):
-    """A saved configuration names its levels twice, as features and as indices."""
+    """A saved configuration has its levels twice, as `out_features` and `out_indices`; one override replaces both."""
     transformers.ConvNextConfig(
         hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"]
     ).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints go both ways between fastuper and the installed Transformers (run under 4.56 and 5.x)."""
+"""Checkpoints of fastuper in Transformers and the other way round; run with Transformers 4.56 and 5.x."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file
 
 import fastuper
-from fastuper.models.pretrained import backbone_state_dict, to_hub_names
+from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.weights.reading import read_weights
+from fastuper.weights.transformers import backbone_state_dict, hub_name
 
 VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -73,7 +74,7 @@ def make_config(library, backbone, **values):
 
 
 def make_model(library, backbone, dtype=torch.float32):
-    """A model none of whose floating-point tensors has the value that it was built with."""
+    """Return a model with random values in all floating-point tensors, none of them an initial value."""
     torch.manual_seed(0)
     model = library.UperNetForSemanticSegmentation(make_config(library, backbone)).eval()
     with torch.no_grad():
@@ -83,9 +84,15 @@ def make_model(library, backbone, dtype=torch.float32):
     return model.to(dtype)
 
 
+def as_loaded(state_dict, model):
+    """Return a state dict of Transformers under the names by which our loader copies it."""
+    names = checkpoint_names(model.config.backbone_config.model_type)
+    return {ours: tensor for name, tensor in state_dict.items() if (ours := hub_name(name, names)) is not None}
+
+
 def assert_same_weights(theirs, ours):
-    """Compare Transformers' model with ours, tensor by tensor; only the indices that 5.x computes may be missing."""
-    theirs, ours = to_hub_names(theirs.state_dict()), ours.state_dict()
+    """Compare all tensors of Transformers' model with ours; only relative_position_index may be missing, in 5.x."""
+    theirs, ours = as_loaded(theirs.state_dict(), ours), ours.state_dict()
     absent = ours.keys() - theirs.keys()
     assert theirs.keys() <= ours.keys()
     assert all(VERSION_5 and name.endswith("relative_position_index") for name in absent)
@@ -172,13 +179,14 @@ def test_load_state_dict(backbone):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_names_are_those_of_version_4(backbone):
-    """What we write is what 4.56 writes, to the letter; 5.x leaves out the indices and adds a norm."""
+    """Our names, shapes and dtypes are those of 4.56. 5.x has no relative_position_index, and one norm more."""
     theirs = make_model(transformers, backbone).state_dict()
-    ours = make_model(fastuper, backbone).state_dict()
+    model = make_model(fastuper, backbone)
+    ours = model.state_dict()
     if not VERSION_5:
         assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
     else:
-        assert sorted(to_hub_names(theirs)) == sorted(n for n in ours if not n.endswith("relative_position_index"))
+        assert sorted(as_loaded(theirs, model)) == sorted(n for n in ours if not n.endswith("relative_position_index"))
 
 
 def test_a_transformers_configuration_object(tmp_path):
@@ -197,7 +205,7 @@ def test_classes_of_another_number_as_transformers_has_it(tmp_path):
     theirs, expected = transformers.UperNetForSemanticSegmentation.from_pretrained(tmp_path, **asked)
     ours, info = fastuper.UperNetForSemanticSegmentation.from_pretrained(tmp_path, **asked)
     assert len(info["mismatched_keys"]) == 4
-    if VERSION_5:  # 4.56 gives the names alone
+    if VERSION_5:  # 4.56 returns the names alone
         assert {(n, tuple(a), tuple(b)) for n, a, b in expected["mismatched_keys"]} == info["mismatched_keys"]
     else:
         assert set(expected["mismatched_keys"]) == {name for name, _, _ in info["mismatched_keys"]}
@@ -213,7 +221,7 @@ def test_classes_of_another_number_as_transformers_has_it(tmp_path):
 @pytest.mark.parametrize("backbone", ["convnext", "resnet", "swin"])
 @pytest.mark.parametrize("kind", ["classifier", "bare model", "backbone"])
 def test_a_checkpoint_of_the_backbones_family(tmp_path, backbone, kind):
-    """Our backbone gets from it what Transformers' backbone gets."""
+    """Our backbone loads the same tensors from it as Transformers' backbone."""
     name, arguments, _ = BACKBONES[backbone]
     config = getattr(transformers, name)(**arguments, out_indices=[1, 2, 3, 4])
     auto = {
@@ -229,8 +237,9 @@ def test_a_checkpoint_of_the_backbones_family(tmp_path, backbone, kind):
                 tensor.copy_(torch.rand(tensor.shape) + 0.5)
     model.save_pretrained(tmp_path)
 
-    ours = fastuper.UperNetForSemanticSegmentation(make_config(fastuper, backbone)).backbone
-    weights = backbone_state_dict(read_weights(tmp_path)[0], backbone)
+    upernet = fastuper.UperNetForSemanticSegmentation(make_config(fastuper, backbone))
+    ours = upernet.backbone
+    weights = backbone_state_dict(read_weights(tmp_path)[0], backbone, checkpoint_names(backbone))
     result = ours.load_state_dict(weights, strict=False)
     norms = {n for n in ours.state_dict() if n.startswith("hidden_states_norms.")}
     indices = {n for n in ours.state_dict() if n.endswith("relative_position_index")} if VERSION_5 else set()
@@ -239,7 +248,7 @@ def test_a_checkpoint_of_the_backbones_family(tmp_path, backbone, kind):
 
     backbone_class = getattr(transformers, name.replace("Config", "Backbone"))
     theirs = backbone_class.from_pretrained(tmp_path, out_indices=[1, 2, 3, 4])
-    theirs = to_hub_names({f"backbone.{n}": t for n, t in theirs.state_dict().items()})
+    theirs = as_loaded({f"backbone.{n}": t for n, t in theirs.state_dict().items()}, upernet)
     random = set(result.missing_keys)
     for tensor_name, tensor in ours.state_dict().items():
         if tensor_name not in random:
@@ -255,7 +264,7 @@ def test_a_checkpoint_of_the_backbones_family(tmp_path, backbone, kind):
     ],
 )
 def test_backbones_that_transformers_builds(tmp_path, name, arguments):
-    """Theirs in memory too; 5.x has other names there than on disk, and on disk we write the latter."""
+    """Our modules have Transformers' names in memory. For 5.x these differ from the names on disk, which we write."""
     sizes = {} if "hidden_sizes" in arguments else {"hidden_size": 8, "num_attention_heads": 2}
     config = getattr(transformers, name)(**arguments, **sizes, out_features=STAGES)
     config = transformers.UperNetConfig(backbone_config=config, num_labels=3, hidden_size=6, use_auxiliary_head=False)

@@ -1,4 +1,4 @@
-"""The configurations: Transformers' arguments, defaults and config.json, read and written both ways."""
+"""Configurations compared with Transformers': arguments, defaults, and config.json in both directions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.parity.models import FAMILIES, STAGES, VERSION_5, backbone_config, co
 
 CLASSES = ["UperNetConfig", "ConvNextConfig", "SwinConfig", "ResNetConfig"]
 
-# Of Transformers' base class: not one of them says anything about a segmentation network, or they are derived.
+# Values that one library derives from others, or that do not describe a network.
 DERIVED = {"transformers_version", "id2label", "backbone_config", "num_layers", "hidden_size"}
 
 
-def plain(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -40,7 +40,7 @@ def test_defaults(name):
     later_removed = {"backbone", "use_pretrained_backbone", "use_timm_backbone", "backbone_kwargs"}
     for key in names:
         if not (VERSION_5 and key in later_removed):
-            assert plain(getattr(ours, key)) == plain(getattr(theirs, key)), key
+            assert as_list(getattr(ours, key)) == as_list(getattr(theirs, key)), key
     for key in ("num_labels", "id2label", "label2id", "return_dict", "output_hidden_states", "output_attentions"):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert type(ours).model_type == type(theirs).model_type
@@ -51,7 +51,7 @@ def test_what_is_written_has_the_same_values(name):
     theirs, ours = getattr(transformers, name)().to_dict(), getattr(fastuper, name)().to_dict()
     shared = (theirs.keys() & ours.keys()) - {"id2label", "backbone_config"}
     assert len(shared) > 10
-    assert {key: plain(theirs[key]) for key in shared} == {key: ours[key] for key in shared}
+    assert {key: as_list(theirs[key]) for key in shared} == {key: ours[key] for key in shared}
 
 
 def test_the_default_is_a_resnet_50():
@@ -59,7 +59,7 @@ def test_the_default_is_a_resnet_50():
     expected = transformers.UperNetConfig().backbone_config
     assert isinstance(ours.backbone_config, fastuper.ResNetConfig)
     for key in ("depths", "hidden_sizes", "embedding_size", "layer_type", "out_features", "out_indices"):
-        assert plain(getattr(ours.backbone_config, key)) == plain(getattr(expected, key)), key
+        assert as_list(getattr(ours.backbone_config, key)) == as_list(getattr(expected, key)), key
 
 
 def outputs_of(ours: Any, theirs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +90,7 @@ def test_transformers_reads_our_config_json(family, head, tmp_path):
     given.save_pretrained(tmp_path)
     read = transformers.UperNetConfig.from_pretrained(tmp_path)
     for key in ("hidden_size", *HEADS[head]):
-        assert plain(getattr(read, key)) == plain(getattr(given, key))
+        assert as_list(getattr(read, key)) == as_list(getattr(given, key))
     assert read.num_labels == given.num_labels
     logits, expected = outputs_of(
         fastuper.UperNetForSemanticSegmentation(given), transformers.UperNetForSemanticSegmentation(read)
@@ -105,14 +105,14 @@ def test_we_read_the_config_json_of_transformers(family, head, tmp_path):
     given.save_pretrained(tmp_path)
     read = fastuper.UperNetConfig.from_pretrained(tmp_path)
     for key in ("hidden_size", *HEADS[head]):
-        assert plain(getattr(read, key)) == plain(getattr(given, key))
+        assert as_list(getattr(read, key)) == as_list(getattr(given, key))
     logits, expected = outputs_of(
         fastuper.UperNetForSemanticSegmentation(read), transformers.UperNetForSemanticSegmentation(given)
     )
     assert error(logits, expected) < 1e-10
 
 
-# What stands in config.json on the Hub (openmmlab/upernet-convnext-tiny), as versions before 4.40 wrote it, cut short.
+# A shortened config.json of the Hub (openmmlab/upernet-convnext-tiny), as Transformers before 4.40 wrote it.
 OLD_CONFIG = {
     "_commit_hash": None,
     "architectures": ["UperNetForSemanticSegmentation"],
@@ -169,7 +169,7 @@ def test_there_and_back(family, tmp_path):
     transformers.UperNetConfig.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     again = fastuper.UperNetConfig.from_pretrained(tmp_path / "theirs")
     for key in ("id2label", "label2id", "hidden_size", "pool_scales", "num_labels", "dtype"):
-        assert plain(getattr(again, key)) == plain(getattr(given, key)), key
+        assert as_list(getattr(again, key)) == as_list(getattr(given, key)), key
     ours, theirs = again.backbone_config.to_dict(), given.backbone_config.to_dict()
     assert {key: ours[key] for key in theirs} == theirs
 
@@ -217,7 +217,7 @@ def test_stages_that_are_refused_there_are_refused_here(stages):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Swin", "ConvNext"])
 def test_the_example_of_the_documentation(family):
-    """As the UPerNet page of Transformers has it; the model's import alone is changed."""
+    """The example of Transformers' UPerNet page, with only the model's import changed."""
     from transformers import ConvNextConfig, SwinConfig, UperNetConfig
 
     from fastuper import UperNetForSemanticSegmentation
@@ -238,7 +238,8 @@ def test_the_given_configuration_is_left_alone():
         before = copy.deepcopy(given.to_dict())
         model = fastuper.UperNetForSemanticSegmentation(given)
         model.config.num_labels = 3
-        assert (given.to_dict() == before) is (library is transformers)  # ours is the model's own, as it is there
+        # The model keeps our configuration itself, as Transformers' model does with its own.
+        assert (given.to_dict() == before) is (library is transformers)
         assert (model.config is given) is (library is fastuper)
 
 

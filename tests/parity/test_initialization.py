@@ -1,4 +1,4 @@
-"""A model that is built, and not loaded, starts from the distributions that Transformers' starts from."""
+"""A model that is built, not loaded, has initial weights of the same distributions as in Transformers."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_the_same_distributions(case):
     drawn = 0
     for name, tensor in tensors.items():
         if name.endswith("relative_position_index"):
-            continue  # flat in Transformers 5; the attentions show whether it is right
+            continue  # flat in Transformers 5; the tests of attentions check it
         reference = expected[name]
         if "position_embeddings" in name and tensor.shape != reference.shape:
-            assert reference.shape[1] == tensor.shape[1] + 1  # 4.56 has one too many
+            assert reference.shape[1] == tensor.shape[1] + 1  # 4.56 has one position too many
             reference = reference[:, 1:]
         assert tensor.shape == reference.shape, name
         if reference.unique().numel() == 1:

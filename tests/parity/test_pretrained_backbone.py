@@ -37,7 +37,7 @@ def test_backbone_of_a_classifier(family: str, tmp_path: Path) -> None:
     for a, b in zip(ours.backbone(x).feature_maps, theirs.eval()(x).feature_maps, strict=True):
         torch.testing.assert_close(a, b)
 
-    # What is saved needs the classifier no more, and does not load it again.
+    # A saved model does not need the classifier, and does not load it again.
     assert ours.config.backbone is None
     assert config.backbone is not None
     ours.save_pretrained(tmp_path / "upernet")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fastuper import UperNetConfig, UperNetForSemanticSegmentation
 from fastuper.cli import app
 from fastuper.data.classes import ade20k_names
-from fastuper.models.configuration import named_backbone_config
+from fastuper.models.upernet_configuration import named_backbone_config
 from fastuper.recipes.recipes import BACKBONES
 from fastuper.training.start import build_model, open_splits, set_drop_path_rate
 from tests.training.common import losses, read_log, tiny_model, tiny_processor, write_data

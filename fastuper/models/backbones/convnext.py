@@ -1,26 +1,86 @@
-"""ConvNeXt (https://arxiv.org/abs/2201.03545) as a backbone; parameters are named as in the Hub's checkpoints."""
+"""ConvNeXt (https://arxiv.org/abs/2201.03545): configuration, network, presets, layer depths, checkpoint names.
+
+Modules and parameters are named as in the Hub's checkpoints.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastuper.models.backbones.layers import (
-    Backbone,
-    LayerNorm2d,
-    activation,
-    channels_last,
-    does_nothing,
-    drop_path,
-    is_plain_mlp,
-    on_cpu_without_gradients,
-    pad_to,
-    residual_mlp,
-)
-from fastuper.models.configuration import ConvNextConfig
-from fastuper.models.gradient_checkpointing import Checkpointed, recomputed
+from fastuper.models.backbones import rewrites
+from fastuper.models.backbones.layers import STAGES, Backbone, LayerNorm2d, activation, channels_last, drop_path, pad_to
+from fastuper.models.backbones.registry import register, stage_depths
+from fastuper.models.configuration import BackboneConfig, check_counts
+from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.outputs import BackboneOutput
-from fastuper.models.untouched import is_exactly
+from fastuper.weights.transformers import Names
+
+
+class ConvNextConfig(BackboneConfig):
+    """ConvNeXt (https://arxiv.org/abs/2201.03545); the defaults are ConvNeXt-Tiny.
+
+    Args:
+        num_channels: channels of an image.
+        patch_size: the stem's stride and kernel size.
+        num_stages: the number of stages.
+        hidden_sizes: channels of each stage; [96, 192, 384, 768] if None.
+        depths: the number of blocks of each stage; [3, 3, 9, 3] if None.
+        hidden_act: the activation between a block's two pointwise layers.
+        initializer_range: standard deviation of the initial weights.
+        layer_norm_eps: has no effect, and stays in config.json; all norms use 1e-6, as in Transformers.
+        layer_scale_init_value: initial value of LayerScale; 0 for blocks without LayerScale.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first block.
+        image_size: has no effect, and stays in config.json; the network takes images of any size.
+        out_features: see `BackboneConfig`.
+        out_indices: see `BackboneConfig`.
+        **extra: see `Config`.
+
+    Raises:
+        ValueError: values contradict each other or are not valid; the message names them.
+    """
+
+    model_type = "convnext"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        patch_size: int = 4,
+        num_stages: int = 4,
+        hidden_sizes: Sequence[int] | None = None,
+        depths: Sequence[int] | None = None,
+        hidden_act: str = "gelu",
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        layer_scale_init_value: float = 1e-6,
+        drop_path_rate: float = 0.0,
+        image_size: int = 224,
+        out_features: Sequence[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        **extra: Any,
+    ):
+        self.num_channels = num_channels
+        self.patch_size = patch_size
+        self.num_stages = num_stages
+        self.hidden_sizes = [96, 192, 384, 768] if hidden_sizes is None else list(hidden_sizes)
+        self.depths = [3, 3, 9, 3] if depths is None else list(depths)
+        self.hidden_act = hidden_act
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.layer_scale_init_value = layer_scale_init_value
+        self.drop_path_rate = drop_path_rate
+        self.image_size = image_size
+        check_counts(1, num_channels=num_channels)
+        if not len(self.hidden_sizes) == len(self.depths) == num_stages:
+            raise ValueError(
+                f"num_stages={num_stages}, hidden_sizes={self.hidden_sizes} and depths={self.depths} "
+                "must agree on the number of stages"
+            )
+        super().__init__(self.depths, out_features, out_indices, **extra)
 
 
 class ConvNextEmbeddings(nn.Module):
@@ -41,6 +101,8 @@ class ConvNextEmbeddings(nn.Module):
 class ConvNextLayer(Checkpointed):
     """One block: 7x7 depthwise convolution, norm, two pointwise layers, LayerScale, residual."""
 
+    rewrite = rewrites.CONVNEXT_LAYER
+
     def __init__(self, config: ConvNextConfig, dim: int, drop_prob: float):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
@@ -54,28 +116,20 @@ class ConvNextLayer(Checkpointed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to the same shape."""
+        if rewrites.apply_to(self, x):
+            return rewrites.run(self, x)
         out = self.dwconv(x).permute(0, 2, 3, 1)
-        if self._is_plain(x):
-            # Nobody but this block has seen what its convolution returned: the sum takes its place.
-            mlp = self.layernorm, self.pwconv1, self.act, self.pwconv2
-            return residual_mlp(x.permute(0, 2, 3, 1), out, *mlp, self.layer_scale_parameter, out).permute(0, 3, 1, 2)
-        if is_plain_mlp(self.layernorm, self.pwconv1, self.act, self.pwconv2):
-            hidden = recomputed(lambda x: self.pwconv1(self.layernorm(x)), out)
-            out = recomputed(lambda x: self.pwconv2(self.act(x)), hidden)
-        else:
-            out = self.pwconv2(self.act(self.pwconv1(self.layernorm(out))))
-        if self.layer_scale_parameter is not None:
-            out = self.layer_scale_parameter * out
-        return x + self.drop_path(out.permute(0, 3, 1, 2))
+        out = self.layernorm(out)
+        out = self.pwconv2(self.act(self.pwconv1(out)))
+        return x + self.drop_path(self.scaled(out).permute(0, 3, 1, 2))
 
-    def _is_plain(self, x: torch.Tensor) -> bool:
-        mlp = self.layernorm, self.pwconv1, self.act, self.pwconv2
-        plain = is_exactly(self.dwconv, nn.Conv2d) and is_plain_mlp(*mlp) and does_nothing(self.drop_path)
-        return plain and on_cpu_without_gradients(x, self, self.dwconv, *mlp)
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x (..., C) by LayerScale, if the block has it."""
+        return x if self.layer_scale_parameter is None else self.layer_scale_parameter * x
 
 
 class ConvNextStage(nn.Module):
-    """A norm and a 2x2 convolution of stride 2 (not in the first stage), then the blocks."""
+    """A norm and a 2x2 convolution of stride 2 (except in the first stage), then the blocks."""
 
     def __init__(self, config: ConvNextConfig, dim_in: int, dim: int, stride: int, drop_probs: list[float]):
         super().__init__()
@@ -89,7 +143,7 @@ class ConvNextStage(nn.Module):
         """Map (B, C_in, H, W) to (B, C, H // 2, W // 2), at least 1 x 1; the first stage keeps the size."""
         for layer in self.downsampling_layer:
             if isinstance(layer, nn.Conv2d):
-                # A map of one row or column is smaller than the kernel: the reference fails there.
+                # A map of one row or column is smaller than the kernel; Transformers fails on it.
                 x = pad_to(x, *layer.kernel_size)
             x = layer(x)
         for layer in self.layers:
@@ -111,7 +165,7 @@ class ConvNextEncoder(nn.Module):
 
 
 class ConvNextBackbone(Backbone):
-    """ConvNeXt, returning the normed maps of the stages in `config.out_features`."""
+    """ConvNeXt; it returns the normed maps of the stages in `config.out_features`."""
 
     config: ConvNextConfig
 
@@ -126,10 +180,10 @@ class ConvNextBackbone(Backbone):
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> BackboneOutput:
-        """Return the feature maps of an image (B, C, H, W); a ConvNeXt has no attentions.
+        """Return the feature maps of an image (B, C, H, W). A ConvNeXt has no attentions.
 
         Raises:
-            ValueError: the image has another number of channels than the configuration.
+            ValueError: the image does not have the configured number of channels.
         """
         self.check_channels(pixel_values)
         x, feature_maps, hidden_states = pixel_values, [], []
@@ -137,7 +191,7 @@ class ConvNextBackbone(Backbone):
             x = step(x)
             if name in self.out_features:
                 feature_maps.append(self.hidden_states_norms[name](x))
-            if output_hidden_states:  # else nothing keeps a map once the next stage has read it
+            if output_hidden_states:  # otherwise a map is freed when the next stage has read it
                 hidden_states.append(x)
         return BackboneOutput(tuple(feature_maps), tuple(hidden_states) if output_hidden_states else None)
 
@@ -147,3 +201,22 @@ class ConvNextBackbone(Backbone):
             nn.init.constant_(tensor, self.config.layer_scale_init_value)
         else:
             super().initialize_tensor(module, name, tensor)
+
+
+# With the stochastic depth of the authors' UPerNets.
+PRESETS = {
+    name: partial(ConvNextConfig, hidden_sizes=sizes, depths=depths, drop_path_rate=rate, out_features=STAGES)
+    for name, sizes, depths, rate in (
+        ("convnext-tiny", [96, 192, 384, 768], [3, 3, 9, 3], 0.4),
+        ("convnext-small", [96, 192, 384, 768], [3, 3, 27, 3], 0.3),
+        ("convnext-base", [128, 256, 512, 1024], [3, 3, 27, 3], 0.4),
+        ("convnext-large", [192, 384, 768, 1536], [3, 3, 27, 3], 0.4),
+    )
+}
+DEPTHS = stage_depths(r"encoder\.stages\.(\d+)\.layers\.")
+NAMES = Names(
+    parts=("embeddings", "encoder", "hidden_states_norms"),
+    unused=("embeddings.mask_token",),  # of masked image modelling
+)
+
+register("convnext", ConvNextConfig, ConvNextBackbone, presets=PRESETS, depths=DEPTHS, names=NAMES)

@@ -1,7 +1,11 @@
-"""Backbones of other libraries behind the interface of ours; they are imported only when one is built."""
+"""Backbones of other libraries, with the interface of our own: timm's models, and Transformers' `AutoBackbone`.
+
+Each library is imported when one of its backbones is built.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,14 +13,34 @@ from torch import nn
 
 from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.outputs import BackboneOutput
+from fastuper.weights.transformers import Names
+
+TIMM = "timm_backbone"  # the model type of all of timm's models, in Transformers too
+
+# Transformers' windowed backbones, such as MaskFormer's Swin, name their computed buffer as Swin does.
+NAMES = Names(computed=("relative_position_index",))
+
+
+def build(config: ForeignBackboneConfig) -> nn.Module:
+    """Build a backbone of timm or Transformers, with random weights unless the configuration asks timm for its own.
+
+    Raises:
+        ImportError: the library is not installed; the message names the extra.
+        ValueError: timm has no such model, or the model no such levels.
+    """
+    return TimmBackbone(config) if config.model_type == TIMM else transformers_backbone(config)
 
 
 class TimmBackbone(nn.Module):
-    """A timm model that gives features, named as Transformers names it (`backbone._backbone...`).
+    """A timm model that returns its feature maps; its tensors have Transformers' names (`backbone._backbone...`).
 
     Args:
-        config: `backbone` is the model's name, `out_indices` its levels (the last four where nothing is said),
-            `num_channels` the image's channels, `use_pretrained_backbone` whether timm loads its weights.
+        config: its values are `backbone`, the model's name; `out_indices`, the levels to return (the last four if
+            None); `num_channels`, the channels of an image (3 if missing); `use_pretrained_backbone`, True if timm
+            loads its weights; `freeze_batch_norm_2d`, True to fix the statistics of BatchNorm.
+
+    Attributes:
+        channels: channels of each returned map.
 
     Raises:
         ImportError: timm is not installed.
@@ -33,14 +57,14 @@ class TimmBackbone(nn.Module):
         values = config.values
         if not timm.is_model(values.get("backbone") or ""):
             raise ValueError(f"timm {timm.__version__} has no model {values.get('backbone')!r}; see timm.list_models()")
-        # Transformers' default, the last level alone, gives an UPerNet that it cannot build (with an auxiliary head).
-        # The levels go into the configuration, so that what is saved means the same network there.
+        # Transformers' default is the last level alone, from which it cannot build a UPerNet with an auxiliary head.
+        # The levels are written to the configuration: a saved model is the same network in Transformers.
         if values.get("out_indices") in (None, [-1], (-1,)):
             values["out_indices"] = [-4, -3, -2, -1]
         indices = tuple(values["out_indices"])
-        # A model that is built on the meta device gets its weights from a checkpoint.
+        # A model on the meta device takes its weights from a checkpoint.
         pretrained = bool(values.get("use_pretrained_backbone")) and torch.get_default_device().type != "meta"
-        with torch.device("cpu"):  # timm computes with what it creates, so that it cannot be on the meta device
+        with torch.device("cpu"):  # timm computes with the tensors that it creates, which the meta device cannot
             try:
                 model: Any = timm.create_model(
                     values["backbone"],
@@ -62,10 +86,10 @@ class TimmBackbone(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> BackboneOutput:
-        """Return the feature maps of an image (B, C, H, W), each (B, C_l, H_l, W_l); they are the hidden states too.
+        """Return the feature maps of an image (B, C, H, W), each (B, C_l, H_l, W_l), also as the hidden states.
 
         Raises:
-            ValueError: attentions are asked for.
+            ValueError: `output_attentions` is True.
         """
         if output_attentions:
             raise ValueError("a timm backbone gives no attentions; leave output_attentions out")
@@ -74,10 +98,13 @@ class TimmBackbone(nn.Module):
 
 
 def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
-    """Return a backbone of Transformers' `AutoBackbone` itself: a wrapper would change the names of its parameters.
+    """Return a backbone of Transformers' `AutoBackbone`, unwrapped: a wrapper would change its parameters' names.
 
     Args:
         config: `model_type`, and the values of Transformers' configuration of that type.
+
+    Raises:
+        ImportError: Transformers is not installed.
     """
     try:
         from transformers import AutoBackbone, AutoConfig
@@ -87,3 +114,12 @@ def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
         ) from None
     with torch.device("cpu"):
         return AutoBackbone.from_config(AutoConfig.for_model(config.model_type, **config.values))
+
+
+def transformers_model_types() -> frozenset[str]:
+    """Return the model types of Transformers' `AutoBackbone`; none if Transformers is not installed."""
+    if find_spec("transformers") is None:
+        return frozenset()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+
+    return frozenset(MODEL_FOR_BACKBONE_MAPPING_NAMES)

@@ -1,20 +1,85 @@
-"""ResNet (https://arxiv.org/abs/1512.03385) as a backbone; parameters are named as in the Hub's checkpoints."""
+"""ResNet (https://arxiv.org/abs/1512.03385): configuration, network, presets, layer depths, checkpoint names.
+
+Modules and parameters are named as in the Hub's checkpoints.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from fastuper.models.backbones.layers import Backbone, activation, channels_last, on_cpu_without_gradients
-from fastuper.models.configuration import ResNetConfig
+from fastuper.models.backbones import rewrites
+from fastuper.models.backbones.layers import STAGES, Backbone, activation, channels_last
+from fastuper.models.backbones.registry import register, stage_depths
+from fastuper.models.configuration import BackboneConfig
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.outputs import BackboneOutput
-from fastuper.models.untouched import batch_norm, fold, is_exactly, is_fixed_norm, is_supported_conv
-from fastuper_kernels import conv_bn_relu
+from fastuper.models.untouched import batch_norm
+from fastuper.weights.transformers import Names
+
+
+class ResNetConfig(BackboneConfig):
+    """ResNet (https://arxiv.org/abs/1512.03385); the defaults are ResNet-50.
+
+    Args:
+        num_channels: channels of an image.
+        embedding_size: channels of the stem.
+        hidden_sizes: channels of each stage.
+        depths: the number of blocks of each stage.
+        layer_type: "basic" (ResNet-18, -34) or "bottleneck" (ResNet-50 and deeper).
+        hidden_act: the activation after the stem and each block; inside the blocks it is ReLU, as in Transformers.
+        downsample_in_first_stage: True if the first stage halves the map too.
+        downsample_in_bottleneck: True if a bottleneck's first 1x1 convolution has the stride, False for its 3x3.
+        out_features: see `BackboneConfig`.
+        out_indices: see `BackboneConfig`.
+        **extra: see `Config`.
+
+    Raises:
+        ValueError: values contradict each other or are not valid; the message names them.
+    """
+
+    model_type = "resnet"
+    layer_types: ClassVar[list[str]] = ["basic", "bottleneck"]
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        embedding_size: int = 64,
+        hidden_sizes: Sequence[int] = (256, 512, 1024, 2048),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        layer_type: str = "bottleneck",
+        hidden_act: str = "relu",
+        downsample_in_first_stage: bool = False,
+        downsample_in_bottleneck: bool = False,
+        out_features: Sequence[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        **extra: Any,
+    ):
+        if layer_type not in self.layer_types:
+            raise ValueError(f"layer_type={layer_type!r} must be one of {', '.join(self.layer_types)}")
+        self.num_channels = num_channels
+        self.embedding_size = embedding_size
+        self.hidden_sizes = list(hidden_sizes)
+        self.depths = list(depths)
+        self.layer_type = layer_type
+        self.hidden_act = hidden_act
+        self.downsample_in_first_stage = downsample_in_first_stage
+        self.downsample_in_bottleneck = downsample_in_bottleneck
+        if len(self.hidden_sizes) != len(self.depths):
+            raise ValueError(
+                f"hidden_sizes={self.hidden_sizes} and depths={self.depths} must agree on the number of stages"
+            )
+        super().__init__(self.depths, out_features, out_indices, **extra)
 
 
 class ResNetConvLayer(nn.Module):
     """Convolution with "same" padding, BatchNorm, activation."""
+
+    rewrite = rewrites.RESNET_CONV_LAYER
 
     def __init__(self, dim_in: int, dim: int, kernel_size: int = 3, stride: int = 1, act: str = "linear"):
         super().__init__()
@@ -24,21 +89,9 @@ class ResNetConvLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if self._is_plain(x):
-            relu = isinstance(self.activation, nn.ReLU)
-            return conv_bn_relu(x, self.convolution.weight, *fold(self.normalization), relu=relu)
+        if rewrites.apply_to(self, x):
+            return rewrites.run(self, x)
         return self.activation(batch_norm(self.normalization, self.convolution(x)))
-
-    def _is_plain(self, x: torch.Tensor) -> bool:
-        """Return whether `conv_bn_relu` is the same function, so that the norm and ReLU take no time of their own."""
-        act = self.activation
-        return (
-            is_supported_conv(self.convolution)
-            and self.convolution.bias is None
-            and is_fixed_norm(self.normalization)
-            and (is_exactly(act, nn.ReLU) or is_exactly(act, nn.Identity))
-            and on_cpu_without_gradients(x, self.convolution)
-        )
 
 
 class ResNetEmbeddings(nn.Module):
@@ -61,7 +114,7 @@ class ResNetLayer(Checkpointed):
         super().__init__()
         changes_shape = dim_in != dim or stride != 1
         self.shortcut = ResNetConvLayer(dim_in, dim, 1, stride) if changes_shape else nn.Identity()
-        # As the reference has it, hidden_act is the stem's and the sums' activation: between convolutions it is ReLU.
+        # As in Transformers, hidden_act follows the stem and the sums; between convolutions the activation is ReLU.
         if config.layer_type == "basic":
             self.layer = nn.Sequential(ResNetConvLayer(dim_in, dim, 3, stride, "relu"), ResNetConvLayer(dim, dim, 3))
         else:
@@ -79,7 +132,7 @@ class ResNetLayer(Checkpointed):
 
 
 class ResNetStage(nn.Module):
-    """Blocks, the first of which changes the size and the channels."""
+    """The blocks; the first block changes the size and the channels."""
 
     def __init__(self, config: ResNetConfig, dim_in: int, dim: int, stride: int, depth: int):
         super().__init__()
@@ -105,7 +158,7 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetBackbone(Backbone):
-    """ResNet, returning the maps of the stages in `config.out_features`."""
+    """ResNet; it returns the maps of the stages in `config.out_features`."""
 
     config: ResNetConfig
 
@@ -117,10 +170,10 @@ class ResNetBackbone(Backbone):
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> BackboneOutput:
-        """Return the feature maps of an image (B, C, H, W); a ResNet has no attentions.
+        """Return the feature maps of an image (B, C, H, W). A ResNet has no attentions.
 
         Raises:
-            ValueError: the image has another number of channels than the configuration.
+            ValueError: the image does not have the configured number of channels.
         """
         self.check_channels(pixel_values)
         x, feature_maps, hidden_states = pixel_values, [], []
@@ -128,7 +181,7 @@ class ResNetBackbone(Backbone):
             x = step(x)
             if name in self.out_features:
                 feature_maps.append(x)
-            if output_hidden_states:  # they leave, and callers reshape them as they do the reference's
+            if output_hidden_states:  # contiguous, as in Transformers: callers may reshape them
                 hidden_states.append(x.contiguous())
         return BackboneOutput(tuple(feature_maps), tuple(hidden_states) if output_hidden_states else None)
 
@@ -138,3 +191,18 @@ class ResNetBackbone(Backbone):
             nn.init.kaiming_normal_(tensor, mode="fan_out", nonlinearity="relu")
         else:
             super().initialize_tensor(module, name, tensor)
+
+
+PRESETS = {
+    name: partial(ResNetConfig, hidden_sizes=sizes, depths=depths, layer_type=layer_type, out_features=STAGES)
+    for name, sizes, depths, layer_type in (
+        ("resnet-18", [64, 128, 256, 512], [2, 2, 2, 2], "basic"),
+        ("resnet-34", [64, 128, 256, 512], [3, 4, 6, 3], "basic"),
+        ("resnet-50", [256, 512, 1024, 2048], [3, 4, 6, 3], "bottleneck"),
+        ("resnet-101", [256, 512, 1024, 2048], [3, 4, 23, 3], "bottleneck"),
+    )
+}
+DEPTHS = stage_depths(r"encoder\.stages\.(\d+)\.layers\.")
+NAMES = Names(parts=("embedder", "encoder"))
+
+register("resnet", ResNetConfig, ResNetBackbone, presets=PRESETS, depths=DEPTHS, names=NAMES)

@@ -1,141 +1,137 @@
-"""Swin Transformer (https://arxiv.org/abs/2103.14030) as a backbone; parameters are named as in the Hub's checkpoints.
+"""Swin Transformer (https://arxiv.org/abs/2103.14030): configuration, network, presets, layer depths, checkpoint names.
 
-Maps are (B, H, W, C) here, as attention and its linear layers want them; those that leave are (B, C, H, W).
+Modules and parameters are named as in the Hub's checkpoints. Inside, maps are (B, H, W, C), the layout of attention and
+linear layers; the maps that the backbone returns are (B, C, H, W).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastuper.models.backbones import rewrites
 from fastuper.models.backbones.layers import (
-    HIDDEN_BYTES,
+    STAGES,
     Backbone,
     activation,
     channels_last,
-    does_nothing,
     drop_path,
-    is_plain_mlp,
-    on_cpu_without_gradients,
     pad_to_multiple,
     pair,
-    residual_mlp,
 )
-from fastuper.models.configuration import SwinConfig
-from fastuper.models.gradient_checkpointing import Checkpointed, recomputed
+from fastuper.models.backbones.registry import register, stage_depths
+from fastuper.models.backbones.windows import (
+    crop,
+    relative_position_index,
+    shifted_window_mask,
+    window_partition,
+    window_reverse,
+)
+from fastuper.models.configuration import BackboneConfig, check_counts
+from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.outputs import BackboneOutput
-from fastuper.models.untouched import is_exactly, is_untouched
-from fastuper_kernels import linear
+from fastuper.weights.transformers import Names
 from fastuper_kernels.dispatch.modes import is_eager
 
 
-def window_partition(x: torch.Tensor, window: int) -> torch.Tensor:
-    """Cut maps (B, H, W, C), H and W multiples of the window, into (B * windows, window * window, C)."""
-    batch, height, width, channels = x.shape
-    rows, columns = height // window, width // window
-    x = x.view(batch, rows, window, columns, window, channels)
-    return x.transpose(2, 3).reshape(batch * rows * columns, window * window, channels)
+class SwinConfig(BackboneConfig):
+    """Swin Transformer (https://arxiv.org/abs/2103.14030); the defaults are Swin-Tiny.
 
+    Args:
+        image_size: image size of the absolute position embeddings, an int or (height, width).
+        patch_size: the stem's stride and kernel size, an int or (height, width).
+        num_channels: channels of an image.
+        embed_dim: channels of the first stage; they double from stage to stage.
+        depths: the number of blocks of each stage.
+        num_heads: the number of attention heads of each stage.
+        window_size: side of the attention windows.
+        mlp_ratio: width of an MLP's hidden layer, as a multiple of the channels.
+        qkv_bias: True if the query, key and value layers have a bias.
+        hidden_dropout_prob: dropout after the patch embedding, the attention and the second layer of each MLP.
+        attention_probs_dropout_prob: dropout of the attention weights.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first block.
+        hidden_act: the activation of the MLPs.
+        use_absolute_embeddings: True to add a learned position embedding to the patches.
+        initializer_range: standard deviation of the initial weights.
+        layer_norm_eps: epsilon of the norms inside the blocks; all others use 1e-5, as in Transformers.
+        encoder_stride: has no effect, and stays in config.json.
+        out_features: see `BackboneConfig`.
+        out_indices: see `BackboneConfig`.
+        **extra: see `Config`.
 
-def window_reverse(windows: torch.Tensor, window: int, batch: int, rows: int, columns: int) -> torch.Tensor:
-    """Put (B * rows * columns, window * window, C) back together into (B, rows * window, columns * window, C)."""
-    channels = windows.shape[-1]
-    x = windows.view(batch, rows, columns, window, window, channels)
-    return x.transpose(2, 3).reshape(batch, rows * window, columns * window, channels)
-
-
-def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the first rows and columns of maps (B, H, W, C)."""
-    if is_eager():
-        return x[:, :height, :width]
-    # Whether a slice is contiguous depends on sizes: a traced network would hold for those of its example alone.
-    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    return x.index_select(1, rows).index_select(2, columns)
-
-
-def shifted_window_mask(
-    rows: int, columns: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Return what is added to the scores of shifted windows: -100 between positions that were not neighbours.
-
-    After a cyclic shift of a map of (rows, columns) windows the last ones hold pieces of up to four regions; positions
-    attend within their own. -> (rows * columns, window * window, window * window)
+    Raises:
+        ValueError: values contradict each other or are not valid; the message names them.
     """
 
-    def regions(n: int) -> torch.Tensor:
-        index = torch.arange(n * window, device=device)
-        return (index >= (n - 1) * window).long() + (index >= n * window - shift).long()
+    model_type = "swin"
 
-    region = regions(rows)[:, None] * 3 + regions(columns)[None, :]
-    region = window_partition(region[None, :, :, None], window).squeeze(-1)
-    differs = region[:, None, :] != region[:, :, None]
-    return torch.zeros(differs.shape, dtype=dtype, device=device).masked_fill_(differs, -100.0)
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 4,
+        num_channels: int = 3,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        hidden_dropout_prob: float = 0.0,
+        attention_probs_dropout_prob: float = 0.0,
+        drop_path_rate: float = 0.1,
+        hidden_act: str = "gelu",
+        use_absolute_embeddings: bool = False,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-5,
+        encoder_stride: int = 32,
+        out_features: Sequence[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        **extra: Any,
+    ):
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_channels = num_channels
+        self.embed_dim = embed_dim
+        self.depths = list(depths)
+        self.num_heads = list(num_heads)
+        self.window_size = window_size
+        self.mlp_ratio = mlp_ratio
+        self.qkv_bias = qkv_bias
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.drop_path_rate = drop_path_rate
+        self.hidden_act = hidden_act
+        self.use_absolute_embeddings = use_absolute_embeddings
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.encoder_stride = encoder_stride
+        check_counts(1, window_size=window_size, num_channels=num_channels, embed_dim=embed_dim)
+        if len(self.depths) != len(self.num_heads):
+            raise ValueError(f"depths={self.depths} and num_heads={self.num_heads} must agree on the number of stages")
+        for stage, heads in enumerate(self.num_heads):
+            if embed_dim * 2**stage % heads:
+                raise ValueError(
+                    f"the {embed_dim * 2**stage} channels of stage {stage + 1} (embed_dim={embed_dim}) "
+                    f"are not a multiple of its {heads} attention heads"
+                )
+        for derived in ("num_layers", "hidden_size"):
+            extra.pop(derived, None)
+        super().__init__(self.depths, out_features, out_indices, **extra)
 
+    @property
+    def num_layers(self) -> int:
+        """The number of stages."""
+        return len(self.depths)
 
-def relative_position_index(window: int, device: torch.device | None = None) -> torch.Tensor:
-    """Return which row of the bias table belongs to each pair of positions in a window: (L, L), L = window * window."""
-    y, x = torch.meshgrid(torch.arange(window, device=device), torch.arange(window, device=device), indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
-
-
-@dataclass(frozen=True)
-class WindowPlan:
-    """How the positions of maps (B, H, W, C) go into windows, shifted or not, and back: one copy each way.
-
-    The cyclic shift separates positions only in the last row and the last column of windows. The plan's windows are
-    sorted by that, inner ones first, so that each group has one mask and nothing is repeated for each window.
-
-    Attributes:
-        gather: (windows * L,), for each place in a window the row of the map, as (B * H * W, C), that it takes.
-        padding: the places that are beyond the map; `gather` is 0 there.
-        scatter: (B * H * W,), for each position the row of the windows, as (windows * L, C), that holds it.
-        groups: how many windows are inner ones, in the last column alone, in the last row alone, in both.
-        mask: (4, 1, L, L), what is added to the scores of each group.
-    """
-
-    gather: torch.Tensor
-    padding: torch.Tensor
-    scatter: torch.Tensor
-    groups: tuple[int, ...]
-    mask: torch.Tensor
-
-
-def make_window_plan(batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> WindowPlan:
-    """Return the plan for maps of a size, on the CPU."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        index = pad_to_multiple(
-            torch.arange(1, batch * height * width + 1).view(batch, height, width, 1), window, window
-        )
-        windows = window_partition(index.roll((-shift, -shift), dims=(1, 2)), window).squeeze(-1)
-        rows, columns = index.shape[1] // window, index.shape[2] // window
-        groups = [windows.shape[0], 0, 0, 0]
-        if shift:
-            group = 2 * (torch.arange(rows) == rows - 1)[:, None] + (torch.arange(columns) == columns - 1)
-            group = group.flatten().repeat(batch)
-            windows = windows[group.argsort(stable=True)]
-            groups = group.bincount(minlength=4).tolist()
-        gather = windows.flatten() - 1  # -1 beyond the map
-        (inside,), (padding,) = torch.where(gather >= 0), torch.where(gather < 0)
-        scatter = torch.empty(batch * height * width, dtype=torch.int32)
-        scatter[gather[inside]] = inside.int()
-        # Two windows by two have one of each group, in this order.
-        mask = shifted_window_mask(2, 2, window, shift, dtype, index.device)[:, None]
-        return WindowPlan(gather.clamp(min=0).int(), padding, scatter, tuple(groups), mask)
-
-
-_cached_window_plan = lru_cache(maxsize=32)(make_window_plan)
-CACHED_POSITIONS = 2**17  # beyond, a plan would be megabytes, and takes no time beside the maps that it is for
-
-
-def window_plan(batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> WindowPlan:
-    """Return the plan for maps of a size, from a bounded cache: sizes alone decide it, it is never out of date."""
-    make = _cached_window_plan if batch * height * width <= CACHED_POSITIONS else make_window_plan
-    return make(batch, height, width, window, shift, dtype)
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage."""
+        return self.embed_dim * 2 ** (len(self.depths) - 1)
 
 
 class SwinEmbeddings(nn.Module):
@@ -162,13 +158,13 @@ class SwinEmbeddings(nn.Module):
         return self.dropout(x)
 
     def positions(self, height: int, width: int) -> torch.Tensor:
-        """Return the position embeddings for a grid, resampled (bicubic) where it is not the configured one."""
+        """Return the position embeddings (1, height, width, C), by bicubic interpolation from the configured grid."""
         assert self.position_embeddings is not None
         table = self.position_embeddings.view(1, *self.grid, -1)
-        # Resampled to its own size a table stays as it is: a traced network asks no question about sizes.
+        # A traced network always resamples, which changes nothing at the configured size: it compares no sizes.
         if is_eager() and (height, width) == self.grid:
             return table
-        # The reference fails for any image that is not of the configured size.
+        # Transformers fails for images of any other size than the configured one.
         table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1)
 
@@ -190,6 +186,8 @@ class SwinPatchEmbeddings(nn.Module):
 class SwinPatchMerging(nn.Module):
     """Concatenate the four positions of each 2x2 square, norm, and halve the channels."""
 
+    rewrite = rewrites.SWIN_PATCH_MERGING
+
     def __init__(self, dim: int):
         super().__init__()
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
@@ -197,14 +195,17 @@ class SwinPatchMerging(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+        if rewrites.apply_to(self, x):
+            return rewrites.run(self, x)
+        return self.reduction(self.norm(self.squares(x)))
+
+    def squares(self, x: torch.Tensor) -> torch.Tensor:
+        """Concatenate the channels of each 2x2 square of (B, H, W, C): (B, ceil(H / 2), ceil(W / 2), 4 C)."""
         x = pad_to_multiple(x, 2, 2)
         batch, height, width, channels = x.shape
-        squares = x.view(batch, height // 2, 2, width // 2, 2, channels)
-        # The four are in the order of columns, and of rows within a column.
-        x = squares.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
-        if is_exactly(self.reduction, nn.Linear) and on_cpu_without_gradients(x, self.reduction):
-            return linear(self.norm(x), self.reduction.weight, self.reduction.bias)
-        return self.reduction(self.norm(x))
+        x = x.view(batch, height // 2, 2, width // 2, 2, channels)
+        # The order of the checkpoints: left column first, the upper position of each column first.
+        return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
 
 
 class SwinSelfAttention(nn.Module):
@@ -228,59 +229,36 @@ class SwinSelfAttention(nn.Module):
         table = self.relative_position_bias_table[self.relative_position_index.flatten()]
         return table.view(length, length, self.heads).permute(2, 0, 1).contiguous()
 
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Reshape (B * windows, L, C) to (B * windows, heads, L, C / heads)."""
+        return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
+
     def forward(
         self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend within windows (B * windows, L, C), with the mask (B * windows, L, L) of shifted ones.
+        """Attend within windows.
 
-        Returns the result (B * windows, L, C), and the weights (B * windows, heads, L, L) where they are asked for.
+        Args:
+            windows: (B * windows, L, C).
+            mask: (B * windows, L, L), of shifted windows, added to the scores; None for none.
+            output_attentions: True to return the attention weights too.
+
+        Returns:
+            The result, (B * windows, L, C), and the weights, (B * windows, heads, L, L), or None.
         """
-        count, length, channels = windows.shape
-        query, key, value = (
-            layer(windows).view(count, length, self.heads, -1).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        bias = self.bias()[None]
-        if mask is not None:
-            bias = bias + mask[:, None]
+        query, key, value = (self.split_heads(layer(windows)) for layer in (self.query, self.key, self.value))
+        bias = self.bias()[None] if mask is None else self.bias()[None] + mask[:, None]
         if output_attentions:
             scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
             weights = self.dropout(scores.softmax(-1))
-            out = weights @ value
-        else:
-            weights = None
-            dropout = self.dropout.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-        return out.transpose(1, 2).reshape(count, length, channels), weights
-
-    def attend_in_groups(self, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
-        """Attend as `forward` does in evaluation, within a plan's windows (windows, L, C), each group with its mask.
-
-        Some windows at a time: their queries, keys and values are in the cache.
-        """
-        _, length, channels = windows.shape
-        step = max(1, HIDDEN_BYTES // (length * channels * windows.element_size()))
-        bias, out = self.bias() + plan.mask, None
-        start = 0
-        for mask, size in zip(bias.split(1), plan.groups, strict=True):
-            for first in range(start, start + size, step):
-                last = min(first + step, start + size)
-                query, key, value = (
-                    linear(windows[first:last], layer.weight, layer.bias)
-                    .view(last - first, length, self.heads, -1)
-                    .transpose(1, 2)
-                    for layer in (self.query, self.key, self.value)
-                )
-                if out is None:
-                    out = windows.new_empty(windows.shape, dtype=query.dtype)
-                attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
-                out[first:last] = attended.transpose(1, 2).reshape(last - first, length, channels)
-            start += size
-        return windows if out is None else out
+            return (weights @ value).transpose(1, 2).reshape(windows.shape), weights
+        dropout = self.dropout.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        return out.transpose(1, 2).reshape(windows.shape), None
 
 
 class SwinDense(nn.Module):
-    """A linear layer and dropout, under the name that checkpoints give it."""
+    """A linear layer, `dense` in checkpoints, and dropout."""
 
     def __init__(self, dim_in: int, dim: int, dropout: float):
         super().__init__()
@@ -306,7 +284,7 @@ class SwinIntermediate(nn.Module):
 
 
 class SwinAttention(nn.Module):
-    """Attention within windows, and the layer that mixes its heads."""
+    """Attention within windows, and the linear layer that mixes its heads."""
 
     def __init__(self, config: SwinConfig, dim: int, heads: int):
         super().__init__()
@@ -324,6 +302,8 @@ class SwinAttention(nn.Module):
 class SwinLayer(Checkpointed):
     """One block: attention within windows, shifted in every other block, then an MLP, each with a residual."""
 
+    rewrite = rewrites.SWIN_LAYER
+
     def __init__(self, config: SwinConfig, dim: int, heads: int, shift: int, drop_prob: float):
         super().__init__()
         self.window = config.window_size
@@ -336,30 +316,17 @@ class SwinLayer(Checkpointed):
         self.output = SwinDense(int(config.mlp_ratio * dim), dim, config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map (B, H, W, C) to the same shape, with the attention weights where they are asked for."""
-        if not output_attentions and self._is_plain(x):
-            weights = None
-            x = self.attend_in_plan(x)
-            if not x.requires_grad:  # the first norm, which is called, may bring a gradient
-                mlp = self.layernorm_after, self.intermediate.dense, self.intermediate.intermediate_act_fn
-                return residual_mlp(x, x, *mlp, self.output.dense), None
-        else:
-            attended, weights = self.attend(self.layernorm_before(x), output_attentions)
-            x = x + self.drop_path(attended)
-        # As the reference has it, stochastic depth drops the attention and never the MLP.
-        return x + self.mlp(x), weights
-
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the MLP adds to a map (B, H, W, C)."""
-        first, act = self.intermediate.dense, self.intermediate.intermediate_act_fn
-        plain = is_plain_mlp(self.layernorm_after, first, act, self.output.dense)
-        if not plain or not is_untouched(self.intermediate, self.output):
-            return self.output(self.intermediate(self.layernorm_after(x)))
-        hidden = recomputed(lambda x: first(self.layernorm_after(x)), x)
-        return recomputed(lambda x: self.output(act(x)), hidden)
+        """Map (B, H, W, C) to the same shape; also return the attention weights, or None."""
+        if rewrites.apply_to(self, x, output_attentions):
+            return rewrites.run(self, x, output_attentions)
+        attended, weights = self.attend(self.layernorm_before(x), output_attentions)
+        x = x + self.drop_path(attended)
+        # As in Transformers, stochastic depth drops the attention, and never the MLP.
+        x = x + self.output(self.intermediate(self.layernorm_after(x)))
+        return x, weights
 
     def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pad to whole windows, shift, attend, and undo the shift and the padding."""
+        """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding."""
         batch, height, width, _ = x.shape
         rows, columns = (height + self.window - 1) // self.window, (width + self.window - 1) // self.window
         x = pad_to_multiple(x, self.window, self.window)
@@ -373,38 +340,9 @@ class SwinLayer(Checkpointed):
             x = x.roll((self.shift, self.shift), dims=(1, 2))
         return crop(x, height, width), weights
 
-    def attend_in_plan(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
-        batch, height, width, channels = x.shape
-        plan = window_plan(batch, height, width, self.window, self.shift, x.dtype)
-        rows = self.layernorm_before(x).reshape(-1, channels)
-        windows = F.embedding(plan.gather, rows)  # index_select, in parallel
-        del rows
-        if plan.padding.numel():
-            windows.index_fill_(0, plan.padding, 0.0)
-        attention = self.attention.self
-        attended = attention.attend_in_groups(windows.view(-1, self.window**2, channels), plan)
-        rows = F.embedding(plan.scatter, attended.view(-1, channels)).view(x.shape)
-        dense = self.attention.output.dense
-        return linear(rows, dense.weight, dense.bias, residual=x)
-
-    def _is_plain(self, x: torch.Tensor) -> bool:
-        """Return whether everything that the quick way goes past is as it was built."""
-        attention, output = self.attention.self, self.attention.output
-        linears = attention.query, attention.key, attention.value, output.dense
-        act = self.intermediate.intermediate_act_fn
-        mlp = self.layernorm_after, self.intermediate.dense, act, self.output.dense
-        return (
-            all(is_exactly(layer, nn.Linear) for layer in linears)
-            and is_plain_mlp(*mlp)
-            and is_untouched(self.attention, attention, output, self.intermediate, self.output)
-            and all(map(does_nothing, (self.drop_path, attention.dropout, output.dropout, self.output.dropout)))
-            and on_cpu_without_gradients(x, attention, *linears, *mlp)
-        )
-
 
 class SwinStage(nn.Module):
-    """Blocks, then (but in the last stage) patch merging."""
+    """The blocks, then (except in the last stage) patch merging."""
 
     def __init__(self, config: SwinConfig, dim: int, heads: int, drop_probs: list[float], merges: bool):
         super().__init__()
@@ -417,11 +355,11 @@ class SwinStage(nn.Module):
     def forward(
         self, x: torch.Tensor, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Map (B, H, W, C) to the same shape.
+        """Run the stage on a map (B, H, W, C).
 
         Returns:
-            The stage's map, the merged one (B, ceil(H / 2), ceil(W / 2), 2 C) that goes on (the same map in the last
-            stage), and the last block's attention weights where they are asked for.
+            The stage's map; the input of the next stage, merged to (B, ceil(H / 2), ceil(W / 2), 2 C), or the same map
+            in the last stage; and the last block's attention weights, or None.
         """
         weights = None
         for block in self.blocks:
@@ -443,7 +381,7 @@ class SwinEncoder(nn.Module):
 
 
 class SwinBackbone(Backbone):
-    """Swin, returning the normed maps of the stages in `config.out_features`, each before its patch merging."""
+    """Swin; it returns the normed maps of the stages in `config.out_features`, each before its patch merging."""
 
     config: SwinConfig
 
@@ -462,7 +400,7 @@ class SwinBackbone(Backbone):
         """Return the feature maps of an image (B, C, H, W).
 
         Raises:
-            ValueError: the image has another number of channels than the configuration.
+            ValueError: the image does not have the configured number of channels.
         """
         self.check_channels(pixel_values)
         feature_maps, hidden_states, attentions = [], [], []
@@ -470,7 +408,7 @@ class SwinBackbone(Backbone):
         def add(name: str, out: torch.Tensor) -> None:
             if name in self.out_features:
                 feature_maps.append(self.hidden_states_norms[name](out).permute(0, 3, 1, 2))
-            if output_hidden_states:  # else nothing keeps a map once the next stage has read it
+            if output_hidden_states:  # otherwise a map is freed when the next stage has read it
                 hidden_states.append(out.permute(0, 3, 1, 2).contiguous())
 
         stem, *names = self.stage_names
@@ -494,3 +432,43 @@ class SwinBackbone(Backbone):
             nn.init.zeros_(tensor)
         else:
             super().initialize_tensor(module, name, tensor)
+
+
+# With the stochastic depth of the authors' UPerNets.
+PRESETS = {
+    name: partial(
+        SwinConfig,
+        embed_dim=embed_dim,
+        depths=depths,
+        num_heads=num_heads,
+        window_size=window_size,
+        drop_path_rate=0.3,
+        out_features=STAGES,
+    )
+    for name, embed_dim, depths, num_heads, window_size in (
+        ("swin-tiny", 96, [2, 2, 6, 2], [3, 6, 12, 24], 7),
+        ("swin-small", 96, [2, 2, 18, 2], [3, 6, 12, 24], 7),
+        ("swin-base", 128, [2, 2, 18, 2], [4, 8, 16, 32], 12),
+        ("swin-large", 192, [2, 2, 18, 2], [6, 12, 24, 48], 12),
+    )
+}
+DEPTHS = stage_depths(r"encoder\.layers\.(\d+)\.blocks\.")
+
+BLOCK = r"(encoder\.layers\.\d+\.blocks\.\d+\.)"
+NAMES = Names(
+    parts=("embeddings", "encoder", "hidden_states_norms"),
+    prefix="swin.",
+    renamed=(
+        (BLOCK + r"attention\.q_proj\.", r"\1attention.self.query."),
+        (BLOCK + r"attention\.k_proj\.", r"\1attention.self.key."),
+        (BLOCK + r"attention\.v_proj\.", r"\1attention.self.value."),
+        (BLOCK + r"attention\.o_proj\.", r"\1attention.output.dense."),
+        (BLOCK + r"attention\.relative_position_bias\.", r"\1attention.self."),
+        (BLOCK + r"mlp\.fc1\.", r"\1intermediate.dense."),
+        (BLOCK + r"mlp\.fc2\.", r"\1output.dense."),
+    ),
+    unused=("layernorm.", "embeddings.mask_token"),  # the final norm, and the token of masked image modelling
+    computed=("relative_position_index",),  # follows from the window's size; Transformers 5 does not store it
+)
+
+register("swin", SwinConfig, SwinBackbone, presets=PRESETS, depths=DEPTHS, names=NAMES)

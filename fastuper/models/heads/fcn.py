@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from fastuper.models.configuration import UperNetConfig
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.heads.conv_module import ConvModule
+
+if TYPE_CHECKING:
+    from fastuper.models.upernet_configuration import UperNetConfig
 
 
 class FCNHead(Checkpointed):

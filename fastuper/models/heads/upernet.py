@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from fastuper.models.configuration import UperNetConfig
 from fastuper.models.heads import strips
 from fastuper.models.heads.pyramid import PyramidHead
 from fastuper.models.untouched import is_supported_conv
 from fastuper_kernels import conv_bn_relu
+
+if TYPE_CHECKING:
+    from fastuper.models.upernet_configuration import UperNetConfig
 
 
 class UperNetHead(PyramidHead):

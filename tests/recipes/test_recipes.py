@@ -1,4 +1,4 @@
-"""The published recipes: which parameter learns how fast and decays, the schedule, and the sizes of the networks."""
+"""The published recipes: learning rate and weight decay of each parameter, the schedule, the networks' sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build(backbone_config, **options) -> UperNetForSemanticSegmentation:
 
 
 def mmsegmentation_name(name: str) -> str:
-    """Return what a parameter of UPerNet-ConvNeXt is called there, by Transformers' conversion script."""
+    """Return mmsegmentation's name of a parameter of UPerNet-ConvNeXt, as in Transformers' conversion script."""
     for ours, theirs in (
         (r"backbone\.embeddings\.patch_embeddings", "backbone.downsample_layers.0.0"),
         (r"backbone\.embeddings\.layernorm", "backbone.downsample_layers.0.1"),
@@ -31,7 +31,7 @@ def mmsegmentation_name(name: str) -> str:
 
 
 def mmsegmentation_scale(name: str) -> float:
-    """Its stage-wise decay, 0.9 with num_layers=6: the id of a parameter's stage counts from the head's, 7."""
+    """Return mmsegmentation's stage-wise decay, 0.9 with num_layers=6, where the heads have stage 7."""
     if name.startswith("backbone.downsample_layers"):
         stage = 0
     elif name.startswith("backbone.stages"):
@@ -50,7 +50,7 @@ def test_convnext_groups_are_the_published_ones():
             found[name] = (group["lr"], group["weight_decay"], parameter)
     assert found.keys() == dict(model.named_parameters()).keys()
     names = {mmsegmentation_name(name) for name in found}
-    # The three downsampling layers besides the stem, the four stages, and the four norms of their maps are found.
+    # The stem and three downsampling layers, the four stages, and the norms of their four maps.
     assert {f"backbone.downsample_layers.{i}.0.weight" for i in range(4)} <= names
     assert {f"backbone.stages.{i}.0.dwconv.weight" for i in range(4)} <= names
     assert {f"backbone.norm{i}.weight" for i in range(1, 5)} <= names

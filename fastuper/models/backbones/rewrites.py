@@ -1,0 +1,396 @@
+"""Faster ways to compute the blocks of our backbones. Each returns what the block's textbook forward returns.
+
+A block that has a faster way names it in the class attribute `rewrite`, and its forward begins with one question:
+
+    if rewrites.apply_to(self, x):
+        return rewrites.run(self, x)
+
+In inference on a CPU, attention and MLPs run part by part, so that queries and hidden layers stay in the cache. The
+operation `linear` fuses an activation or a residual, `conv_bn_relu` a BatchNorm and a ReLU.
+
+In training, on any device, the backward pass computes norms and activations again: their results need no memory.
+
+No rewrite applies if a part of the block is hooked, replaced or quantised (`fastuper/models/untouched.py`), or while a
+tracer runs. The textbook forward then calls each module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastuper.models.backbones.layers import DropPath, pad_to_multiple
+from fastuper.models.backbones.windows import shifted_window_mask, window_partition
+from fastuper.models.gradient_checkpointing import recomputed
+from fastuper.models.untouched import fold, is_exactly, is_fixed_norm, is_supported_conv, is_untouched
+from fastuper_kernels import conv_bn_relu, linear
+from fastuper_kernels.dispatch.modes import is_eager, is_eager_inference
+
+if TYPE_CHECKING:
+    from fastuper.models.backbones.convnext import ConvNextLayer
+    from fastuper.models.backbones.resnet import ResNetConvLayer
+    from fastuper.models.backbones.swin import SwinLayer, SwinPatchMerging, SwinSelfAttention
+
+HIDDEN_BYTES = 2**22
+"""Bytes of an MLP's hidden layer, or of attention's queries, that are in memory at once, for maps of any size. They fit
+into a cache, and malloc returns the same memory for each part."""
+
+CACHED_POSITIONS = 2**17
+"""Positions of the largest map whose window plan is cached. A larger plan takes megabytes, and making it little time
+compared with the attention that uses it."""
+
+
+# Dispatch -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The faster ways of a class of blocks. All functions take the block first, then the arguments of its forward.
+
+    Args:
+        can_infer: returns True if `infer` computes the block's forward.
+        infer: the way on a CPU without gradients.
+        can_train: returns True if `train` computes the forward of a block, its one argument.
+        train: the way that saves memory where gradients are enabled; None, like `can_train`, if there is none.
+    """
+
+    can_infer: Callable[..., bool]
+    infer: Callable[..., Any]
+    can_train: Callable[[Any], bool] | None = None
+    train: Callable[..., Any] | None = None
+
+
+def apply_to(block: Any, x: torch.Tensor, *args: Any) -> bool:
+    """Return True if `run`, with the same arguments, computes the forward of a block.
+
+    Args:
+        block: a module whose class has the attribute `rewrite`.
+        x: the first argument of its forward.
+        *args: the other arguments.
+    """
+    if not is_eager():
+        return False
+    rewrite: Rewrite = block.rewrite
+    if rewrite.can_infer(block, x, *args):
+        return True
+    return rewrite.can_train is not None and torch.is_grad_enabled() and rewrite.can_train(block)
+
+
+def run(block: Any, x: torch.Tensor, *args: Any) -> Any:
+    """Return the result of a block's forward, computed faster; `apply_to` has returned True for these arguments."""
+    rewrite: Rewrite = block.rewrite
+    # With gradients disabled `infer` alone can apply: the question need not be asked again.
+    if rewrite.train is None or not torch.is_grad_enabled() or rewrite.can_infer(block, x, *args):
+        return rewrite.infer(block, x, *args)
+    return rewrite.train(block, x, *args)
+
+
+def on_cpu_without_gradients(x: torch.Tensor, *modules: nn.Module) -> bool:
+    """Return True if x is on the CPU, nothing traces, and neither x nor a parameter of the modules needs a gradient."""
+    if x.device.type != "cpu":
+        return False
+    return is_eager_inference(x, *(p for module in modules for p in module._parameters.values()))
+
+
+def does_nothing(module: nn.Module) -> bool:
+    """Return True if an untouched module returns its input: Identity, and in evaluation DropPath and Dropout."""
+    if is_exactly(module, nn.Identity):
+        return True
+    return (is_exactly(module, DropPath) or is_exactly(module, nn.Dropout)) and not module.training
+
+
+# MLPs -----------------------------------------------------------------------------------------------------------------
+
+
+def is_untouched_mlp(norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module) -> bool:
+    """Return True if `residual_mlp` and `recomputed_mlp` compute what these modules compute one after another."""
+    layers = is_exactly(first, nn.Linear) and is_exactly(second, nn.Linear) and is_exactly(norm, nn.LayerNorm)
+    return layers and is_untouched(act)
+
+
+def fused_activation(module: nn.Module) -> str | None:
+    """Return `linear`'s name of an activation, or None if it fuses no such activation."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return "relu" if type(module) is nn.ReLU else None
+
+
+def residual_mlp(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    act: nn.Module,
+    second: nn.Linear,
+    scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `residual + scale * second(act(first(norm(x))))`, some positions at a time: the hidden layer is cached.
+
+    Args:
+        residual: (..., C).
+        x: (..., C); it may be the residual itself.
+        norm: LayerNorm over C.
+        first: linear layer, C to the hidden width.
+        act: activation.
+        second: linear layer, hidden width to C.
+        scale: (C,), LayerScale; None for 1.
+        out: (..., C), contiguous: memory for the result, used if its dtype is the result's. It may be x itself.
+
+    Returns:
+        (..., C), in the dtype to which the sum promotes.
+    """
+    channels = x.shape[-1]
+    positions, residuals = x.reshape(-1, channels), residual.reshape(-1, channels)
+    name = fused_activation(act)
+    # A map without positions is one block without positions, which PyTorch's operators accept.
+    blocks = max(1, -(-len(positions) * first.out_features * x.element_size() // HIDDEN_BYTES))
+    block = max(1, -(-len(positions) // blocks))
+    results: torch.Tensor | None = None
+    for start in range(0, max(1, len(positions)), block):
+        part, other = positions[start : start + block], residuals[start : start + block]
+        hidden = F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        hidden = linear(hidden, first.weight, first.bias, activation=name)
+        hidden = hidden if name else act(hidden)
+        if scale is None and blocks == 1:
+            return linear(hidden, second.weight, second.bias, residual=other).view(residual.shape)
+        branch = linear(hidden, second.weight, second.bias)
+        if results is None:
+            dtype = torch.promote_types(other.dtype, branch.dtype)
+            dtype = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
+            if out is None or out.dtype != dtype or not out.is_contiguous():
+                out = torch.empty(residual.shape, dtype=dtype, device=x.device)
+            results = out.view(-1, channels)
+        if scale is None:
+            torch.add(other, branch, out=results[start : start + block])
+        else:
+            torch.addcmul(other, scale, branch, out=results[start : start + block])
+    assert out is not None
+    return out
+
+
+def recomputed_mlp(
+    x: torch.Tensor, norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module
+) -> torch.Tensor:
+    """Return `second(act(first(norm(x))))`, (..., C); the backward pass computes the norm and the activation again."""
+    hidden = recomputed(lambda x: first(norm(x)), x)
+    return recomputed(lambda x: second(act(x)), hidden)
+
+
+# ConvNeXt -------------------------------------------------------------------------------------------------------------
+
+
+def _convnext_mlp(block: ConvNextLayer) -> tuple[nn.LayerNorm, nn.Linear, nn.Module, nn.Linear]:
+    return block.layernorm, block.pwconv1, block.act, block.pwconv2
+
+
+def _can_infer_convnext(block: ConvNextLayer, x: torch.Tensor) -> bool:
+    mlp = _convnext_mlp(block)
+    untouched = is_exactly(block.dwconv, nn.Conv2d) and is_untouched_mlp(*mlp) and does_nothing(block.drop_path)
+    return untouched and on_cpu_without_gradients(x, block, block.dwconv, *mlp)
+
+
+def _infer_convnext(block: ConvNextLayer, x: torch.Tensor) -> torch.Tensor:
+    out = block.dwconv(x).permute(0, 2, 3, 1)
+    # Nothing else reads the convolution's result: the sum overwrites it.
+    scale = block.layer_scale_parameter
+    return residual_mlp(x.permute(0, 2, 3, 1), out, *_convnext_mlp(block), scale, out).permute(0, 3, 1, 2)
+
+
+def _can_train_convnext(block: ConvNextLayer) -> bool:
+    return is_untouched_mlp(*_convnext_mlp(block))
+
+
+def _train_convnext(block: ConvNextLayer, x: torch.Tensor) -> torch.Tensor:
+    out = block.dwconv(x).permute(0, 2, 3, 1)
+    out = recomputed_mlp(out, *_convnext_mlp(block))
+    return x + block.drop_path(block.scaled(out).permute(0, 3, 1, 2))
+
+
+CONVNEXT_LAYER = Rewrite(_can_infer_convnext, _infer_convnext, _can_train_convnext, _train_convnext)
+
+
+# Swin: blocks ---------------------------------------------------------------------------------------------------------
+
+
+def _can_infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> bool:
+    # `layernorm_before` is not in the list: `_attend_in_plan` calls the module.
+    if output_attentions:
+        return False
+    attention, output = block.attention.self, block.attention.output
+    linears = attention.query, attention.key, attention.value, output.dense
+    mlp = block.layernorm_after, block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
+    return (
+        all(is_exactly(layer, nn.Linear) for layer in linears)
+        and is_untouched_mlp(*mlp)
+        and is_untouched(block.attention, attention, output, block.intermediate, block.output)
+        and all(map(does_nothing, (block.drop_path, attention.dropout, output.dropout, block.output.dropout)))
+        and on_cpu_without_gradients(x, attention, *linears, *mlp)
+    )
+
+
+def _infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
+    x = _attend_in_plan(block, x)
+    if x.requires_grad:  # from `layernorm_before`, which may be the user's own
+        return x + _swin_recomputed_mlp(block, x), None
+    act = block.intermediate.intermediate_act_fn
+    return residual_mlp(x, x, block.layernorm_after, block.intermediate.dense, act, block.output.dense), None
+
+
+def _can_train_swin(block: SwinLayer) -> bool:
+    act = block.intermediate.intermediate_act_fn
+    untouched = is_untouched_mlp(block.layernorm_after, block.intermediate.dense, act, block.output.dense)
+    return untouched and is_untouched(block.intermediate, block.output)
+
+
+def _train_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    attended, weights = block.attend(block.layernorm_before(x), output_attentions)
+    x = x + block.drop_path(attended)
+    return x + _swin_recomputed_mlp(block, x), weights
+
+
+def _swin_recomputed_mlp(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
+    act = block.intermediate.intermediate_act_fn
+    return recomputed_mlp(x, block.layernorm_after, block.intermediate.dense, act, block.output)
+
+
+SWIN_LAYER = Rewrite(_can_infer_swin, _infer_swin, _can_train_swin, _train_swin)
+
+
+# Swin: attention in a plan of windows ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Where the positions of maps (B, H, W, C) lie in their windows, shifted or not: one copy in, one copy back.
+
+    The cyclic shift separates positions in the last row and the last column of windows alone. A plan sorts the windows
+    into four groups, so that each group has one mask, which is not repeated for each window.
+
+    Attributes:
+        gather: (windows * L,), int32: the position of the map, as (B * H * W, C), for each position of the windows.
+        padding: positions of the windows that lie beyond the map; `gather` is 0 there.
+        scatter: (B * H * W,), int32: the position of the windows, as (windows * L, C), for each position of the map.
+        groups: the number of windows inside, in the last column alone, in the last row alone, and in both.
+        mask: (4, 1, L, L), added to the scores of each group.
+    """
+
+    gather: torch.Tensor
+    padding: torch.Tensor
+    scatter: torch.Tensor
+    groups: tuple[int, ...]
+    mask: torch.Tensor
+
+
+def make_window_plan(batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> WindowPlan:
+    """Return the plan for maps (batch, height, width, C), on the CPU, with masks of a dtype."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        index = pad_to_multiple(
+            torch.arange(1, batch * height * width + 1).view(batch, height, width, 1), window, window
+        )
+        windows = window_partition(index.roll((-shift, -shift), dims=(1, 2)), window).squeeze(-1)
+        rows, columns = index.shape[1] // window, index.shape[2] // window
+        groups = [windows.shape[0], 0, 0, 0]
+        if shift:
+            group = 2 * (torch.arange(rows) == rows - 1)[:, None] + (torch.arange(columns) == columns - 1)
+            group = group.flatten().repeat(batch)
+            windows = windows[group.argsort(stable=True)]
+            groups = group.bincount(minlength=4).tolist()
+        gather = windows.flatten() - 1  # -1 beyond the map
+        (inside,), (padding,) = torch.where(gather >= 0), torch.where(gather < 0)
+        scatter = torch.empty(batch * height * width, dtype=torch.int32)
+        scatter[gather[inside]] = inside.int()
+        # A map of 2 x 2 windows has one window of each group, in the order of the groups.
+        mask = shifted_window_mask(2, 2, window, shift, dtype, index.device)[:, None]
+        return WindowPlan(gather.clamp(min=0).int(), padding, scatter, tuple(groups), mask)
+
+
+_cached_window_plan = lru_cache(maxsize=32)(make_window_plan)
+
+
+def window_plan(batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> WindowPlan:
+    """Return `make_window_plan`'s result, from a bounded cache for small maps; its arguments alone determine it."""
+    make = _cached_window_plan if batch * height * width <= CACHED_POSITIONS else make_window_plan
+    return make(batch, height, width, window, shift, dtype)
+
+
+def _attend_in_plan(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
+    """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
+    batch, height, width, channels = x.shape
+    plan = window_plan(batch, height, width, block.window, block.shift, x.dtype)
+    positions = block.layernorm_before(x).reshape(-1, channels)
+    windows = F.embedding(plan.gather, positions)  # a parallel index_select
+    del positions
+    if plan.padding.numel():
+        windows.index_fill_(0, plan.padding, 0.0)
+    attended = attend_in_groups(block.attention.self, windows.view(-1, block.window**2, channels), plan)
+    positions = F.embedding(plan.scatter, attended.view(-1, channels)).view(x.shape)
+    dense = block.attention.output.dense
+    return linear(positions, dense.weight, dense.bias, residual=x)
+
+
+def attend_in_groups(attention: SwinSelfAttention, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
+    """Return what `attention` returns in evaluation, for a plan's windows (windows, L, C), each group with its mask.
+
+    Runs some windows at a time, so that their queries, keys and values stay in the cache.
+    """
+    _, length, channels = windows.shape
+    step = max(1, HIDDEN_BYTES // (length * channels * windows.element_size()))
+    bias, out = attention.bias() + plan.mask, None
+    start = 0
+    for mask, size in zip(bias.split(1), plan.groups, strict=True):
+        for first in range(start, start + size, step):
+            last = min(first + step, start + size)
+            query, key, value = (
+                attention.split_heads(linear(windows[first:last], layer.weight, layer.bias))
+                for layer in (attention.query, attention.key, attention.value)
+            )
+            if out is None:
+                out = windows.new_empty(windows.shape, dtype=query.dtype)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
+            out[first:last] = attended.transpose(1, 2).reshape(last - first, length, channels)
+        start += size
+    return windows if out is None else out
+
+
+# Swin: patch merging --------------------------------------------------------------------------------------------------
+
+
+def _can_infer_merging(merging: SwinPatchMerging, x: torch.Tensor) -> bool:
+    return is_exactly(merging.reduction, nn.Linear) and on_cpu_without_gradients(x, merging.reduction)
+
+
+def _infer_merging(merging: SwinPatchMerging, x: torch.Tensor) -> torch.Tensor:
+    reduction = merging.reduction
+    return linear(merging.norm(merging.squares(x)), reduction.weight, reduction.bias)
+
+
+SWIN_PATCH_MERGING = Rewrite(_can_infer_merging, _infer_merging)
+
+
+# ResNet ---------------------------------------------------------------------------------------------------------------
+
+
+def _can_infer_resnet(layer: ResNetConvLayer, x: torch.Tensor) -> bool:
+    act = layer.activation
+    return (
+        is_supported_conv(layer.convolution)
+        and layer.convolution.bias is None
+        and is_fixed_norm(layer.normalization)
+        and (is_exactly(act, nn.ReLU) or is_exactly(act, nn.Identity))
+        and on_cpu_without_gradients(x, layer.convolution)
+    )
+
+
+def _infer_resnet(layer: ResNetConvLayer, x: torch.Tensor) -> torch.Tensor:
+    relu = isinstance(layer.activation, nn.ReLU)
+    return conv_bn_relu(x, layer.convolution.weight, *fold(layer.normalization), relu=relu)
+
+
+RESNET_CONV_LAYER = Rewrite(_can_infer_resnet, _infer_resnet)
