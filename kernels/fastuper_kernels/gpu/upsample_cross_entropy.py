@@ -311,7 +311,7 @@ def forward(
         labels: (B, H, W) int64.
         weight: (classes,), or None for ones.
         heights: the heights that the logits are resampled through in turn; the last is H.
-        widths: the widths likewise; the last is W.
+        widths: the widths that the logits are resampled through in turn; the last is W.
         ignore_index: the label of pixels without loss.
         smoothing: the share of a label that is spread over all classes.
     """

@@ -184,7 +184,7 @@ def products_of(
         levels: maps (B, pixels, C), dense inside each image, all with the same C.
         taps: (C_out, taps, C) for each level, the channels of a tap contiguous.
         scale: (levels, C_out) float32; the result is relu(products * scale + shift). None for ones.
-        shift: (levels, C_out) float32; given if scale is.
+        shift: (levels, C_out) float32; None if scale is None.
         relu: True to clamp negative values to zero.
         config: the kernel's configuration; None for a heuristic's.
     """
@@ -274,8 +274,8 @@ def upsampled_conv3x3(
     Args:
         levels: maps (B, C_l, H_l, W_l).
         weights: (C_out, C_l, 3, 3) for each level.
-        height: of the result.
-        width: of the result.
+        height: the result's height.
+        width: the result's width.
     """
     batch, channels_out = levels[0].shape[0], weights[0].shape[0]
     out = levels[0].new_empty(batch, height, width, channels_out)
@@ -303,8 +303,8 @@ def upsampled_conv3x3_backward(grad: torch.Tensor, height: int, width: int) -> t
 
     Args:
         grad: (B, C, H, W), the gradient of the result.
-        height: of the level.
-        width: of the level.
+        height: the level's height.
+        width: the level's width.
 
     Returns:
         The gradient of the level's products, (B, height * width, 9, C).
@@ -328,8 +328,8 @@ def upsampled_conv3x3_double_backward(
     Args:
         products: (B, h * w, 9, C).
         size: (h, w) of the level.
-        height: of the result.
-        width: of the result.
+        height: the result's height.
+        width: the result's width.
 
     Returns:
         (B, C, height, width) in channels_last memory.
