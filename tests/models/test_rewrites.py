@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from bench.numerics import error
+from bench.pairs import images, randomize
 from fastuper.models.backbones import convnext, layers, resnet, swin
-from tests.parity.models import BACKBONES, FAMILIES, backbone_config, error, images, randomize
+from tests.parity.models import BACKBONES, FAMILIES, backbone_config
 
 FAST = ["convnext", "swin"]
 # A linear layer of each kind that the quick ways go past.
