@@ -74,7 +74,7 @@ compiled: $(STAMP) ## compile every Triton kernel for GPUs that are not here, an
 
 # With a PyTorch of the machine's own, where it has what is needed: it is the one that fits its driver.
 gpu-check: ## on a machine with a GPU: test the kernels, and time them beside PyTorch and Transformers (10 minutes)
-	@if $(PYTHON) -c "import hypothesis, matplotlib, pytest_timeout, timm, torch, transformers, triton" 2> /dev/null; \
+	@if $(PYTHON) -c "import hypothesis, matplotlib, pytest_timeout, rich, timm, torch, transformers, triton" 2> /dev/null; \
 	then PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu; else $(MAKE) setup && $(BIN)/python -m bench.gpu; fi
 
 lint: $(STAMP) ## check style and formatting

@@ -1,4 +1,4 @@
-"""How many floating-point operations UPerNet takes, counted from shapes: nothing runs."""
+"""Counts UPerNet's floating-point operations from shapes, without running a model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.parity.models import uninitialized
+from bench.pairs import uninitialized
 
 
 def rewritten_head(config: Any, channels: Sequence[int], cells: Sequence[int]) -> int:
-    """Return the head's operations where channels are mixed before maps are upsampled.
+    """Return the operations of the rewritten head, which mixes channels before it upsamples maps.
 
     Args:
         config: Transformers' `UperNetConfig`.
         channels: the feature maps' channels, finest first.
-        cells: their pixels.
+        cells: pixels of each feature map.
     """
     dim, classes = config.hidden_size, config.num_labels
     pooled = sum(scale * scale for scale in config.pool_scales)
@@ -33,9 +33,10 @@ def rewritten_head(config: Any, channels: Sequence[int], cells: Sequence[int]) -
 
 
 def operations(config: Any, size: int) -> dict[str, int]:
-    """Return the operations of one image: the backbone's, the head's as rewritten, both, and as everyone writes them.
+    """Return the operations of one image: "backbone", "head" (rewritten), "logits" (both) and "as_written".
 
-    A convolution counts as a direct one. Winograd's takes fewer, so that a limit drawn from these can be passed.
+    "as_written" counts Transformers' backbone and head. A convolution counts as a direct one. Winograd's algorithm
+    takes fewer operations, so measured times may beat a limit computed from these counts.
     """
     with uninitialized(), torch.device("meta"):
         model = transformers.UperNetForSemanticSegmentation(copy.deepcopy(config)).eval()

@@ -1,8 +1,8 @@
-"""Compile every kernel in every configuration ahead of time, for GPUs that are not here: `python -m bench.compiled`.
+"""Compiles every kernel in every configuration ahead of time, without the target GPUs: `python -m bench.compiled`.
 
-The operations are launched as they are on a GPU, on tensors without data (PyTorch's meta device) of the shapes of a
-512 x 512 image, with a driver that knows its target and stops before the launch. What is compiled is therefore what a
-GPU of that kind would run. The table goes to bench/results/compiled.json.
+The operations launch as on a GPU, on tensors without data (PyTorch's meta device) with the shapes of a 512 x 512 image.
+A driver names the target GPU, and the launch stops after compilation. The compiled code is therefore the code that such
+a GPU runs. The table goes to bench/results/compiled.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it always was; 3.9 warns that it will not stay so
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default so far; Triton 3.9 warns of a change
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -46,7 +46,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Bytes of shared memory that a program may have.
+# Bytes of shared memory available to a program.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -54,7 +54,7 @@ GEMMS = ("conv_kernel", "products_kernel", "pool_kernel")
 
 
 class Ahead:
-    """A driver that says for which GPU to compile, and has none."""
+    """A Triton driver that names a target GPU and needs no GPU."""
 
     def __init__(self, name: str):
         self.name, self.target = name, TARGETS[name]
@@ -71,7 +71,7 @@ class Ahead:
 
 @contextlib.contextmanager
 def compiling(target: str) -> Iterator[list[tuple[str, Any]]]:
-    """Compile what is launched inside for a target instead; yields the list of (kernel, what it became)."""
+    """Compile launches for a target instead of running them; yields the list of (kernel name, compiled kernel)."""
     found: list[tuple[str, Any]] = []
     run, before = JITFunction.run, driver._active
 
@@ -91,7 +91,14 @@ def compiling(target: str) -> Iterator[list[tuple[str, Any]]]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One operation in one configuration: `launch(dtype)` launches its kernels."""
+    """One operation in one configuration.
+
+    Args:
+        operation: its name in the table.
+        configuration: as text, for the table.
+        launch: launches the operation's kernels for a dtype.
+        takes: (target, dtype) -> whether the configuration supports them.
+    """
 
     operation: str
     configuration: str
@@ -100,7 +107,7 @@ class Case:
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor without data, in channels_last memory where it is a map or a kernel."""
+    """Return a tensor without data; tensors of four dimensions are channels_last."""
     tensor = torch.empty(*shape, dtype=dtype, device="meta")
     return tensor.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else tensor
 
@@ -203,12 +210,12 @@ def cases() -> list[Case]:
 
 
 def is_ieee(row: dict[str, Any]) -> bool:
-    """Return whether a kernel's products are of float32 as IEEE has it, which tensor cores do not compute."""
+    """Return True if a kernel multiplies in full float32, which tensor cores do not support."""
     return row["dtype"] == "fp32" and row["kernel"] == "pool_kernel"
 
 
 def row_of(target: str, kernel: str, case: Case, dtype: str, compiled: Any) -> dict[str, Any]:
-    """Return what the compiler says of a kernel."""
+    """Return a kernel's row: registers, spilled bytes, shared memory, and the instructions in use."""
     row = {"kernel": kernel, "operation": case.operation, "configuration": case.configuration, "dtype": dtype}
     row |= {"target": target, "triton": triton.__version__}
     if target == "gfx942":
@@ -242,7 +249,7 @@ def _resource_usage(cubin: bytes) -> str:
 def rows(
     targets: list[str], dtypes: list[str], wanted: Callable[[Case], bool] = lambda case: True
 ) -> Iterator[dict[str, Any]]:
-    """Compile, and yield a row for each kernel."""
+    """Compile the wanted cases for the targets and dtypes, and yield a row for each kernel."""
     for target in targets:
         for case in filter(wanted, cases()):
             for dtype in dtypes:
@@ -255,10 +262,10 @@ def rows(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--show", action="store_true", help="print, and write nothing")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default=",".join(TARGETS), help="separated by commas")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="separated by commas")
+    parser.add_argument("--show", action="store_true", help="print the rows without writing the file")
     arguments = parser.parse_args()
     found = []
     for row in rows(arguments.targets.split(","), arguments.dtypes.split(",")):

@@ -1,4 +1,4 @@
-"""What a result must say about where it comes from: the machine, under a readable name, and the versions."""
+"""Describes where a result comes from: the machine under a readable name, the libraries' versions, commit and date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# Virtual machines often hide the processor's name: family and model number still tell the generation.
+# Virtual machines often hide the processor's name. The family and model number still identify the generation.
 GENERATIONS = [
     ("AuthenticAMD", 25, range(0x00, 0x10), "zen3"),
     ("AuthenticAMD", 25, range(0x10, 0x20), "zen4"),
@@ -28,12 +28,19 @@ PACKAGES = ["transformers", "timm", "segmentation_models_pytorch", "onnx", "onnx
 
 
 def without_paths(text: str) -> str:
-    """Return words in one line, those that may be paths of this machine left out."""
+    """Return the text in one line. Words with a slash, which may be paths of this machine, become "..."."""
     return " ".join("..." if "/" in word else word for word in text.split())
 
 
+def one_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message, without paths."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return without_paths(text)[:200]
+
+
 def processor() -> dict[str, str]:
-    """Return the first processor's entries of /proc/cpuinfo, or nothing where there is no such file."""
+    """Return the first processor's entries of /proc/cpuinfo; an empty dict if the file does not exist."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -42,7 +49,7 @@ def processor() -> dict[str, str]:
 
 
 def machine_name() -> str:
-    """Return a name to file results under, such as amd-epyc-zen4-2-threads; FASTUPER_MACHINE overrides it."""
+    """Return the name of the results file, such as amd-epyc-zen4-2-threads; FASTUPER_MACHINE overrides it."""
     if name := os.environ.get("FASTUPER_MACHINE"):
         return name
     cpu = processor()
@@ -56,7 +63,7 @@ def machine_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return the machine, without anything that names this very one."""
+    """Return the machine's processor, threads and memory; nothing identifies the single machine."""
     cpu = processor()
     return {
         "name": machine_name(),
@@ -69,6 +76,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python, PyTorch and the peers' packages."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
@@ -79,12 +87,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit that is measured, marked where files differ from it."""
+    """Return the commit that is measured, with "-dirty" if files differ from it; "unknown" without git."""
     root = Path(__file__).parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # there is no git
+    except OSError:  # git is not installed
         return "unknown"
     return done.stdout.strip() or "unknown"
 

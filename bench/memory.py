@@ -1,10 +1,9 @@
-"""The peak memory of one run over the weights, each peer in a fresh process: `python -m bench.memory --help`.
+"""Measures the peak memory of one run over the weights, each peer in a fresh process: `python -m bench.memory --help`.
 
-What is measured: the model is built and its weights are in place; the heap's free pages are given back; the process's
-resident memory (VmRSS) is the baseline. The kernel's high-water mark (VmHWM) is set back to it, the task runs once, for
-the first time, and the mark is read again. `peak` is the mark less the baseline: it holds activations, outputs, what
-libraries load and make as they first run, and packed weights, which are a number of their own too. The input image is
-part of the baseline.
+The process builds the model, returns the heap's free pages, and reads its resident memory (VmRSS) as the baseline. It
+resets the kernel's high-water mark (VmHWM), runs the task once, for the first time, and reads the mark. `peak` is the
+mark less the baseline. It includes activations, outputs, packed weights (also given apart) and the memory that
+libraries allocate in their first run. The baseline includes weights and the input image.
 """
 
 from __future__ import annotations
@@ -43,17 +42,17 @@ def status(entry: str) -> int:
 
 
 def peak_of(run: Callable[[], object]) -> dict[str, Any]:
-    """Return the peak of what `run` takes beside what is there before it, and since when the mark counts."""
+    """Return the peak memory of `run` over the memory in use before it, and the start of the high-water mark."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     baseline = status("VmRSS")
-    # Not everywhere may a process do this; then the mark since its start counts, which building does not reach.
+    # Some systems forbid the reset. The mark since the process's start is then used: building the model stays below it.
     try:
         Path("/proc/self/clear_refs").write_text("5")
         mark = "reset before the run"
     except OSError:
         mark = "since the start"
-    kept = run()  # until the mark is read
+    kept = run()  # kept until the mark is read
     peak = status("VmHWM") - baseline
     del kept
     return {"peak": peak, "mark": mark}
@@ -61,13 +60,14 @@ def peak_of(run: Callable[[], object]) -> dict[str, Any]:
 
 def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
     """Return the peak of one run in this process, which must be fresh."""
+    # Imported here, so that bench.run reads TASKS without loading the libraries.
     import torch
     import transformers
 
     import fastuper
-    from bench.peers import BACKBONES, CLASSES, post_process
+    from bench.pairs import BACKBONES, images, randomize, uninitialized
+    from bench.peers import CLASSES, post_process
     from fastuper_kernels.cpu.packs import packed_bytes
-    from tests.parity.models import images, randomize, uninitialized
 
     config = transformers.UperNetConfig(
         backbone_config=BACKBONES[backbone](), num_labels=CLASSES, use_auxiliary_head=peer != WITHOUT_AUXILIARY[0]
@@ -107,11 +107,12 @@ def measure(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
 
 
 def in_fresh_process(part: str, backbone: str, size: int, peer: str) -> dict[str, Any]:
-    return said_by("bench.memory", "--run", part, backbone, str(size), peer)
+    """Return `measure` of a process of its own, or {"skipped": reason}."""
+    return json_of("bench.memory", "--run", part, backbone, str(size), peer)
 
 
-def said_by(module: str, *arguments: str) -> dict[str, Any]:
-    """Return what a module of ours, run in a process of its own, prints last as JSON; or why it was "skipped"."""
+def json_of(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module of bench in a process of its own, and return the JSON in its last line, or {"skipped": reason}."""
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -122,7 +123,9 @@ def said_by(module: str, *arguments: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs=4, metavar=("PART", "BACKBONE", "SIZE", "PEER"), help="measure this one alone")
+    parser.add_argument(
+        "--run", nargs=4, metavar=("PART", "BACKBONE", "SIZE", "PEER"), help="measure one task and peer in this process"
+    )
     arguments = parser.parse_args()
     if arguments.run:
         part, backbone, size, peer = arguments.run

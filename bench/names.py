@@ -1,4 +1,4 @@
-"""The peers' names in results, tables and pictures: what draws them must not import what is timed."""
+"""Names in the results, which tables and plots use without importing the timed libraries."""
 
 from __future__ import annotations
 
@@ -15,4 +15,8 @@ TUNED = "Transformers, compiled, max-autotune, freezing"
 SMP = ("segmentation_models_pytorch", "segmentation_models_pytorch, compiled, freezing")
 ONNX = "ONNX Runtime"
 OPENVINO = "OpenVINO"
+PYTORCH = ("PyTorch", "PyTorch, compiled")
 REFERENCE = ("reference", "reference, channels_last")
+
+# The reason why a peer is skipped that `--peers` left out.
+NOT_SELECTED = "not asked for"

@@ -1,7 +1,8 @@
-"""Who is timed: each peer is a row of PEERS, built from the same weights wherever it can take them.
+"""The peers that are timed, one row of PEERS each, built from the same weights where the peer can load them.
 
-A row's function returns, for one task, a call without arguments: its input is at hand in the layout that the peer likes
-best, and what it returns is what its users get. A peer that cannot do a task raises `CannotDo`; the results keep why.
+A row's function takes a task and returns a call without arguments. The call's input is prepared in the layout that is
+fastest for the peer, and its output is the one that the peer's users get. A peer that does not support a task raises
+`CannotDo` with the reason, which the results keep.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from bench.accuracy import BACKBONES as CONFIGS
-from bench.machine import without_paths
+from bench.machine import one_line
 from bench.names import (
     AUTOCAST,
     COMPILED,
@@ -39,52 +39,30 @@ from bench.names import (
     TUNED,
     WITHOUT_AUXILIARY,
 )
-from tests.parity.models import STAGES, give_attentions, images, pair
+from bench.pairs import BACKBONES, give_attentions, images, pair
+from bench.timing import CannotDo
 
 CLASSES = 150
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 
 
-def _convnext(width: int) -> Any:
-    return transformers.ConvNextConfig(
-        hidden_sizes=[width * 2**i for i in range(4)], depths=[3, 3, 27, 3], out_features=STAGES
-    )
-
-
-def _swin(width: int, heads: int) -> Any:
-    return transformers.SwinConfig(
-        embed_dim=width,
-        depths=[2, 2, 18, 2],
-        num_heads=[heads * 2**i for i in range(4)],
-        drop_path_rate=0.0,
-        out_features=STAGES,
-    )
-
-
-BACKBONES: dict[str, Callable[[], Any]] = {
-    "convnext-t": CONFIGS["ConvNeXt-T"],
-    "swin-t": CONFIGS["Swin-T"],
-    "convnext-b": lambda: _convnext(128),
-    "convnext-l": lambda: _convnext(192),
-    "swin-b": lambda: _swin(128, 4),
-    "swin-l": lambda: _swin(192, 6),
-}
-# Those of the same shape in timm, for segmentation_models_pytorch; timm's Swin is made for one size of image.
+# timm's encoders of the same shapes, for segmentation_models_pytorch. timm builds a Swin for one image size.
 TIMM: dict[str, Callable[[int], dict[str, Any]]] = {
     "convnext-t": lambda size: {"encoder_name": "tu-convnext_tiny"},
     "swin-t": lambda size: {"encoder_name": "tu-swin_tiny_patch4_window7_224", "img_size": size},
 }
 
 
-class CannotDo(Exception):
-    """A peer cannot do a task."""
-
-
 @dataclass(frozen=True)
 class Task:
-    """What is timed.
+    """A part of the network to time.
 
-    `part` is logits, labels, head or backbone; `target` the size (height, width) of the label map.
+    Args:
+        part: "logits", "labels", "head" or "backbone".
+        backbone: its name in `bench.pairs.BACKBONES`.
+        size: height and width of the image.
+        dtype: "float32" or "bfloat16".
+        target: size (height, width) of the label map; None for parts other than "labels".
     """
 
     part: str
@@ -99,7 +77,7 @@ class Task:
 
 
 class Logits(nn.Module):
-    """A segmentation model that returns its logits alone."""
+    """A segmentation model that returns only its logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -110,7 +88,7 @@ class Logits(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A backbone that returns a tuple of its feature maps."""
+    """A model's backbone, which returns a tuple of feature maps."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -121,7 +99,7 @@ class Backbone(nn.Module):
 
 
 class Head(nn.Module):
-    """A decode head that takes the feature maps as arguments."""
+    """A model's decode head, which takes the feature maps as positional arguments."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -132,7 +110,7 @@ class Head(nn.Module):
 
 
 class World:
-    """Everything that the tasks on one backbone share: models, exported and compiled ones too, and their inputs."""
+    """The models and inputs that the tasks of one backbone share, exported and compiled models included."""
 
     def __init__(self, backbone: str):
         self.backbone = backbone
@@ -141,12 +119,13 @@ class World:
         self._made: dict[Any, Any] = {}
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return the value under a key; the first call makes and stores it."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def theirs(self, dtype: str, layout: torch.memory_format = CONTIGUOUS, auxiliary: bool = True) -> Any:
-        """Return Transformers' model; those with and without the auxiliary head share their weights."""
+        """Return Transformers' model, with the auxiliary head or without; both share their weights."""
         model = self.once(
             ("theirs", dtype, layout),
             lambda: copy.deepcopy(self._theirs).to(getattr(torch, dtype)).to(memory_format=layout),
@@ -161,7 +140,7 @@ class World:
         return x.to(getattr(torch, dtype or task.dtype)).contiguous(memory_format=layout)
 
     def features(self, task: Task, layout: torch.memory_format = CONTIGUOUS) -> list[torch.Tensor]:
-        """Return the head's input: one set of feature maps for all, Transformers' own in float32."""
+        """Return the head's input: Transformers' float32 feature maps, the same for all peers, in the task's dtype."""
         given = self.once(
             ("features", task.size), lambda: self._theirs.backbone(self.pixels(task, dtype="float32")).feature_maps
         )
@@ -169,7 +148,7 @@ class World:
 
 
 def without_auxiliary_head(model: Any) -> Any:
-    """Return a model that shares everything with this one but its auxiliary head."""
+    """Return a model without an auxiliary head that shares its other modules with the given model."""
     bare = copy.copy(model)
     bare._modules = {**model._modules, "auxiliary_head": None}
     return bare
@@ -181,17 +160,17 @@ def processor() -> Any:
 
 
 def post_process(logits: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
-    """Return the label map of one image, as users of Transformers get it.
+    """Return the label map of one image by Transformers' own post-processing.
 
-    Logits in channels_last, as compiled models return them, are first made contiguous: it takes far less time than
-    resampling and comparing them as they are.
+    Compiled models return channels_last logits. They are made contiguous first, which takes far less time than
+    resampling and comparing them in channels_last.
     """
     output = SimpleNamespace(logits=logits.contiguous())
     return processor().post_process_semantic_segmentation(output, target_sizes=[target])[0]
 
 
 def torch_call(task: Task, model: Any, pixels: torch.Tensor, features: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a task's call on a model of Transformers' kind."""
+    """Return a task's call on a model with the attributes of Transformers' model."""
     if task.part == "logits":
         return lambda: model(pixels).logits
     if task.part == "labels":
@@ -212,7 +191,7 @@ def transformers_eager(layout: torch.memory_format, auxiliary: bool = True) -> A
 
 
 def transformers_autocast(world: World, task: Task) -> Callable[[], Any]:
-    """bfloat16 by autocast: weights stay float32, and are cast at every call as autocast does."""
+    """bfloat16 by autocast: weights stay float32, and autocast casts them in every call."""
     model = world.theirs("float32", CHANNELS_LAST)
     call = torch_call(task, model, world.pixels(task, CHANNELS_LAST, "float32"), lambda: _unused("autocast"))
 
@@ -226,7 +205,7 @@ def transformers_autocast(world: World, task: Task) -> Callable[[], Any]:
 def transformers_compiled(mode: str, freezing: bool) -> Any:
     def build(world: World, task: Task) -> Callable[[], Any]:
         model = world.theirs(task.dtype, CHANNELS_LAST)
-        # The model is compiled once for logits and labels. Sizes are compiled in: that is its fastest way.
+        # Logits and labels share one compiled model. Static sizes compile to the fastest code.
         if task.part in ("logits", "labels"):
             make, inputs = Logits, (world.pixels(task, CHANNELS_LAST),)
         elif task.part == "backbone":
@@ -248,23 +227,26 @@ def compile_module(module: nn.Module, inputs: tuple[torch.Tensor, ...], mode: st
 
     Args:
         module: a module.
-        inputs: what it will be called with.
-        mode: `torch.compile`'s.
-        freezing: whether weights become constants: then Inductor folds BatchNorm into them, and packs them for oneDNN.
+        inputs: the arguments of its calls.
+        mode: of `torch.compile`.
+        freezing: whether weights become constants. Inductor then folds BatchNorm into them and packs them for oneDNN.
+
+    Raises:
+        CannotDo: torch.compile ran the module without compiling it.
     """
     options = {**torch._inductor.list_mode_options(mode), "freezing": freezing}
     compiled = torch.compile(module, options=options, dynamic=False)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # As an option alone it would have no effect: Dynamo, which does not see it, makes the weights inputs of the graph.
+    # The option alone has no effect: Dynamo does not read options, and makes the weights inputs of the graph.
     with torch._inductor.config.patch(freezing=freezing):
         compiled(*inputs)
     if torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs:
-        raise CannotDo("torch.compile has run it uncompiled")
+        raise CannotDo("torch.compile ran the model uncompiled")
     return compiled
 
 
 def smp(compiled: bool) -> Any:
-    """segmentation_models_pytorch: the same shape over timm's encoder, with weights of its own."""
+    """segmentation_models_pytorch's UPerNet of the same shape, over timm's encoder, with other random weights."""
 
     def build(world: World, task: Task) -> Callable[[], Any]:
         import segmentation_models_pytorch
@@ -272,7 +254,7 @@ def smp(compiled: bool) -> Any:
         def make() -> Any:
             torch.manual_seed(0)
             if world.backbone not in TIMM:
-                raise CannotDo("no encoder of this shape was looked for")
+                raise CannotDo("TIMM lists no encoder of this shape")
             options = TIMM[world.backbone](task.size)
             model = segmentation_models_pytorch.UPerNet(
                 encoder_weights=None, decoder_channels=512, classes=CLASSES, **options
@@ -285,7 +267,7 @@ def smp(compiled: bool) -> Any:
             call = model.encoder
         elif task.part == "head":
             features = [x.contiguous(memory_format=CHANNELS_LAST) for x in model.encoder(pixels)]
-            # Its last layers are the classifier, upsampling by 4 and an identity: the head ends with the classifier.
+            # The segmentation head is classifier, upsampling by 4, identity. The timed part ends at the classifier.
             return lambda: model.segmentation_head[0](model.decoder(features))
         else:
             call = model
@@ -302,9 +284,9 @@ def smp(compiled: bool) -> Any:
 
 
 def exportable(world: World, part: str) -> nn.Module:
-    """Return the module that exporters are given: no auxiliary head, and attention in its written-out form.
+    """Return the module to export, without auxiliary head and with eager attention.
 
-    With `scaled_dot_product_attention` Transformers' Swin fails in the ONNX exporter, and OpenVINO runs it slower.
+    With `scaled_dot_product_attention` the ONNX exporter fails on Transformers' Swin, and OpenVINO runs it slower.
     """
 
     def make() -> Any:
@@ -322,12 +304,13 @@ def export_inputs(world: World, task: Task) -> tuple[torch.Tensor, ...]:
     return (world.pixels(task, dtype="float32"),)
 
 
-def whole(task: Task) -> str:
+def exported_part(task: Task) -> str:
+    """Return the part to export for a task: label maps are computed from the logits' model."""
     return "logits" if task.part == "labels" else task.part
 
 
 def outputs_call(task: Task, run: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a task's call, given one that runs an exported model and returns its outputs as arrays."""
+    """Return a task's call; `run` runs an exported model and returns its outputs as arrays."""
     if task.part == "labels":
         assert task.target is not None
         return lambda: post_process(torch.from_numpy(run()[0]), task.target)
@@ -342,7 +325,7 @@ def onnx_runtime(world: World, task: Task) -> Callable[[], Any]:
     inputs = export_inputs(world, task)
 
     def make() -> Any:
-        module = exportable(world, whole(task))
+        module = exportable(world, exported_part(task))
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             path = Path(folder) / "model.onnx"
@@ -354,11 +337,11 @@ def onnx_runtime(world: World, task: Task) -> Callable[[], Any]:
                 raise CannotDo(f"torch.onnx.export: {one_line(error)}") from error
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
-            # Its threads wait busily between runs, which would slow down whoever is timed next.
+            # Between runs its threads spin, which would slow down the next peer.
             options.add_session_config_entry("session.force_spinning_stop", "1")
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    session = world.once(("onnx", whole(task), task.size), make)
+    session = world.once(("onnx", exported_part(task), task.size), make)
     feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
     return outputs_call(task, lambda: session.run(None, feed))
 
@@ -374,24 +357,23 @@ def openvino(world: World, task: Task) -> Callable[[], Any]:
             warnings.simplefilter("ignore")
             try:
                 return ov.convert_model(
-                    exportable(world, whole(task)), example_input=example, input=[list(x.shape) for x in inputs]
+                    exportable(world, exported_part(task)), example_input=example, input=[list(x.shape) for x in inputs]
                 )
             except Exception as error:
                 raise CannotDo(f"openvino.convert_model: {one_line(error)}") from error
 
     def make() -> Any:
-        # Each precision converts its own: what is compiled may share constants with the model that it came from.
         options = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[task.dtype],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        model = world.once(("openvino", whole(task), task.size), convert)
+        model = world.once(("openvino", exported_part(task), task.size), convert)
         return ov.Core().compile_model(model, "CPU", options).create_infer_request()
 
-    request = world.once(("openvino compiled", whole(task), task.size, task.dtype), make)
+    request = world.once(("openvino compiled", exported_part(task), task.size, task.dtype), make)
     feed = {i: x.numpy() for i, x in enumerate(inputs)}
-    # Inputs and outputs are float32 in both precisions, and outputs views of its own memory: nothing is copied.
+    # Inputs and outputs are float32 in both precisions. Outputs are views of the request's memory: nothing is copied.
     return outputs_call(task, lambda: list(request.infer(feed, share_inputs=True, share_outputs=True).to_tuple()))
 
 
@@ -401,7 +383,7 @@ def fastuper(compiled: bool = False) -> Any:
         pixels = world.pixels(task)
         if compiled:
             if task.part != "logits":
-                raise CannotDo("only full logits are timed compiled")
+                raise CannotDo("the compiled model is timed on full logits alone")
             call = world.once(
                 ("ours compiled", task.dtype, task.size),
                 lambda: compile_module(Logits(model), (pixels,), "default", False),
@@ -409,14 +391,14 @@ def fastuper(compiled: bool = False) -> Any:
             return lambda: call(pixels)
         if task.part == "labels":
             return lambda: model.segment(pixels, target_sizes=[task.target])[0]
-        # Its own backbone gives channels_last maps.
+        # fastuper's backbone returns channels_last maps.
         return torch_call(task, model, pixels, lambda: world.features(task, CHANNELS_LAST))
 
     return build
 
 
 def at_size(size: int) -> Any:
-    """Ours at another size than the task's, in the same rounds."""
+    """fastuper at another size than the task's, in the same rounds."""
 
     def build(world: World, task: Task) -> Callable[[], Any]:
         return fastuper()(world, dataclasses.replace(task, size=size))
@@ -425,7 +407,7 @@ def at_size(size: int) -> Any:
 
 
 def convolution(world: World, task: Task) -> Callable[[], Any]:
-    """The machine's rate, measured in the same rounds: the head's largest convolution alone, directly."""
+    """The head's largest convolution by PyTorch's operator: the machine's rate, measured in the same rounds."""
     dtype = getattr(torch, task.dtype)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 512, 128, 128, generator=generator).to(dtype).contiguous(memory_format=CHANNELS_LAST)
@@ -440,19 +422,14 @@ def _unused(what: str) -> Any:
     raise CannotDo(f"{what} is timed on whole models alone")
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error in one line, without the paths of this machine."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    return without_paths(text)[:200]
-
-
 @dataclass(frozen=True)
 class Peer:
     """A row of PEERS.
 
-    `shape_bound` says that it is prepared for one size of image, so that it must warm up at that very size; `compared`
-    that its output should be the task's, so that its distance from float64 is of interest.
+    Args:
+        build: takes a world and a task, and returns the task's call.
+        shape_bound: whether the peer is prepared for one image size, and must warm up at that size.
+        compared: whether the output is compared with float64: it must be the task's output.
     """
 
     build: Callable[[World, Task], Callable[[], Any]]

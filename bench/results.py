@@ -1,8 +1,8 @@
-"""What was measured on a machine, and what follows from it: medians, ratios, the accuracy rule, targets met or missed.
+"""Reads results files and computes medians, ratios, the accuracy rule, targets and limits.
 
-A machine's file bench/results/<machine>.json holds `machine`; `runs` (date, commit, versions, threads by the run's id);
-`tasks`, by name, each with its run's id and for each peer every round's seconds and its distance from float64, or why
-it was skipped; `memory`, likewise, in bytes; and `targets` and `limits`, which are computed from those.
+A machine's file bench/results/<machine>.json holds `machine`; `runs` (commit, versions, threads, by the run's date);
+`tasks` by name, with the run and for each peer the seconds of every round and the error against float64, or the reason
+why the peer was skipped; `memory` in the same form, in bytes; and `targets` and `limits`, computed from the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bench.names import (
 
 FOLDER = Path(__file__).parent / "results"
 TINY = {"convnext-t": "ConvNeXt-T", "swin-t": "Swin-T"}
-LOSS = "loss"  # of training, what is measured alone
+LOSS = "loss"  # training.json's key of the loss, which is measured alone too
 TITLES = {**TINY, "convnext-b": "ConvNeXt-B", "swin-b": "Swin-B", "convnext-l": "ConvNeXt-L", "swin-l": "Swin-L"}
 
 MACHINE_EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
@@ -39,7 +39,7 @@ Results = dict[str, Any]
 
 
 def load(path: Path | None = None) -> Results | None:
-    """Return a machine's results, those with the newest run where no file is named; None where there are none."""
+    """Return the results of a file, by default the file with the newest run; None if there is none."""
     if path is not None:
         return json.loads(path.read_text())
     found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
@@ -48,55 +48,61 @@ def load(path: Path | None = None) -> Results | None:
 
 
 def load_training() -> dict[str, Any] | None:
-    """Return what bench.training measured; None where it has not."""
+    """Return the results of bench.training; None if there are none."""
     path = FOLDER / "training.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def seconds(results: Results, task: str, peer: str) -> float | None:
-    """Return the median of a peer's rounds."""
+    """Return the median seconds of a peer's rounds; None if it has none."""
     rounds = results["tasks"].get(task, {}).get("peers", {}).get(peer, {}).get("rounds")
     return median(rounds) if rounds else None
 
 
 def best(results: Results, task: str, peers: Sequence[str]) -> float | None:
-    """Return the median of the fastest of these peers: one library at its best layout and mode."""
+    """Return the least of the peers' medians: a library in its fastest layout and mode."""
     found = [time for peer in peers if (time := seconds(results, task, peer)) is not None]
     return min(found, default=None)
 
 
 def speedup(results: Results, task: str, peers: Sequence[str]) -> float | None:
-    """Return how many times faster ours is than the fastest of these peers."""
+    """Return the fastest peer's median over fastuper's."""
     theirs, ours = best(results, task, peers), seconds(results, task, FASTUPER)
     return theirs / ours if theirs is not None and ours is not None else None
 
 
 def accuracy(entry: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the accuracy rule says about a task: our error over the largest allowed, or pixels that differ."""
+    """Return fastuper's error and the largest allowed, or the pixels that differ; None if the rule does not apply."""
     peers = entry["peers"]
     ours = peers.get(FASTUPER, {})
     if "differ_beyond_rounding" in ours:
         beyond = ours["differ_beyond_rounding"]
         return {"differ_beyond_rounding": beyond, "pixels": ours["pixels"], "met": beyond == 0}
     theirs = [peers[name]["error"] for name in EAGER if "error" in peers.get(name, {})]
-    if "error" not in ours or len(theirs) < len(EAGER):  # the rule is about both of its layouts
+    if "error" not in ours or len(theirs) < len(EAGER):  # the rule needs Transformers' error in both layouts
         return None
     allowed = max(1.25 * max(theirs), 4 * MACHINE_EPSILON[entry["dtype"]])
     return {"error": ours["error"], "allowed": allowed, "met": ours["error"] <= allowed}
 
 
 def rules(results: Results) -> list[dict[str, Any]]:
-    """Return what the accuracy rule says, of every task that it says something about."""
+    """Return `accuracy` of every task that the rule applies to."""
     return [rule for entry in results["tasks"].values() if (rule := accuracy(entry)) is not None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something to reach: a value computed from results (see `value`), and its bound.
+    """A target: a value computed from the results, and its bound.
 
-    `kind` is speedup (of `task` over `peers`), memory (our peak over theirs at `task`), "memory, packed weights apart"
-    (the same without our second copy of the weights), growth (our time at `task`, of 2048, over that at 1024 in the
-    same rounds) or accuracy (tasks at which the rule is broken).
+    Args:
+        name: for tables.
+        kind: the value. "speedup" is the time of the fastest of `peers` over fastuper's at `task`. "memory" is
+            fastuper's peak over the least of the peers' peaks. "memory, packed weights apart" leaves out fastuper's
+            packed copy of the weights. "growth" is fastuper's time at `task`, of size 2048, over its time at 1024 in
+            the same rounds. "accuracy" is the number of tasks that break the accuracy rule.
+        bound: the least speedup, or the largest value of another kind.
+        task: the task's name.
+        peers: the peers' names.
     """
 
     name: str
@@ -143,7 +149,7 @@ def _targets() -> list[Target]:
         faster("head alone, over Transformers", 2.2, f"head {key} 512 float32", EAGER)
         bound = {"convnext-t": 1.8, "swin-t": 1.5}[key]
         faster("backbone alone, over Transformers", bound, f"backbone {key} 512 float32", EAGER)
-        # Of its two ways, with and without the auxiliary head, Transformers' better one.
+        # Transformers with and without its auxiliary head: the better one counts.
         peers = (EAGER[0], WITHOUT_AUXILIARY[0])
         for what, size, bound in (("logits", 1024, 0.55), ("labels", 2048, 0.25)):
             name, task = f"{title}, peak memory of {what} at {size}", f"{what} {key} {size} float32"
@@ -159,7 +165,7 @@ TARGETS = _targets()
 
 
 def limits(results: Results) -> list[dict[str, Any]]:
-    """Return for each task with a measured convolution the least time that its operations take at that one's rate."""
+    """Return each task's least time: its operations at the rate of the convolution timed in the same rounds."""
     found = []
     for name, entry in results["tasks"].items():
         ours, convolution = seconds(results, name, FASTUPER), seconds(results, name, CONVOLUTION)
@@ -181,13 +187,13 @@ def limits(results: Results) -> list[dict[str, Any]]:
 
 
 def conclude(results: Results) -> None:
-    """Store what follows from the measurements: targets, each met or missed, and limits."""
+    """Store the targets, each met or missed, and the limits in the results."""
     results["targets"] = [_judged(target, target.value(results)) for target in TARGETS]
     results["limits"] = limits(results)
 
 
 def training_targets(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what was to be reached by a step of training, of bench.training's results, each met or missed."""
+    """Return the targets of a training step, each met or missed, from bench.training's results."""
     row = training["backbones"].get("convnext-t", {})
     return [
         _judged(Target("ConvNeXt-T, a step, over Transformers", "speedup", 1.8), row.get("faster")),
@@ -201,7 +207,7 @@ def _judged(target: Target, value: float | None) -> dict[str, Any]:
 
 
 def verdict(target: dict[str, Any]) -> str:
-    """Return met, or by what factor it is missed."""
+    """Return "met", "not measured", or "missed" with the factor."""
     if target["met"] is None:
         return "not measured"
     if target["met"]:
@@ -210,38 +216,3 @@ def verdict(target: dict[str, Any]) -> str:
         return "missed"
     low, high = sorted([target["bound"], target["value"]])
     return f"missed by a factor of {high / low:.2f}"
-
-
-def summary(results: Results) -> str:
-    """Return the medians, ratios and verdicts as text for a terminal."""
-    lines = []
-    for name, entry in results["tasks"].items():
-        ours = seconds(results, name, FASTUPER)
-        lines.append(f"\n{name}")
-        for peer, row in entry["peers"].items():
-            if "skipped" in row:
-                lines.append(f"  {peer:50} {row['skipped'][:70]}")
-                continue
-            time = median(row["rounds"])
-            ratio = f"{time / ours:6.2f} x ours" if ours else ""
-            distance = f"  error {row['error']:.1e}" if "error" in row else ""
-            if "differ_beyond_rounding" in row:
-                distance = f"  {row['differ_beyond_rounding']} labels wrong"
-            lines.append(f"  {peer:50} {time:8.4f} s {ratio}{distance}")
-    for name, entry in results["memory"].items():
-        lines.append(f"\npeak memory over the weights, {name}")
-        for peer, row in entry["peers"].items():
-            lines.append(f"  {peer:50} " + (row.get("skipped") or f"{row['peak'] / 1e9:8.3f} GB"))
-    lines.append("")
-    for entry in results["limits"]:
-        lines.append(
-            f"limit of {entry['task']}: {entry['flop'] / 1e9:.0f} GFLOP at the {entry['rate'] / 1e9:.0f} GFLOP/s of "
-            f"one convolution take {entry['limit']:.3f} s; ours takes {entry['seconds']:.3f} s, that is "
-            f"{entry['share']:.0%} of the rate"
-        )
-    lines.append("")
-    for target in results["targets"]:
-        if target["value"] is not None:
-            sign = ">=" if target["kind"] == "speedup" else "<="
-            lines.append(f"{target['name']:62} {target['value']:6.2f} {sign} {target['bound']:<5} {verdict(target)}")
-    return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""The least time that the head's operations can take on a GPU: `python -m bench.roofline`.
+"""Computes the least times ("floors") of the head's operations on a GPU: `python -m bench.roofline`.
 
-Of each operation, at the shapes of a UPerNet-ConvNeXt-T: the floating-point operations, the bytes that it must move
-(every operand read once, every result written once), and the longer of the two times that they take at the rates of a
-GPU's data sheet. Nothing is measured here; `make gpu-check` sets what it measures beside these floors.
+Each operation has the shapes of a UPerNet-ConvNeXt-T. Its floor is the longer of two times at the rates of a GPU's data
+sheet: of its floating-point operations, and of its bytes (every operand read once, every result written once). Nothing
+is measured here; `make gpu-check` compares measured times with these floors.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.terminal import table, text
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a GPU's data sheet: dense bfloat16 operations and bytes of device memory, a second."""
+    """A GPU's rates in its data sheet, per second: dense bfloat16 operations, and bytes of device memory."""
 
     flops: float
     bandwidth: float
@@ -25,16 +27,16 @@ GPUS = {"H200": Gpu(989e12, 4.8e12), "A100": Gpu(312e12, 2.04e12), "L4": Gpu(121
 
 @dataclass(frozen=True)
 class Shapes:
-    """A head's sizes.
+    """Sizes of a head's operands.
 
     Args:
-        batch: images.
-        size: their height and width.
+        batch: number of images.
+        size: height and width of the images.
         channels: of the feature maps, finest first.
-        dim: of the head.
+        dim: channels of the head.
         classes: of the classifier.
         scales: of the pyramid pooling.
-        bytes: of a number.
+        bytes: of one element.
     """
 
     batch: int = 1
@@ -46,33 +48,33 @@ class Shapes:
     bytes: int = 2
 
     def pixels(self, level: int) -> int:
-        """Return the pixels of a level, 0 being the one at stride 4, in all images."""
+        """Return a level's pixels in all images; level 0 has stride 4."""
         return self.batch * (self.size // (4 << level)) ** 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation has to do."""
+    """An operation's floating-point operations and its bytes to move."""
 
     name: str
     flop: int
     bytes: int
 
     def floor(self, gpu: Gpu) -> float:
-        """Return the least seconds that it takes."""
+        """Return the operation's least seconds."""
         return max(self.flop / gpu.flops, self.bytes / gpu.bandwidth)
 
 
 def conv(
     name: str, pixels: int, channels: int, channels_out: int, taps: int, size: int, extra: Sequence[int] = ()
 ) -> Work:
-    """Return a convolution's work; `extra` are the elements of further operands, of `size` bytes a number."""
+    """Return a convolution's work; `extra` counts elements of further operands, `size` is an element's bytes."""
     elements = pixels * (channels + channels_out) + taps * channels * channels_out + sum(extra)
     return Work(name, 2 * pixels * taps * channels * channels_out, size * elements)
 
 
 def head(shapes: Shapes) -> list[Work]:
-    """Return the operations of the head in evaluation, in their order, down to labels at the image's size."""
+    """Return the head's operations in evaluation, in order, up to labels at the image's size."""
     s, dim, size = shapes, shapes.dim, shapes.bytes
     top = len(s.channels) - 1
     cells = s.batch * sum(scale * scale for scale in s.scales)
@@ -98,45 +100,42 @@ def head(shapes: Shapes) -> list[Work]:
 
 
 def loss(shapes: Shapes) -> Work:
-    """Return the work of the cross entropy at the images' size and of its gradient: logits and labels in, that out."""
+    """Return the work of the cross entropy at the images' size and of its gradient."""
     logits, labels = shapes.pixels(0) * shapes.classes, shapes.batch * shapes.size**2
-    # Of each resampled logit: 4 operations to make it, 4 for its share of the softmax, 4 to give its gradient back.
+    # For each resampled logit: 4 operations to interpolate, 4 for the softmax, 4 for the gradient.
     return Work("upsample_cross_entropy", 12 * labels * shapes.classes, 2 * shapes.bytes * logits + 8 * labels)
 
 
 def taps_work(name: str, levels: Sequence[int], weights: int, pixels: int, shapes: Shapes) -> Work:
-    """Return the work of `upsampled_conv3x3`: levels and weights in, products out and in again, their sum out."""
+    """Return the work of `upsampled_conv3x3`: it writes the products and reads them again to sum them."""
     dim = shapes.dim
     products = 9 * dim * sum(levels)
     elements = dim * sum(levels) + weights * 9 * dim * dim + 2 * products + pixels * dim
     return Work(name, 2 * products * dim + 2 * 6 * pixels * dim * len(levels), shapes.bytes * elements)
 
 
-def table(shapes: Shapes) -> str:
-    """Return the work and the floors as a Markdown table, in microseconds."""
-    lines = [
-        f"| batch {shapes.batch}, {shapes.size} x {shapes.size}, {8 * shapes.bytes} bit | GFLOP | MB | "
-        + " | ".join(f"{name}, us" for name in GPUS)
-        + " |",
-        "|---|---|---|" + "---|" * len(GPUS),
-    ]
+def report(shapes: Shapes) -> str:
+    """Return the work, and the floors in microseconds, as a table for a terminal."""
     work = head(shapes)
     total = Work("all of the head", sum(w.flop for w in work), sum(w.bytes for w in work))
+    rows = []
     for entry in [*work, total, loss(shapes)]:
         floors = [
             sum(part.floor(gpu) for part in work) if entry is total else entry.floor(gpu) for gpu in GPUS.values()
         ]
-        cells = [entry.name, f"{entry.flop / 1e9:.2f}", f"{entry.bytes / 1e6:.1f}", *(f"{1e6 * t:.1f}" for t in floors)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(
+            [entry.name, f"{entry.flop / 1e9:.2f}", f"{entry.bytes / 1e6:.1f}", *(f"{1e6 * t:.1f}" for t in floors)]
+        )
+    title = f"batch {shapes.batch}, {shapes.size} x {shapes.size}, {8 * shapes.bytes} bit"
+    return text([table(title, ("operation", "GFLOP", "MB", *(f"{name}, us" for name in GPUS)), rows)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", type=int, default=512)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1, help="number of images")
+    parser.add_argument("--size", type=int, default=512, help="height and width of the images")
     arguments = parser.parse_args()
-    print(table(Shapes(batch=arguments.batch, size=arguments.size)))
+    print(report(Shapes(batch=arguments.batch, size=arguments.size)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Time everything and file it under this machine: `python -m bench.run`, or parts of it with `--only` and `-k`.
+"""Times everything and files it under this machine: `python -m bench.run`, or parts of it with `--only` and `-k`.
 
-Every task that is run takes the place of that task in bench/results/<machine>.json, with its own date and versions; the
-others stay. Ratios are fair between rounds of one run alone, so tasks are filed with all of their peers or not at all:
-what times fewer of them, or otherwise, needs `--output`. Each section of each backbone is a process of its own, for
-exported and compiled models stay in its memory; what was measured so far is kept if one fails.
+Each measured task replaces the same task in bench/results/<machine>.json, with its own date and versions; other tasks
+stay. Ratios are fair only between rounds of one run. The file therefore takes tasks with all of their peers alone: a
+run with fewer peers or other rounds needs `--output`. Each section of each backbone is a process of its own, because
+exported and compiled models stay in memory. If a process fails, the tasks measured before it are kept.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import torch
 
 from bench import memory
 from bench.machine import commit, machine, machine_name, now, versions
-from bench.names import FASTUPER
-from bench.results import FOLDER, Results, conclude, summary
+from bench.names import FASTUPER, NOT_SELECTED
+from bench.results import FOLDER, Results, conclude
+from bench.summary import summary
+from bench.timing import rounded
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "bench"
@@ -31,7 +33,7 @@ SECTIONS = ["operations", *TIMED, "larger", "memory"]
 
 
 def batches(sections: list[str]) -> list[tuple[str, str]]:
-    """Return the section and the tests of each process."""
+    """Return each process's section and its `-k` expression."""
     found = [("operations", "")] if "operations" in sections else []
     for section in sections:
         if section in (*TIMED, "quick"):
@@ -42,7 +44,7 @@ def batches(sections: list[str]) -> list[tuple[str, str]]:
 
 
 def time_batch(section: str, tests: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Run one process of pytest-benchmark, and return its tasks."""
+    """Run one process of pytest-benchmark and return its tasks; None if it fails."""
     CACHE.mkdir(parents=True, exist_ok=True)
     path = CACHE / "pytest-benchmark.json"
     path.unlink(missing_ok=True)
@@ -53,7 +55,7 @@ def time_batch(section: str, tests: str, arguments: argparse.Namespace) -> dict[
         command += ["-k", expression]
     if arguments.rounds:
         command += [f"--rounds={arguments.rounds}"]
-    if arguments.no_truth or arguments.quick:  # float64 would take a third of the quick ones' time
+    if arguments.no_truth or arguments.quick:  # float64 would take a third of the quick run
         command += ["--no-truth"]
     done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode == 5:  # no test was selected
@@ -64,26 +66,26 @@ def time_batch(section: str, tests: str, arguments: argparse.Namespace) -> dict[
 
 
 def is_filed(arguments: argparse.Namespace) -> bool:
-    """Return whether the results go to the machine's own file."""
+    """Return True if the results go to the machine's file in bench/results."""
     return not (arguments.quick or arguments.output)
 
 
 def tasks_of(report: dict[str, Any], whole: bool = True) -> dict[str, Any]:
-    """Return pytest-benchmark's report as tasks, each with its peers; with `whole`, without tasks that lack some."""
+    """Return pytest-benchmark's report as tasks with their peers; with `whole`, drop tasks that lack a peer."""
     tasks: dict[str, Any] = {}
     for entry in report["benchmarks"]:
         facts = dict(entry["extra_info"])
         task, peer = facts.pop("task"), facts.pop("peer")
         row = tasks.setdefault(task["name"], {**task, "peers": {}})
-        row["peers"][peer] = {"rounds": [float(f"{second:.5g}") for second in entry["stats"]["data"]], **facts}
+        row["peers"][peer] = {"rounds": [rounded(second) for second in entry["stats"]["data"]], **facts}
     for name, peers in report["skipped"].items():
         if name in tasks:
             tasks[name]["peers"].update({peer: {"skipped": reason} for peer, reason in peers.items()})
     for name, task in list(tasks.items()):
         task.pop("name")
-        order = task.pop("order")  # the table's, and not first those that could be timed
+        order = task.pop("order")  # the table's order: skipped peers keep their place
         if whole and (missing := [peer for peer in order if peer not in task["peers"]]):
-            print(f"not filed, for -k leaves out {', '.join(missing)}: {name}", flush=True)
+            print(f"not filed, because -k leaves out {', '.join(missing)}: {name}", flush=True)
             del tasks[name]
             continue
         task["peers"] = {peer: task["peers"][peer] for peer in order if peer in task["peers"]}
@@ -91,10 +93,10 @@ def tasks_of(report: dict[str, Any], whole: bool = True) -> dict[str, Any]:
 
 
 def selects(expression: str, name: str) -> bool:
-    """Return whether an expression of pytest's `-k` holds for a name: words in it, and, or, not, parentheses.
+    """Return True if a `-k` expression holds for a name; a word of the expression holds if the name contains it.
 
     Raises:
-        SyntaxError: it is no expression.
+        SyntaxError: the expression cannot be parsed.
     """
     name = re.sub(r"[^a-z0-9]+", "-", name.lower())
 
@@ -105,7 +107,7 @@ def selects(expression: str, name: str) -> bool:
 
 
 def measure_memory(only: str) -> dict[str, Any]:
-    """Return the peak memory of every task of bench.memory that the expression `only` selects."""
+    """Return the peak memory of the tasks of bench.memory that the expression `only` selects."""
     tasks: dict[str, Any] = {}
     for name, (part, backbone, size) in memory.TASKS.items():
         if not selects(only, f"memory {name}"):
@@ -118,24 +120,26 @@ def measure_memory(only: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"sections, separated by commas, of {', '.join(SECTIONS)}")
-    parser.add_argument("--quick", action="store_true", help="the essential ratios; nothing is filed")
-    parser.add_argument("-k", default="", help="only the benchmarks that this expression of pytest's selects")
-    parser.add_argument("--peers", default="", help="only the peers whose names hold one of these, separated by ;")
-    parser.add_argument("--rounds", type=int, help="time each peer this often")
-    parser.add_argument("--no-truth", action="store_true", help="leave out the comparison with float64")
-    parser.add_argument("--output", type=Path, help="the file; bench/results/<machine>.json where not given")
+    parser.add_argument(
+        "--quick", action="store_true", help="time the essential ratios; the machine's file stays as it is"
+    )
+    parser.add_argument("-k", default="", help="only the benchmarks that this pytest expression selects")
+    parser.add_argument("--peers", default="", help="only peers whose names contain one of these texts, separated by ;")
+    parser.add_argument("--rounds", type=int, help="rounds of each peer")
+    parser.add_argument("--no-truth", action="store_true", help="skip the comparison with float64")
+    parser.add_argument("--output", type=Path, help="the results file; bench/results/<machine>.json by default")
     arguments = parser.parse_args()
     if is_filed(arguments) and (arguments.peers or arguments.rounds or arguments.no_truth):
-        parser.error("--peers, --rounds and --no-truth need --output FILE: the machine's file has whole tasks alone")
+        parser.error("--peers, --rounds and --no-truth need --output FILE: the machine's file holds only whole tasks")
     try:
         selects(arguments.k, "")
     except SyntaxError:
         parser.error(f"-k {arguments.k!r} is no expression of words, and, or, not, parentheses")
     sections = ["quick"] if arguments.quick else arguments.only.split(",") if arguments.only else SECTIONS
     if unknown := [section for section in sections if section not in (*SECTIONS, "quick")]:
-        parser.error(f"there are no sections {unknown}; there are {SECTIONS}")
+        parser.error(f"unknown sections {unknown}; the sections are {SECTIONS}")
     quick = CACHE / "quick.json"
     path = arguments.output or (quick if arguments.quick else FOLDER / f"{machine_name()}.json")
     results: Results = {"runs": {}, "tasks": {}, "memory": {}}
@@ -170,11 +174,13 @@ def main() -> None:
         print(f"memory: {time.monotonic() - start:.0f} s", flush=True)
     print(summary(results))
     if is_filed(arguments):
-        print(f"\nfiled in {path.relative_to(ROOT)}; `python -m bench.tables` and `python -m bench.plots` draw from it")
+        print(
+            f"\nfiled in {path.relative_to(ROOT)}; `python -m bench.tables` and `python -m bench.plots` draw the pages"
+        )
     gone = [name for name, task in results["tasks"].items() if "skipped" in task["peers"].get(FASTUPER, {})]
-    wrong = [name for name in gone if results["tasks"][name]["peers"][FASTUPER]["skipped"] != "not asked for"]
+    wrong = [name for name in gone if results["tasks"][name]["peers"][FASTUPER]["skipped"] != NOT_SELECTED]
     if wrong:
-        print(f"\nours failed at {', '.join(wrong)}")
+        print(f"\nfastuper failed at {', '.join(wrong)}")
     sys.exit(1 if failed or wrong else 0)
 
 

@@ -1,4 +1,4 @@
-"""Head, backbone, full logits and photo to labels, ours and the peers': `make bench`, or `pytest bench -k ...`."""
+"""Times head, backbone, full logits and label maps of all peers: `make bench`, or `pytest bench -k ...`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from bench import truth, variants
 from bench.arithmetic import operations
-from bench.conftest import Timed, alternate, readable
+from bench.conftest import readable
 from bench.names import (
     AUTOCAST,
     COMPILED,
@@ -21,6 +21,7 @@ from bench.names import (
     EAGER,
     FASTUPER,
     FROZEN,
+    NOT_SELECTED,
     ONNX,
     OPENVINO,
     OURS_COMPILED,
@@ -30,19 +31,20 @@ from bench.names import (
     WITHOUT_AUXILIARY,
 )
 from bench.peers import CONVOLUTION_FLOP, PEERS, Peer, Task, World
+from bench.timing import Call, Timed, alternate
 
-pytestmark = pytest.mark.timeout(0)  # a task's first test builds, compiles and times all of its peers
-TARGET = (683, 1024)  # a photo of 1024 x 683, seen by the network at 512 x 512
+pytestmark = pytest.mark.timeout(0)  # a task's first test builds, compiles and times all its peers
+TARGET = (683, 1024)  # the label map of a photo of 1024 x 683, which the processor resizes to 512 x 512
 ALL = [*EAGER, *WITHOUT_AUXILIARY, COMPILED, FROZEN, TUNED, *SMP, ONNX, OPENVINO, FASTUPER, OURS_COMPILED, CONVOLUTION]
 QUICK = [EAGER[0], EAGER[1], FASTUPER]
-# From this size on, peers that are not prepared for one size warm up at it: their first call packs weights and wakes
-# threads, and of what it leaves behind nothing depends on the size.
+# For larger images, peers that are not prepared for one size warm up at this size. Their first call packs weights and
+# starts threads, and neither depends on the size.
 WARM_UP = 512
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A task, who is timed at it, and how often."""
+    """A task, its peers and the number of rounds."""
 
     section: str
     task: Task
@@ -65,16 +67,16 @@ def _plans() -> list[Plan]:
         add("512", Task("backbone", backbone, 512), parts, 7)
         add("waterfall", Task("waterfall", backbone, 512), list(variants.VARIANTS), 4)
         add("bfloat16", Task("logits", backbone, 512, "bfloat16"), BFLOAT16, 5)
-        # The larger the image, the fewer peers and rounds: at 2048 one of Transformers' runs takes most of a minute.
+        # Larger images have fewer peers and rounds: at 2048 one run of Transformers takes most of a minute.
         most = [*EAGER, *WITHOUT_AUXILIARY, FROZEN, SMP[0], ONNX, OPENVINO, FASTUPER]
         add("1024", Task("logits", backbone, 1024), most, 3)
         for part, target in (("labels", (2 * TARGET[0], 2 * TARGET[1])), ("head", None), ("backbone", None)):
             add("1024", Task(part, backbone, 1024, target=target), [*EAGER, OPENVINO, FASTUPER], 3)
-        # OpenVINO's compiled model, Transformers' and ours do not fit into 24 GB together at this size.
+        # At this size the models of OpenVINO, Transformers and fastuper together do not fit into 24 GB.
         add("2048", Task("logits", backbone, 2048), [*EAGER, FASTUPER, SMALLER], 3)
         add("2048", Task("labels", backbone, 2048, target=(4 * TARGET[0], 4 * TARGET[1])), [EAGER[0], FASTUPER], 2)
-        # Some of these tasks once more, for `make bench-quick`: under three minutes on two cores, where a turn of all
-        # three takes 7 s at the whole model.
+        # Some tasks again for `make bench-quick`, in under three minutes on two cores: a round of all three peers
+        # takes 7 s for the whole model.
         add("quick", Task("logits", backbone, 512), QUICK, 3)
         if backbone == "convnext-t":
             add("quick", Task("labels", backbone, 512, target=TARGET), QUICK, 2)
@@ -94,7 +96,7 @@ CASES = [
 
 
 class Worlds:
-    """The models of one backbone at a time, and the results so far."""
+    """The models of one backbone at a time, and the results of all plans timed so far."""
 
     def __init__(self, config: pytest.Config):
         self.config = config
@@ -111,7 +113,7 @@ class Worlds:
         return self.results[plan]
 
     def time(self, plan: Plan, world: World) -> Timed:
-        # The waterfall's variants are peers of their own, at full logits.
+        # The waterfall times full logits of the rows of VARIANTS.
         is_waterfall = plan.task.part == "waterfall"
         task = dataclasses.replace(plan.task, part="logits") if is_waterfall else plan.task
         rows = variants.VARIANTS if is_waterfall else PEERS
@@ -119,8 +121,8 @@ class Worlds:
         names = [name for name in plan.peers if not wanted or any(part in name for part in wanted)]
         with_truth = not self.config.getoption("--no-truth")
 
-        def builder(peer: Peer) -> Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]:
-            def build() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        def builder(peer: Peer) -> Callable[[], tuple[Call, Call]]:
+            def build() -> tuple[Call, Call]:
                 call = peer.build(world, task)
                 if peer.shape_bound or task.size <= WARM_UP:
                     return call, call
@@ -128,7 +130,7 @@ class Worlds:
 
             return build
 
-        def look(name: str, call: Callable[[], Any]) -> dict[str, Any]:
+        def examine(name: str, call: Call) -> dict[str, Any]:
             if name == CONVOLUTION:
                 return {"flop": CONVOLUTION_FLOP}
             if not rows[name].compared or not with_truth:
@@ -137,12 +139,12 @@ class Worlds:
 
         if with_truth and task.part in ("logits", "labels"):
             with torch.inference_mode():
-                truth.stride_4_logits(world, task)  # before the peers take the memory that it needs
+                truth.stride_4_logits(world, task)  # first, while the peers do not yet fill the memory
         rounds = self.config.getoption("--rounds") or plan.rounds
-        result = alternate({name: builder(rows[name]) for name in names}, rounds, look)
+        result = alternate({name: builder(rows[name]) for name in names}, rounds, examine)
         for name in plan.peers:
             if name not in names:
-                result.skipped[name] = "not asked for"
+                result.skipped[name] = NOT_SELECTED
         return result
 
 

@@ -1,4 +1,4 @@
-"""Each operation against its reference (plain PyTorch), at the sizes that UPerNet has on a 512 x 512 image."""
+"""Times each operation beside its reference, at UPerNet's sizes for a 512 x 512 image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import fastuper_kernels
-from bench.conftest import Timed, alternate, readable
+from bench.conftest import readable
 from bench.names import FASTUPER, REFERENCE
+from bench.numerics import error
 from bench.peers import CHANNELS_LAST
+from bench.timing import Call, Timed, alternate
 
 pytestmark = pytest.mark.timeout(0)
 DTYPES = ("float32", "bfloat16")
@@ -20,7 +22,7 @@ PEERS = [*REFERENCE, FASTUPER]
 
 
 def maps(generator: torch.Generator, channels: int, size: int) -> torch.Tensor:
-    """Return a feature map after its ReLU, in channels_last."""
+    """Return a feature map (1, channels, size, size) after ReLU, channels_last."""
     x = torch.randn(1, channels, size, size, generator=generator, dtype=torch.float64)
     return x.relu().contiguous(memory_format=CHANNELS_LAST)
 
@@ -35,7 +37,7 @@ def scale_and_shift(generator: torch.Generator, channels: int) -> tuple[torch.Te
     return drawn[0].abs() + 0.5, drawn[1]
 
 
-# For each operation: in words, what UPerNet uses it for, and its arguments in float64.
+# The operation and its place in UPerNet -> its arguments in float64.
 Arguments = tuple[Sequence[Any], dict[str, Any]]
 OPERATIONS: dict[tuple[str, str], Callable[[torch.Generator], Arguments]] = {
     ("conv_bn_relu", "3x3 at stride 4"): lambda g: (
@@ -76,7 +78,7 @@ def logits(generator: torch.Generator) -> torch.Tensor:
 
 
 def changed(arguments: Arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
-    """Return arguments with a change of every tensor, those in lists too."""
+    """Return arguments with every tensor changed, also inside lists."""
 
     def of(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -87,10 +89,11 @@ def changed(arguments: Arguments, change: Callable[[torch.Tensor], torch.Tensor]
     return [of(value) for value in args], {key: of(value) for key, value in kwargs.items()}
 
 
-def error(output: torch.Tensor, truth: torch.Tensor) -> dict[str, Any]:
+def compared(output: torch.Tensor, truth: torch.Tensor) -> dict[str, Any]:
+    """Return the "error", or of labels the number that "differ" among all "pixels"."""
     if not output.is_floating_point():
         return {"differ": int((output != truth).sum()), "pixels": output.numel()}
-    return {"error": ((output.double() - truth).norm() / truth.norm()).item()}
+    return {"error": error(output, truth)}
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +104,10 @@ def results() -> dict[Any, Timed]:
 def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
     drawn = OPERATIONS[name, use](torch.Generator().manual_seed(0))
     given = changed(drawn, lambda x: x.to(getattr(torch, dtype)) if x.is_floating_point() else x)
-    # By its path: the function of the same name hides the module in the package.
     reference = importlib.import_module(f"fastuper_kernels.ops.{name}").reference
     ours = getattr(fastuper_kernels, name)
 
-    def build(
-        function: Callable[..., Any], arguments: Arguments
-    ) -> Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]:
+    def build(function: Callable[..., Any], arguments: Arguments) -> Callable[[], tuple[Call, Call]]:
         args, kwargs = arguments
 
         def call() -> Any:
@@ -115,13 +115,13 @@ def timed(name: str, use: str, dtype: str, rounds: int) -> Timed:
 
         return lambda: (call, call)
 
-    def look(peer: str, call: Callable[[], Any]) -> dict[str, Any]:
-        # The truth is the reference's in float64, of the very numbers that were given, rounded as they are.
+    def examine(peer: str, call: Call) -> dict[str, Any]:
+        # The truth is the float64 reference of the given operands, already rounded to their dtype.
         args, kwargs = changed(given, lambda x: x.double() if x.is_floating_point() else x)
-        return error(call(), reference(*args, **kwargs))
+        return compared(call(), reference(*args, **kwargs))
 
     calls = (build(reference, changed(given, torch.Tensor.contiguous)), build(reference, given), build(ours, given))
-    return alternate(dict(zip(PEERS, calls, strict=True)), rounds, look)
+    return alternate(dict(zip(PEERS, calls, strict=True)), rounds, examine)
 
 
 @pytest.mark.section("operations")

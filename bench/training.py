@@ -1,47 +1,46 @@
-"""Training beside Transformers: `python -m bench.training` writes bench/results/training.json.
+"""Times a training step beside Transformers: `python -m bench.training` writes bench/results/training.json.
 
-A step is forward, backward and AdamW. For each backbone all take turns, each with weights, optimizer and memory layout
-of its own; the images, labels and starting weights are the same. Peak memory is that of two steps (the second has the
-optimizer's averages) over the weights, in a fresh process each: see bench.memory. The gradients' distances from float64
-are measured on smaller images: a step of float64 takes long. The loss is measured alone as well, from logits at stride
-4 to their gradient.
+A step is forward, backward and AdamW. For each backbone the peers take turns. Each peer has its own weights, optimizer
+and memory layout; images, labels and initial weights are the same. Peak memory over the weights is measured in fresh
+processes (see bench.memory) over two steps, because the second step has the optimizer's averages. The gradients'
+distances from float64 are measured on smaller images: a float64 step takes long. The loss is also measured alone, from
+logits at stride 4 to their gradient.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.nn import functional as F
 
+import fastuper
 from bench.machine import commit, machine, now, versions
-from bench.memory import peak_of, said_by
+from bench.memory import json_of, peak_of
 from bench.names import EAGER, FASTUPER
+from bench.numerics import error, root_mean_square
+from bench.pairs import BACKBONES, images, named_gradients, randomize, uninitialized
 from bench.results import FOLDER, LOSS, TINY, training_targets
+from bench.timing import medians, rounded, seconds_of, turns
+from fastuper_kernels import upsample_cross_entropy
 
 RESULTS = FOLDER / "training.json"
 SIZE, BATCH, CLASSES = 512, 2, 150
 PEERS = [*EAGER, FASTUPER]
-GRADIENT_SIZE, SEEDS = 128, 5  # of the images whose gradients are compared with float64, and draws of them
+GRADIENT_SIZE, SEEDS = 128, 5  # the size and the draws of the images whose gradients are compared with float64
 
 Step = Callable[[], torch.Tensor]
 
 
 def build(peer: str, backbone: str, seed: int = 0) -> torch.nn.Module:
-    """Return a model in training, with random weights that depend on the seed alone; nothing in it is random."""
-    import transformers
-
-    import fastuper
-    from bench.peers import BACKBONES
-    from tests.parity.models import randomize, uninitialized
-
+    """Return a model in training mode whose weights depend on the seed alone, without stochastic depth."""
     config = transformers.UperNetConfig(backbone_config=BACKBONES[backbone](), num_labels=CLASSES)
     if hasattr(config.backbone_config, "drop_path_rate"):
         config.backbone_config.drop_path_rate = 0.0
@@ -57,10 +56,9 @@ def build(peer: str, backbone: str, seed: int = 0) -> torch.nn.Module:
 
 
 def data(peer: str, size: int, batch: int, seed: int = 0, classes: int = CLASSES) -> dict[str, torch.Tensor]:
-    from tests.parity.models import images
-
+    """Return "pixel_values" (batch, 3, size, size) in the peer's layout, and "labels" (batch, size, size)."""
     pixels = images(batch, 3, size, size, seed=seed, dtype=torch.float32)
-    # Objects of 32 pixels: labels of single pixels would be no picture.
+    # Segments of 32 x 32 pixels: labels drawn for single pixels would not resemble an image.
     labels = torch.randint(0, classes, (batch, size // 32, size // 32), generator=torch.Generator().manual_seed(seed))
     labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
     labels[:, :8] = 255
@@ -70,7 +68,7 @@ def data(peer: str, size: int, batch: int, seed: int = 0, classes: int = CLASSES
 
 
 def stepper(peer: str, backbone: str) -> Step:
-    """Return a function that takes a step and returns its loss; of `LOSS`, one that takes its gradient."""
+    """Return a function that runs a training step and returns its loss; for `LOSS`, the loss and gradient alone."""
     if backbone == LOSS:
         logits, labels = loss_data(peer)
         return lambda: loss_and_gradient(peer, logits, labels)[0]
@@ -82,7 +80,7 @@ def stepper(peer: str, backbone: str) -> Step:
 def step_of(
     model: Any, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, autocast: torch.dtype | None = None
 ) -> Step:
-    """Return a function that takes a step and returns its loss; `autocast` is the dtype to compute forward in."""
+    """Return a function that runs a training step and returns its loss; `autocast` is the forward pass's dtype."""
     device = batch["pixel_values"].device.type
 
     def step() -> torch.Tensor:
@@ -97,7 +95,7 @@ def step_of(
 
 
 def loss_data(peer: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits at stride 4, as a head has them, and labels."""
+    """Return logits at stride 4, as a head computes them, and labels."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(BATCH, CLASSES, SIZE // 4, SIZE // 4, generator=generator)
     layout = torch.contiguous_format if peer == EAGER[0] else torch.channels_last
@@ -105,9 +103,7 @@ def loss_data(peer: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_and_gradient(peer: str, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss and its gradient by the logits, Transformers' way or ours."""
-    from fastuper_kernels import upsample_cross_entropy
-
+    """Return the loss and its gradient by the logits, by Transformers' operations or by fastuper's."""
     logits = logits.detach().requires_grad_()
     if peer == FASTUPER:
         loss = upsample_cross_entropy(logits, labels, ignore_index=255)
@@ -117,26 +113,27 @@ def loss_and_gradient(peer: str, logits: torch.Tensor, labels: torch.Tensor) -> 
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
-def alternate(backbone: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """Return each peer's seconds, all taking turns, and the losses of its steps."""
-    steps = {peer: stepper(peer, backbone) for peer in PEERS}
-    results: dict[str, dict[str, Any]] = {
-        peer: {"losses": [step().item()], "rounds": []} for peer, step in steps.items()
-    }
-    for _ in range(rounds):
-        for peer, step in steps.items():
-            gc.collect()
-            time.sleep(0.02)
-            start = time.perf_counter()
-            loss = step()
-            results[peer]["rounds"].append(float(f"{time.perf_counter() - start:.5g}"))
-            results[peer]["losses"].append(loss.item())
-            print(backbone, peer, results[peer]["rounds"][-1], results[peer]["losses"][-1], flush=True)
-    return results
+def rounds_of(backbone: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Return each peer's seconds in alternating turns ("rounds") and its steps' "losses", the warm-up step's first."""
+    losses: dict[str, list[torch.Tensor]] = {peer: [] for peer in PEERS}
+
+    def stepping(peer: str) -> Callable[[], None]:
+        step = stepper(peer, backbone)
+        return lambda: losses[peer].append(step())
+
+    steps = {peer: stepping(peer) for peer in PEERS}
+    for step in steps.values():
+        step()
+    found: dict[str, list[float]] = {peer: [] for peer in PEERS}
+    clocks = {peer: partial(seconds_of, step) for peer, step in steps.items()}
+    for peer, seconds in turns(clocks, rounds):
+        found[peer].append(rounded(seconds))
+        print(backbone, peer, found[peer][-1], losses[peer][-1].item(), flush=True)
+    return {peer: {"losses": [loss.item() for loss in losses[peer]], "rounds": found[peer]} for peer in PEERS}
 
 
 def peak(peer: str, backbone: str) -> dict[str, Any]:
-    """Return the peak memory of two steps over the weights, in this process, which must be fresh."""
+    """Return the peak memory of two steps over the weights. The process must be fresh."""
     step = stepper(peer, backbone)
 
     def twice() -> None:
@@ -147,16 +144,14 @@ def peak(peer: str, backbone: str) -> dict[str, Any]:
 
 
 def peak_in_fresh_process(peer: str, backbone: str) -> dict[str, Any]:
-    found = said_by("bench.training", "--peak", peer, backbone)
+    found = json_of("bench.training", "--peak", peer, backbone)
     if "skipped" in found:
         raise RuntimeError(f"{peer}, {backbone}: {found['skipped']}")
     return found
 
 
 def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the loss and the gradients of every parameter, as our model names it."""
-    from tests.parity.models import named_gradients
-
+    """Return the loss and every parameter's gradient, by the parameter's name in the Hub's checkpoints."""
     loss = model(**batch).loss
     loss.backward()
     found = {name: gradient for name, gradient in named_gradients(model).items() if gradient is not None}
@@ -165,7 +160,7 @@ def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
 
 
 def drawn_gradients(peer: str, backbone: str, seed: int, exact: bool = False) -> dict[str, torch.Tensor]:
-    """Return a peer's gradients of one draw, in float32, or `exact` ones in float64; of `LOSS` the logits' own."""
+    """Return a peer's gradients of one draw, in float32, or float64 if `exact`; for `LOSS` those by the logits."""
     dtype = torch.float64 if exact else torch.float32
     if backbone == LOSS:
         logits, labels = loss_data(peer, seed)
@@ -176,11 +171,11 @@ def drawn_gradients(peer: str, backbone: str, seed: int, exact: bool = False) ->
 
 
 def distances(backbone: str) -> dict[str, Any]:
-    """Return how far float32's gradients are from float64's, ours over the larger of Transformers' two layouts.
+    """Compare the float32 gradients' errors: fastuper's over the larger of Transformers' two layouts.
 
-    Of each parameter the geometric mean over the draws: rounding turns the sign of a ReLU's input in one draw and not
-    in another, which makes the error up to a hundred times as large, and whoever had that last would decide a mean of
-    squares (which is given as well). Of the parameters' ratios the median and the largest.
+    A parameter's ratio is that of geometric means over the draws. In some draws rounding changes the sign of a ReLU's
+    input, which multiplies the error by up to 100, and such a draw would decide a mean of squares. Returns the median
+    and the largest of the parameters' ratios, and the median ratio by squares too.
     """
     errors: dict[str, dict[str, list[float]]] = {peer: {} for peer in PEERS}
     for seed in range(SEEDS):
@@ -189,16 +184,15 @@ def distances(backbone: str) -> dict[str, Any]:
         for peer in PEERS:
             found = drawn_gradients(peer, backbone, seed)
             for name, gradient in truth.items():
-                if gradient.norm() > 1e-9 * largest:  # a key's bias has no gradient but rounding
-                    distance = ((found[name].double() - gradient).norm() / gradient.norm()).item()
-                    errors[peer].setdefault(name, []).append(max(distance, 1e-12))
+                if gradient.norm() > 1e-9 * largest:  # a key's bias has a zero gradient: its values are rounding
+                    errors[peer].setdefault(name, []).append(max(error(found[name], gradient), 1e-12))
 
     def ratios_of(mean: Callable[[list[float]], float]) -> dict[str, float]:
         means = {peer: {name: mean(draws) for name, draws in of.items()} for peer, of in errors.items()}
         return {name: ours / max(means[peer][name] for peer in EAGER) for name, ours in means[FASTUPER].items()}
 
     ratios = ratios_of(statistics.geometric_mean)
-    by_squares = ratios_of(lambda draws: statistics.fmean(error**2 for error in draws) ** 0.5)
+    by_squares = ratios_of(root_mean_square)
     worst = max(ratios, key=ratios.__getitem__)
     return {
         "median_errors": {
@@ -215,19 +209,21 @@ def distances(backbone: str) -> dict[str, Any]:
 
 
 def conclude(row: dict[str, Any]) -> None:
-    """Store what follows from a backbone's measurements."""
-    medians = {peer: statistics.median(found["rounds"]) for peer, found in row["peers"].items()}
+    """Store a backbone's speedup ("faster") and its ratio of peaks ("memory"), over Transformers' better layout."""
+    seconds = medians(row["peers"])
     peaks = {peer: found["peak"] for peer, found in row["peers"].items() if "peak" in found}
-    row["faster"] = min(medians[peer] for peer in EAGER) / medians[FASTUPER]
+    row["faster"] = min(seconds[peer] for peer in EAGER) / seconds[FASTUPER]
     row["memory"] = peaks[FASTUPER] / min(peaks[peer] for peer in EAGER)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of the loss alone: five times as many")
+    parser.add_argument("--rounds", type=int, default=5, help="of each backbone; the loss alone has five times as many")
     parser.add_argument("--backbones", nargs="+", choices=TINY, default=list(TINY), metavar="NAME")
-    parser.add_argument("--peak", nargs=2, metavar=("PEER", "BACKBONE"), help="measure the memory of this one alone")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--peak", nargs=2, metavar=("PEER", "BACKBONE"), help="measure the peak memory of one peer in this process"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the results file")
     arguments = parser.parse_args()
     if arguments.peak:
         print(json.dumps(peak(*arguments.peak)))
@@ -243,13 +239,13 @@ def main() -> None:
         "backbones": {},
         "loss": {},
     }
-    if arguments.output.exists():  # rows of the same code, machine and libraries stay
+    if arguments.output.exists():  # rows of the same commit, machine and libraries stay
         before = json.loads(arguments.output.read_text())
         if all(before[key] == result[key] for key in ("commit", "machine", "versions", "size", "batch")):
             result["backbones"] = before["backbones"]
     for backbone in [LOSS, *arguments.backbones]:
         is_loss = backbone == LOSS
-        row: dict[str, Any] = {"peers": alternate(backbone, arguments.rounds * (5 if is_loss else 1))}
+        row: dict[str, Any] = {"peers": rounds_of(backbone, arguments.rounds * (5 if is_loss else 1))}
         for peer in PEERS:
             row["peers"][peer].update(peak_in_fresh_process(peer, backbone))
         row["gradients"] = distances(backbone)

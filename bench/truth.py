@@ -1,4 +1,4 @@
-"""What the timed outputs should have been: Transformers' network in float64, and how far an output is from it."""
+"""Compares outputs with Transformers' network in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES_AT_A_TIME = 10
 class StripConv(nn.Module):
     """A 3x3 convolution computed in strips of rows, with the same result.
 
-    In float64 PyTorch writes out all nine shifted copies of its input: 38 GB for the fusion of a 2048 x 2048 image.
+    In float64 PyTorch allocates all nine shifted copies of the input: 38 GB for the fusion of a 2048 x 2048 image.
     """
 
     def __init__(self, conv: nn.Conv2d, rows: int = 32):
@@ -41,7 +41,7 @@ class StripConv(nn.Module):
 
 
 def exact(world: World) -> Any:
-    """Return Transformers' model in float64."""
+    """Return Transformers' model in float64, without its auxiliary head."""
 
     def make() -> Any:
         model = copy.deepcopy(without_auxiliary_head(world._theirs)).double()
@@ -63,9 +63,9 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def stride_4_logits(world: World, task: Task) -> torch.Tensor:
-    """Return the float64 logits before they are upsampled; kept in .cache, for at 2048 they take minutes.
+    """Return the float64 logits at stride 4. They are cached in .cache/bench: at 2048 they take minutes.
 
-    The file's name tells what they were computed from: the weights' and the pixels' contents, and the libraries.
+    The file's name holds checksums of the weights and the pixels, and the libraries' versions.
     """
 
     def make() -> torch.Tensor:
@@ -87,14 +87,14 @@ def stride_4_logits(world: World, task: Task) -> torch.Tensor:
 
 
 def errors(world: World, task: Task, output: Any) -> dict[str, Any]:
-    """Return how far a peer's output is from float64: `error`, or for label maps the numbers of pixels that differ."""
+    """Return a peer's "error" against float64; for label maps "pixels", "differ" and "differ_beyond_rounding"."""
     size = (task.size, task.size)
     if task.part == "logits":
         return {"error": _error_of_parts(_upsampled_parts(output, stride_4_logits(world, task), [size]))}
     if task.part == "labels":
         assert task.target is not None
         return _labels(output, stride_4_logits(world, task), [size, task.target], EPS[task.dtype])
-    # The truth of a head is that of the very features it is given, rounded as they are.
+    # A head is compared with a float64 head that gets the same features, already rounded to the task's dtype.
     if task.part == "head":
         features = [x.double() for x in world.features(task)]
         truth = world.once(("head truth", task.dtype), lambda: [exact(world).decode_head(features)])

@@ -1,6 +1,6 @@
-"""Which idea brought what: from Transformers' model to ours in steps, each one a row that keeps those before it.
+"""The waterfall from Transformers' model to fastuper's: each row of VARIANTS adds one technique to the row before.
 
-The steps are put together here, from Transformers' own modules and our operations: the package needs no switches.
+The rows are built here from Transformers' modules and fastuper's operations, so that the package needs no switches.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fastuper_kernels.ops.pyramid_pool import grids
 
 
 class StepwiseHead(nn.Module):
-    """Transformers' head, with some of its steps replaced.
+    """Transformers' head with some of its steps replaced.
 
     Args:
         head: Transformers' `UperNetHead`.
-        fusion: whether the fusion convolution mixes channels before its levels are upsampled.
-        pooling: whether pyramid pooling works on its 50 cells instead of maps.
-        convolutions: whether convolutions, BatchNorm and ReLU are one operation (3x3: by Winograd where that pays).
+        fusion: whether the fusion convolution mixes channels before it upsamples its levels.
+        pooling: whether pyramid pooling works on its 50 cells instead of upsampled maps.
+        convolutions: whether convolution, BatchNorm and ReLU are one operation, with Winograd where it is faster.
     """
 
     def __init__(self, head: Any, *, fusion: bool = False, pooling: bool = False, convolutions: bool = False):
@@ -56,11 +56,11 @@ class StepwiseHead(nn.Module):
         scales = [scale if isinstance(scale, int) else scale[0] for scale in head.pool_scales]
         convs = [branch.layers[1] for branch in head.psp_modules.blocks]
         scale, shift = zip(*(fold(conv.batch_norm) for conv in convs), strict=True)
-        rows = pool_conv_bn_relu(x, scales, [conv.conv.weight for conv in convs], list(scale), list(shift))
-        return self.convolve_parts(head.bottleneck, x, grids(rows, scales))
+        pooled = pool_conv_bn_relu(x, scales, [conv.conv.weight for conv in convs], list(scale), list(shift))
+        return self.convolve_parts(head.bottleneck, x, grids(pooled, scales))
 
     def convolve_parts(self, module: Any, x: torch.Tensor, coarser: list[torch.Tensor]) -> torch.Tensor:
-        """Return `module` of x beside coarser maps, resampled to its size; the coarser ones are mixed as they are."""
+        """Return `module` of x and upsampled coarser maps, concatenated; their channels are mixed before upsampling."""
         weights = module.conv.weight.split([x.shape[1], *(part.shape[1] for part in coarser)], dim=1)
         addend = upsampled_conv3x3(coarser, list(weights[1:]), tuple(x.shape[2:]))
         if self.convolutions:
@@ -80,7 +80,7 @@ def _resize(x: torch.Tensor, size: Any) -> torch.Tensor:
 
 
 def _with(change: Callable[[Any, World, Task], None]) -> Callable[[World, Task], Callable[[], Any]]:
-    """Return a builder of Transformers' model, in channels_last and without auxiliary head, with a change."""
+    """Return a builder of Transformers' model, channels_last and without auxiliary head, after a change."""
 
     def build(world: World, task: Task) -> Callable[[], Any]:
         model = copy.copy(world.theirs(task.dtype, CHANNELS_LAST, auxiliary=False))

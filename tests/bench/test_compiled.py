@@ -1,4 +1,4 @@
-"""What the benchmark compiles is compiled, and frozen where its row says so."""
+"""Tests of bench.peers.compile_module: modules are compiled, and frozen if asked."""
 
 import shutil
 
@@ -28,7 +28,7 @@ def test_freezing_makes_weights_constants(order: tuple[bool, bool]):
         compiled = {freezing: compile_module(model, (x,), "default", freezing) for freezing in order}
         for freezing in order:
             torch.testing.assert_close(compiled[freezing](x), before)
-        # Only what is frozen does not read the weights any more.
+        # The frozen module alone does not read the weights any more.
         model[0].weight.mul_(2.0)
         torch.testing.assert_close(compiled[True](x), before)
         torch.testing.assert_close(compiled[False](x), model(x))

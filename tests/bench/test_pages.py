@@ -8,7 +8,8 @@ import pytest
 
 from bench import plots, tables
 from bench.names import COMPILED, EAGER, FASTUPER, ONNX, OPENVINO
-from bench.results import TARGETS, Results, conclude, load, load_training, summary, training_targets, verdict
+from bench.results import TARGETS, Results, conclude, load, load_training, training_targets, verdict
+from bench.summary import summary
 
 PEERS = [*EAGER, OPENVINO, ONNX, COMPILED, FASTUPER]
 RUN = "2030-01-02 03:04:05"

@@ -1,10 +1,10 @@
-"""The floors of the head's operations, against numbers that were worked out by hand."""
+"""Tests of bench.roofline against numbers computed by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from bench.roofline import GPUS, Gpu, Shapes, head, loss, table
+from bench.roofline import GPUS, Gpu, Shapes, head, loss, report
 
 
 def test_the_work_of_a_convolution() -> None:
@@ -22,13 +22,13 @@ def test_the_floor_is_the_longer_of_two_times() -> None:
 
 
 def test_the_work_of_the_loss() -> None:
-    """Logits in and their gradient out, 2 bytes each; labels of 8 bytes; nothing of the size of both."""
+    """Logits and their gradient have 2 bytes an element, labels 8; no resampled logits are stored."""
     work = loss(Shapes(batch=2, size=512))
     assert work.bytes == 2 * (2 * 2 * 128 * 128 * 150 + 8 * 512 * 512)
-    assert work.name in table(Shapes())
+    assert work.name in report(Shapes())
 
 
 def test_twice_the_images_are_twice_the_operations() -> None:
     one, two = ([entry.flop for entry in head(Shapes(batch=batch))] for batch in (1, 2))
     assert two == [2 * flop for flop in one]
-    assert all(name in table(Shapes()) for name in GPUS)
+    assert all(name in report(Shapes()) for name in GPUS)

@@ -1,4 +1,4 @@
-"""What `python -m bench.run` selects, refuses and files."""
+"""Tests of `python -m bench.run`: selection, rejected arguments, filed tasks."""
 
 import sys
 from typing import Any
@@ -28,7 +28,7 @@ def test_expressions_select_as_with_pytest(expression: str, expected: bool):
     assert run.selects(expression, NAME) is expected
 
 
-def test_memory_takes_the_expression(monkeypatch: pytest.MonkeyPatch):
+def test_the_expression_selects_memory_tasks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "in_fresh_process", lambda *args: {"peak": 1})
     found = run.measure_memory("swin and (512 or labels and 2048)")
     assert list(found) == ["logits swin-t 512 float32", "labels swin-t 2048 float32"]
@@ -36,9 +36,9 @@ def test_memory_takes_the_expression(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("arguments", [["--peers=OpenVINO"], ["--rounds=1"], ["--no-truth"], ["-k", "logits labels"]])
-def test_what_may_not_be_filed_is_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_unfileable_arguments_are_rejected(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr(sys, "argv", ["bench.run", *arguments])
-    monkeypatch.setattr(run, "time_batch", lambda *args: pytest.fail("it runs"))
+    monkeypatch.setattr(run, "time_batch", lambda *args: pytest.fail("a benchmark ran"))
     with pytest.raises(SystemExit) as refused:
         run.main()
     assert refused.value.code == 2

@@ -1,13 +1,14 @@
-"""The steps from Transformers' model to ours that the benchmark times are all one function, and pack weights once."""
+"""Tests of bench.variants: all variants compute the same logits, and pack their weights once."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from bench import peers, variants
+from bench import pairs, peers, variants
+from bench.numerics import error
 from fastuper_kernels.cpu import packs
-from tests.parity.models import backbone_config, error
+from tests.parity.models import backbone_config
 
 TASK = peers.Task("logits", "convnext", 64)
 
@@ -15,13 +16,13 @@ TASK = peers.Task("logits", "convnext", 64)
 @pytest.fixture(scope="module")
 def world():
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setitem(peers.BACKBONES, "convnext", lambda: backbone_config("convnext"))
+        patch.setitem(pairs.BACKBONES, "convnext", lambda: backbone_config("convnext"))
         yield peers.World("convnext")
 
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return the packs made from now on."""
+    """Return a list that receives each pack made during the test."""
     made = []
     entry = packs._Entry
 
@@ -42,6 +43,6 @@ def test_steps_agree_and_pack_nothing_twice(world: peers.World, step: str, packe
         assert error(call(), truth) < 3e-6
         first = len(packed)
         assert error(call(), truth) < 3e-6
-    assert len(packed) == first, "weights are packed within what is timed"
+    assert len(packed) == first, "a timed call packs weights"
     if step == "Winograd":
         assert first

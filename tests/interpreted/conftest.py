@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.gpu import float32_as
+from bench.numerics import float32_as
 from fastuper_kernels.dispatch.backend import interpreted
 from tests.kernels.conftest import poisoned_memory as poisoned_memory  # new memory is filled with NaN here too
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.models import config, error, images, pair, segmentation_labels
+from bench.numerics import error
+from bench.pairs import images, pair
+from tests.parity.models import config, segmentation_labels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

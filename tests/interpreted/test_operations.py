@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 
 import fastuper_kernels as ops
-from bench.gpu import float32_as
+from bench.numerics import float32_as
 from fastuper_kernels import (
     conv_bn_relu,
     fold_norm,

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from bench.numerics import error
+from bench.pairs import images
 from tests.models.pooling import pooling_asks
 from tests.models.test_rewrites import build
-from tests.parity.models import FAMILIES, error, images
+from tests.parity.models import FAMILIES
 
 # No size in OTHERS is a multiple of 32, or of Swin's patches and windows. The traced size has two windows in the last
 # stage of a Swin: PyTorch would specialise the graph to a single window.

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from bench.numerics import error
+from bench.pairs import images, randomize
 from fastuper.models.backbones import resnet, rewrites
-from tests.parity.models import BACKBONES, FAMILIES, backbone_config, error, images, randomize
+from tests.parity.models import BACKBONES, FAMILIES, backbone_config
 
 FAST = ["convnext", "swin"]
 # A linear layer of each kind that a rewrite does not call.

@@ -1,4 +1,4 @@
-"""What every comparison with Transformers needs."""
+"""Fixtures of the comparisons with Transformers: seeds, one thread, full float32."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 
-from bench.gpu import float32_as
+from bench.numerics import float32_as
 
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
-    """Seed the draws that have no generator of their own; one thread is quicker for what is small, and here all is."""
+    """Seed PyTorch's global generator, and use one thread, which is faster for small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -12,17 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.models import (
-    FAMILIES,
-    as_maps,
-    config,
-    error,
-    give_attentions,
-    images,
-    pair,
-    root_mean_square,
-    segmentation_labels,
-)
+from bench.numerics import error, root_mean_square
+from bench.pairs import give_attentions, images, pair
+from tests.parity.models import FAMILIES, as_maps, config, segmentation_labels
 
 SEEDS = range(5)
 

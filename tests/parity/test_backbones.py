@@ -11,8 +11,10 @@ import transformers
 from transformers.activations import ACT2FN
 
 import fastuper
+from bench.numerics import error
+from bench.pairs import STAGES, images, randomize
 from fastuper.models.backbones.layers import ACTIVATIONS, activation
-from tests.parity.models import HEAD, STAGES, error, images, randomize, segmentation_labels
+from tests.parity.models import HEAD, segmentation_labels
 
 BOUND = 1e-10
 

@@ -12,7 +12,9 @@ import torch
 import transformers
 
 import fastuper
-from tests.parity.models import FAMILIES, STAGES, VERSION_5, backbone_config, config, error, images, load, randomize
+from bench.numerics import error
+from bench.pairs import STAGES, VERSION_5, images, load, randomize
+from tests.parity.models import FAMILIES, backbone_config, config
 
 CLASSES = ["UperNetConfig", "ConvNextConfig", "SwinConfig", "ResNetConfig"]
 

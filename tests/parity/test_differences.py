@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastuper
+from bench.numerics import error
+from bench.pairs import STAGES, VERSION_5, images, pair
 from fastuper.models import untouched
-from tests.parity.models import BACKBONES, STAGES, VERSION_5, config, error, images, pair, segmentation_labels
+from tests.parity.models import BACKBONES, config, segmentation_labels
 
 BOUND = 1e-10
 

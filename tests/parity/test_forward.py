@@ -10,17 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.parity.models import (
-    FAMILIES,
-    VERSION_5,
-    as_maps,
-    config,
-    error,
-    give_attentions,
-    images,
-    pair,
-    segmentation_labels,
-)
+from bench.numerics import error
+from bench.pairs import VERSION_5, give_attentions, images, pair
+from tests.parity.models import FAMILIES, as_maps, config, segmentation_labels
 
 BOUND = 1e-10
 

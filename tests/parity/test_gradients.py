@@ -9,17 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from bench.numerics import error, root_mean_square
+from bench.pairs import images, named_gradients, pair
 from fastuper_kernels.cpu import winograd
-from tests.parity.models import (
-    FAMILIES,
-    config,
-    error,
-    images,
-    named_gradients,
-    pair,
-    root_mean_square,
-    segmentation_labels,
-)
+from tests.parity.models import FAMILIES, config, segmentation_labels
 
 BOUND = 1e-10
 

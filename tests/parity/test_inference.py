@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from bench.pairs import pair
 from fastuper import UperNetImageProcessor
 from fastuper.inference.predictor import Predictor
-from tests.parity.models import config, pair
+from tests.parity.models import config
 
 PROCESSOR = UperNetImageProcessor(size={"height": 72, "width": 96})
 

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 import fastuper
-from tests.parity.models import FAMILIES, config, hub_names
+from bench.pairs import hub_names
+from tests.parity.models import FAMILIES, config
 
 CASES = {
     **{family: (family, {}, {}) for family in FAMILIES},

@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers
 
-from tests.parity.models import STAGES, error, images, pair, segmentation_labels
+from bench.numerics import error
+from bench.pairs import STAGES, images, pair
+from tests.parity.models import segmentation_labels
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext-tiny": ("ConvNext", {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}),

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from tests.parity.models import VERSION_5, config, error, give_attentions, images, pair, segmentation_labels
+from bench.numerics import error
+from bench.pairs import VERSION_5, give_attentions, images, pair
+from tests.parity.models import config, segmentation_labels
 
 ASKED = {
     "logits": {},

@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from tests.parity.models import FAMILIES, config, images, pair
+from bench.pairs import images, pair
+from tests.parity.models import FAMILIES, config
 
 SIZE = (76, 101)
 

@@ -13,7 +13,9 @@ import transformers
 from torch import nn
 
 import fastuper
-from tests.parity.models import FAMILIES, VERSION_5, config, error, images, pair, segmentation_labels
+from bench.numerics import error
+from bench.pairs import VERSION_5, images, pair
+from tests.parity.models import FAMILIES, config, segmentation_labels
 
 
 def photo(name: str) -> Any:

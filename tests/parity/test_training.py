@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import fastuper
-from tests.parity.models import FAMILIES, config, error, images, pair, segmentation_labels
+from bench.numerics import error
+from bench.pairs import images, pair
+from tests.parity.models import FAMILIES, config, segmentation_labels
 
 STEPS = 20
 

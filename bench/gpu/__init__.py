@@ -1,0 +1,1 @@
+"""The GPU check, `python -m bench.gpu`: its command (__main__), steps (check), operations, calls and report."""
