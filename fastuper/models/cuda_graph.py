@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
-from fastuper.models.untouched import GLOBAL_HOOKS, HOOKS
+from fastuper_kernels.dispatch.torch_private import buffers_of, children_of, global_hooks, hooks_of, parameters_of
 
 
 class CapturedFunction:
@@ -77,13 +76,13 @@ class Dependencies:
 
     def __init__(self, model: nn.Module):
         self.modules = modules = list(model.modules())
-        self.hooks = [getattr(owner, name) for owner, name in _hook_owners(modules)]
-        self.owners = [owner for m in modules for owner in (m._modules, m._parameters, m._buffers)]
-        self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self.hooks = [*global_hooks(), *(hooks for module in modules for hooks in hooks_of(module))]
+        self.owners = [owner for m in modules for owner in (children_of(m), parameters_of(m), buffers_of(m))]
+        self.children = [(children_of(m), name, child) for m in modules for name, child in children_of(m).items()]
         self.tensors = [
             (owner, name, tensor, tensor.data_ptr(), tensor.dtype, tensor.stride())
             for module in modules
-            for owner in (module._parameters, module._buffers)
+            for owner in (parameters_of(module), buffers_of(module))
             for name, tensor in owner.items()
             if tensor is not None
         ]
@@ -107,8 +106,3 @@ class Dependencies:
         modes = [(module.training, "forward" in module.__dict__) for module in self.modules]
         values = [tensor is not None for owner in self.owners for tensor in owner.values()]
         return hooks, values, modes
-
-
-def _hook_owners(modules: list[nn.Module]) -> Iterator[tuple[Any, str]]:
-    yield from ((torch_module, name) for name in GLOBAL_HOOKS)
-    yield from ((module, name) for module in modules for name in HOOKS)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from fastuper_kernels.dispatch.modes import is_eager
+from fastuper_kernels.dispatch.torch_private import BatchNorm, buffers_of
 
 
 class Checkpointed(nn.Module):
@@ -57,15 +57,15 @@ def recomputed(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 @contextmanager
 def _on_copies_of_statistics(module: nn.Module) -> Iterator[None]:
     """Within this context the BatchNorms of a module update copies of their buffers; the originals come back after."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-    buffers = [dict(norm._buffers) for norm in norms]
+    norms = [part for part in module.modules() if isinstance(part, BatchNorm)]
+    buffers = [dict(buffers_of(norm)) for norm in norms]
     try:
         for norm, own in zip(norms, buffers, strict=True):
-            norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in own.items()})
+            buffers_of(norm).update({name: None if buffer is None else buffer.clone() for name, buffer in own.items()})
         yield
     finally:
         for norm, own in zip(norms, buffers, strict=True):
-            norm._buffers.update(own)
+            buffers_of(norm).update(own)
 
 
 class GradientCheckpointingMixin(nn.Module):

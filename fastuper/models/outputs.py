@@ -10,9 +10,9 @@ from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fastuper_kernels.dispatch.modes import current_autocast
+from fastuper_kernels.dispatch.torch_private import MappingKey, register_pytree
 
 Output = TypeVar("Output", bound="ModelOutput")
 
@@ -76,15 +76,12 @@ class ModelOutput(OrderedDict[str, Any]):
         if "_base" not in cls.__dict__:
             cls._base = cls
         cls.serialized_name = serialized_name or f"{cls.__module__}.{cls.__qualname__}"
-        pytree.register_pytree_node(
+        register_pytree(
             cls,
             lambda output: (list(output.values()), list(output.keys())),
             lambda values, keys: _rebuild(cls, zip(keys, values, strict=True)),
-            serialized_type_name=cls.serialized_name,
-            flatten_with_keys_fn=lambda output: (
-                [(pytree.MappingKey(key), value) for key, value in output.items()],
-                list(output.keys()),
-            ),
+            lambda output: ([(MappingKey(key), value) for key, value in output.items()], list(output.keys())),
+            name=cls.serialized_name,
         )
 
     def __post_init__(self) -> None:

@@ -18,12 +18,14 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from fastuper.io.hub import HubOptions, pin_revision
+from fastuper.io.messages import listed
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.configuration import as_dtype
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.reading import find_weights, iterate_weights, listed
+from fastuper.weights.reading import find_weights, iterate_weights
 from fastuper.weights.transformers import Names, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
+from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
 
 logger = logging.getLogger("fastuper")
 
@@ -88,12 +90,6 @@ def _names_on_disk(model: nn.Module) -> dict[str, str]:
         for name, tensor in state_dict.items()
         if on_disk.get(id(tensor), name) != name
     }
-
-
-def _some(names: Iterable[str], count: int = 3) -> str:
-    """Return the first few names, for a message."""
-    names = list(names)
-    return (", ".join(names[:count]) + (", ..." if len(names) > count else "")) or "none at all"
 
 
 # ------------------------------------------------------------------------------------------------- as a PreTrainedModel
@@ -467,7 +463,8 @@ def _build(cls: type[Model], config: Any, device: torch.device) -> tuple[Model, 
     allocated: dict[torch.Tensor, torch.Tensor] = {}  # a tensor that two modules share stays shared
     unset = set()
     for prefix, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (parameters_of(module), buffers_of(module))
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is None or not tensor.is_meta:
                     continue

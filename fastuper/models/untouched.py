@@ -11,17 +11,15 @@ import logging
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules import module as torch_module
 
 from fastuper_kernels import fold_norm
-
-# Tracers (`torch.export`, AOTAutograd) replace ordinary parameters by tensors of the last two classes. A parameter of
-# another class keeps its class under a tracer.
-PARAMETERS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+from fastuper_kernels.dispatch.torch_private import (
+    PARAMETER_CLASSES,
+    children_of,
+    has_global_hooks,
+    has_hooks,
+    parameters_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +31,16 @@ def is_untouched(*modules: nn.Module) -> bool:
     where its class is neither PyTorch's nor this library's, where it has parametrizations, or where one of its
     parameters is not an ordinary tensor (a quantised one, for example).
     """
-    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+    if has_global_hooks():
         return False
     for module in modules:
-        if type(module).__module__.split(".")[0] not in ("torch", "fastuper") or "parametrizations" in module._modules:
+        if type(module).__module__.split(".")[0] not in ("torch", "fastuper") or "parametrizations" in children_of(
+            module
+        ):
             return False
-        if _is_replaced(module) or any(module.__dict__.get(name) for name in HOOKS):
+        if _is_replaced(module) or has_hooks(module):
             return False
-        if any(type(p) not in PARAMETERS for p in module._parameters.values() if p is not None):
+        if any(type(p) not in PARAMETER_CLASSES for p in parameters_of(module).values() if p is not None):
             return False
     return True
 

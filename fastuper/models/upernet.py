@@ -25,6 +25,7 @@ from fastuper.weights.reading import read_weights
 from fastuper.weights.transformers import backbone_state_dict
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager
+from fastuper_kernels.dispatch.torch_private import in_ddp
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 
@@ -124,7 +125,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         del maps  # their memory is free while the logits are resampled to full size
 
         logits: Any = None
-        if output_logits is None and loss is not None and return_dict and is_eager() and not _in_ddp():
+        if output_logits is None and loss is not None and return_dict and is_eager() and not in_ddp():
             logits = Deferred(partial(_full_size, coarse, size), coarse.device.type)
         elif output_logits is not False:
             logits = _full_size(coarse, size)
@@ -320,11 +321,6 @@ def _resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
 def _steps(size: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
     """Return the sizes that logits are resampled through: the images', then the label map's if it differs."""
     return [size] if target == size else [size, target]
-
-
-def _in_ddp() -> bool:
-    """Return True if DistributedDataParallel runs the model: it searches the output for tensors with gradients."""
-    return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
 def _with_backbone_config(config: UperNetConfig) -> UperNetConfig:

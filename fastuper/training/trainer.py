@@ -18,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
@@ -39,6 +38,7 @@ from fastuper.training.monitor import Monitor, compare_labels
 from fastuper.training.processes import make_accelerator
 from fastuper.training.runs import STATE, RunFolder, read_state
 from fastuper.training.settings import differences, loss_settings
+from fastuper_kernels.dispatch.torch_private import BatchNorm, copy_each_, lerp_each_
 
 
 class Trainer:
@@ -204,7 +204,7 @@ class Trainer:
         self.model.train()
         if self.config.freeze_norm:
             for module in self.model.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BatchNorm):
                     module.eval()
 
     def _discard_interrupted_step(self) -> None:
@@ -502,6 +502,6 @@ def _checks_every_step(device: torch.device) -> bool:
 def _update_average(decay: float, averaged: Any, current: Any, _: Any) -> None:
     """Move averaged tensors towards the current ones, in place; integers (counts, indices) are copied."""
     if averaged[0].is_floating_point():
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        lerp_each_(averaged, current, 1 - decay)
     else:
-        torch._foreach_copy_(averaged, current)
+        copy_each_(averaged, current)

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file
+from fastuper.io.messages import listed
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.filenames import INDEX, PICKLE, SAFETENSORS, with_variant
 
@@ -95,12 +96,6 @@ def iterate_weights(shards: Mapping[Path, set[str]]) -> Iterator[tuple[str, torc
                 f"{path} lacks {listed(sorted(expected - found))}, which its index lists; "
                 "index and file belong to different checkpoints: fetch both again"
             )
-
-
-def listed(names: Iterable[str], count: int = 3) -> str:
-    """Return the first names of a list, for a message."""
-    names = list(names)
-    return (", ".join(names[:count]) + (", ..." if len(names) > count else "")) or "none"
 
 
 def _shards_of(index: Path, source: str | os.PathLike[str], options: HubOptions | None) -> dict[Path, set[str]]:

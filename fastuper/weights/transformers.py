@@ -9,10 +9,11 @@ have the same names in both versions. A family's names are in its file in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from fastuper.io.messages import listed
 from fastuper.weights.errors import CheckpointError
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ def backbone_state_dict(state_dict: Mapping[str, T], model_type: str, names: Nam
             raise CheckpointError(f"{ours} is in the checkpoint twice, once as {name}; remove one of them")
         weights[ours] = value
     if not weights:
-        raise CheckpointError(f"these are not weights of a {model_type} model: their names are {_some(state_dict)}")
+        raise CheckpointError(f"these are not weights of a {model_type} model: their names are {listed(state_dict)}")
     return weights
 
 
@@ -96,9 +97,3 @@ def _renamed(name: str, names: Names) -> str:
         if match := re.match(pattern, name):
             return match.expand(replacement) + name[match.end() :]
     return name
-
-
-def _some(names: Iterable[str], count: int = 3) -> str:
-    """Return the first few names, for a message."""
-    names = list(names)
-    return (", ".join(names[:count]) + (", ..." if len(names) > count else "")) or "none at all"

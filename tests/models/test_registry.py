@@ -106,7 +106,7 @@ def test_the_command_trains_a_preset(toy, tmp_path):
     options = "--steps 1 --batch-size 2 --crop 32 --cpu --workers 0 --hidden-size 8 --backbone toy-tiny"
     result = CliRunner().invoke(app, ["train", "--data", str(data), "--output", str(output), *options.split()])
     assert result.exit_code == 0, result.output
-    assert "toy-tiny begins with random weights" in result.output
+    assert "toy-tiny starts with random weights" in result.output
     assert isinstance(UperNetForSemanticSegmentation.from_pretrained(output / "last").backbone, ToyBackbone)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastuper.models.configuration import BackboneConfig
 from fastuper_kernels.dispatch.modes import is_eager
+from fastuper_kernels.dispatch.torch_private import BatchNorm, in_transform
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 """The stages that UPerNet reads, of a backbone with four."""
@@ -122,7 +123,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     """Return a map (B, C, H, W) in channels_last on a CPU and with CUDA, where it is faster; unchanged elsewhere."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and in_transform():
         return x  # vmap does not support memory formats
     return x.contiguous(memory_format=torch.channels_last) if x.device.type in ("cpu", "cuda") else x
 
@@ -201,7 +202,7 @@ def initialize_tensor(module: nn.Module, name: str, tensor: torch.Tensor, *, std
     """
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.normal_(tensor, std=std) if name == "weight" else nn.init.zeros_(tensor)
-    elif isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.LayerNorm | BatchNorm):
         nn.init.ones_(tensor) if name in ("weight", "running_var") else nn.init.zeros_(tensor)
     else:
         raise NotImplementedError(

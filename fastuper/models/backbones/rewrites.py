@@ -31,6 +31,7 @@ from fastuper.models.gradient_checkpointing import recomputed
 from fastuper.models.untouched import fold, is_exactly, is_fixed_norm, is_supported_conv, is_untouched
 from fastuper_kernels import conv_bn_relu, linear
 from fastuper_kernels.dispatch.modes import is_eager, is_eager_inference
+from fastuper_kernels.dispatch.torch_private import parameters_of
 
 if TYPE_CHECKING:
     from fastuper.models.backbones.convnext import ConvNextLayer
@@ -95,7 +96,7 @@ def on_cpu_without_gradients(x: torch.Tensor, *modules: nn.Module) -> bool:
     """Return True if x is on the CPU, nothing traces, and neither x nor a parameter of the modules needs a gradient."""
     if x.device.type != "cpu":
         return False
-    return is_eager_inference(x, *(p for module in modules for p in module._parameters.values()))
+    return is_eager_inference(x, *(p for module in modules for p in parameters_of(module).values()))
 
 
 def does_nothing(module: nn.Module) -> bool:
