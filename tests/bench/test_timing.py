@@ -1,11 +1,18 @@
 """Tests of bench.timing: the order of the turns, peers that fail, quantiles."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench.timing import CannotDo, alternate, medians, quantile, turns
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the collections, which take a second each among the objects of a whole test run."""
+    monkeypatch.setattr("bench.timing.gc", SimpleNamespace(collect=lambda: None))
 
 
 def test_every_turn_has_the_same_predecessor_and_comparisons_come_last():

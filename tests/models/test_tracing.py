@@ -141,6 +141,7 @@ def check_exported(model, inputs, training, strict=False):
 # The head alone ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive  # test_the_model_in_one_graph and test_the_loss_in_one_graph trace the head too
 @MODES
 def test_the_head_in_one_graph(training):
     model = Listed(head()).train(training)
@@ -182,7 +183,9 @@ def test_the_head_exported_without_gradients():
     assert not [node for node in calls if "batch_norm" in str(node.target)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.exhaustive)], ids=lambda d: str(d)[6:]
+)
 def test_the_head_exported_in_other_dtypes(dtype):
     model = Listed(head().to(dtype))
     inputs = [tuple(x.to(dtype) for x in head_inputs(*sizes)) for sizes in HEAD_SIZES[:2]]

@@ -78,19 +78,21 @@ def test_as_accurate_as_transformers(family, dtype, training, record_property):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["winograd", "direct"])
-def test_a_head_of_full_width_is_as_accurate(way, monkeypatch):
-    monkeypatch.setenv("FASTUPER_CHOICES", f"conv3x3={way}")
-    runs: dict[str, list[float]] = {"ours": [], "contiguous": [], "channels_last": []}
+def test_a_head_of_full_width_is_as_accurate(monkeypatch):
+    """By either algorithm of the 3x3 convolutions."""
+    runs: dict[str, list[float]] = {run: [] for run in ("winograd", "direct", "contiguous", "channels_last")}
     for seed in SEEDS:
-        pixels = images(1, 3, 160, 224, seed=seed, dtype=torch.float32)
+        pixels = images(1, 3, 96, 160, seed=seed, dtype=torch.float32)
         theirs, ours = pair(config("resnet-basic", hidden_size=512), dtype=torch.float32, seed=seed)
         with torch.no_grad():
             truth = copy.deepcopy(theirs).double()(pixels.double()).logits
-            runs["ours"].append(error(ours(pixels).logits, truth))
+            for way in ("winograd", "direct"):
+                monkeypatch.setenv("FASTUPER_CHOICES", f"conv3x3={way}")
+                runs[way].append(error(ours(pixels).logits, truth))
             runs["contiguous"].append(error(theirs(pixels).logits, truth))
             theirs.to(memory_format=torch.channels_last)
             last = pixels.contiguous(memory_format=torch.channels_last)
             runs["channels_last"].append(error(theirs(last).logits, truth))
-    ours, *others = (root_mean_square(errors) for errors in runs.values())
-    assert ours <= 1.25 * max(others)
+    assert runs["winograd"] != runs["direct"]
+    winograd, direct, *others = (root_mean_square(errors) for errors in runs.values())
+    assert max(winograd, direct) <= 1.25 * max(others)
