@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastuper.models.heads.upernet
 from fastuper import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
-from fastuper_kernels import linear, upsampled_conv3x3
+from fastuper_kernels import linear
+from fastuper_kernels.cpu import upsampled_conv
 from tests.models.heads import Listed, as_written, error, feature_maps, head, randomize
 from tests.models.test_upernet import BACKBONES
 from tests.models.test_upernet import model as small_model
@@ -219,7 +219,7 @@ def test_memory_is_linear_in_the_pixels(training):
 def test_the_last_steps_in_strips_need_no_more_for_larger_maps(monkeypatch):
     """Beyond the levels below stride 4 and the logits: what was 64 channels at stride 4 is a strip of them."""
     model = head(HIDDEN)
-    monkeypatch.setattr(sys.modules[upsampled_conv3x3.__module__], "CHUNK_POSITIONS", SIZES[-1][0] * SIZES[-1][1])
+    monkeypatch.setattr(upsampled_conv, "CHUNK_POSITIONS", SIZES[-1][0] * SIZES[-1][1])
 
     def run(factor):
         maps = feature_maps(1, [(factor * h, w) for h, w in SIZES])
