@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from fastuper import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
 from fastuper.models.heads import strips
 from fastuper.models.heads.conv_module import ConvModule
-from fastuper_kernels import linear, upsampled_conv3x3
+from fastuper_kernels import linear
+from fastuper_kernels.cpu import upsampled_conv
 from tests.models.heads import Listed, as_written, error, feature_maps, head, randomize
 from tests.models.test_upernet import BACKBONES
 from tests.models.test_upernet import model as small_model
@@ -220,7 +220,7 @@ def test_memory_is_linear_in_the_pixels(training):
 def test_memory_of_strips_does_not_grow_with_the_map(monkeypatch):
     """Apart from the coarser levels and the logits, memory holds strips of 64 channels instead of maps."""
     model = head(HIDDEN)
-    monkeypatch.setattr(sys.modules[upsampled_conv3x3.__module__], "CHUNK_POSITIONS", SIZES[-1][0] * SIZES[-1][1])
+    monkeypatch.setattr(upsampled_conv, "CHUNK_POSITIONS", SIZES[-1][0] * SIZES[-1][1])
 
     def run(factor):
         maps = feature_maps(1, [(factor * h, w) for h, w in SIZES])
