@@ -33,7 +33,9 @@ class Maps(nn.Module):
 
 
 def model(family: str, training: bool, **values: Any) -> nn.Module:
-    backbone = build(family, **values).train(training)
+    # A Swin's second block shifts its windows; further blocks of a stage repeat the first ones.
+    depths = [2, 1, 2, 1] if family == "swin" else [2, 1, 1, 1]
+    backbone = build(family, depths=depths, **values).train(training)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0  # no pass changes the statistics, so that all passes can be compared

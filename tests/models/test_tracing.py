@@ -37,6 +37,10 @@ FAMILIES = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name != "convnext")) for name in BACKBONES]
 )
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+# In training the loss, the head and the backbone are traced apart.
+MODES_OF_THE_MODEL = pytest.mark.parametrize(
+    "training", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["eval", "train"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +240,7 @@ def test_the_head_compiled_under_autocast():
 # The whole model -----------------------------------------------------------------------------------------------------
 
 
-@MODES
+@MODES_OF_THE_MODEL
 @FAMILIES
 def test_the_model_in_one_graph(family, training):
     model = Logits(whole(family, training))
@@ -244,7 +248,7 @@ def test_the_model_in_one_graph(family, training):
     check_compiled(model, images_for(family), "eager", training, limit=COMPILATIONS + 1 + parities(family))
 
 
-@MODES
+@MODES_OF_THE_MODEL
 @FAMILIES
 def test_the_model_exported(family, training):
     model = Logits(whole(family, training))
