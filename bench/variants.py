@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.peers import CHANNELS_LAST, CONTIGUOUS, Peer, Task, World, transformers_eager
-from fastuper.models.untouched import fold
+from fastuper.models.norms import fold
 from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, upsampled_conv3x3
 from fastuper_kernels.ops.pyramid_pool import grids
 

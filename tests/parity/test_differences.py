@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fastuper
 from bench.numerics import error
 from bench.pairs import STAGES, VERSION_5, images, pair
-from fastuper.models import untouched
+from fastuper.models import norms as norm_functions
 from tests.parity.models import BACKBONES, config, segmentation_labels
 
 BOUND = 1e-10
@@ -190,7 +190,7 @@ def test_training_on_one_image(family, caplog):
     pixels, labels = images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         theirs(pixels, labels=labels)
-    untouched._warn_once.cache_clear()
+    norm_functions._warn_once.cache_clear()
     norms = {name: copy.deepcopy(norm) for name, norm in ours.named_modules() if isinstance(norm, nn.BatchNorm2d)}
     for _ in range(2):
         ours(pixels, labels=labels).loss.backward()
@@ -212,12 +212,12 @@ def test_synchronized_norms_are_called():
     """Other ranks may hold more cells than this rank, and wait for it."""
     norm = nn.SyncBatchNorm(3)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        untouched.batch_norm(norm, torch.randn(1, 3, 1, 1))
+        norm_functions.batch_norm(norm, torch.randn(1, 3, 1, 1))
 
 
 def test_a_hooked_norm_is_called_for_a_single_cell():
     norm, seen = nn.BatchNorm2d(3), []
     norm.register_forward_hook(lambda module, *_: seen.append(module.training))
-    untouched.batch_norm(norm, torch.randn(1, 3, 1, 1))
+    norm_functions.batch_norm(norm, torch.randn(1, 3, 1, 1))
     assert seen == [False]
     assert norm.training

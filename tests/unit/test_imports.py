@@ -32,6 +32,7 @@ ORDER = (
     "fastuper.models.configuration",
     "fastuper.models.outputs",
     "fastuper.models.untouched",
+    "fastuper.models.norms",
     "fastuper.models.gradient_checkpointing",
     "fastuper.models.backbones",
     "fastuper.models.necks",

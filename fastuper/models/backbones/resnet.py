@@ -17,8 +17,8 @@ from fastuper.models.backbones.layers import STAGES, Backbone, activation, chann
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.configuration import BackboneConfig
 from fastuper.models.gradient_checkpointing import Checkpointed
+from fastuper.models.norms import batch_norm
 from fastuper.models.outputs import BackboneOutput
-from fastuper.models.untouched import batch_norm
 from fastuper.weights.transformers import Names
 
 

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from fastuper.models.backbones.layers import DropPath, pad_to_multiple
 from fastuper.models.backbones.windows import shifted_window_mask, window_partition
 from fastuper.models.gradient_checkpointing import recomputed
-from fastuper.models.untouched import fold, is_exactly, is_fixed_norm, is_supported_conv, is_untouched
+from fastuper.models.norms import fold, is_fixed_norm
+from fastuper.models.untouched import is_exactly, is_supported_conv, is_untouched
 from fastuper_kernels import conv_bn_relu, linear
 from fastuper_kernels.dispatch.modes import is_eager, is_eager_inference
 from fastuper_kernels.dispatch.torch_private import parameters_of

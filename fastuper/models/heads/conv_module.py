@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastuper.models.untouched import batch_norm, fold, is_exactly, is_fixed_norm, is_supported_conv
+from fastuper.models.norms import batch_norm, fold, is_fixed_norm
+from fastuper.models.untouched import is_exactly, is_supported_conv
 from fastuper_kernels import conv_bn_relu, upsample_add, upsampled_conv3x3
 
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.heads.conv_module import ConvModule, convolve_levels, is_fusible
-from fastuper.models.untouched import fold, is_exactly
+from fastuper.models.norms import fold
+from fastuper.models.untouched import is_exactly
 from fastuper_kernels import pool_conv_bn_relu, pyramid_pool, upsample_add
 from fastuper_kernels.ops.pyramid_pool import grids
 

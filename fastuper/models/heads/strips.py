@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastuper.models.heads.conv_module import is_fusible
-from fastuper.models.untouched import fold, is_supported_conv
+from fastuper.models.norms import fold
+from fastuper.models.untouched import is_supported_conv
 from fastuper_kernels import conv_bn_relu
 from fastuper_kernels.cpu.packs import fingerprint_once
 from fastuper_kernels.cpu.upsampled_conv import UpsampledConv3x3

@@ -1,0 +1,55 @@
+"""BatchNorm, called or folded to a scale and a shift."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import nn
+
+from fastuper.models.untouched import is_exactly
+from fastuper_kernels import fold_norm
+
+logger = logging.getLogger(__name__)
+
+
+def is_fixed_norm(norm: nn.Module) -> bool:
+    """Return True if a module is an untouched BatchNorm in evaluation with gradients off: a fixed scale and shift."""
+    if not is_exactly(norm, nn.BatchNorm2d):
+        return False
+    return not (norm.training or norm.running_var is None or torch.is_grad_enabled())
+
+
+def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale and shift (C,) of a BatchNorm in evaluation, in float32 or wider; computed at every call."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return fold_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+def batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return `norm(x)` of a map (B, C, H, W), also in training on a single cell (1, C, 1, 1).
+
+    A single value has no variance, and PyTorch raises an error. The running statistics are used there, so that one
+    image can be trained on although the pyramid pooling averages it to one cell. SyncBatchNorm is called as usual:
+    other ranks may hold more cells, and they wait for this rank.
+    """
+    has_statistics = isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
+    if not norm.training or not has_statistics or x.shape[0] != 1 or tuple(x.shape[2:]) != (1, 1):
+        return norm(x)
+    if not torch.compiler.is_compiling():
+        _warn_once(
+            "BatchNorm over a single cell of a single image uses its running statistics, because one value has no "
+            "variance; train on two or more images in a batch to use the batch's statistics"
+        )
+    norm.training = False
+    try:
+        return norm(x)  # the module is called, so that its hooks run
+    finally:
+        norm.training = True
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
