@@ -1,1 +1,1 @@
-"""The operations' CPU ways, and what these share: bands, packs, linear layers, Winograd's transforms."""
+"""The operations' CPU ways and their shared parts: bands, packs, linear layers, Winograd's transforms."""

@@ -32,7 +32,7 @@ def finite(logits: torch.Tensor) -> torch.Tensor:
     if logits.dtype == torch.float16:
         logits = logits.float()
     if is_eager() and is_ordinary(logits) and logits.device.type == "cpu":
-        # The sum shows infinities and NaN in next to no time. If finite logits overflow it, they are only copied.
+        # The sum finds infinities and NaN in very little time. If finite logits overflow the sum, they are only copied.
         total = logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32))
         if total.isfinite():
             return logits
@@ -73,7 +73,7 @@ def _rivals(source: torch.Tensor) -> torch.Tensor:
     """Return, in order, the classes that may be the best somewhere between the pixels of `source` (H, W, classes).
 
     A resampled logit is a mean of these pixels. So a class whose greatest logit is below the least logit of another
-    class is the best nowhere. Classes within rounding of that bound stay among the rivals.
+    class is never the best. Classes within rounding of that bound stay among the rivals.
     """
     pixels = source.flatten(0, 1)
     most, least = pixels.amax(0), pixels.amin(0)

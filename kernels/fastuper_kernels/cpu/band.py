@@ -17,8 +17,8 @@ import torch
 
 from fastuper_kernels.dispatch.modes import is_eager
 
-# Output positions per small dense matrix. A block of b outputs of an f-fold upsampling reads b / f + 2 inputs: a GEMM
-# over these has few products with zeros, and runs at a GEMM's rate.
+# Output positions per small dense matrix. A block of b outputs of an f-fold upsampling reads b / f + 2 inputs. A GEMM
+# over these inputs has few products with zeros, and runs at full rate.
 BLOCK = 16
 
 

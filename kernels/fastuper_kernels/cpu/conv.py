@@ -20,9 +20,9 @@ from fastuper_kernels.dispatch.torch_private import is_batched
 
 Strip = tuple[int, int, int]  # (start, stop, height)
 
-# From this number of channels on Winograd's gradients err no more than a direct convolution's, whose errors grow with
-# its number of terms. Measured for a map's gradient: 0.75e-6 and 0.84e-6 with 256 channels, 0.57e-6 and 0.60e-6 with
-# 128.
+# From this number of channels on, Winograd's gradients have no larger errors than a direct convolution's, which grow
+# with the number of terms. Measured for a map's gradient: 0.75e-6 and 0.84e-6 with 256 channels, 0.57e-6 and 0.60e-6
+# with 128.
 TRAINED_CHANNELS = 256
 
 
@@ -103,7 +103,7 @@ def _folded_for_winograd(weight: torch.Tensor, dtype: torch.dtype, scale: torch.
 def _by_gemm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool, strip: Strip
 ) -> torch.Tensor:
-    """Return relu(conv(x) + bias): a 1x1 convolution as a linear layer of the positions, 3x3 by PyTorch's own."""
+    """Return relu(conv(x) + bias): 1x1 as a linear layer of the positions, 3x3 by PyTorch's own convolution."""
     if weight.shape[-1] == 1:
         batch, channels, height, width = x.shape
         positions = x.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -159,7 +159,7 @@ def _scale_and_shift(y: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
     scale, shift = (
         default if vector is None else vector.to(dtype) for vector, default in ((scale, ones), (shift, zeros))
     )
-    # One pass, for mixed dtypes too. (F.batch_norm of PyTorch 2.11 refuses an epsilon of 0.)
+    # This is one pass, for mixed dtypes too. (F.batch_norm of PyTorch 2.11 refuses an epsilon of 0.)
     return torch.batch_norm(y, scale, shift, zeros, ones, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
 
@@ -167,16 +167,17 @@ def _scale_and_shift(y: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
 
 
 def _way(x: torch.Tensor, weight: torch.Tensor, trained: bool = False) -> str:
-    """Return the option of the choice `conv3x3` for a 3x3 convolution, or for it with its gradients.
+    """Return the option of the choice `conv3x3` for a 3x3 convolution, alone or with its gradients.
 
-    Winograd's transforms are for float32 alone: narrower dtypes would lose accuracy. Gradients are measured separately:
-    oneDNN's take other times than its convolution, on AVX2 six times as long for the weight's.
+    Winograd's transforms run only in float32: narrower dtypes would lose accuracy. Gradients are measured separately,
+    because oneDNN's gradients take other times than its convolution. On AVX2 the weight's gradient takes six times as
+    long.
     """
     (channels_out, channels), (height, width) = weight.shape[:2], x.shape[2:]
     tiles = -(-height // winograd.HEIGHT) * -(-width // winograd.WIDTH)
     if x.dtype != torch.float32 or min(channels, channels_out) < 128 or tiles < 32:
         return "direct"  # the transforms would cost more than the products that they save
-    # Training transforms the weights three times a call, which only larger maps and batches make up for.
+    # Training transforms the weights three times a call. Only larger maps and batches save more than that costs.
     tiles, largest = (tiles * x.shape[0], 512) if trained else (tiles, 128)
     size = min(largest, 1 << tiles.bit_length() - 1)
     key = f"{channels} -> {channels_out} channels, {size} tiles"
@@ -239,7 +240,7 @@ def trained_conv(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | N
 
 
 class _Winograd(torch.autograd.Function):
-    """`conv(x) + addend` and its gradients by Winograd's transforms; saves x and the weight alone."""
+    """`conv(x) + addend` and its gradients by Winograd's transforms; saves only x and the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:

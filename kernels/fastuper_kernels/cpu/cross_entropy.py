@@ -195,8 +195,9 @@ def _image_losses(
     """
     h, w, classes = x.shape
     smoothing = options.label_smoothing
-    # The softmax does not change if a number is subtracted from all logits of a pixel. Minus the largest logit none is
-    # positive, nor is any resampled logit: their exponentials cannot overflow, without a search for the largest.
+    # The softmax does not change if a number is subtracted from all logits of a pixel. After the largest logit is
+    # subtracted, no logit and no resampled logit is positive. So the exponentials cannot overflow, and nothing searches
+    # for the largest resampled logit.
     limit = torch.finfo(x.dtype).max / 2
     x = x.sub(x.amax(2, keepdim=True)).clamp_(min=-limit)
     if smoothing:
@@ -271,7 +272,8 @@ def _exponentials(
         total = x.exp_().sum(1)
         if total.min() > LEAST_SUM:
             return x, total, 0.0, chosen
-        # The largest logits of the neighbouring coarse pixels are of different classes: all are small in between.
+        # The neighbouring coarse pixels have their largest logits in different classes, so all logits are small in
+        # between.
         x = (matrix @ wide).view(-1, classes)
     shift = x.amax(1, keepdim=True)
     x -= shift

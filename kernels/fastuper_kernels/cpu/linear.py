@@ -1,7 +1,7 @@
 """The ways to compute a linear layer on a CPU, with the activation or the residual that follows it.
 
 The same product takes different times through MKL (`F.linear`), through oneDNN's convolution (a 1x1 `F.conv2d`) and
-through oneDNN's own linear layer, which also applies the activation or adds the residual while the result is in
+through oneDNN's own linear layer. The last also applies the activation or adds the residual while the result is in
 registers. The choice `linear` (`fastuper_kernels.dispatch.choices`) takes the fastest of them. Every way reads the live
 weights: nothing is packed, so nothing can go stale.
 """

@@ -1,6 +1,6 @@
 """Packs: weights rearranged once for the CPU loops, and made again after the weights have changed.
 
-`id`, `data_ptr` and `_version` do not show that a weight has changed: a fused optimizer, a write through `.data` and a
+`id`, `data_ptr` and `_version` do not show that a weight has changed. A fused optimizer, a write through `.data` and a
 write in inference mode leave all three equal. So `fingerprint` sums the contents at each use, at the speed of memory.
 """
 
@@ -116,12 +116,14 @@ def _forget(key: tuple[Any, ...], storage: weakref.ref[torch.UntypedStorage]) ->
 def fingerprint(weight: torch.Tensor) -> Fingerprint:
     """Return sums over the contents of a weight (C_out, ...).
 
-    Read as a matrix (C_out, values), its bits are summed as integers, one sum for each row and one for each column: a
-    single changed bit shows, and so do two values that swapped places. These sums are modulo 2^64, where an even number
-    of flipped signs cancels, and values that swapped places in several rows do not show. So each row, as numbers, is
-    also multiplied by random numbers, in float32 at least: in bfloat16 many of the random numbers would be equal.
+    The weight is read as a matrix (C_out, values), and its bits as integers. Each row and each column has a sum, so a
+    single changed bit shows, and so do two values that swapped places. The sums are modulo 2^64: an even number of
+    flipped signs cancels, and values that swapped places in several rows do not show. Therefore each row, as numbers,
+    is also multiplied by random numbers. The product is in float32 at least: in bfloat16 many of the random numbers
+    would be equal.
     """
-    # In the order of memory, for its full speed: a slice of channels_last weights is contiguous along the channels.
+    # The values are read in the order of memory, at full speed: a slice of channels_last weights is contiguous along
+    # the channels.
     weight = weight.detach()
     lines = weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
     if lines.is_contiguous():
@@ -135,7 +137,7 @@ def fingerprint(weight: torch.Tensor) -> Fingerprint:
         parts = [weight]
     size = weight.element_size()
     bits = weight.view(_INTEGERS[size])
-    # As 64-bit integers where sizes allow: PyTorch sums narrower integers at a tenth of the speed.
+    # The bits are 64-bit integers where sizes allow: PyTorch sums narrower integers at a tenth of the speed.
     strides = (*weight.stride()[:-1], weight.shape[-1], weight.storage_offset())
     if weight.stride(-1) == 1 and all(stride * size % 8 == 0 for stride in strides):
         bits = bits.view(torch.int64)
@@ -150,7 +152,8 @@ def fingerprint(weight: torch.Tensor) -> Fingerprint:
 def _product(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Return x @ key in key's dtype, in blocks of rows that fit in a cache.
 
-    Not by `torch.mv`: its sums in MKL depend on the number of threads, and a change of it would pack weights again.
+    `torch.mv` would not do: its sums in MKL depend on the number of threads, and a new number would pack all weights
+    again.
     """
     step = max(1, BLOCK // max(1, x.shape[1]))
     block, sums = key.new_empty(min(step, len(x)), x.shape[1]), key.new_empty(len(x))

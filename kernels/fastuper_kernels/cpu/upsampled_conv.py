@@ -27,7 +27,7 @@ def _taps(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def with_gradients(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return `conv3x3(bilinear(level to size), weight)` of eager tensors; saves the level and the weight alone.
+    """Return `conv3x3(bilinear(level to size), weight)` of eager tensors; saves only the level and the weight.
 
     Args:
         level: (B, C, h, w).
@@ -152,7 +152,7 @@ class _Products:
         block.baddbmm_(column.matrix.expand(len(block), -1, -1), lines, beta=beta)
 
     def compute(self, start: int, stop: int) -> None:
-        """Compute the products that rows [start, stop) of the result read; free those that only rows above read."""
+        """Compute the products that rows [start, stop) of the result read; free products that only rows above read."""
         needed = [blocks[start // BLOCK] for blocks in self.rows]
         first, last = min(row.first for row in needed), max(row.last for row in needed)
         done = self.chunks[-1].stop if self.chunks else first

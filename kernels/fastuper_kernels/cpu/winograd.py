@@ -4,9 +4,9 @@ A tile of 6 x 4 inputs gives 4 x 2 outputs. A block is a few rows of tiles: its 
 cache. Each of a block's 24 products is a GEMM over its tiles.
 
 The points are 0, 1, -1, 2, -1/2 and infinity down the columns, and 0, 1, -1 and infinity along the rows. In float32 the
-relative error against float64 is about that of a direct convolution: with 512 channels 1.0e-6 (0.9e-6 after a ReLU),
-where PyTorch's own in channels_last has 1.1e-6 (0.7e-6). F(2x2) would have a smaller error, and needs a third more
-products. F(4x4) would need 18 products for 72, with two to three times the error.
+relative error against float64 is about that of a direct convolution. With 512 channels it is 1.0e-6 (0.9e-6 after a
+ReLU); PyTorch's own convolution in channels_last has 1.1e-6 (0.7e-6). F(2x2) would have a smaller error, and needs a
+third more products. F(4x4) would need 18 products for 72, with two to three times the error.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def conv3x3(
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """Return the gradient (C_out, C_in, 3, 3) of a 3x3 convolution's weight, also with 24 products for 72.
 
-    `conv3x3` computes `A^T [sum_c (G w G^T) * (B^T x B)] A`. The gradient, by the transposed maps in reverse order, is
+    `conv3x3` computes `A^T [sum_c (G w G^T) * (B^T x B)] A`. The gradient applies the transposed maps in reverse order:
     `G^T [sum_tiles (A g A^T) * (B^T x B)] G`.
 
     Args:

@@ -1,1 +1,1 @@
-"""When and how an operation runs: modes, backends, measured choices, the files they are kept in."""
+"""The choice of an operation's way: modes, backends, measured choices and their files, private PyTorch APIs."""

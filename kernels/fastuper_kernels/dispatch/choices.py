@@ -1,9 +1,9 @@
 """Choices between ways to compute the same result: the fastest on this machine is measured once, shown, and forced.
 
-A `Choice` has a name, options, and a default for when nothing may be measured. A measured result is kept for each
-processor, PyTorch version, number of threads and key (a dtype, say) in `choices.json` of the cache folder:
-`$FASTUPER_CACHE`, or the user's own (Linux: `~/.cache/fastuper`). `FASTUPER_CHOICES="linear=onednn,..."` forces
-options. `python -m fastuper_kernels` prints each choice and the option that it takes here.
+A `Choice` has a name, options, and a default that applies if nothing may be measured. `choices.json` in the cache
+folder has a measured result for each processor, PyTorch version, number of threads and key (a dtype, say). The cache
+folder is `$FASTUPER_CACHE`, or the user's own (Linux: `~/.cache/fastuper`). `FASTUPER_CHOICES="linear=onednn,..."`
+forces options. `python -m fastuper_kernels` prints each choice and the option that it takes here.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ CONV3X3 = Choice(
     "conv3x3",
     options=("winograd", "direct"),
     default="winograd",
-    reason="24 products for 72 paid from 128 channels and 32 tiles on",
+    reason="24 products instead of 72 are faster from 128 channels and 32 tiles on",
 )
 CONV = Choice(
     "conv",
@@ -131,15 +131,16 @@ CONV = Choice(
 # Operands that an option, forced or not, cannot take; `python -m fastuper_kernels` prints these lines.
 LIMITS = (
     "linear: float32 is for float16 operands on a processor without float16 instructions. conv and onednn are for",
-    "  float32, and for bfloat16 and float16 if oneDNN computes in these, with contiguous weights. All else is torch.",
+    "  float32, and for bfloat16 and float16 if oneDNN computes in these, with contiguous weights. Else torch runs.",
 )
 
 
 def may_measure() -> bool:
     """Return True if a measured result may decide.
 
-    False while tracing; in deterministic mode, whose results must not depend on a clock; and on several ranks, which
-    would have to agree. (During the capture of a CUDA graph an earlier result decides, and nothing is measured.)
+    The result is False while tracing, in deterministic mode (whose results must not depend on a clock), and on several
+    ranks (which would have to agree). During the capture of a CUDA graph an earlier result decides, and nothing is
+    measured.
     """
     if not is_eager() or torch.are_deterministic_algorithms_enabled():
         return False
@@ -226,8 +227,8 @@ def _is_result(value: Any, options: tuple[str, ...]) -> bool:
 def rows(wanted: Iterable[Choice] | None = None) -> Iterator[tuple[str, str, str]]:
     """Yield (choice, option, when the option is taken) for the wanted choices (all if None).
 
-    The first row of a choice has all of its options. The others have one option each: the forced one, the default,
-    and those that were measured on this machine.
+    The first row of a choice has all of its options. Each further row has one option: the forced option, the default,
+    or an option measured on this machine.
     """
     given, entries = forced(), read_cache()
     for choice in sorted(CHOICES.values() if wanted is None else wanted, key=lambda choice: choice.name):

@@ -23,7 +23,7 @@ def is_ordinary(*tensors: torch.Tensor | None) -> bool:
     """Return True if all tensors are strided and of PyTorch's own classes, Tensor or Parameter.
 
     Subclasses of Tensor (quantised, sharded, fake) replace PyTorch's operators by their own. A path that works on
-    memory would skip these.
+    memory would skip these operators.
 
     Args:
         tensors: None stands for an operand that is left out.
@@ -60,7 +60,8 @@ def is_autocast(device: str) -> bool:
 
 
 def _has_autocast(device: str) -> bool:
-    # On a device without autocast even the question raises. PyTorch 2.11 cannot trace torch.amp.is_autocast_available.
+    # On a device without autocast the query itself raises an error. PyTorch 2.11 cannot trace
+    # torch.amp.is_autocast_available.
     return device != "meta"
 
 
@@ -74,7 +75,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 
 def current_autocast(device: str) -> Any:
-    """Return a context that restores the autocast state of this moment, for a type of device."""
+    """Return a context that restores the autocast state at the time of this call, for a type of device."""
     if not _has_autocast(device):
         return nullcontext()
     return torch.autocast(device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))

@@ -1,7 +1,8 @@
 """Each private PyTorch API in use, behind one small name, with the reason and the PyTorch versions it was seen in.
 
-Nothing else in `fastuper_kernels` or `fastuper` uses a private name of PyTorch. A new PyTorch version that renames or
-changes one fails its test in `tests/kernels/test_torch_private.py`, by name. All were seen in PyTorch 2.11 and 2.14.1.
+Nothing else in `fastuper_kernels` or `fastuper` uses a private name of PyTorch. If a new PyTorch renames or changes a
+private API, the API's test in `tests/kernels/test_torch_private.py` fails. All of them exist in PyTorch 2.11 and
+2.14.1.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from torch.utils._device import DeviceContext
 
 
 def has_modes() -> bool:
-    """Return True if a mode intercepts operators: FakeTensorMode, make_fx, FlopCounterMode and the like.
+    """Return True if a mode intercepts operators: FakeTensorMode, make_fx, FlopCounterMode or another.
 
     The mode of `torch.device` and `torch.set_default_device` does not count: it only places new tensors.
 
-    Reason: `torch.overrides` and `torch.utils._python_dispatch` have no public question about the active modes.
+    Reason: `torch.overrides` and `torch.utils._python_dispatch` have no public function that returns the active modes.
     """
     if torch._C._len_torch_dispatch_stack():
         return True
@@ -36,7 +37,7 @@ def has_modes() -> bool:
 def in_transform() -> bool:
     """Return True inside a transform of torch.func: vmap, grad, jvp, functionalize.
 
-    Reason: torch.func has no public question about the active transforms.
+    Reason: torch.func has no public function that returns the active transforms.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
 

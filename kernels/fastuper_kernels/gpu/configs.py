@@ -2,7 +2,8 @@
 
 The package's measured configurations are in `tuned.json` beside this file, under the GPU's name. The user's own, from
 `python -m fastuper_kernels.tune`, are in `tuned.json` of the cache folder (see `fastuper_kernels.dispatch.files`). For
-every other GPU and shape a heuristic picks a configuration. `python -m fastuper_kernels.tune --show` prints which.
+every other GPU and shape a heuristic picks a configuration. `python -m fastuper_kernels.tune --show` prints the
+configuration of each shape.
 """
 
 from __future__ import annotations
@@ -256,13 +257,13 @@ def has_tma(device: torch.device) -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors: the programs that run at once, at least; without a GPU, 4."""
+    """Return the number of multiprocessors, the least number of programs that run at once; without a GPU, 4."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program can use; without a GPU, those of a Hopper."""
+    """Return the bytes of shared memory that a program can use; without a GPU, the bytes of a Hopper."""
     if device.type != "cuda":
         return 232448
     properties = torch.cuda.get_device_properties(device)
@@ -277,7 +278,7 @@ def user_file() -> Path | None:
 
 @functools.cache
 def tuned(device: torch.device, by_user: bool) -> Mapping[str, ConvConfig]:
-    """Return {key: configuration} as measured on GPUs of this name; the user's replace the package's.
+    """Return {key: configuration} as measured on GPUs of this name; the user's configurations replace the package's.
 
     Args:
         device: the GPU.

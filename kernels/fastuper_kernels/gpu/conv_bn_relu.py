@@ -2,7 +2,7 @@
 
 The convolution of an NHWC map is a GEMM over pixels and output channels. Its inner dimension runs over taps and input
 channels. One kernel computes it, with tensor descriptors (TMA, on Hopper and later) or with pointers and masks (on any
-GPU). The product is transposed, weights times pixels: so a four-dimensional box of the map is an operand of the tensor
+GPU). The product is transposed (weights times pixels). So a four-dimensional box of the map is an operand of the tensor
 cores without a copy through registers.
 
 Small maps have too few tiles for a GPU. Their inner dimension is split among programs, which write float32 sums. A
@@ -351,7 +351,7 @@ def _descriptors(image: torch.Tensor, taps: torch.Tensor, config: ConvConfig) ->
     strides = [height * width * channels, width * channels, channels, 1]
     pixels = TensorDescriptor(image, [batch, height, width, channels], strides, [1, *config.box_of(count), depth])
     # A row is all taps of an output channel. A box may read beyond the channels of its tap: the pixels' descriptor has
-    # zeros for these channels, so that their products are zero.
+    # zeros for these channels, and their products are zero.
     width = (count - 1) * taps.stride(1) + channels
     row = taps.stride(0) if channels_out > 1 else width  # the stride of a single row is arbitrary
     weights = TensorDescriptor(taps, [channels_out, width], [row, 1], [config.channels, depth])

@@ -27,8 +27,8 @@ def transposed_kernel(
 ):
     """Write each coarse pixel's share of a fine gradient, tap by tap.
 
-    Forward, tap (dy, dx) of fine pixel (y, x) reads the resampled map at (y + dy - TAPS // 2, x + dx - TAPS // 2), and
-    zero outside the map. Program: BC channels of BJ coarse pixels of a row.
+    In the forward pass, tap (dy, dx) of fine pixel (y, x) reads the resampled map at row y + dy - TAPS // 2 and column
+    x + dx - TAPS // 2, and zero outside the map. Program: BC channels of BJ coarse pixels of a row.
 
     grad: pointer to (B, H, W, C), dense.
     out: pointer to (B, h, w, TAPS * TAPS, C), dense; written.

@@ -143,7 +143,8 @@ def epilogue(
 # A chain of resamplings -----------------------------------------------------------------------------------------------
 
 # The most neighbouring inputs that an output reads along an axis; longer chains run on PyTorch's operators. Through
-# growing sizes an output reads 2 or 3 inputs. A smaller size in between (1, say) makes them many, and each is code.
+# growing sizes an output reads 2 or 3 inputs. A smaller size in between (1, say) makes this number large, and each
+# input adds code to the kernel.
 TAPS = 6
 
 
@@ -190,7 +191,7 @@ def band(i, sizes, N: tl.constexpr, TAPS: tl.constexpr):
     first, weight = _path(i, sizes, N, 0)
     positions = ()
     weights = ()
-    # By addition: Triton cannot unpack tuples.
+    # The tuples grow by addition: Triton cannot unpack tuples.
     for tap in tl.static_range(TAPS):
         positions = positions + (tl.minimum(first + tap, sizes[0] - 1),)  # type: ignore[assignment]  # noqa: RUF005
         weights = weights + (weight if tap == 0 else tl.zeros(i.shape, tl.float32),)  # type: ignore[assignment]  # noqa: RUF005

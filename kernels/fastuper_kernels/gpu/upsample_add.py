@@ -1,4 +1,4 @@
-"""`upsample_add` on a GPU, by the kernel of a convolution's epilogue."""
+"""`upsample_add` on a GPU, by the kernel of a convolution's epilogue (`finish_kernel` in conv_bn_relu.py)."""
 
 from __future__ import annotations
 

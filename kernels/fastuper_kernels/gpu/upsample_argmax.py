@@ -1,8 +1,8 @@
 """`upsample_argmax` on a GPU: each program finds the best class of each pixel of a tile.
 
-A resampled logit is a mean of the logits that its pixel reads. So if a class's largest logit in the tile's input is
-less than the least logit of another class there, the class is the best nowhere in the tile. Most classes are left out
-by this rule; the remaining few, the rivals, are resampled one by one.
+A resampled logit is a mean of the logits that its pixel reads. So a class is never the best in a tile if its largest
+logit in the tile's input is less than the least logit of another class. This rule leaves out most classes. The
+remaining few, the rivals, are resampled one by one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`upsample_cross_entropy` on a GPU: the resampled logits stay in registers, in both passes.
 
-Forward, each program compares consecutive pixels of a row with their labels, a few classes at a time, and writes each
-pixel's loss and the logarithm of the sum of its exponentials. Backward, each program owns a tile of coarse pixels and a
-few classes. It resamples the logits of all pixels that read the tile again, and adds up their gradients, always in the
-same order.
+In the forward pass each program compares consecutive pixels of a row with their labels, a few classes at a time. It
+writes each pixel's loss and the logarithm of the sum of the pixel's exponentials. In the backward pass each program
+owns a tile of coarse pixels and a few classes. It resamples the logits of all pixels that read the tile again, and adds
+up their gradients, always in the same order.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`upsampled_conv3x3` on a GPU: one launch for the products of all levels with the nine taps, a second for their sum.
 
-The first kernel is a grouped GEMM: its tiles are spread over several maps, so that small maps share a launch with large
+The first kernel is a grouped GEMM: its tiles are spread over several maps, and small maps share a launch with large
 maps. It also computes the branches of a pyramid pooling module. In the second kernel each program computes a few rows,
-columns and channels of the result: it resamples a row of products along the columns once, and adds it to each of its
-rows that reads the row of products.
+columns and channels of the result. It resamples a row of products along the columns once, and adds it to each row of
+the result that reads it.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def gather_kernel(
     BY, BX, BC: rows, columns and channels of a program.
     """
     top = tl.program_id(0) // tl.cdiv(W, BX) * BY
-    # Three dimensions from the start: each thread holds the values of a row of products that it adds up.
+    # The tensors have three dimensions from the start: each thread holds the values of a row of products that it adds
+    # up.
     y = (top + tl.arange(0, BY))[:, None, None]
     x = (tl.program_id(0) % tl.cdiv(W, BX) * BX + tl.arange(0, BX))[None, :, None]
     c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, None, :]

@@ -36,8 +36,8 @@ def conv_bn_relu(
         upsampled: (B, C_out, h, w), resampled (bilinear, align_corners=False) and added at the end.
         relu: True to clamp negative values to zero before `upsampled` is added.
         strip: (start, stop, height): compute only rows [start, stop) of a map of that height. x then holds these rows
-            and, for k = 3, their neighbouring rows inside the map; `addend` holds these rows; `upsampled` is whole. A
-            strip runs on PyTorch's operators alone.
+            and, for k = 3, their neighbouring rows inside the map; `addend` holds these rows; `upsampled` is whole.
+            Strips always run on PyTorch's operators.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:

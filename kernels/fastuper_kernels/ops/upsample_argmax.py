@@ -36,8 +36,9 @@ def upsample_argmax(
     Returns:
         Labels (B, height, width). If classes tie, the label is the first of them. Infinite logits count as half of the
         dtype's largest number (of float32's for float16), with their sign; NaN counts as +inf, as in `argmax`. So a
-        class that is -inf everywhere is never a label, and a logit that is not finite changes only the pixels that are
-        resampled from it. (In PyTorch infinity times a weight of zero is NaN, at the border say, and NaN is the best.)
+        class that is -inf everywhere is never a label. A logit that is not finite changes only the pixels that are
+        resampled from it. (In PyTorch infinity times a weight of zero is NaN, for example at the border, and `argmax`
+        takes NaN for the largest value.)
 
     Raises:
         ValueError: no logits, no sizes, sizes that are not pairs of positive integers, a dtype that is not an integer

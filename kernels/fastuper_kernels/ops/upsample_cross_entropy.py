@@ -28,13 +28,13 @@ def upsample_cross_entropy(
 ) -> torch.Tensor:
     """Resample logits through each size in turn (bilinear, align_corners=False) and compare them with labels.
 
-    The result is `F.cross_entropy` of the resampled logits. These are computed block by block, in float32 at least, and
-    never held whole. Their gradient is added up on the coarse grid, and never held whole either. For "mean" and "sum"
-    it is computed with the loss, so that the backward pass is one multiplication.
+    The result is `F.cross_entropy` of the resampled logits. They are computed block by block, in float32 at least, and
+    never held whole. Their gradient is added up on the coarse grid, and is not held whole either. For "mean" and "sum"
+    it is computed with the loss, and the backward pass is one multiplication.
 
     Args:
-        logits: (B, classes, h, w). With one class the loss is binary cross entropy: the label 0 is a second class,
-            whose logits are zero, and the label 1 is the given class.
+        logits: (B, classes, h, w). With one class the loss is binary cross entropy: label 1 is the given class, label 0
+            is a second class whose logits are zero.
         labels: (B, H, W) of integers.
         sizes: [(height, width), ...], applied in turn; the last size is the labels'. None for [(H, W)].
         ignore_index: pixels with this label have no loss.
@@ -46,9 +46,9 @@ def upsample_cross_entropy(
     Returns:
         A scalar, or (B, H, W) for "none"; in the logits' dtype, under autocast float32. If the weights of all labels
         add up to zero, the sum is not divided: if every pixel is ignored, the mean and its gradients are 0. (In PyTorch
-        they are NaN.) A logit that is below its pixel's largest logit by more than half of the largest number of the
-        computing dtype (-inf, say) counts as if it were below by that half: a class that is -inf everywhere has no
-        influence. NaN and +inf make NaN of the losses around them.
+        they are NaN.) No logit counts as further below its pixel's largest logit than half of the computing dtype's
+        largest number. So a class that is -inf everywhere has no influence. NaN and +inf make NaN of the losses around
+        them.
 
         The result has gradients with respect to the logits, and gradients of gradients. For the latter PyTorch's
         operators make the resampled logits.
@@ -57,8 +57,8 @@ def upsample_cross_entropy(
         ValueError: no logits, no labels, or labels of another batch or device; sizes that do not end with the labels';
             a weight of another shape, or a weight that requires a gradient; an unknown reduction, or a smoothing
             outside [0, 1]; or a backend that cannot take the operands. On a CPU also labels that are not a class. On a
-            GPU, where a check would have to wait for the values, such labels stop PyTorch's operators, and make NaN in
-            Triton's kernels.
+            GPU nothing checks the labels, because the host would wait for their values: such labels stop PyTorch's
+            operators, and Triton's kernels return NaN.
     """
     _check(logits, labels, weight, label_smoothing, reduction)
     sizes = check_sizes([labels.shape[1:]] if sizes is None else sizes)

@@ -1,8 +1,8 @@
 """3x3 convolutions of resampled maps, with every product of channels at the maps' own resolution.
 
 A convolution is a sum over its taps of "shift the grid, then mix channels". Resampling acts on each channel alone, so
-the two change places: `conv3x3(R x) = sum_t S_t R (W_t x)`, S_t being the shift by tap t with zero padding. For a map f
-times smaller in each direction that is f * f times fewer multiplications, and R x is never held.
+the two operations change places: `conv3x3(R x) = sum_t S_t R (W_t x)`, S_t being the shift by tap t with zero padding.
+For a map f times smaller in each direction that is f * f times fewer multiplications, and R x is never held.
 """
 
 from __future__ import annotations
