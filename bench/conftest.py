@@ -1,8 +1,8 @@
 """pytest-benchmark fixtures and options for the benchmarks in this folder.
 
-pytest-benchmark times one test after the other, so that a machine that slows down favours the first peer. Here the
-first test of a task times all its peers in alternating turns (`bench.timing.alternate`). Each peer's test then hands
-its seconds to pytest-benchmark, through a timer that replays them. Tables and JSON so hold every real round.
+pytest-benchmark times one test after the other: a machine that slows down favours the first peer. Here the first test
+of a task times all its peers in alternating turns (`bench.timing.alternate`). Each peer's test then hands its seconds
+to pytest-benchmark, through a timer that replays them. So tables and JSON hold every real round.
 """
 
 from __future__ import annotations

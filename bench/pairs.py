@@ -140,7 +140,7 @@ def pair(
         dtype: of the weights.
         seed: of the weights.
         train: whether the models are in training mode.
-        share: whether both models hold the same tensors, so that large models fit into memory.
+        share: whether both models hold the same tensors; large models then fit into memory.
     """
     with uninitialized(), default_dtype(dtype):
         theirs = transformers.UperNetForSemanticSegmentation(copy.deepcopy(given))

@@ -237,7 +237,8 @@ def compile_module(module: nn.Module, inputs: tuple[torch.Tensor, ...], mode: st
     options = {**torch._inductor.list_mode_options(mode), "freezing": freezing}
     compiled = torch.compile(module, options=options, dynamic=False)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # The option alone has no effect: Dynamo does not read options, and makes the weights inputs of the graph.
+    # Without the setting the option has no effect: Dynamo does not read options, and makes the weights inputs of the
+    # graph.
     with torch._inductor.config.patch(freezing=freezing):
         compiled(*inputs)
     if torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs:

@@ -1,4 +1,4 @@
-"""The plots of README and docs/: `python -m bench.plots` draws docs/*.svg from the committed results alone."""
+"""The plots of README and docs/: `python -m bench.plots` draws docs/*.svg from only the committed results."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def draw_training(result: dict[str, Any], folder: Path = DOCS) -> Path:
 
 
 def picture(path: Path, shape: tuple[float, float], fill: Callable[[Any, Any], None], results: Any) -> Path:
-    """Write an SVG whose bytes depend on the results and on matplotlib's version alone; return its path."""
+    """Write an SVG whose bytes depend only on the results and on matplotlib's version; return its path."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -2,7 +2,8 @@
 
 A machine's file bench/results/<machine>.json holds `machine`; `runs` (commit, versions, threads, by the run's date);
 `tasks` by name, with the run and for each peer the seconds of every round and the error against float64, or the reason
-why the peer was skipped; `memory` in the same form, in bytes; and `targets` and `limits`, computed from the others.
+why the peer was skipped; `memory` in the same form, in bytes; and `targets` and `limits`, computed from the other
+entries.
 """
 
 from __future__ import annotations

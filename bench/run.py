@@ -1,8 +1,8 @@
 """Times everything and files it under this machine: `python -m bench.run`, or parts of it with `--only` and `-k`.
 
 Each measured task replaces the same task in bench/results/<machine>.json, with its own date and versions; other tasks
-stay. Ratios are fair only between rounds of one run. The file therefore takes tasks with all of their peers alone: a
-run with fewer peers or other rounds needs `--output`. Each section of each backbone is a process of its own, because
+stay. Ratios are fair only between rounds of one run. Therefore the file takes a task only with all of its peers: a run
+with fewer peers or other rounds needs `--output`. Each section of each backbone is a process of its own, because
 exported and compiled models stay in memory. If a process fails, the tasks measured before it are kept.
 """
 

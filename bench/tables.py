@@ -1,4 +1,4 @@
-"""The tables of README and docs/: `python -m bench.tables` rewrites them in place, from the committed results alone."""
+"""The tables of README and docs/: `python -m bench.tables` rewrites them in place, from only the committed results."""
 
 from __future__ import annotations
 
@@ -442,7 +442,7 @@ TWO = ("torch", "transformers")  # the libraries that README's own tables compar
 
 
 def headline(results: Results | None) -> str:
-    """Return README's first sentence: the gain over Transformers, and under which conditions."""
+    """Return README's first sentence: the gain over Transformers, and its conditions."""
     task = "logits convnext-t 512 float32"
     theirs, ours = (None, None) if results is None else (best(results, task, EAGER), seconds(results, task, FASTUPER))
     if results is None or theirs is None or ours is None:

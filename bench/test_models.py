@@ -75,7 +75,7 @@ def _plans() -> list[Plan]:
         # At this size the models of OpenVINO, Transformers and fastuper together do not fit into 24 GB.
         add("2048", Task("logits", backbone, 2048), [*EAGER, FASTUPER, SMALLER], 3)
         add("2048", Task("labels", backbone, 2048, target=(4 * TARGET[0], 4 * TARGET[1])), [EAGER[0], FASTUPER], 2)
-        # Some tasks again for `make bench-quick`, in under three minutes on two cores: a round of all three peers
+        # `make bench-quick` runs some tasks again, in under three minutes on two cores. A round of all three peers
         # takes 7 s for the whole model.
         add("quick", Task("logits", backbone, 512), QUICK, 3)
         if backbone == "convnext-t":

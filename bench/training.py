@@ -3,8 +3,8 @@
 A step is forward, backward and AdamW. For each backbone the peers take turns. Each peer has its own weights, optimizer
 and memory layout; images, labels and initial weights are the same. Peak memory over the weights is measured in fresh
 processes (see bench.memory) over two steps, because the second step has the optimizer's averages. The gradients'
-distances from float64 are measured on smaller images: a float64 step takes long. The loss is also measured alone, from
-logits at stride 4 to their gradient.
+distances from float64 are measured on smaller images: a float64 step takes long. The loss is also measured without a
+network, from logits at stride 4 to their gradient.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Step = Callable[[], torch.Tensor]
 
 
 def build(peer: str, backbone: str, seed: int = 0) -> torch.nn.Module:
-    """Return a model in training mode whose weights depend on the seed alone, without stochastic depth."""
+    """Return a model in training mode whose weights depend only on the seed, without stochastic depth."""
     config = transformers.UperNetConfig(backbone_config=BACKBONES[backbone](), num_labels=CLASSES)
     if hasattr(config.backbone_config, "drop_path_rate"):
         config.backbone_config.drop_path_rate = 0.0
@@ -68,7 +68,7 @@ def data(peer: str, size: int, batch: int, seed: int = 0, classes: int = CLASSES
 
 
 def stepper(peer: str, backbone: str) -> Step:
-    """Return a function that runs a training step and returns its loss; for `LOSS`, the loss and gradient alone."""
+    """Return a function that runs a training step and returns its loss; for `LOSS`, only the loss and its gradient."""
     if backbone == LOSS:
         logits, labels = loss_data(peer)
         return lambda: loss_and_gradient(peer, logits, labels)[0]
@@ -160,7 +160,7 @@ def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
 
 
 def drawn_gradients(peer: str, backbone: str, seed: int, exact: bool = False) -> dict[str, torch.Tensor]:
-    """Return a peer's gradients of one draw, in float32, or float64 if `exact`; for `LOSS` those by the logits."""
+    """Return a peer's gradients of one draw, in float32, or float64 if `exact`; for `LOSS` by the logits."""
     dtype = torch.float64 if exact else torch.float32
     if backbone == LOSS:
         logits, labels = loss_data(peer, seed)
@@ -174,7 +174,7 @@ def distances(backbone: str) -> dict[str, Any]:
     """Compare the float32 gradients' errors: fastuper's over the larger of Transformers' two layouts.
 
     A parameter's ratio is that of geometric means over the draws. In some draws rounding changes the sign of a ReLU's
-    input, which multiplies the error by up to 100, and such a draw would decide a mean of squares. Returns the median
+    input, and the error grows by a factor of up to 100. Such a draw would decide a mean of squares. Returns the median
     and the largest of the parameters' ratios, and the median ratio by squares too.
     """
     errors: dict[str, dict[str, list[float]]] = {peer: {} for peer in PEERS}

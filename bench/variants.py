@@ -1,6 +1,6 @@
 """The waterfall from Transformers' model to fastuper's: each row of VARIANTS adds one technique to the row before.
 
-The rows are built here from Transformers' modules and fastuper's operations, so that the package needs no switches.
+The rows are built here from Transformers' modules and fastuper's operations: the package needs no switches.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The weights, rounded to bfloat16, are written to fastuper/scenes/model/. The losses, and the IoU on test scenes, are
 written to examples/train_scenes.jsonl; no test scene is used in training or validation. The file also has the IoU of a
-classifier that has the colour and the place of a pixel alone: the difference is due to the pixel's surroundings.
+classifier that has only the colour and the place of a pixel: the difference is due to the pixel's surroundings.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def evaluate() -> dict[str, Any]:
 
 
 def classify_pixels(scenes: int = 250, pixels: int = 4000) -> dict[str, Any]:
-    """Return the figures of a network that has a pixel's colour, row and column alone, after a million pixels."""
+    """Return the figures of a network that has only a pixel's colour, row and column, after a million pixels."""
     torch.manual_seed(0)
     inputs, labels = pixels_of(TRAINING[:scenes], pixels)
     network = nn.Sequential(nn.Linear(5, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, len(ID2LABEL)))

@@ -6,7 +6,7 @@ The networks are those of Hugging Face Transformers' `UperNetForSemanticSegmenta
 from fastuper.io.version import __version__ as __version__
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # not imported from `typing`, which would take most of this file's time
+TYPE_CHECKING = False  # not from `typing`, whose import would take most of this file's time
 if TYPE_CHECKING:
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
     from fastuper.models.backbones.convnext import ConvNextConfig

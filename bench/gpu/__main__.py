@@ -3,9 +3,8 @@
 The steps: tests; the GPU's rates of copies and matrix products; each operation's distance from float64, fastuper's and
 PyTorch's; whole models and a training step beside Transformers; each operation beside PyTorch's operators, eager and
 compiled. Times are medians over alternating turns, between CUDA events. Each call except a training step is a CUDA
-graph. Inputs take turns too, so that none is in the cache. Results are written after every step. Compiling the peers
-takes most of the time. If ten minutes are too short for all shapes, run the command again: it continues where it
-stopped.
+graph. Inputs take turns too: no input is in the cache. Results are written after every step. Compiling the peers takes
+most of the time. If ten minutes are too short for all shapes, run the command again: it continues where it stopped.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ GMAC = 129  # of fastuper's UPerNet-ConvNeXt-T for an image of 512 x 512
 
 
 class Check:
-    """The steps of the check and their results, with those of an earlier run of the same code on the same GPU.
+    """The steps of the check and their results, with the results of an earlier run of the same code on the same GPU.
 
     Args:
         folder: for `gpu.json`, `gpu.md`, `gpu.svg` and `tests.log`.
@@ -137,7 +137,7 @@ class Check:
         """Measure as much as time allows, and write the tables and the plot.
 
         Args:
-            shapes: of images and heads. Accuracy is measured at the first.
+            shapes: of images and heads. Accuracy is measured at the first shape.
             world: models, passed to `models` and `training`.
             trained: shapes of a training step.
         """

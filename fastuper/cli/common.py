@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # torch, and modules that import it, are imported inside functions, so that `--help` answers at once.
 
 EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
-"""Errors that bad input or a full machine cause: of a file, its values, torch (out of memory) or a full disk."""
+"""Errors that bad input or a full machine can cause: a file, its values, torch out of memory, a full disk."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LayoutName = Literal["auto", "ade20k", "cityscapes", "folders"]

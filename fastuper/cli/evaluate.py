@@ -59,7 +59,8 @@ def evaluate_model(
     id2label.json beside them names the classes); ADE20K's images/SPLIT with annotations/SPLIT, where label 0 is
     ignored; Cityscapes' leftImg8bit/SPLIT with gtFine/SPLIT.
 
-    Predictions are resampled to the size of the label maps. Ignored pixels do not count, whatever their prediction.
+    Predictions are resampled to the size of the label maps. Pixels with the ignored label count neither as right nor as
+    wrong.
 
     Exit status: 0 measured, 1 failed during the measurement, 2 nothing could start.
     """

@@ -72,10 +72,10 @@ def segment_photos(
     """Find the class of every pixel of photos.
 
     For each photo NAME.jpg two files are written, each whole or not at all. NAME_labels.png has the photo's size; its
-    pixel values are the class numbers, with colours as a palette. NAME_overlay.jpg is the photo under those colours,
+    pixel values are the class numbers, with colours as a palette. NAME_overlay.jpg is the photo under the same colours,
     with a legend. A second photo of the same name gets NAME-2_labels.png, a third NAME-3_labels.png.
 
-    A photo that fails does not stop the others: the last lines list the failures with their reasons.
+    If a photo fails, the command continues with the next; the last lines list the failures with their reasons.
 
     Exit status: 0 all photos were segmented, 1 some failed, 2 nothing could start.
     """
@@ -112,7 +112,7 @@ class _Job:
     def is_done(self) -> bool:
         """Return True if the results exist and are newer than the photo.
 
-        Results that are older belong to another photo: a photo that was added later may take the name of an earlier.
+        Older results belong to another photo: a photo that was added later may take the name of an earlier photo.
         """
         try:
             return min(self.labels.stat().st_mtime, self.overlay.stat().st_mtime) >= self.photo.stat().st_mtime

@@ -95,7 +95,7 @@ def train_model(
     RUN/best and RUN/last are checkpoints (config.json, model.safetensors, preprocessor_config.json) that `fastuper`
     and Transformers load. RUN/log.jsonl has the losses; `tensorboard --logdir RUN` shows them with predicted pictures.
 
-    However a run was stopped, the same command resumes from the last checkpoint, with the same images and losses. On
+    If a run was stopped, the same command resumes it from the last checkpoint, with the same images and losses. On
     several GPUs or machines: `accelerate launch -m fastuper train ...`.
 
     Exit status: 0 all steps are done, 1 training stopped, 2 nothing could start, 130 stopped by Ctrl-C.
@@ -135,7 +135,7 @@ def train_model(
         )
         if gradient_checkpointing:
             network.gradient_checkpointing_enable()
-        # Factor 1 of the augmentation is the scale of validation, whatever the size of the crops.
+        # Factor 1 of the augmentation is the scale of validation; the size of the crops does not matter.
         base_size = min(processor.size["height"], processor.size["width"])
         transform = TrainingTransform(processor, crop, base_size=base_size, ignore_index=training.ignore_index)
         trainer = Trainer(

@@ -43,7 +43,7 @@ class TrainingTransform:
             shorter side.
         scale: the smallest and the largest factor.
         max_class_share: the largest share of a class in the crop's pixels that are not ignored; 1 accepts the first
-            crop that has such a pixel.
+            crop with a pixel that is not ignored.
         flip: the probability of a horizontal flip.
         photometric: distort colours; images without three channels are never distorted.
         ignore_index: the label of ignored pixels.
@@ -152,8 +152,8 @@ class TrainingTransform:
 class TrainingDataset(Dataset[dict[str, Any]]):
     """Augmented samples that are reproducible: the key of an item is (epoch, index).
 
-    The randomness of an item depends on `seed`, epoch and index alone. Workers, ranks and restarts do not change it,
-    so a resumed run continues with the same data.
+    The randomness of an item depends only on `seed`, epoch and index. Workers, ranks and restarts do not change it, so
+    a resumed run continues with the same data.
 
     Args:
         samples: the dataset.

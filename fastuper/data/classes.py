@@ -1,4 +1,4 @@
-"""Names and colours of classes: ADE20K's, those of generated scenes, and generated colours for all others."""
+"""Names and colours of classes: ADE20K, generated scenes, and generated colours for all other classes."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def class_palette(classes: int | Mapping[int, str]) -> NDArray[np.uint8]:
 
     Args:
         classes: the number N of classes, or a checkpoint's `id2label`. The names of ADE20K or of generated scenes get
-            their usual colours. All others get N different colours, whose hues are a golden angle apart, so that
-            neighbours differ most.
+            their usual colours. All other classes get N different colours. Their hues are a golden angle apart, so that
+            neighbouring classes differ most.
     """
     if isinstance(classes, Mapping):
         names = tuple(str(classes.get(index, "")).strip() for index in range(len(classes)))

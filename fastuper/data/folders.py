@@ -48,7 +48,7 @@ class FolderDataset(SampleDataset):
         labels: the folder of label maps: images of one channel whose pixel values are class numbers.
         image_ending: the end of photos' names before the suffix, which label maps' names lack. Photos with another
             ending are left out.
-        label_ending: the end of label maps' names, likewise.
+        label_ending: the end of label maps' names before the suffix, which photos' names lack.
         reduce_labels: label 0 becomes ignored and every other label one less, as in ADE20K (the image processor's
             `do_reduce_labels`).
         label_ids: the class of each value in the files, for files with other numbers. Values that it lacks are
@@ -142,7 +142,8 @@ def open_dataset(
 ) -> FolderDataset:
     """Open a dataset's folder.
 
-    - "ade20k": images/training, images/validation, and annotations/ likewise; label 0 is ignored and 1 is class 0.
+    - "ade20k": images/SPLIT and annotations/SPLIT, SPLIT being training or validation; label 0 is ignored and 1 is
+      class 0.
     - "cityscapes": leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.png, or
       with *_gtFine_labelIds.png if there are no train ids.
     - "folders": images/SPLIT and labels/SPLIT, or images/ and labels/ without splits; files are paired by their names.
@@ -152,8 +153,9 @@ def open_dataset(
         split: "training", "validation" or another folder's name (train, val and test are the same splits as
             training, validation and testing). None opens a folder without splits.
         layout: a layout above; "auto" determines it from the folders' names.
-        id2label: the classes' names. None takes the folder's classes.txt (a name a line) or id2label.json, else the
-            names of ADE20K or Cityscapes; in the layout "folders" the names are then unknown.
+        id2label: the classes' names. None takes the names in the folder's classes.txt (a name a line) or id2label.json.
+            Without these files it takes the names of ADE20K or Cityscapes; in the layout "folders" the names are then
+            unknown.
         ignore_index: the label of ignored pixels.
 
     Raises:
@@ -164,7 +166,7 @@ def open_dataset(
     images, labels = (root / name for name in _LAYOUTS[found])
     splits = _splits(images, labels)
     if not splits and split and all((folder / split).is_dir() for folder in (images, labels)):
-        splits = [split]  # an explicit name counts, also one that is no usual split
+        splits = [split]  # an explicit name may be any folder's
     if splits:
         if split is None:
             raise DataError(f"{root} has the splits {', '.join(splits)}; say which")

@@ -13,8 +13,8 @@ A photo becomes 8-bit RGB:
 - EXIF orientation: applied to files. An open image keeps its orientation, as does the label map beside it.
 - Colour profiles: ignored. Of an animation or a file of several pages, the first picture counts.
 
-Transformers' `SegformerImageProcessor` (5.x), given the same file, has the same pixels, bit for bit, with two
-exceptions: it clips 16-bit grey at 255, so that nearly every pixel is white, and 32-bit values likewise.
+Transformers' `SegformerImageProcessor` (5.x) reads the same pixels from a file, bit for bit, with two exceptions: it
+clips 16-bit grey and 32-bit values at 255, which makes nearly every pixel white.
 
 A label map becomes integers, the numbers stored in the file:
 
@@ -42,7 +42,7 @@ MAX_PIXELS = 250_000_000
 """The default limit on width x height of a decoded image: 750 MB of RGB."""
 
 _GREY_TO_8_BIT = 257  # 65535 / 255
-_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow multiplies grey of 2 and 4 bits by these: its largest value becomes 255
+_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow's factors for grey of 2 and 4 bits, whose largest value becomes 255
 _pillow_limit = threading.Lock()
 
 
@@ -101,7 +101,7 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Return an open image as 8-bit RGB; `name` stands for it in errors.
+    """Return an open image as 8-bit RGB; errors call it `name`.
 
     Raises:
         ImageError: the image holds 32-bit integers or floats, or Pillow cannot convert its mode.
@@ -140,7 +140,7 @@ def as_grey(image: Image.Image, name: str) -> Image.Image:
 
 
 def as_labels(image: Image.Image, name: str) -> NDArray[np.integer]:
-    """Return the class numbers of an open image; `name` stands for it in errors.
+    """Return the class numbers of an open image; errors call it `name`.
 
     Returns:
         (H, W): uint8 for modes 1, L and P, otherwise int32.
@@ -160,7 +160,7 @@ def as_labels(image: Image.Image, name: str) -> NDArray[np.integer]:
 
 
 def holds_32_bits(image: Image.Image) -> bool:
-    """Return True for 32-bit integers and floats; 16-bit grey that Pillow opened as 32-bit integers is none."""
+    """Return True for 32-bit integers and floats, False for 16-bit grey that Pillow opened as 32-bit integers."""
     return image.mode in ("I", "F") and not _is_16_bit_file(image.mode, image.format)
 
 

@@ -39,7 +39,7 @@ def save_label_png(labels: ArrayLike, palette: ArrayLike, path: str | os.PathLik
     """Write a label map as a PNG whose pixel values are the class numbers; a failed write leaves no file.
 
     Up to 256 classes: 8 bits with the palette in the file (mode "P"). Viewers show the colours, and
-    `np.asarray(Image.open(path))` gives the labels. Above: 16-bit grey, the labels without colours.
+    `np.asarray(Image.open(path))` gives the labels. More than 256 classes: 16-bit grey, the labels without colours.
 
     Args:
         labels: (H, W) integers in [0, N).
@@ -115,7 +115,7 @@ def overlay(
 def blend(
     photo: Image.Image, labels: ArrayLike, palette: ArrayLike, alpha: float = 0.55, *, max_side: int = OVERLAY_SIDE
 ) -> Image.Image:
-    """Return the photo under the class colours, without a legend; the arguments are those of `overlay`."""
+    """Return the photo under the class colours, without a legend; for the arguments see `overlay`."""
     palette = np.asarray(palette, dtype=np.uint8)
     labels = np.asarray(labels)
     size = _shown_size(photo.size, max_side)
@@ -140,7 +140,7 @@ def _shown_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 def _legend(
     shares: NDArray[np.float64], id2label: Mapping[int, str], palette: NDArray[np.uint8], font_size: int, height: int
 ) -> Image.Image:
-    """Draw the legend beside a photo of this height: 4 to 12 lines, as they fit; the last line sums up the others."""
+    """Draw the legend beside a photo of this height: 4 to 12 lines, as they fit; the last line sums up the rest."""
     font = ImageFont.load_default(size=font_size)
     line = round(font_size * 1.6)
     margin = round(font_size * 1.1)

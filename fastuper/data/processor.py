@@ -119,11 +119,11 @@ class UperNetImageProcessor:
     Transformers 5.x and of `SegformerImageProcessor` of 4.56 bit for bit.
 
     If torchvision is installed, `AutoImageProcessor` of Transformers 5.x prefers another backend, which rounds the
-    resized pixels differently. Measured over four photographs (scikit-image's astronaut, chelsea, coffee and rocket)
-    and four sizes (512 x 512, 384 x 640, 333 x 517, 1024 x 768) with torchvision 0.29.2: no pixel differs by more than
-    one of 256 levels, 0.0175 in `pixel_values`; the mean difference of an image is at most 0.15 levels, 0.0026, and
-    below 0.013 levels in 13 of the 16. In a segmentation map that backend may choose another of two equally near
-    pixels.
+    resized pixels differently. The difference was measured over four photographs (scikit-image's astronaut, chelsea,
+    coffee and rocket) and four sizes (512 x 512, 384 x 640, 333 x 517, 1024 x 768) with torchvision 0.29.2. No pixel
+    differs by more than one of 256 levels, 0.0175 in `pixel_values`. The mean difference of an image is at most 0.15
+    levels, 0.0026, and below 0.013 levels in 13 of the 16 cases. In a segmentation map that backend may choose another
+    of two equally near pixels.
 
     Image files and open images are decoded by the rule in `fastuper.data.images`. Image files have the pixels that
     Transformers 5.x reads from them, except 16-bit grey, which Transformers clips to white, and 32-bit values.
@@ -132,13 +132,13 @@ class UperNetImageProcessor:
     input:
 
     - Open PIL images are converted to the number of channels of `image_mean`: to RGB for three, to grey for one.
-      With three, Transformers' class raises an error for grey, palette, 1-bit, alpha and CMYK images (without
-      normalization it returns the channels of the mode), and it takes YCbCr, HSV and LAB for RGB. With one, it takes
+      For three channels, Transformers' class raises an error for grey, palette, 1-bit, alpha and CMYK images (without
+      normalization it returns the channels of the mode). It takes YCbCr, HSV and LAB for RGB. For one channel, it takes
       palette indices for grey, and 1-bit images for 0 and 1. If `image_mean` and `image_std` are single numbers, open
       grey images have one channel and all others three.
     - Open images of 32-bit integers and floats (modes I and F) count as arrays of numbers, as in Transformers' class;
       with three channels they are refused. 16-bit grey is scaled to 8 bits, also if nothing is resized.
-    - Arrays do not say which colours their channels are, so they are never converted: the number of channels must be
+    - Arrays are never converted, because nothing names the colours of their channels: the number of channels must be
       that of `image_mean`.
     - Images of more than four channels are resized channel by channel. (Images of two and four channels are resized
       as in Transformers' class: Pillow weights the other channels by the last, which it takes for alpha.)
@@ -508,7 +508,7 @@ class UperNetImageProcessor:
         table = self._compute(np.repeat(levels, len(pixels), axis=0))
         result = np.empty(pixels.shape, table.dtype)
         for channel, values in enumerate(table[:, :, 0]):
-            # In strips, since `take` converts its indices to 64 bits. mode="clip" avoids a copy of `out`.
+            # The loop takes strips, because `take` converts its indices to 64 bits. mode="clip" avoids a copy of `out`.
             for row in range(0, pixels.shape[1], ROWS):
                 rows = slice(row, row + ROWS)
                 np.take(values, pixels[channel, rows], out=result[channel, rows], mode="clip")
@@ -534,8 +534,8 @@ class UperNetImageProcessor:
             return _pil_channels_first(image.resize(size, resample))
         levels, fractions = _eight_bits(name, image)
         if len(levels) <= 4:
-            # One PIL image, L, LA, RGB or RGBA, as in Transformers: of two and four channels Pillow takes the last
-            # for alpha and weights the others by it.
+            # As in Transformers, this is one PIL image: L, LA, RGB or RGBA. If it has two or four channels, Pillow
+            # takes the last channel for alpha and weights the other channels by it.
             whole = PIL.Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1))
             resized = _pil_channels_first(whole.resize(size, resample))
         else:
@@ -556,7 +556,8 @@ class UperNetImageProcessor:
             label_map = np.asarray(PIL.Image.fromarray(label_map).resize(size, PIL.Image.Resampling.NEAREST))
         labels = label_map.astype(np.int64)
         if self.do_reduce_labels:
-            # As in Transformers, 255 stays. Renumbering after resizing gives the same result, of fewer pixels.
+            # As in Transformers, 255 stays. Renumbering after resizing gives the same result, and has fewer pixels to
+            # renumber.
             labels[labels == 0] = 255
             labels -= 1
             labels[labels == 254] = 255

@@ -102,13 +102,14 @@ def as_samples(
     """Return a dataset of samples made from another dataset.
 
     Args:
-        dataset: a `SampleDataset`, which is returned as it is, or any map-style Dataset. Its items are (image, label),
-            or dictionaries with the keys image or pixel_values, and label, labels or annotation; the key name, if
-            there is one, names the sample in messages. Images are PIL images, decoded by the rule in
-            `fastuper.data.images`, or uint8 arrays or tensors (H, W, C) or (C, H, W). Labels are PIL images of one
-            channel, or integer arrays or tensors (H, W) or (1, H, W).
+        dataset: a `SampleDataset`, which is returned unchanged, or any map-style Dataset. Its items are (image, label),
+            or dictionaries with the keys image or pixel_values, and label, labels or annotation; the key name, if there
+            is one, names the sample in messages. Images are PIL images, decoded by the rule in `fastuper.data.images`,
+            or uint8 arrays or tensors (H, W, C) or (C, H, W). Labels are PIL images of one channel, or integer arrays
+            or tensors (H, W) or (1, H, W).
         id2label: the classes' names; None takes the dataset's attribute of this name.
-        ignore_index: the label of ignored pixels; None takes the dataset's attribute of this name, else 255.
+        ignore_index: the label of ignored pixels; None takes the dataset's attribute of this name, or 255 if it has
+            none.
 
     Raises:
         TypeError: the dataset has no length or no items by number.
@@ -214,7 +215,7 @@ def _image_of(image: Any, label_size: tuple[int, ...], name: str) -> Image.Image
         return as_rgb(Image.fromarray(array), name)
     if array.shape[:2] == label_size:
         return array
-    # If the sizes differ, `checked_sample` reports both: then the smaller dimension counts as the channels.
+    # If the sizes differ, the smaller dimension counts as the channels, and `checked_sample` reports both sizes.
     if array.shape[1:] == label_size or array.shape[0] < array.shape[2]:
         return np.ascontiguousarray(np.moveaxis(array, 0, -1))
     return array

@@ -16,7 +16,7 @@ from fastuper.evaluation import report
 
 
 class ConfusionMatrix:
-    """Counts of pixels by true and predicted class. Memory depends on the number of classes alone.
+    """Counts of pixels by true and predicted class. Memory depends only on the number of classes.
 
     With n_ij the number of pixels of class i that were predicted as class j, over a whole dataset,
 
@@ -24,9 +24,9 @@ class ConfusionMatrix:
         accuracy_i       = n_ii / sum_j n_ij
         pixel accuracy   = sum_i n_ii / sum_ij n_ij
 
-    Pixels whose label is `ignore_index` are not counted, whatever their prediction. A class without pixels in labels
-    and predictions has no IoU (NaN); a class without pixels in the labels has no accuracy (NaN). The means are over
-    the other classes.
+    Pixels whose label is `ignore_index` are not counted, whether or not a class was predicted there. A class without
+    pixels in labels and predictions has no IoU (NaN); a class without pixels in the labels has no accuracy (NaN). The
+    means are over the other classes.
 
     Args:
         num_labels: the number N of classes.

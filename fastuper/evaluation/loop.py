@@ -1,4 +1,4 @@
-"""Evaluation of a model on a dataset: its label maps are counted against the dataset's, at the size of these."""
+"""Evaluation of a model on a dataset: the model's label maps are resampled to the dataset's and counted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate(
             Threads read datasets that have a length and items by number.
         processor: the image processor, which resizes and normalizes.
         id2label: the names of the samples' classes; None takes the dataset's attribute, if it has one.
-        ignore_index: the samples' label of ignored pixels; None takes the dataset's attribute, else 255.
+        ignore_index: the samples' label of ignored pixels; None takes the dataset's attribute, or 255 if it has none.
         short_side: as in `fastuper.inference.predictor.Predictor`.
         window: as in `Predictor`.
         stride: as in `Predictor`.

@@ -48,7 +48,7 @@ def table(matrix: ConfusionMatrix) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    # Horizontal rules alone, in ASCII: below the heading and above the means.
+    # The table has only horizontal rules, in ASCII: below the heading and above the means.
     rules = Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
     grid = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     grid.add_column("class")
@@ -131,7 +131,7 @@ def figure(matrix: ConfusionMatrix) -> Any:
     shares = matrix.counts / np.where(matrix.pixels, matrix.pixels, np.nan)[:, None]
     names = [_drawable(class_name(matrix.id2label, index), index) for index in range(number)]
     numbers_shown = number <= 20
-    # Inches per class, so that names and numbers are legible. From 300 classes on the picture stops growing, and names
+    # The inches per class keep names and numbers legible. From 300 classes on the picture stops growing, and names
     # overlap.
     side = min(max(3.0, number * (0.52 if numbers_shown else 0.155)), 46.0)
     drawn = Figure(figsize=(side + 1.2, side), dpi=130, layout="constrained")

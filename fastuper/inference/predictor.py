@@ -6,8 +6,8 @@ view, mirrored back if the view is mirrored. The label of a pixel is
     argmax_c  mean_v  softmax_c( L_v resampled to the label map's size )
 
 and with a single view the argmax of its resampled logits. L_v are the model's logits at the view's size; with windows,
-the mean of the logits of all windows that cover the pixel. Both follow mmsegmentation (`slide_inference`, test-time
-augmentation).
+the mean of the logits of all windows that cover the pixel. Windows follow mmsegmentation's `slide_inference`, views its
+test-time augmentation.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ STRIP_ROWS = 32
 class Votes:
     """The label map of one image, from the logits of all its views.
 
-    With one view, a pixel's label is the argmax of the logits; with several, that of the sum of their probabilities.
+    With one view, a pixel's label is the argmax of the logits; with several views, the argmax of the sum of their
+    probabilities.
 
     Args:
         name: the image's name.
@@ -126,7 +127,7 @@ class View:
             self.held = None
 
     def _pass_on(self, rows: torch.Tensor) -> None:
-        """Divide rows, the first of which is `self.top`, by the number of windows over each pixel; resample them."""
+        """Divide rows from `self.top` on by the number of windows over each pixel, and resample them."""
         if self.window != self.size:
             vertical = _coverage(self.tops, self.window[0], self.size[0])[self.top : self.top + rows.shape[1]]
             horizontal = _coverage(self.lefts, self.window[1], self.size[1])

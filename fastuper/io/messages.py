@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 LIMIT = 400
-"""Characters of a message on the terminal; `one_line` cuts the middle out of longer ones."""
+"""Characters of a message on the terminal; `one_line` cuts the middle out of longer messages."""
 
 
 def printable(text: str) -> str:

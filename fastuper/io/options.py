@@ -83,7 +83,7 @@ def check_options(values: Any) -> None:
 
 
 def _is_within(value: Any, described: Option) -> bool:
-    """Return True if a value is within an option's bounds; NaN never is, infinity not where `more_than` is set."""
+    """Return True if a value is within an option's bounds; NaN is not, nor infinity if `more_than` is set."""
     return (
         (described.at_least is None or value >= described.at_least)
         and (described.more_than is None or (value > described.more_than and math.isfinite(value)))

@@ -1,4 +1,4 @@
-"""What all configurations share: `Config`, `BackboneConfig`, `ForeignBackboneConfig`, config.json and the checks.
+"""The base of all configurations: `Config`, `BackboneConfig`, `ForeignBackboneConfig`, config.json and the checks.
 
 A backbone's own configuration is in its file in `fastuper/models/backbones`, UPerNet's in `upernet_configuration.py`.
 """
@@ -153,7 +153,7 @@ class Config:
 
         Args:
             values: the content of config.json.
-            **overrides: replace values of the same names, and those that contradict them.
+            **overrides: replace values of the same names, and values that contradict the overrides.
 
         Raises:
             TypeError: the configuration has no value of an override's name.
@@ -188,7 +188,7 @@ class Config:
             cache_dir: the Hub's cache.
             subfolder: the folder of config.json inside the folder or repository.
             revision: a branch, tag or commit of the repository.
-            local_files_only: True to use the cache alone.
+            local_files_only: True to use only the cache.
             **overrides: see `from_dict`.
 
         Raises:
@@ -225,7 +225,7 @@ class Config:
 
 
 class BackboneConfig(Config):
-    """Base of our backbones' configurations: the stages, and the selection of those that the backbone returns.
+    """Base of our backbones' configurations: the stages, and the selection of the returned stages.
 
     A subclass has the class attribute `model_type` and the attribute `num_channels`, the channels of an image.
 

@@ -45,8 +45,8 @@ def checkpointed(call: Callable[..., Any], module: nn.Module, *args: Any) -> Any
 def recomputed(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Return `function(x)`, keeping only x for the backward pass: for a cheap step before a linear layer.
 
-    The backward pass recomputes the step but not the layer, which needs only its input. Tracers decide themselves what
-    they keep, so that the step is not checkpointed there.
+    The backward pass recomputes the step but not the layer, which needs only its input. Under a tracer the step is not
+    checkpointed, because tracers choose the tensors to keep.
     """
     if not torch.is_grad_enabled() or not is_eager():
         return function(x)

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives to a model: images, labels and target sizes."""
+"""Checks of a model's arguments: images, labels and target sizes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_labels(labels: torch.Tensor, batch: int, num_labels: int, ignore_index
     """Return labels as int64 if they are integers (B, H, W), of any size but not empty.
 
     Their values are checked on a CPU only: on a GPU the host would wait for each step. The check comes before the
-    forward pass, so that a refused batch does not change BatchNorm's statistics.
+    forward pass: a refused batch must not change BatchNorm's statistics.
 
     Args:
         labels: the label maps.

@@ -31,9 +31,9 @@ def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
 def batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return `norm(x)` of a map (B, C, H, W), also in training on a single cell (1, C, 1, 1).
 
-    A single value has no variance, and PyTorch raises an error. The running statistics are used there, so that one
-    image can be trained on although the pyramid pooling averages it to one cell. SyncBatchNorm is called as usual:
-    other ranks may hold more cells, and they wait for this rank.
+    A single value has no variance, and PyTorch raises an error. There the running statistics are used: the pyramid
+    pooling averages an image to one cell, and a model can be trained on one image at a time. SyncBatchNorm is called as
+    usual: other ranks may hold more cells, and they wait for this rank.
     """
     has_statistics = isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
     if not norm.training or not has_statistics or x.shape[0] != 1 or tuple(x.shape[2:]) != (1, 1):

@@ -60,8 +60,8 @@ class ModelOutput(OrderedDict[str, Any]):
 
     `output.logits`, `output["logits"]` and `output[0]` are the same object. Subclasses are dataclasses. They are
     registered as pytrees, so that DistributedDataParallel, `torch.export` and `torch.compile` find their tensors. A
-    `Deferred` value counts among the keys and in the length. It is computed when it is read by name or by index, and
-    with all other values in a loop over values or items, as a tuple, pickled or flattened.
+    `Deferred` value counts among the keys and in the length. Reading it by name or by index computes it. A loop over
+    values or items, a conversion to a tuple, pickling and flattening compute all values.
 
     A subclass takes one argument, `class Output(ModelOutput, serialized_name="fastuper.Output")`: the name of its
     pytree in exported programs. It stays the same wherever the class lies; by default it is the class's full name.

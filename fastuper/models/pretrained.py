@@ -112,7 +112,7 @@ class KnownToTransformers:
     def __class__(self, cls: type[Any]) -> None:  # FSDP and parametrizations assign classes that they derive
         object.__dict__["__class__"].__set__(self, cls)
 
-    # PEFT reads these of a `PreTrainedModel`.
+    # PEFT reads these attributes of a `PreTrainedModel`.
     _keys_to_ignore_on_save = None
 
     def is_custom_code(self) -> bool:
@@ -146,7 +146,7 @@ def _new(cls: type[T]) -> T:
 
 # --------------------------------------------------------------------------------------------- from_pretrained and back
 
-# Arguments of Transformers that are not supported, and what to do instead.
+# Arguments of Transformers that are not supported, each with the remedy.
 REFUSED = {
     "force_download": "delete the repository from the Hub's cache",
     "from_flax": "convert the checkpoint to safetensors first",
@@ -214,8 +214,8 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             pretrained_model_name_or_path: a folder, or the id of a Hub repository.
             config: a configuration in place of the checkpoint's: this library's, Transformers', a dictionary, or the
                 folder or repository that has it.
-            dtype: a `torch.dtype` or its name. If "auto" or None, the configuration's dtype; if it has none, that of
-                the checkpoint's first floating-point tensor.
+            dtype: a `torch.dtype` or its name. If "auto" or None, the configuration's dtype; if it has none, the dtype
+                of the checkpoint's first floating-point tensor.
             torch_dtype: the older name of `dtype`.
             device: the model's device; the default device if None.
             num_labels: the number of classes, if it is not the checkpoint's.
@@ -244,7 +244,7 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             CheckpointError: there are no weights, a file is damaged, or the weights are not a UPerNet's.
             OSError: there is no such folder, repository or revision, or it has no config.json.
             RuntimeError: tensors have another shape than the checkpoint's; the message lists them.
-            TypeError: an argument is unknown or not supported; the message says what to do instead.
+            TypeError: an argument is unknown or not supported; the message gives the remedy.
             ValueError: `dtype` is not a dtype, or `torch_dtype` contradicts it.
         """
         source = pretrained_model_name_or_path
@@ -286,9 +286,9 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
     ) -> None:
         """Write config.json and the weights; Transformers 4.56 and 5.x read them as well.
 
-        Each file is written beside its place and then moved there, the weights only when all are written: a save that
-        fails leaves the folder's older weights as they were. Weight files of an older save that do not belong to the
-        checkpoint are then removed. The folder may be the one that the model was loaded from.
+        Each file is written beside its place and then moved there; the weights are moved when all of them are written.
+        A save that fails leaves the folder's older weights intact. Weight files of an older save that do not belong to
+        the checkpoint are then removed. The folder may be the one that the model was loaded from.
 
         Args:
             save_directory: the folder; made if it is missing.

@@ -1,4 +1,4 @@
-"""Detects hooked, replaced or quantised modules, which must run as they are.
+"""Detects hooked, replaced or quantised modules, which must run unmodified.
 
 LoRA, pruning, quantisation, hooks, offloading and parametrizations replace a module or hook it. A faster way may stand
 in for a module only if nobody has touched the module.
@@ -20,9 +20,9 @@ from fastuper_kernels.dispatch.torch_private import (
 def is_untouched(*modules: nn.Module) -> bool:
     """Return True if no hook, subclass or parametrization changes these modules. Their children are not checked.
 
-    A module is touched where a hook is registered on it (or on all modules), where its instance has another `forward`,
-    where its class is neither PyTorch's nor this library's, where it has parametrizations, or where one of its
-    parameters is not an ordinary tensor (a quantised one, for example).
+    A module is touched in these cases. A hook is registered on it or on all modules. Its instance has another
+    `forward`. Its class is neither PyTorch's nor this library's. It has parametrizations. One of its parameters is not
+    an ordinary tensor (it is quantised, for example).
     """
     if has_global_hooks():
         return False

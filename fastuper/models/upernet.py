@@ -98,8 +98,8 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
 
         Returns:
             `SemanticSegmenterOutput`. `loss` is the mean cross entropy of the logits, resampled to the labels' size,
-            over the pixels that are not ignored, plus `auxiliary_loss_weight` times that of the auxiliary head; in the
-            logits' dtype (float32 under autocast). `logits` are (B, num_labels, H, W), contiguous.
+            over the pixels that are not ignored. An auxiliary head adds `auxiliary_loss_weight` times its own mean. The
+            loss has the logits' dtype (float32 under autocast). `logits` are (B, num_labels, H, W), contiguous.
 
         Raises:
             TypeError: pixels or labels are not tensors.
@@ -161,7 +161,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
                 upsample_argmax(image, _steps(size, target))[0]
                 for image, target in zip(logits.split(1), targets, strict=True)
             ]
-        # The last step, because the host waits here for a GPU, and all other work is launched by then.
+        # This is the last step: the host waits here for a GPU, and all other work is launched by then.
         if not torch.compiler.is_compiling() and not logits.isfinite().all():
             if not pixel_values.isfinite().all():
                 cause = "pixel_values contain NaN or infinity"
@@ -208,7 +208,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
             output_attentions=output_attentions,
         )
         if self.gradient_checkpointing and self.training and not isinstance(self.backbone, Backbone):
-            # As a whole, because the blocks of another library are not `Checkpointed`.
+            # The backbone is recomputed as a whole, because the blocks of another library are not `Checkpointed`.
             output = checkpointed(call, self.backbone, pixel_values)
         else:
             output = call(pixel_values)
@@ -231,7 +231,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         ignore_index = self.config.loss_ignore_index
         if num_items_in_batch is None:
             return upsample_cross_entropy(coarse, labels, ignore_index=ignore_index)
-        # In float32: the sum over an image can exceed the largest number of float16.
+        # The loss is computed in float32: the sum over an image can exceed the largest number of float16.
         wide = coarse.to(torch.promote_types(coarse.dtype, torch.float32))
         total = upsample_cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
         count = torch.as_tensor(num_items_in_batch, device=total.device)
@@ -256,10 +256,10 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
                     self.backbone.initialize_tensor(module, name, tensor)
 
     def _load_backbone(self, config: UperNetConfig) -> None:
-        """Load the weights of the backbone that a configuration names, usually those of a classifier."""
+        """Load the weights of the backbone that a configuration names, usually a classifier's weights."""
         assert config.backbone is not None  # the configuration has checked it
         if config.use_timm_backbone:
-            # timm has loaded them already. A saved model has its own, and must not fetch timm's.
+            # timm has loaded them already. A saved model has its own weights, and must not fetch timm's.
             self.config.backbone_config.values["use_pretrained_backbone"] = False
             return
         if self.device.type == "meta":  # from_pretrained loads a checkpoint with all weights next
@@ -292,7 +292,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters, or of those that require a gradient.
+        """Return the number of parameters, or of the parameters that require a gradient.
 
         `exclude_embeddings` is Transformers' argument about token embeddings; this model has none.
         """

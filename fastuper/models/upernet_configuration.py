@@ -25,7 +25,7 @@ from fastuper.models.configuration import (
 class UperNetConfig(Config):
     """UPerNet (https://arxiv.org/abs/1807.10221): a backbone, the head over its feature maps, an auxiliary head.
 
-    Arguments and defaults are those of Transformers 4.56, but for two defaults with which it cannot build a model:
+    Arguments and defaults equal Transformers 4.56's, except two defaults with which Transformers cannot build a model:
 
     - the auxiliary head needs three maps; a backbone configuration without a selection of stages gives all stages, not
       only the last;

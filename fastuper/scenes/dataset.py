@@ -1,8 +1,8 @@
 """Generated street scenes with exact labels, of any number and size, and the small model trained on them.
 
 A scene is a street in perspective: a bent road, pavements, lawns, walls, houses, trees, cars, people and signs. Hour,
-weather, blur and noise of the camera vary. Colour says little about the class (cars, roads and walls are grey, coats
-and cars as red as brick): a model must learn shapes and surroundings.
+weather, blur and noise of the camera vary. Colour says little about the class: cars, roads and walls are grey, coats
+and cars as red as brick. A model must learn shapes and surroundings.
 
 `make train-scenes` trains the model that `load_model` returns.
 """
@@ -89,7 +89,7 @@ class SceneDataset(SampleDataset):
 def load_model() -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
     """Return the model trained by `make train-scenes`, in float32 and evaluation mode, and its image processor.
 
-    It was trained on drawn scenes alone: its label maps of photos mean nothing.
+    It was trained only on drawn scenes: its label maps of photos mean nothing.
 
     Raises:
         OSError: the model's files are missing; `make train-scenes` trains it and writes them.

@@ -936,7 +936,7 @@ class Street:
     # Sky and ground, computed per pixel
 
     def _sky_and_ground(self) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Return the picture of sky and ground alone, and the classes (rows, columns) of its samples.
+        """Return the picture of sky and ground, without objects, and the classes (rows, columns) of its samples.
 
         Classes and road markings have edges and are sampled more finely than the picture; colours are not.
         """
@@ -1089,7 +1089,7 @@ class Street:
         self._polygon([(t, low, z), (t, high, z), (t, high, far), (t, low, far)], colour, label)
 
     def _draw(self, outline: Sequence[_Spot], colour: _Rgb, label: int | None) -> None:
-        """Fill a polygon; with label None the label map stays as it is, for details of an object."""
+        """Fill a polygon; with label None the label map does not change, for details of an object."""
         if len(outline) < 3:
             return
         columns = [x for x, _ in outline]

@@ -2,7 +2,7 @@
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
-TYPE_CHECKING = False  # not imported from `typing`, which would take most of this file's time
+TYPE_CHECKING = False  # not from `typing`, whose import would take most of this file's time
 if TYPE_CHECKING:
     from fastuper.training.config import TrainingConfig, TrainingError
     from fastuper.training.runs import RunFolder

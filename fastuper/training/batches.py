@@ -1,4 +1,4 @@
-"""Batches: which images each step takes, their checks, and their collation."""
+"""Batches: the images of each step, their checks, and their collation."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class CheckedItems(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | UnusableImage:
         try:
             item = self.data[key]
-        except (DataError, ImageError) as error:  # these name the file
+        except (DataError, ImageError) as error:  # its message names the file
             return UnusableImage(str(error))
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             files = getattr(self.data.samples, "files", None)

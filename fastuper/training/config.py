@@ -1,4 +1,4 @@
-"""How to train: TrainingConfig, and the plan that a recipe completes it to."""
+"""The options of training: `TrainingConfig`, and the `Plan`, whose open values come from a recipe."""
 
 from __future__ import annotations
 
@@ -164,4 +164,4 @@ MAY_CHANGE_ON_RESUME = (
     "pictures",
     "cpu",
 )
-"""Options that may differ when a run resumes: they decide no loss."""
+"""Options that may differ when a run resumes."""

@@ -1,4 +1,4 @@
-"""The processes of a training run: Accelerate's `Accelerator`, set up for data parallelism alone."""
+"""The processes of a training run: Accelerate's `Accelerator`, set up only for data parallelism."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_accelerator(model: nn.Module, cpu: bool) -> Accelerator:
     # without a gradient.
     backbone = model.backbone
     all_used = isinstance(backbone, Backbone) and backbone.out_features[-1] == backbone.stage_names[-1]
-    # All explicit, so that the environment (ACCELERATE_MIXED_PRECISION and others) does not change a step.
+    # All settings are explicit: the environment (ACCELERATE_MIXED_PRECISION and others) must not change a step.
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no",

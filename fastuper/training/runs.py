@@ -65,7 +65,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step:09d}"
 
     def check_log(self) -> None:
-        """Raise ValueError if the folder has a log of another program, so that lines would be added to it."""
+        """Raise ValueError if the folder has another program's log, to which the run would add lines."""
         if self.log.exists() and not self.checkpoints.is_dir():
             raise ValueError(
                 f"{self.log} does not belong to a run of fastuper; use another folder, or move the file away"

@@ -1,4 +1,4 @@
-"""What a training run starts with: the splits of a dataset, their classes, and a model for them.
+"""The start of a training run: the splits of a dataset, their classes, and a model for them.
 
 `fastuper train` uses these functions; each takes `notify`, which is called with lines that a user should read.
 """
@@ -41,7 +41,7 @@ def open_splits(
     Args:
         data: the folder; see `fastuper.data.folders.open_dataset`.
         layout: the layout of the folder.
-        split: the split to train on; None means training if the folder has splits, else the whole folder.
+        split: the split to train on; None means training if the folder has splits, and the whole folder if it has none.
         validation_split: the split to validate on; None means validation if the folder has it.
         ignore_index: the label of ignored pixels.
         notify: called with a line about the data.
@@ -77,11 +77,11 @@ def find_classes(
     *,
     notify: Callable[[str], None] = ignore_note,
 ) -> dict[int, str]:
-    """Return the classes of data without class names: the model's if they are enough for all labels, else numbered.
+    """Return the classes of data without class names: the model's, or numbered classes if the model's are too few.
 
     Args:
         training: the training data; all of its label maps are read.
-        validation: the validation data, likewise.
+        validation: the validation data; all of its label maps are read too.
         model: a checkpoint's folder or Hub id.
         notify: called with a line about the names.
 
@@ -129,8 +129,8 @@ def build_model(
     Args:
         id2label: the names of the data's classes.
         model: a UPerNet checkpoint's folder or Hub id; None builds a new UPerNet.
-        backbone: the backbone of a new UPerNet: a name of `fastuper.recipes.BACKBONES` has random weights, a folder or
-            Hub id has the checkpoint's, "timm/NAME" has timm's.
+        backbone: the backbone of a new UPerNet: a name of `fastuper.recipes.BACKBONES` (random weights), a folder or
+            Hub id (the checkpoint's weights), or "timm/NAME" (timm's weights).
         hidden_size: channels of a new UPerNet's decode head; its auxiliary head has half as many.
         drop_path_rate: stochastic depth; None keeps the backbone's own rate.
         ignore_index: the label of ignored pixels.

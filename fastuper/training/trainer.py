@@ -1,8 +1,8 @@
 """Training: one loop for a laptop, a GPU or many, which resumes where it was stopped.
 
-A step follows from the configuration, the data and its own number alone: the images that it takes, their augmentation,
-and the branches that stochastic depth drops. Therefore a run that is killed and started again has the same losses, and
-a step of several processes, or of several pieces one after another, equals the step of one process.
+The configuration, the data and the step's number determine a step: its images, their augmentation, and the branches
+that stochastic depth drops. Therefore a run that is killed and started again has the same losses. A step of several
+processes, or of several pieces one after another, equals the step of one process.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Trainer:
         model: a UPerNet; it is trained in place, usually in float32.
         config: the options of training.
         train_data: a map-style dataset; see `fastuper.data.samples.as_samples`.
-        validation_data: likewise; None validates nothing, and makes no `best`.
+        validation_data: like `train_data`; None validates nothing, and makes no `best`.
         processor: prepares images for validation, and is saved with the model; None is the default processor.
         output: the folder.
         transform: returns `pixel_values`, `labels` and `name` for a sample and a `numpy.random.Generator`; None is
@@ -116,7 +116,8 @@ class Trainer:
         )
         fused = accelerator.device.type in ("cpu", "cuda")
         groups = parameter_groups(self.model, self.plan.recipe)
-        # Not Accelerate's optimizer, which does nothing while another loop of this process accumulates gradients.
+        # This is not Accelerate's optimizer, which does nothing while another loop of this process accumulates
+        # gradients.
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
         self.parallel = accelerator.prepare(self.model)
         factor = partial(
@@ -195,7 +196,7 @@ class Trainer:
             num_workers=config.workers,
             collate_fn=partial(collate, ignore_index=ignore_index),
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # its own: a draw from torch's would change all later draws
+            generator=torch.Generator(),  # a draw from torch's generator would change all later draws
         )
         return iter(loader)
 
@@ -215,7 +216,7 @@ class Trainer:
 
     def _train_step(self, pieces: Sequence[Batch]) -> None:
         """Update the weights once, by the gradient of the mean loss over the pixels of all pieces and processes."""
-        # Stochastic depth and dropout of this step draw from this seed, whatever was drawn before.
+        # Stochastic depth and dropout of this step draw from this seed; earlier draws have no influence.
         torch.manual_seed(derived_seed(self.config.seed, "step", self.step, self.accelerator.process_index))
         loss = self._backward(pieces)
         self._names = [name for piece in pieces for name in piece.names]
@@ -259,11 +260,11 @@ class Trainer:
         return output.loss
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        # Not Accelerate's, whose precision cannot change in the life of a process.
+        # Accelerate's autocast is not used: its precision cannot change in the life of a process.
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.bf16)
 
     def _check_losses(self) -> None:
-        """Check that the losses since the last check are finite. All processes have the same, and stop together."""
+        """Check that the losses since the last check are finite. All processes have them, and stop together."""
         if not self._unchecked:
             return
         losses = torch.stack([loss for _, loss, _ in self._unchecked]).tolist()
@@ -495,7 +496,7 @@ def _usable(batch: Batch | UnusableImage) -> Batch:
 
 
 def _checks_every_step(device: torch.device) -> bool:
-    """Return True on a CPU. On a GPU losses are checked later, for reading a loss waits for all launched kernels."""
+    """Return True on a CPU. On a GPU losses are checked later: reading a loss waits for all launched kernels."""
     return device.type == "cpu"
 
 

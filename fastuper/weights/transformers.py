@@ -1,9 +1,8 @@
 """Names of tensors in the checkpoints of Hugging Face Transformers: state dict -> state dict.
 
-Our modules have the names of the Hub's checkpoints, which are those of Transformers 4.56. Transformers 5 renames the
-tensors of a Swin in memory, and writes the norm after its last stage, which UPerNet does not use. ConvNeXt and ResNet
-have the same names in both versions. A family's names are in its file in
-`fastuper/models/backbones`.
+Our modules have the names of the Hub's checkpoints, which Transformers 4.56 uses. Transformers 5 renames the tensors of
+a Swin in memory, and writes the norm after its last stage, which UPerNet does not use. ConvNeXt and ResNet have the
+same names in both versions. A family's names are in its file in `fastuper/models/backbones`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class WeightFiles:
     Attributes:
         tensors: for each file, the names of its tensors.
         index: the content of the index by its name; empty if there is only one file.
-        replaced: glob patterns of the older files in whose place these come.
+        replaced: glob patterns of the older files that these files replace.
     """
 
     tensors: Mapping[str, list[str]]
@@ -66,7 +66,7 @@ class WeightFiles:
 def split_weights(
     tensors: dict[str, torch.Tensor], safe_serialization: bool, max_shard_size: int | str, variant: str | None
 ) -> WeightFiles:
-    """Divide tensors among files; the arguments are those of `save_pretrained`."""
+    """Divide tensors among files; for the arguments see `save_pretrained`."""
     kind = SAFETENSORS if safe_serialization else PICKLE
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern=shard_pattern(kind, variant), max_shard_size=max_shard_size

@@ -203,7 +203,7 @@ class ConvNextBackbone(Backbone):
             super().initialize_tensor(module, name, tensor)
 
 
-# With the stochastic depth of the authors' UPerNets.
+# The presets have the stochastic depth of the authors' UPerNets.
 PRESETS = {
     name: partial(ConvNextConfig, hidden_sizes=sizes, depths=depths, drop_path_rate=rate, out_features=STAGES)
     for name, sizes, depths, rate in (

@@ -57,8 +57,8 @@ class TimmBackbone(nn.Module):
         values = config.values
         if not timm.is_model(values.get("backbone") or ""):
             raise ValueError(f"timm {timm.__version__} has no model {values.get('backbone')!r}; see timm.list_models()")
-        # Transformers' default is the last level alone, from which it cannot build a UPerNet with an auxiliary head.
-        # The levels are written to the configuration: a saved model is the same network in Transformers.
+        # By default Transformers returns only the last level, from which it cannot build a UPerNet with an auxiliary
+        # head. The levels are written to the configuration: a saved model is the same network in Transformers.
         if values.get("out_indices") in (None, [-1], (-1,)):
             values["out_indices"] = [-4, -3, -2, -1]
         indices = tuple(values["out_indices"])

@@ -100,7 +100,7 @@ class DropPath(nn.Module):
             return x
         keep = 1 - self.drop_prob
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        # Drawn as in Transformers: with the same seed, both drop the same samples.
+        # The mask is drawn as in Transformers: with the same seed, both libraries drop the same samples.
         return x.div(keep) * torch.floor(torch.rand(shape, dtype=x.dtype, device=x.device) + keep)
 
     def extra_repr(self) -> str:
@@ -130,7 +130,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def pad_to(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pad a map (B, C, H, W) with zeros, below and on the right, to at least (height, width)."""
-    # Two comparisons of sizes: a network traced with a large enough map is valid for all of them.
+    # The function only compares sizes: a network traced with a large enough map is valid for all such maps.
     if x.shape[2] >= height and x.shape[3] >= width:
         return x
     return F.pad(x, (0, max(width - x.shape[3], 0), 0, max(height - x.shape[2], 0)))
@@ -138,7 +138,7 @@ def pad_to(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def pad_to_multiple(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pad a map (B, H, W, C) with zeros, below and on the right, to multiples of (height, width)."""
-    # Quotients, not remainders: a traced network has symbolic sizes, whose remainders become long expressions.
+    # Quotients are used, not remainders: a traced network has symbolic sizes, whose remainders become long expressions.
     rows, columns = (x.shape[1] + height - 1) // height, (x.shape[2] + width - 1) // width
     bottom, right = rows * height - x.shape[1], columns * width - x.shape[2]
     # A traced network always pads, perhaps by 0: a comparison would restrict it to sizes like the example's.

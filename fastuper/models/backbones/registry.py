@@ -90,7 +90,7 @@ def register(
         network: the network.
         presets: configurations by name.
         depths: layer depths for the decay of learning rates.
-        names: names in checkpoints; those of the network if None.
+        names: names in checkpoints; the network's names if None.
 
     Returns:
         The family. `unregister(model_type)` removes it.
@@ -146,7 +146,7 @@ def build_backbone(config: BackboneConfig | ForeignBackboneConfig | None) -> Any
 
 
 def checkpoint_names(model_type: str) -> Names:
-    """Return the checkpoint names of a family, or those of the backbones of other libraries."""
+    """Return the checkpoint names of a family, or the checkpoint names of other libraries' backbones."""
     return FAMILIES[model_type].names if model_type in FAMILIES else foreign.NAMES
 
 

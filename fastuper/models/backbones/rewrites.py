@@ -1,6 +1,6 @@
-"""Faster ways to compute the blocks of our backbones. Each returns what the block's textbook forward returns.
+"""Faster ways to compute the blocks of our backbones. Each has the same result as the block's textbook forward.
 
-A block that has a faster way names it in the class attribute `rewrite`, and its forward begins with one question:
+A block that has a faster way names it in the class attribute `rewrite`, and its forward begins with one check:
 
     if rewrites.apply_to(self, x):
         return rewrites.run(self, x)
@@ -44,8 +44,8 @@ HIDDEN_BYTES = 2**22
 into a cache, and malloc returns the same memory for each part."""
 
 CACHED_POSITIONS = 2**17
-"""Positions of the largest map whose window plan is cached. A larger plan takes megabytes, and making it little time
-compared with the attention that uses it."""
+"""Positions of the largest map whose window plan is cached. A larger plan takes megabytes. It is made
+in little time compared with the attention that uses it."""
 
 
 # Dispatch -------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,8 @@ class Rewrite:
         can_infer: returns True if `infer` computes the block's forward.
         infer: the way on a CPU without gradients.
         can_train: returns True if `train` computes the forward of a block, its one argument.
-        train: the way that saves memory where gradients are enabled; None, like `can_train`, if there is none.
+        train: the way that saves memory where gradients are enabled; None, like `can_train`, if the class has no such
+            way.
     """
 
     can_infer: Callable[..., bool]
@@ -87,7 +88,7 @@ def apply_to(block: Any, x: torch.Tensor, *args: Any) -> bool:
 def run(block: Any, x: torch.Tensor, *args: Any) -> Any:
     """Return the result of a block's forward, computed faster; `apply_to` has returned True for these arguments."""
     rewrite: Rewrite = block.rewrite
-    # With gradients disabled `infer` alone can apply: the question need not be asked again.
+    # Without `train`, or without gradients, `apply_to` returned True because of `can_infer`, which need not run again.
     if rewrite.train is None or not torch.is_grad_enabled() or rewrite.can_infer(block, x, *args):
         return rewrite.infer(block, x, *args)
     return rewrite.train(block, x, *args)
@@ -111,7 +112,7 @@ def does_nothing(module: nn.Module) -> bool:
 
 
 def is_untouched_mlp(norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module) -> bool:
-    """Return True if `residual_mlp` and `recomputed_mlp` compute what these modules compute one after another."""
+    """Return True if `residual_mlp` and `recomputed_mlp` have the result of these modules called one after another."""
     layers = is_exactly(first, nn.Linear) and is_exactly(second, nn.Linear) and is_exactly(norm, nn.LayerNorm)
     return layers and is_untouched(act)
 
@@ -270,16 +271,16 @@ SWIN_LAYER = Rewrite(_can_infer_swin, _infer_swin, _can_train_swin, _train_swin)
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """Where the positions of maps (B, H, W, C) lie in their windows, shifted or not: one copy in, one copy back.
+    """The places of a map's positions (B, H, W, C) in its windows, shifted or not: one copy in, one copy back.
 
-    The cyclic shift separates positions in the last row and the last column of windows alone. A plan sorts the windows
-    into four groups, so that each group has one mask, which is not repeated for each window.
+    The cyclic shift separates positions only in the last row and the last column of windows. A plan sorts the windows
+    into four groups. Each group has one mask, which is not repeated for each window.
 
     Attributes:
         gather: (windows * L,), int32: the position of the map, as (B * H * W, C), for each position of the windows.
         padding: positions of the windows that lie beyond the map; `gather` is 0 there.
         scatter: (B * H * W,), int32: the position of the windows, as (windows * L, C), for each position of the map.
-        groups: the number of windows inside, in the last column alone, in the last row alone, and in both.
+        groups: the number of windows in neither, in only the last column, in only the last row, and in both.
         mask: (4, 1, L, L), added to the scores of each group.
     """
 
@@ -338,9 +339,9 @@ def _attend_in_plan(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
 
 
 def attend_in_groups(attention: SwinSelfAttention, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
-    """Return what `attention` returns in evaluation, for a plan's windows (windows, L, C), each group with its mask.
+    """Return the result of `attention` in evaluation for a plan's windows (windows, L, C), each group with its mask.
 
-    Runs some windows at a time, so that their queries, keys and values stay in the cache.
+    The loop runs some windows at a time: their queries, keys and values stay in the cache.
     """
     _, length, channels = windows.shape
     step = max(1, HIDDEN_BYTES // (length * channels * windows.element_size()))

@@ -434,7 +434,7 @@ class SwinBackbone(Backbone):
             super().initialize_tensor(module, name, tensor)
 
 
-# With the stochastic depth of the authors' UPerNets.
+# The presets have the stochastic depth of the authors' UPerNets.
 PRESETS = {
     name: partial(
         SwinConfig,

@@ -39,7 +39,7 @@ def shifted_window_mask(
 ) -> torch.Tensor:
     """Return the mask of shifted windows, (rows * columns, L, L), which is added to attention scores.
 
-    After the cyclic shift of a map of (rows, columns) windows, windows of the last row and column hold pieces of up to
+    The map has (rows, columns) windows. After the cyclic shift, windows of the last row and column hold pieces of up to
     four regions of the map. The mask is -100 between positions of different regions, and 0 within a region.
     """
 

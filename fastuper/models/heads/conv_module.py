@@ -38,7 +38,7 @@ class ConvModule(nn.Module):
     def is_fusible(self) -> bool:
         """Return True if `fused` computes the same function.
 
-        This depends on the convolution alone: `fused` calls a norm or an activation that it cannot fold.
+        This depends only on the convolution: `fused` calls a norm or an activation that it cannot fold.
         """
         return is_supported_conv(self.conv) and self.conv.bias is None
 

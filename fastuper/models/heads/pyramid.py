@@ -1,8 +1,8 @@
 """The feature pyramid of UPerNet's heads: pyramid pooling, top-down path and fusion, without a classifier.
 
-The fused convolutions never upsample a level before its convolution: they mix a level's channels at the level's own
+The fused convolutions never upsample a level before its convolution. They mix a level's channels at the level's own
 resolution and resample the result (docs/idea.md). A module that was replaced or hooked is called, on the same input as
-in the network as written.
+in the textbook network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Pyramid(NamedTuple):
 
     Attributes:
         levels: (B, hidden_size, H_l, W_l), finest first, each but the coarsest after its 3x3 convolution.
-        merged: the finest of them before that convolution.
+        merged: the finest level before its 3x3 convolution.
     """
 
     levels: list[torch.Tensor]
@@ -39,7 +39,7 @@ class PyramidHead(Checkpointed):
     Args:
         in_channels: channels of the backbone's feature maps, finest first.
         dim: channels of every level, the configuration's `hidden_size`.
-        pool_scales: the pyramid pooling averages the coarsest map over s x s cells, for each of these s.
+        pool_scales: the pyramid pooling averages the coarsest map over s x s cells, for each s in this list.
     """
 
     def __init__(self, in_channels: Sequence[int], dim: int, pool_scales: Sequence[int]):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # page of the next strip cost a page fault. Images with a larger map run in strips.
 STRIP_BYTES = 8 << 20
 
-# The kernels of the finest level's lateral convolution, its 3x3 convolution and the fusion. `tail` counts its rows for
-# these: each 3x3 convolution reads one row above its strip and one below.
+# The kernels of the finest level's lateral convolution, its 3x3 convolution and the fusion. `tail` counts rows for
+# these kernels: each 3x3 convolution reads one row above its strip and one below.
 KERNELS = ((1, 1), (3, 3), (3, 3))
 
 
@@ -57,12 +57,12 @@ def run(head: UperNetHead, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor
 def tail(head: UperNetHead, x: torch.Tensor, above: torch.Tensor, levels: Sequence[torch.Tensor]) -> torch.Tensor:
     """Compute the finest level, fuse all levels and classify, one image and one strip at a time.
 
-    No map of hidden_size channels at the finest level is ever whole: a strip stays in cache until the classifier has
-    read it, and the next strip reuses its memory. No row is computed twice: each step computes one row more below the
+    No map of hidden_size channels at the finest level is ever whole. A strip stays in cache until the classifier has
+    read it, and the next strip reuses its memory. No row is computed twice. Each step computes one row more below the
     strip than the step that reads it, and keeps its last two rows for the next strip.
 
     Args:
-        head: `apply_to` holds for it.
+        head: `apply_to` returned True for this head.
         x: the finest feature map, (B, C, H, W).
         above: (B, hidden_size, h, w), the next level of the top-down path before its 3x3 convolution.
         levels: all levels but the finest, as the fusion takes them.
@@ -103,7 +103,7 @@ def _tail_of_image(
 
 
 class _Rows:
-    """The rows of a map that the next step reads: the last two of the strip before, and those of this strip.
+    """The rows of a map that the next step reads: the last two rows of the strip before, and this strip's rows.
 
     Args:
         height: of the map.
