@@ -47,9 +47,9 @@ def train_model(
         str | None,
         typer.Option(
             metavar="NAME|FOLDER|HUB_ID",
-            help="Without --model: backbone of a new UPerNet. convnext- or swin- with tiny, small, base, large, and "
-            "resnet- with 18, 34, 50, 101, start with random weights; the checkpoint of a folder or of the Hub starts "
-            "with its weights, timm/NAME with timm's.",
+            help="Without --model: backbone of a new UPerNet. These names have random weights: convnext- and swin- "
+            "with tiny, small, base, large; resnet- with 18, 34, 50, 101. A checkpoint's folder, a Hub id and "
+            "timm/NAME have pretrained weights.",
             show_default="convnext-tiny",
         ),
     ] = None,

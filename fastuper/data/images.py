@@ -151,7 +151,7 @@ def as_labels(image: Image.Image, name: str) -> NDArray[np.integer]:
     channels = image.getbands()
     if len(channels) > 1:
         raise ImageError(
-            f"{name}: has the {len(channels)} channels {', '.join(channels)}, where one of class numbers is expected; "
+            f"{name}: has the {len(channels)} channels {', '.join(channels)}, but a label map has one channel; "
             "give each colour its number and save it as an 8-bit grey or palette PNG"
         )
     if image.mode == "F":

@@ -22,7 +22,7 @@ def check_pixels(pixel_values: torch.Tensor | None) -> torch.Tensor:
         ValueError: they are missing, or of another shape or dtype.
     """
     if pixel_values is None:
-        raise ValueError("pixel_values are missing: pass those that UperNetImageProcessor returns")
+        raise ValueError("pixel_values are missing: pass the pixel_values of UperNetImageProcessor")
     if not isinstance(pixel_values, torch.Tensor):
         raise TypeError(
             f"pixel_values must be a tensor, got {type(pixel_values).__name__}: "

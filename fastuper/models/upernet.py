@@ -167,7 +167,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
                 cause = "pixel_values contain NaN or infinity"
             else:
                 cause = f"weights are not finite, or they overflow {logits.dtype}"
-            raise ValueError(f"the logits are not finite, so that labels would have no meaning: {cause}")
+            raise ValueError(f"the logits are not finite, and labels would have no meaning: {cause}")
         return labels
 
     def capture(self, pixel_values: torch.Tensor, target_size: tuple[int, int] | None = None) -> CapturedFunction:

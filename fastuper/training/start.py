@@ -158,9 +158,7 @@ def build_model(
             )
         elif id2label != (names := classes_of(config)):
             check_classes(id2label, names)  # the same names in another order would silently have the wrong weights
-            notify(
-                f"the data's class names differ from those of {model}: the classifiers keep their weights, by number"
-            )
+            notify(f"the data and {model} have different class names: the classifiers keep their weights, by number")
         config = UperNetConfig.from_dict(config.to_dict(), **common)
     elif backbone in BACKBONES:
         config = UperNetConfig(BACKBONES[backbone](), **common, **heads)

@@ -31,7 +31,7 @@ def as_independent(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     for name, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
             fault = "is on the meta device and has no values" if isinstance(tensor, torch.Tensor) else "is not a tensor"
-            raise CheckpointError(f"{name} {fault}, so that it cannot be saved; pass a full state_dict=")
+            raise CheckpointError(f"{name} {fault}, and cannot be saved; pass a full state_dict=")
         tensor = tensor.detach().contiguous()
         storage = tensor.untyped_storage()
         # A tensor with two names is written under both, so that no reader misses one. A view is copied, because a

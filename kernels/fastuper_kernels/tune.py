@@ -18,7 +18,7 @@ from fastuper_kernels.dispatch.choices import show as show_choices
 from fastuper_kernels.dispatch.files import replace_json
 from fastuper_kernels.dispatch.terminal import print_table
 
-NO_GPU = "no GPU here: the kernels run in Triton's interpreter alone, with the heuristic's configurations"
+NO_GPU = "no GPU here: the kernels run only in Triton's interpreter, with the heuristic's configurations"
 
 
 class Layer(NamedTuple):

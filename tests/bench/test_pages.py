@@ -135,7 +135,7 @@ def test_pictures_are_the_same_each_time(results, tmp_path: Path):
 
 
 def without_last_digits(picture: str) -> str:
-    """Return a picture without what depends on the processor: the last digits of coordinates, and names from them."""
+    """Return a picture without the texts that depend on the processor: last digits of coordinates, names from them."""
     picture = re.sub(r"\b[mp][0-9a-f]{10}\b", "part", picture)
     # matplotlib's version has fewer digits after the point and stays.
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.3f}", picture)

@@ -479,7 +479,7 @@ REFUSED_MAPS = {
     "colours": (
         PIL_IMAGE,
         ValueError,
-        r"maps\[0\]: has the 3 channels R, G, B, where one of class numbers is expected",
+        r"maps\[0\]: has the 3 channels R, G, B, but a label map has one channel",
     ),
     "channels": (IMAGE, ValueError, "8 segmentation_maps for 1 images"),
     "fractions": (noise(8, 9) / 2, ValueError, "holds fractions, NaN or infinite values; labels are whole"),

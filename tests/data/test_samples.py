@@ -265,7 +265,7 @@ def test_label_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
     (tmp_path / "empty.png").touch()
     for name, reason in {
-        "rgb.png": r"has the 3 channels R, G, B, where one of class numbers is expected; .* save it as",
+        "rgb.png": r"has the 3 channels R, G, B, but a label map has one channel; .* save it as",
         "alpha.png": "has the 2 channels L, A",
         "grey.jpg": "is a JPEG, whose compression changes class numbers; save label maps as PNG",
         "floats.tif": "holds 32-bit floats",

@@ -187,7 +187,7 @@ def test_accuracy(given, k, dtype, monkeypatch):
         return (x, weight), kwargs
 
     check_accuracy(conv_bn_relu, reference, make, dtype)
-    # Winograd's transforms run in float32 alone: in narrower dtypes they lose accuracy.
+    # Winograd's transforms run only in float32: in narrower dtypes they lose accuracy.
     assert bool(calls) == (dtype == torch.float32 and k == 3)
 
 

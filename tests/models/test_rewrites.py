@@ -71,7 +71,7 @@ def maps(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def slow_maps(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Return what the modules themselves compute, one after another."""
+    """Return the result of the modules themselves, called one after another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rewrites, "on_cpu_without_gradients", lambda *_: False)
         return maps(model, pixels)
@@ -103,7 +103,7 @@ def test_the_same_function(family, batch, size, mlps):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "swin"])  # PyTorch's attention fails
 @pytest.mark.parametrize("scale", [0.0, 0.1])
 def test_an_empty_batch(family, scale, mlps):
-    """What the modules accept, the rewrites accept too."""
+    """The rewrites accept all inputs that the modules accept."""
     model = build(family, **({"layer_scale_init_value": scale} if family == "convnext" else {}))
     pixels = images(2, 3, 70, 99)[:0]
     with torch.enable_grad():

@@ -431,7 +431,7 @@ def test_lora_on_every_convolution_merged_into_them(strips):
 
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 def test_offloading(kind, strips, tmp_path):
-    """Between calls the weights are on the meta device; hooks load those of each module."""
+    """Between calls the weights are on the meta device; hooks load the weights of each module."""
     accelerate = pytest.importorskip("accelerate")
     original, maps = head(), feature_maps()
     model = copy.deepcopy(original)

@@ -305,7 +305,7 @@ def test_maps_kept_for_the_backward_pass_are_channels_last():
         network(**batch()).loss.backward()
     own = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
     maps = [x for x in kept if x.ndim == 4 and x.untyped_storage().data_ptr() not in own]
-    # Maps are (B, C, H, W); those of the loss are (B, H, W, classes).
+    # Maps are (B, C, H, W); the loss's maps are (B, H, W, classes).
     strides = [x.stride(3 if x.shape[3] == 5 else 1) for x in maps if x.shape[1] > 1 and x.shape[2:].numel() > 1]
     assert len(strides) > 100
     assert set(strides) == {1}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels/fastuper_kernels", "fastuper", "bench", "tests")
 
 # From the ground up. A module belongs to the longest entry that begins its name. It may import modules of its own
-# entry and of those above it in this list.
+# entry and of the entries above it in this list.
 ORDER = (
     "fastuper_kernels.dispatch",
     "fastuper_kernels.cpu",
@@ -51,7 +51,7 @@ ORDER = (
     "bench",
     "tests",
 )
-# What the kernels may import besides PyTorch, Triton and the standard library; inside functions only.
+# Packages that the kernels may import besides PyTorch, Triton and the standard library, only inside functions.
 KERNELS_IN_FUNCTIONS = {"platformdirs", "rich", "typer"}
 HEAVY = ["transformers", "torchvision", "matplotlib", "timm", "skimage", "accelerate", "scipy", "pandas"]
 
@@ -107,7 +107,7 @@ def test_imports_go_down_only():
         f"{name} ({ORDER[room(name)]}) imports {target} ({ORDER[room(target)]})"
         for name, targets in GRAPH.items()
         for target in targets
-        # An `__init__` may import the files of its own package, whatever room they are.
+        # An `__init__` may import the files of its own package, in any room.
         if room(target) > room(name) and not (is_package(name) and target.startswith(f"{name}."))
     ]
     assert wrong == []
@@ -153,7 +153,7 @@ def test_imports_are_found(source, expected, tmp_path):
 
 
 def packages(path: Path, *, at_import: bool = False) -> set[str]:
-    """Return the top-level packages that a file imports: anywhere, or only those imported with the file itself."""
+    """Return the top-level packages that a file imports: anywhere, or only when the file itself is imported."""
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     found = set()
     while pending:

@@ -1,4 +1,4 @@
-"""Weights that are read: which files are found, what damaged ones raise, and pickles that contain code."""
+"""Reading weights: the files that are found, the errors of damaged files, and pickles that contain code."""
 
 from __future__ import annotations
 

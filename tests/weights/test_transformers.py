@@ -16,7 +16,7 @@ SWIN = checkpoint_names("swin")
 
 
 def renamed(state_dict, names):
-    """Return what the loader copies: {the Hub's name: value}."""
+    """Return the tensors that the loader copies: {the Hub's name: value}."""
     return {ours: value for name, value in state_dict.items() if (ours := hub_name(name, names)) is not None}
 
 

@@ -66,7 +66,7 @@ def _obstacle(tensors: list[torch.Tensor]) -> str | None:
     if first.dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {first.dtype}"
     if _is_exporting():
-        return "an exported graph may hold PyTorch's own operators alone"
+        return "an exported graph may hold only PyTorch's own operators"
     if torch.compiler.is_compiling():
         return None
     if not is_eager():
