@@ -21,7 +21,7 @@ VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
-# Lists and not tuples: given a tuple of hidden_sizes, Transformers 5 fails to build its ConvNeXt.
+# The sizes are lists, not tuples: given a tuple of hidden_sizes, Transformers 5 fails to build its ConvNeXt.
 def _convnext(width: int, blocks: int) -> Any:
     return transformers.ConvNextConfig(
         hidden_sizes=[width * 2**i for i in range(4)], depths=[3, 3, blocks, 3], out_features=STAGES

@@ -50,7 +50,7 @@ TESTS = [
 ]
 LARGE = "tests/interpreted/test_large.py"
 MEASURING = ("numerics", "pairs", "peers", "timing", "training")  # files of bench that decide the figures
-# Of images and heads, the most important first.
+# The shapes of images and heads, the most important first.
 SHAPES = tuple(Shapes(*sizes) for sizes in ((1, 512), (16, 512), (8, 512), (1, 1024), (8, 1024), (16, 1024)))
 TRAINED = Shapes(16, 512)  # images of a training step
 CACHE = 2 * 60 * 2**20  # bytes, twice an H200's
@@ -282,7 +282,7 @@ class Check:
         builders = {
             FASTUPER: lambda: training_step(world.ours("float32"), batch),
             EAGER[0]: lambda: training_step(world.theirs("float32"), batch),
-            # Without max-autotune: tuning the backward pass would take most of the ten minutes.
+            # The step is compiled without max-autotune: tuning the backward pass would take most of the ten minutes.
             COMPILED: lambda: training_step(
                 world.theirs("float32"), batch, partial(torch.compile, fullgraph=True, dynamic=False)
             ),

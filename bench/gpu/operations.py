@@ -120,7 +120,7 @@ def _positions(maps: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _smooth_logits(draw: Draw, s: Shapes) -> tuple[torch.Tensor, ...]:
-    # Smooth like logits of photos, whose neighbouring pixels have similar classes.
+    # The logits are smooth like logits of photos, whose neighbouring pixels have similar classes.
     coarse = draw(s.batch, s.classes, 16, 16, scale=3.0).float()
     smooth = F.interpolate(coarse, size=(s.size // 4, s.size // 4), mode="bicubic")
     smooth = smooth.to(draw.dtype).to(draw.cast or draw.dtype)
@@ -192,7 +192,7 @@ OPERATIONS = (
         ("upsample_cross_entropy",),
         _logits_and_labels,
         _gradient_of_loss,
-        # In float32 from the resampled logits on, as under autocast.
+        # PyTorch computes in float32 from the resampled logits on, as under autocast.
         lambda x, labels: torch.func.grad(
             lambda x: F.cross_entropy(
                 _upsampled(x, labels.shape[1:]).to(torch.promote_types(x.dtype, torch.float32)), labels

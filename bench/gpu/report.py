@@ -9,7 +9,8 @@ from bench.names import COMPILED, FASTUPER, PYTORCH
 from bench.results import Target, verdict
 
 KINDS = ("models", "training", "operations")  # of timings
-# Of a training step on an H200: the time of Transformers compiled over fastuper's, and fastuper's peak over its peak.
+# The targets of a training step on an H200: compiled Transformers' time over fastuper's, and fastuper's peak over
+# Transformers'.
 TARGETS = (Target("its time over ours", "speedup", 1.7), Target("our peak memory over its", "memory", 0.5))
 
 

@@ -48,7 +48,7 @@ def expand_dataclasses(command: Callable[..., None]) -> Callable[..., None]:
     parameters = []
     for name, parameter in signature.parameters.items():
         expanded = _field_parameters(kinds[name]) if name in kinds else [parameter]
-        # By keyword, so that options with defaults may precede options without.
+        # Parameters are passed by keyword: options with defaults may then precede options without.
         parameters += [each.replace(kind=Parameter.KEYWORD_ONLY) for each in expanded]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}

@@ -242,7 +242,7 @@ def _layout(root: Path, layout: str) -> str:
         raise DataError(f"{root}: {fault}")
     own_splits = any((root / "images" / name).is_dir() for name in ("training", "validation"))
     if fitting == ["ade20k"] and (_listed_classes(root) or not own_splits):
-        # Probably another dataset: ignoring its label 0 must not happen silently.
+        # This is probably another dataset, whose label 0 must not be ignored silently.
         raise DataError(
             f"{root}: has annotations/ as ADE20K, but not its {'classes' if own_splits else 'splits'}; say layout "
             "ade20k if label 0 is to be ignored, or rename annotations/ to labels/"

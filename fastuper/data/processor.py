@@ -451,7 +451,8 @@ class UperNetImageProcessor:
         channels = self._channels()
         strict = self.do_normalize and channels is not None
         if layout is None:
-            # As in Transformers: 1, 3 and 4 are likely, and the first dimension counts if both are.
+            # As in Transformers, 1, 3 and 4 are likely numbers of channels. If both dimensions are likely, the first
+            # counts.
             likely = (channels,) if strict else (1, 3, 4, channels)
             first, last = array.shape[0] in likely, array.shape[-1] in likely
             if first and last:

@@ -156,8 +156,8 @@ class ConfusionMatrix:
 def _tensor(values: torch.Tensor | NDArray[np.integer]) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
         return values
-    # A copy: PyTorch takes no negative strides and warns of read-only arrays; it has few operations for the larger
-    # unsigned types.
+    # The array is copied: PyTorch takes no negative strides and warns of read-only arrays. It has few operations for
+    # the larger unsigned types.
     unsigned = values.dtype.kind == "u" and values.dtype != np.uint8
     return torch.from_numpy(np.array(values, dtype=np.int64 if unsigned else values.dtype, order="C"))
 

@@ -65,7 +65,7 @@ def table(matrix: ConfusionMatrix) -> str:
     grid.add_row("all pixels", "", _percent(matrix.pixel_accuracy), f"{int(counts.sum()):,}")
 
     stream = io.StringIO()
-    # Wider than any table: the terminal wraps long lines, and files keep them.
+    # This is wider than any table: the terminal wraps long lines, and files keep them.
     Console(file=stream, width=100_000, color_system=None, force_terminal=False, legacy_windows=False).print(grid)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
     absent = matrix.num_labels - len(occurring)

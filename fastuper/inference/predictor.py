@@ -51,9 +51,9 @@ class Prepared(NamedTuple):
 class Predictor:
     """Compute the label maps of images with a model and its processor.
 
-    By default the processor resizes images to its own size. With `short_side` images keep their proportions: their
-    shorter side gets this length, or less if the longer side would exceed four times the length (mmsegmentation's
-    2048 x 512). With `window` and without `short_side` images keep their size.
+    By default the processor resizes images to its own size. With `short_side` images keep their proportions. The
+    shorter side gets this length, or less if the longer side would exceed four times the length (mmsegmentation's 2048
+    x 512). With `window` and without `short_side` images keep their size.
 
     Args:
         model: the model, in evaluation mode.

@@ -15,9 +15,9 @@ class CapturedFunction:
     """A function of a model, recorded as a CUDA graph for images of one shape, dtype and device.
 
     The recorded kernels read the model's parameters from their memory. Weights changed in place (by an optimizer, by
-    `load_state_dict`) therefore take effect at the next call. A call records the graph again if parameters were moved,
-    replaced or converted, if modules were replaced or hooked, or if a module's mode has changed. Hooks run while the
-    graph is recorded, but not at a replay.
+    `load_state_dict`) therefore take effect at the next call. A call records the graph again if a parameter was moved,
+    replaced or converted, a module was replaced or hooked, or a mode has changed. Hooks run while the graph is
+    recorded, but not at a replay.
 
     Args:
         model: the model whose modules and tensors the graph depends on.
@@ -101,7 +101,7 @@ class Dependencies:
         return self._state() == self.state
 
     def _state(self) -> tuple[Any, ...]:
-        """Return the hooks, which children and tensors are None, the modes, and which instances have a `forward`."""
+        """Return the hooks, whether each child and tensor exists, the modes, and whether each instance has a `forward`."""
         hooks = [tuple(hooks) for hooks in self.hooks if hooks]
         modes = [(module.training, "forward" in module.__dict__) for module in self.modules]
         values = [tensor is not None for owner in self.owners for tensor in owner.values()]

@@ -269,7 +269,7 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
                 model.initialize(unset - loaded)
         model.eval()
         _warn(source, info)
-        # As in Transformers, the return type is that of the usual case.
+        # As in Transformers, the return type is the usual case's.
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
     def save_pretrained(

@@ -11,7 +11,8 @@ import transformers
 from bench.pairs import DEVICE, STAGES
 
 # Small enough for float64 on a CPU. Widths and depths are irregular and differ from the defaults, so that a swapped or
-# ignored value shows. Lists and not tuples: given a tuple of hidden_sizes, Transformers 5 fails to build its ConvNeXt.
+# ignored value shows. The sizes are lists, not tuples: given a tuple of hidden_sizes, Transformers 5 fails to build its
+# ConvNeXt.
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext": ("ConvNextConfig", {"hidden_sizes": [16, 24, 40, 56], "depths": [2, 1, 3, 2]}),
     "swin": (

@@ -204,7 +204,7 @@ class SwinPatchMerging(nn.Module):
         x = pad_to_multiple(x, 2, 2)
         batch, height, width, channels = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, channels)
-        # The order of the checkpoints: left column first, the upper position of each column first.
+        # This is the order of the checkpoints: left column first, the upper position of each column first.
         return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
 
 

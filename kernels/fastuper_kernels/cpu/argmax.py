@@ -44,7 +44,7 @@ def finite(logits: torch.Tensor) -> torch.Tensor:
 def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.Tensor) -> None:
     """Write the labels (height, width) of one image (classes, H, W)."""
     classes, h, w = image.shape
-    # The classes last: PyTorch's argmax over neighbouring values is several times faster than over distant values.
+    # The classes are last: PyTorch's argmax over neighbouring values is several times faster than over distant values.
     x = image.permute(1, 2, 0).contiguous()
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
@@ -54,7 +54,7 @@ def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.
     for block in rows:
         lines = x[block.first : block.last]
         for part in columns:
-            # First along the columns of the few input rows, then along the rows.
+            # The resampling runs first along the columns of the few input rows, then along the rows.
             source = lines[:, part.first : part.last]
             # On a GPU the host would have to wait for the number of rivals.
             rivals = _rivals(source) if x.device.type == "cpu" else all_classes

@@ -233,7 +233,7 @@ def trains_by_winograd(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tens
 
 def trained_conv(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
     """Return `conv(x) + addend` with gradients, all by Winograd's transforms; see `trains_by_winograd`."""
-    # Contiguous outside the function: gradients of gradients go back through the tensors that it saves.
+    # x becomes contiguous outside the function: gradients of gradients go back through the tensors that it saves.
     x = x.contiguous(memory_format=torch.channels_last)
     result: torch.Tensor = _Winograd.apply(x, weight, addend)
     return result

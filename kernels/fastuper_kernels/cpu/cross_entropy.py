@@ -210,7 +210,7 @@ def _image_losses(
     for block in rows:
         lines = slice(block.first, block.last)
         for part in columns:
-            # First along the columns of the few input rows, then along the rows.
+            # The resampling runs first along the columns of the few input rows, then along the rows.
             source = x[lines, part.first : part.last]
             wide = torch.bmm(part.matrix.expand(len(source), -1, -1), source).flatten(1)
             wide_gradient = None if gradient is None else torch.zeros_like(wide)

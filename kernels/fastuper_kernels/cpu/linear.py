@@ -130,7 +130,7 @@ def _candidates(dtype: torch.dtype, ways: tuple[str, ...]) -> dict[str, Callable
 
 def _by_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return the product as a 1x1 convolution of a channels_last map (1, C_in, positions, 1)."""
-    # Contiguous first: the result takes the strides of its input.
+    # The input is made contiguous first: the result takes its strides.
     positions = x.reshape(1, -1, 1, x.shape[-1]).contiguous().permute(0, 3, 1, 2)
     out = F.conv2d(positions, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

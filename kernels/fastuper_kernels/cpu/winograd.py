@@ -21,8 +21,8 @@ from fastuper_kernels.cpu.linear import linear
 
 # Outputs of a tile.
 HEIGHT, WIDTH = 4, 2
-# Bytes of transformed input per block. Measured with 1 MB of L2 cache a core and 32 MB of L3: blocks of 16 MB were 8 %
-# slower, as the transformed weights (24 MB for 512 channels) are read from memory for each block.
+# Bytes of transformed input per block. With 1 MB of L2 cache a core and 32 MB of L3, blocks of 16 MB were 8 % slower:
+# the transformed weights (24 MB for 512 channels) are read from memory for each block.
 BLOCK_BYTES = 24 << 20
 # The matrix G of both axes: the values of the kernel's three taps at each point.
 DOWN = [[1, 0, 0], [-1 / 3, -1 / 3, -1 / 3], [1 / 3, -1 / 3, 1 / 3], [1 / 15, 2 / 15, 4 / 15]]

@@ -21,7 +21,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     raises, the temporary file is deleted.
     """
     path = Path(path)
-    # Not the target's name with a suffix: the target's name may have the greatest length that the file system allows.
+    # This is not the target's name with a suffix: the target's name may have the greatest length that the file system
+    # allows.
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
