@@ -101,7 +101,7 @@ class Dependencies:
         return self._state() == self.state
 
     def _state(self) -> tuple[Any, ...]:
-        """Return the hooks, whether each child and tensor exists, the modes, and whether each instance has a `forward`."""
+        """Return the hooks, whether each child and tensor exists, the modes, and which instances have a `forward`."""
         hooks = [tuple(hooks) for hooks in self.hooks if hooks]
         modes = [(module.training, "forward" in module.__dict__) for module in self.modules]
         values = [tensor is not None for owner in self.owners for tensor in owner.values()]
