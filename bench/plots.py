@@ -55,7 +55,7 @@ class Plot:
     of_sizes: bool = False
 
     def drawable(self, results: Results) -> bool:
-        """Return whether the results hold everything that the picture needs."""
+        """Return True if the results hold everything that the picture needs."""
         larger = all(f"{self.section} {key} 1024 float32" in results["tasks"] for key in TINY)
         return bool(tasks(results, self.section)) and (not self.of_sizes or bool(larger and results["memory"]))
 

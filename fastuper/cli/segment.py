@@ -223,7 +223,7 @@ def _segment_batch(
 ) -> Iterator[tuple[_Job, Image.Image, torch.Tensor | Exception]]:
     """Yield each photo of a batch with its labels, (height, width) int64, or with its error.
 
-    A forward pass takes neighbours of equal size together; if it fails, each of them is segmented alone.
+    A forward pass takes neighbouring photos of equal size together. If it fails, each photo is segmented alone.
     """
     import torch
 

@@ -337,7 +337,7 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             repo_id: "name" or "organization/name".
             commit_message: of the commit.
             private: whether a new repository is private; the account's default if None.
-            token: the token; True or None for the one that `hf auth login` stored.
+            token: the token; True or None for the token that `hf auth login` stored.
             revision: the branch; made if it is missing.
             create_pr: open a pull request instead of committing.
             max_shard_size: the largest size of a file, as in `save_pretrained`.

@@ -43,7 +43,7 @@ def loss_settings(
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return which settings differ, and how; an empty string if none does."""
+    """Return the settings that differ, each with both values, as text; an empty string if all are equal."""
     before, now = _flat(before), _flat(now)
     names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
     return ", ".join(f"{name} was {before.get(name)} and is now {now.get(name)}" for name in names)

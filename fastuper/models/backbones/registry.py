@@ -85,7 +85,7 @@ def register(
     """Register a family of backbones, so that configurations, checkpoints, recipes and `fastuper train` support it.
 
     Args:
-        model_type: see `Family`, as for all arguments.
+        model_type: see `Family` for this and all other arguments.
         config: the configuration class.
         network: the network.
         presets: configurations by name.
