@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml
 setup: $(STAMP) ## build the virtual environment in .venv (a few minutes, once)
 
 demo: $(STAMP) ## segment a generated scene, and compare the label map and the time with Transformers'
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 train-scenes: $(STAMP) ## train a small model on generated scenes (over an hour on two cores); the same command resumes it
 	$(BIN)/python examples/train_scenes.py

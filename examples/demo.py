@@ -3,20 +3,19 @@
 The scene was not in the training data. The demo model is small and only knows drawn scenes (docs/scenes.md); for
 photos, load a Hub checkpoint. A full-size UPerNet-ConvNeXt-T with random weights is timed too, at 512 x 512.
 
-    python examples/demo.py                          writes demo/demo.png and the command line's files
-    python examples/demo.py --figure docs/demo.png   also writes the picture to docs/demo.png
+    python -m examples.demo                          writes demo/demo.png and the command line's files
+    python -m examples.demo --figure docs/demo.png   also writes the picture to docs/demo.png
+
+Run it in the root of the clone, where `bench` lies, whose timer it uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from transformers import UperNetForSemanticSegmentation as TheirModel
 
+from bench.machine import machine
+from bench.timing import seconds_of, turns
 from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.evaluation import ConfusionMatrix
 from fastuper.scenes import ID2LABEL, MODEL, PALETTE, load_model, scene
@@ -142,7 +143,7 @@ def main() -> None:
                 ),
             ),
         ],
-        f"{how}. {machine()}",
+        f"{how}. {conditions()}",
     )
     written = [OUTPUT / "demo.png", *([figure_path.resolve()] if figure_path else [])]
     for path in written:
@@ -152,7 +153,7 @@ def main() -> None:
 
     print(f"\nDemo model: {small.verdict()}.\n{right}.\n{small.seconds()}.")
     print(f"\nFull-size model: {large.verdict()}.\n{large.seconds()}.")
-    print(f"\n{how}. {machine()}")
+    print(f"\n{how}. {conditions()}")
     print(f"Pictures: {', '.join(shown(path) for path in written)} and {shown(OUTPUT / 'scene_overlay.jpg')}.")
     if small.wrong() or large.wrong():
         sys.exit("The label maps are not the same.")
@@ -163,16 +164,12 @@ def shown(path: Path) -> str:
     return os.path.relpath(path)
 
 
-def machine() -> str:
+def conditions() -> str:
     """Return the processor, the number of threads, the libraries' versions and today's date."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        entries = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next((value.strip() for key, _, value in entries if key.strip() == "model name"), name)
-    threads = torch.get_num_threads()
+    here = machine()
+    threads = here["threads"]
     return (
-        f"{name} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads != 1)}; "
+        f"{here['cpu']} ({here['instructions']}), {threads} thread{'s' * (threads != 1)}; "
         f"PyTorch {torch.__version__}, Transformers {transformers.__version__}; {date.today()}."
     )
 
@@ -227,16 +224,11 @@ def compare(
     tied = best - second <= 8 * torch.finfo(torch.float32).eps * logits.abs().max()
     del logits, best, second
 
-    times = [(timed(ours), timed(theirs)) for _ in range(rounds)]
-    our_seconds, their_seconds = (statistics.median(column) for column in zip(*times, strict=True))
-    return Comparison(our_labels.numpy(), their_labels.numpy(), tied.numpy(), our_seconds, their_seconds)
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Return the seconds of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for library, turn in turns({"ours": lambda: seconds_of(ours), "theirs": lambda: seconds_of(theirs)}, rounds):
+        seconds[library].append(turn)
+    medians = (statistics.median(seconds[library]) for library in ("ours", "theirs"))
+    return Comparison(our_labels.numpy(), their_labels.numpy(), tied.numpy(), *medians)
 
 
 def coloured(labels: NDArray[np.integer]) -> Image.Image:

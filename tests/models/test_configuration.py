@@ -11,6 +11,7 @@ import torch
 
 import fastuper
 from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig
+from fastuper.models.backbones.registry import FAMILIES
 from fastuper.models.configuration import as_dtype
 from fastuper.models.upernet_configuration import backbone_config_from, upernet_config_from
 
@@ -74,7 +75,7 @@ REFUSED = {
     "pretrained-nothing": (lambda: UperNetConfig(use_pretrained_backbone=True), "use_pretrained_backbone=True needs"),
     "unknown-backbone": (
         lambda: UperNetConfig(backbone_config={"model_type": "vgg"}),
-        "'vgg' is not known; known are convnext, resnet, swin, timm_backbone",
+        f"'vgg' is not known; known are {', '.join(FAMILIES)}, timm_backbone",
     ),
     "dtype-name": (lambda: SwinConfig(dtype="float31"), "dtype='float31' is not a floating-point dtype"),
     "dtype-of-integers": (lambda: SwinConfig(dtype=torch.int8), "dtype=torch.int8 is not a floating-point dtype"),

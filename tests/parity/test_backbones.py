@@ -14,6 +14,7 @@ import fastuper
 from bench.numerics import error
 from bench.pairs import STAGES, images, randomize
 from fastuper.models.backbones.layers import ACTIVATIONS, activation
+from fastuper.models.backbones.registry import FAMILIES
 from tests.parity.models import HEAD, segmentation_labels
 
 BOUND = 1e-10
@@ -103,7 +104,7 @@ def test_a_timm_backbone_gives_no_attentions():
 
 
 def test_an_unknown_type_names_the_known_ones():
-    with pytest.raises(ValueError, match="'vgg' is not known; known are convnext, resnet, swin, timm_backbone"):
+    with pytest.raises(ValueError, match=f"'vgg' is not known; known are {', '.join(FAMILIES)}, timm_backbone"):
         fastuper.UperNetConfig(backbone_config={"model_type": "vgg"})
 
 
