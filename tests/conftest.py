@@ -1,4 +1,4 @@
-"""The setting of every test: the session's own cache of measured choices, not the user's, and a share of the cores."""
+"""What every test has: a cache of measured choices of its own session, not the user's, and its share of the cores."""
 
 from __future__ import annotations
 
