@@ -169,7 +169,12 @@ def test_the_heads_graph_is_small(training):
     assert len(counter.graphs[0].graph.nodes) < 1000
 
 
-@MODES
+@pytest.mark.parametrize(
+    "training",
+    # In evaluation test_the_model_exported and test_the_head_exported_without_gradients export the same head.
+    [pytest.param(False, marks=pytest.mark.exhaustive), True],
+    ids=["eval", "train"],
+)
 def test_the_head_exported(training):
     model = Listed(head()).train(training)
     program = check_exported(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], training)
