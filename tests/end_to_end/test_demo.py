@@ -42,7 +42,7 @@ def test_the_demo(demo, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert np.abs(panel - PALETTE[truth]).mean() < 8, "the second panel is the truth, in a palette of 256 colours"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_of_libraries_that_differ(demo, monkeypatch: pytest.MonkeyPatch) -> None:
     compare = demo.compare
 

@@ -264,7 +264,7 @@ def test_the_model_exported(family, training):
 def test_the_loss_in_one_graph():
     model = whole("resnet", True)
     other, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for batch, height, width in IMAGE_SIZES:
         (pixels,) = image_inputs(batch, height, width)
         labels = torch.randint(5, (batch, height, width))
