@@ -50,7 +50,7 @@ def test_the_demo(demo, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
         assert (np.abs(bars - colour).max(axis=-1) < 16).any(), "the last panel has a bar for each library"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_of_libraries_that_differ(demo, monkeypatch: pytest.MonkeyPatch) -> None:
     compare = demo.compare
 

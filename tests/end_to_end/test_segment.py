@@ -271,6 +271,7 @@ def test_several_photos_on_a_terminal_have_a_progress_bar(model: Path, output: P
     assert "photo" in written
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(pty is None, reason="needs a pseudo-terminal")
 def test_one_photo_has_no_progress_bar(model: Path, output: Path, tmp_path: Path) -> None:
     photo = save(tmp_path / "one.png", data.chelsea())
@@ -547,7 +548,7 @@ def test_failed_write_leaves_no_part(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.exhaustive), "SIGINT", "SIGKILL"])
 def test_stopped_while_writing(name: str, model: Path, output: Path, tmp_path: Path) -> None:
     photo = save(tmp_path / "photo.png", data.chelsea())
     slow = (

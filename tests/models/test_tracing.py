@@ -169,7 +169,12 @@ def test_the_graph_of_the_head_is_small(training):
     assert len(counter.graphs[0].graph.nodes) < 1000
 
 
-@MODES
+@pytest.mark.parametrize(
+    "training",
+    # In evaluation test_the_model_exported and test_the_head_exported_without_gradients export the same head.
+    [pytest.param(False, marks=pytest.mark.exhaustive), True],
+    ids=["eval", "train"],
+)
 def test_the_head_exported(training):
     model = Listed(head()).train(training)
     program = check_exported(model, [head_inputs(*sizes) for sizes in HEAD_SIZES], training)
@@ -258,7 +263,7 @@ def test_the_model_exported(family, training):
 def test_the_loss_in_one_graph():
     model = whole("resnet", True)
     other, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for batch, height, width in IMAGE_SIZES:
         (pixels,) = image_inputs(batch, height, width)
         labels = torch.randint(5, (batch, height, width))

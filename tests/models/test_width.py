@@ -165,7 +165,11 @@ def test_the_check_fails_for_the_network_as_written():
             assert_narrow(each, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.exhaustive)],
+    ids=lambda d: str(d)[6:],
+)
 @pytest.mark.parametrize("in_strips", [False, True], ids=["whole", "strips"])
 def test_inference(dtype, in_strips, monkeypatch):
     if in_strips:

@@ -246,9 +246,8 @@ def test_parts_of_the_model_may_be_frozen_in_eval_mode():
         assert error(ours(pixels).logits, theirs(pixels).logits) < 1e-10
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name != "convnext")) for name in FAMILIES]
-)
+@pytest.mark.exhaustive  # tests/models/test_tracing.py compiles a model and its loss, with sizes that vary
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compiles_as_one_graph(family):
     ours = pair(config(family))[1]
     pixels, labels = images(2, 3, 49, 70), segmentation_labels(2, 49, 70)
