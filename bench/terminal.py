@@ -24,7 +24,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def text(tables: Iterable[Table]) -> str:
     """Return the tables that have rows as text without colours."""
     width = max(WIDTH, shutil.get_terminal_size().columns)
-    console = Console(width=width, color_system=None, force_terminal=False, markup=False, emoji=False, highlight=False)
+    console = Console(
+        force_jupyter=False,
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
     with console.capture() as capture:
         for made in tables:
             if made.row_count:

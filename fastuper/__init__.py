@@ -25,15 +25,16 @@ __all__ = [
     "UperNetImageProcessor",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "BatchFeature": "fastuper.data.processor",
-        "ConvNextConfig": "fastuper.models.backbones.convnext",
-        "ResNetConfig": "fastuper.models.backbones.resnet",
-        "SwinConfig": "fastuper.models.backbones.swin",
-        "UperNetConfig": "fastuper.models.upernet_configuration",
-        "UperNetForSemanticSegmentation": "fastuper.models.upernet",
-        "UperNetImageProcessor": "fastuper.data.processor",
-    },
-)
+if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "BatchFeature": "fastuper.data.processor",
+            "ConvNextConfig": "fastuper.models.backbones.convnext",
+            "ResNetConfig": "fastuper.models.backbones.resnet",
+            "SwinConfig": "fastuper.models.backbones.swin",
+            "UperNetConfig": "fastuper.models.upernet_configuration",
+            "UperNetForSemanticSegmentation": "fastuper.models.upernet",
+            "UperNetImageProcessor": "fastuper.data.processor",
+        },
+    )

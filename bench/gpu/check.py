@@ -144,7 +144,7 @@ class Check:
         torch.backends.cudnn.benchmark = True
         if "rates" not in self.results:
             self.rates()
-        self.results["configurations"] = list(tune.show())
+        self.results["configurations"] = list(tune.text_lines())
         first, *others = shapes
         self.accuracy(first)
         self.models(first, world)

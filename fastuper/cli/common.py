@@ -123,7 +123,7 @@ def in_columns(items: Sequence[str], indent: int = 2) -> str:
     from rich.text import Text
 
     width = shutil.get_terminal_size((100, 24)).columns
-    console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console = Console(force_jupyter=False, width=width, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
         console.print(Padding(Columns([Text(item) for item in items], padding=(0, 2)), (0, 0, 0, indent)))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

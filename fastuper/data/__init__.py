@@ -30,25 +30,26 @@ __all__ = [
     "scaled_size",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "BatchFeature": "fastuper.data.processor",
-        "DataError": "fastuper.data.samples",
-        "FolderDataset": "fastuper.data.folders",
-        "IGNORE_INDEX": "fastuper.data.samples",
-        "ImageError": "fastuper.data.images",
-        "SPLIT_NAMES": "fastuper.data.folders",
-        "Sample": "fastuper.data.samples",
-        "SampleDataset": "fastuper.data.samples",
-        "TrainingDataset": "fastuper.data.augment",
-        "TrainingTransform": "fastuper.data.augment",
-        "UperNetImageProcessor": "fastuper.data.processor",
-        "as_samples": "fastuper.data.samples",
-        "find_splits": "fastuper.data.folders",
-        "open_dataset": "fastuper.data.folders",
-        "read_image": "fastuper.data.images",
-        "read_labels": "fastuper.data.images",
-        "scaled_size": "fastuper.data.augment",
-    },
-)
+if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "BatchFeature": "fastuper.data.processor",
+            "DataError": "fastuper.data.samples",
+            "FolderDataset": "fastuper.data.folders",
+            "IGNORE_INDEX": "fastuper.data.samples",
+            "ImageError": "fastuper.data.images",
+            "SPLIT_NAMES": "fastuper.data.folders",
+            "Sample": "fastuper.data.samples",
+            "SampleDataset": "fastuper.data.samples",
+            "TrainingDataset": "fastuper.data.augment",
+            "TrainingTransform": "fastuper.data.augment",
+            "UperNetImageProcessor": "fastuper.data.processor",
+            "as_samples": "fastuper.data.samples",
+            "find_splits": "fastuper.data.folders",
+            "open_dataset": "fastuper.data.folders",
+            "read_image": "fastuper.data.images",
+            "read_labels": "fastuper.data.images",
+            "scaled_size": "fastuper.data.augment",
+        },
+    )

@@ -14,12 +14,13 @@ __all__ = [
     "evaluate",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "ConfusionMatrix": "fastuper.evaluation.confusion",
-        "check_classes": "fastuper.evaluation.loop",
-        "class_names": "fastuper.evaluation.loop",
-        "evaluate": "fastuper.evaluation.loop",
-    },
-)
+if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "ConfusionMatrix": "fastuper.evaluation.confusion",
+            "check_classes": "fastuper.evaluation.loop",
+            "class_names": "fastuper.evaluation.loop",
+            "evaluate": "fastuper.evaluation.loop",
+        },
+    )

@@ -66,7 +66,9 @@ def table(matrix: ConfusionMatrix) -> str:
 
     stream = io.StringIO()
     # This is wider than any table: the terminal wraps long lines, and files keep them.
-    Console(file=stream, width=100_000, color_system=None, force_terminal=False, legacy_windows=False).print(grid)
+    Console(
+        file=stream, force_jupyter=False, width=100_000, color_system=None, force_terminal=False, legacy_windows=False
+    ).print(grid)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
     absent = matrix.num_labels - len(occurring)
     if absent:

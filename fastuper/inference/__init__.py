@@ -12,11 +12,12 @@ __all__ = [
     "Prepared",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "PredictionError": "fastuper.inference.predictor",
-        "Predictor": "fastuper.inference.predictor",
-        "Prepared": "fastuper.inference.predictor",
-    },
-)
+if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "PredictionError": "fastuper.inference.predictor",
+            "Predictor": "fastuper.inference.predictor",
+            "Prepared": "fastuper.inference.predictor",
+        },
+    )

@@ -26,16 +26,17 @@ __all__ = [
     "recipe_for",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "BACKBONES": "fastuper.recipes.recipes",
-        "RECIPES": "fastuper.recipes.recipes",
-        "Recipe": "fastuper.recipes.recipes",
-        "decays": "fastuper.recipes.recipes",
-        "learning_rate_factor": "fastuper.recipes.recipes",
-        "learning_rate_scale": "fastuper.recipes.recipes",
-        "parameter_groups": "fastuper.recipes.recipes",
-        "recipe_for": "fastuper.recipes.recipes",
-    },
-)
+if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "BACKBONES": "fastuper.recipes.recipes",
+            "RECIPES": "fastuper.recipes.recipes",
+            "Recipe": "fastuper.recipes.recipes",
+            "decays": "fastuper.recipes.recipes",
+            "learning_rate_factor": "fastuper.recipes.recipes",
+            "learning_rate_scale": "fastuper.recipes.recipes",
+            "parameter_groups": "fastuper.recipes.recipes",
+            "recipe_for": "fastuper.recipes.recipes",
+        },
+    )

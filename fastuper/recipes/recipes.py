@@ -60,7 +60,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Return AdamW's groups: each group's parameters have one learning rate and one weight decay.
 
     Args:
-        model: a UPerNet. Parameters that require no gradient are left out.
+        model: a UPerNet; without layer decay any module. Parameters that require no gradient are left out.
         recipe: the learning rate, weight decay and layer decay.
 
     Returns:
@@ -70,13 +70,13 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     Raises:
         ValueError: the recipe has a layer decay, and the backbone's family no layer depths.
     """
-    config: Any = model.config
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         lr = recipe.learning_rate
         if recipe.layer_decay != 1:
+            config: Any = model.config
             lr *= learning_rate_scale(name, recipe.layer_decay, config.backbone_config.model_type)
         weight_decay = recipe.weight_decay if decays(name, parameter) else 0.0
         group = groups.setdefault((lr, weight_decay), {"params": [], "lr": lr, "weight_decay": weight_decay})

@@ -15,14 +15,15 @@ __all__ = [
     "scene",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "ID2LABEL": "fastuper.scenes.dataset",
-        "MODEL": "fastuper.scenes.dataset",
-        "PALETTE": "fastuper.scenes.dataset",
-        "SceneDataset": "fastuper.scenes.dataset",
-        "load_model": "fastuper.scenes.dataset",
-        "scene": "fastuper.scenes.dataset",
-    },
-)
+if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "ID2LABEL": "fastuper.scenes.dataset",
+            "MODEL": "fastuper.scenes.dataset",
+            "PALETTE": "fastuper.scenes.dataset",
+            "SceneDataset": "fastuper.scenes.dataset",
+            "load_model": "fastuper.scenes.dataset",
+            "scene": "fastuper.scenes.dataset",
+        },
+    )

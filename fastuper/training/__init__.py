@@ -15,12 +15,13 @@ __all__ = [
     "TrainingError",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "RunFolder": "fastuper.training.runs",
-        "Trainer": "fastuper.training.trainer",
-        "TrainingConfig": "fastuper.training.config",
-        "TrainingError": "fastuper.training.config",
-    },
-)
+if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "RunFolder": "fastuper.training.runs",
+            "Trainer": "fastuper.training.trainer",
+            "TrainingConfig": "fastuper.training.config",
+            "TrainingError": "fastuper.training.config",
+        },
+    )

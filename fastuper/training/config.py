@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fastuper.io.options import check_options, document_options, option
 
@@ -35,8 +35,8 @@ class TrainingConfig:
         at_least=1,
         metavar="N",
     )
-    recipe: Literal["auto", "convnext", "swin"] = option(
-        "auto", "Published learning rate and decays to use; auto chooses them by the backbone."
+    recipe: str = option(
+        "auto", "Published learning rate and decays to use: convnext, swin, or auto, by the backbone.", metavar="NAME"
     )
     learning_rate: float | None = option(
         None,
@@ -114,7 +114,10 @@ class TrainingConfig:
     cpu: bool = option(False, "Train on the CPU, even where there is a GPU.")
 
     def __post_init__(self) -> None:
+        from fastuper.recipes.recipes import recipe_for
+
         check_options(self)
+        recipe_for(self.recipe, "")  # refuses a name that RECIPES has not
         if self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be fewer than the {self.steps} steps")
 

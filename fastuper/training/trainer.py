@@ -440,9 +440,14 @@ class Trainer:
         """Load the weights and the training state of a checkpoint.
 
         Raises:
-            TrainingError: the checkpoint is of a run with other settings.
+            TrainingError: the checkpoint is of a run with other settings, or of another version.
         """
         state = read_state(folder)
+        if "settings" not in state:
+            raise TrainingError(
+                f"{folder / STATE} has no settings: another version wrote it; give another folder, or --restart "
+                f"(restart=True) to remove the run"
+            )
         if changed := differences(state["settings"], self._settings()):
             raise TrainingError(
                 f"{self.run.path} holds another run; give its options to resume it, or another folder, or --restart "

@@ -27,4 +27,5 @@ __all__ = [
 ]
 
 # An operation's file in `ops` has the operation's name.
-__getattr__, __dir__ = lazy_names(__name__, {name: f"fastuper_kernels.ops.{name}" for name in __all__})
+if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
+    __getattr__, __dir__ = lazy_names(__name__, {name: f"fastuper_kernels.ops.{name}" for name in __all__})

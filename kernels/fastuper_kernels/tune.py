@@ -115,7 +115,7 @@ def configurations() -> Iterator[tuple[str, str, str]]:
             yield key, "heuristic", str(heuristic(x, *layer[1:]))
 
 
-def show() -> Iterator[str]:
+def text_lines() -> Iterator[str]:
     """Yield the tables of `--show` as lines of text: the configurations, then the choice between kernel and cuDNN."""
     yield torch.cuda.get_device_name() if torch.cuda.is_available() else NO_GPU
     for row in (*configurations(), *rows([CONV])):
@@ -148,6 +148,7 @@ def main() -> None:
         dtypes: str = typer.Option("bfloat16", help="Dtypes, separated by commas."),
         output: str = typer.Option("", metavar="FILE", help="The file to write, instead of the cache folder's."),
     ) -> None:
+        """Measure the convolutions' configurations on this GPU; the fastest go to the cache folder's tuned.json."""
         from fastuper_kernels.gpu.configs import conv_key, user_file
 
         if show_only:
@@ -159,7 +160,11 @@ def main() -> None:
         if path is None:
             _fail("there is no home folder to write to: give --output FILE, or set FASTUPER_CACHE")
             return
-        lengths, counts = ([int(n) for n in text.split(",")] for text in (sizes, batches))
+        try:
+            lengths, counts = ([int(n) for n in text.split(",")] for text in (sizes, batches))
+        except ValueError as error:
+            _fail(f"--sizes and --batches are whole numbers, separated by commas: {error}")
+            return
         entries = {}
         for name in dtypes.split(","):
             dtype = getattr(torch, name)
@@ -169,8 +174,7 @@ def main() -> None:
                 print(key, entries[key], flush=True)
         write(path, torch.cuda.get_device_name(), entries)
 
-    tune.__doc__ = __doc__
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(tune)
     app()
 

@@ -236,3 +236,11 @@ def test_picture_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_no_class_is_refused() -> None:
     with pytest.raises(ValueError, match="num_labels is 0; give at least 1"):
         ConfusionMatrix(0)
+
+
+def test_table_is_text_in_a_notebook_too(monkeypatch):
+    shell = type("ZMQInteractiveShell", (), {"config": {}})  # the class of Jupyter's, which rich looks for
+    monkeypatch.setattr("builtins.get_ipython", shell, raising=False)
+    matrix = ConfusionMatrix(2, id2label={0: "water", 1: "land"})
+    matrix.update(np.array([[0, 1]]), np.array([[0, 1]]))
+    assert "water" in matrix.table()

@@ -15,7 +15,7 @@ from fastuper_kernels.dispatch import choices
 from fastuper_kernels.dispatch.choices import CONV
 from fastuper_kernels.gpu import configs
 from fastuper_kernels.gpu.configs import ConvConfig, conv_config, conv_key, group_config, heuristic, tuned
-from fastuper_kernels.tune import layers, show, write
+from fastuper_kernels.tune import layers, text_lines, write
 from tests.unit.test_imports import environment
 
 CPU, NAME = torch.device("cpu"), "A GPU"
@@ -116,7 +116,7 @@ def test_show_prints_measurements_beside_cudnn(monkeypatch: pytest.MonkeyPatch, 
     key = f"3x3 1x512x8x8 -> 512 bfloat16, scale on {NAME}"
     CONV(key, lambda: {}, clock=lambda functions: {"triton": 3e-3, "cudnn": 1e-3})
     CONV.forget()
-    lines = list(show())
+    lines = list(text_lines())
     assert any("conv: triton | cudnn" in line for line in lines)
     assert any("cudnn: measured for 3x3 1x512x8x8" in line and "triton 3 ms" in line for line in lines), lines
     assert not any("linear" in line for line in lines)

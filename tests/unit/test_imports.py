@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -219,3 +220,26 @@ def test_importing_a_package_does_not_load_torch(package):
     command = [sys.executable, "-S", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.split() == ["False", "False"]
+
+
+LAZY = [name for name, path in MODULES.items() if is_package(name) and "= lazy_names(" in path.read_text()]
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_lazy_names_are_those_that_type_checkers_see(package):
+    tree = ast.parse(MODULES[package].read_text(encoding="utf-8"))
+    (seen,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imported = sorted(alias.name for node in seen.body for alias in node.names)
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == imported
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'absent'"):
+        module.absent  # noqa: B018
+    assert not any(
+        isinstance(node, ast.Assign) and "__getattr__" in ast.unparse(node.targets[0]) for node in tree.body
+    ), "a type checker would accept every name"
+
+
+def test_the_rooms_have_lazy_names():
+    assert {"fastuper", "fastuper.data", "fastuper.training", "fastuper.recipes", "fastuper_kernels"} <= set(LAZY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from fastuper_kernels.cpu import linear as cpu
 from fastuper_kernels.dispatch.modes import is_eager_inference
@@ -55,7 +54,4 @@ def reference(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition of `linear`."""
-    out = F.linear(x, weight, bias)
-    if activation is not None:
-        out = cpu.ACTIVATIONS[activation](out)
-    return out if residual is None else residual + out
+    return cpu.by_torch(x, weight, bias, activation, residual)

@@ -31,7 +31,7 @@ def upsampled_conv3x3(
         levels: maps (B, C_l, H_l, W_l) of any sizes, smaller or larger than `size`.
         weights: (C_out, C_l, 3, 3) for each level; may be slices of one weight.
         size: (H, W) of the result.
-        strip: (start, stop): compute only these rows of the result.
+        strip: (start, stop): compute only these rows of the result, whose height is size[0].
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
