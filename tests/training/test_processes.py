@@ -126,8 +126,12 @@ def test_the_command_under_a_launcher(launcher, tmp_path):
 def check_killed_run(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     process = forked(run, whole)
+    while process.is_alive() and not read_whole(whole):
+        time.sleep(0.002)
+    begin = time.monotonic()
     process.join()
     assert process.exitcode == 0
+    line = (time.monotonic() - begin) / len(read_whole(whole))  # seconds for a line of the log
     seed = random.randrange(2**32)
     print("kills at instants of seed", seed)
     instants = random.Random(seed)
@@ -140,7 +144,8 @@ def check_killed_run(tmp_path: Path) -> None:
         while (process.is_alive() and not (parts / "log.jsonl").is_file()) or len(read_whole(parts)) < 8 * part - 3:
             assert process.is_alive() or process.exitcode == 0
             time.sleep(0.002)
-        time.sleep(instants.random() * 0.3)
+        # Before the run ends: at least seven lines are missing.
+        time.sleep(instants.random() * min(0.3, 4 * line))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
