@@ -38,7 +38,8 @@ def finite(logits: torch.Tensor) -> torch.Tensor:
             return logits
     # Half of the largest number: the weights may add up to a little more than 1, and must not make infinities again.
     limit = torch.finfo(logits.dtype).max / 2
-    return logits.nan_to_num(nan=limit, posinf=limit, neginf=-limit)
+    # This is `nan_to_num`, which OpenVINO cannot convert.
+    return logits.where(logits.isfinite(), torch.where(logits < 0, -limit, limit).to(logits.dtype))
 
 
 def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.Tensor) -> None:

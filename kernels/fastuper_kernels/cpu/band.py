@@ -97,7 +97,8 @@ class Band:
         """One axis of `F.adaptive_avg_pool2d`: output i of s is the mean of [floor(i n / s), ceil((i + 1) n / s))."""
         i = torch.arange(size_out, device=device)
         start = i * size_in // size_out
-        stop = -(-(i + 1) * size_in // size_out)
+        # Numbers stay at 0 or above: of a negative quotient, PyTorch takes the floor, and some exporters the integer part.
+        stop = ((i + 1) * size_in + size_out - 1) // size_out
         k = torch.arange(size_in // size_out + 2, device=device)
         weights = (k < (stop - start)[:, None]).double() / (stop - start)[:, None]
         return Band(start, weights, size_in)
@@ -171,6 +172,17 @@ class Band:
             total = part if total is None else total + part
         assert total is not None
         return total
+
+    def gather_at_once(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Apply the band to one axis of x like `gather`, by one gather of K times as many values.
+
+        K may be symbolic. It is for bands with few outputs.
+        """
+        index = self.first[:, None] + torch.arange(self.weights.shape[1], device=x.device)
+        parts = x.index_select(dim, index.clamp(max=self.size_in - 1).flatten())
+        shape = [1] * (x.ndim + 1)
+        shape[dim : dim + 2] = self.size_out, -1
+        return (parts.unflatten(dim, (self.size_out, -1)) * self.weights.to(x.dtype).view(shape)).sum(dim + 1)
 
     def blocks(self, dtype: torch.dtype, size: int = BLOCK) -> list[Block]:
         """Return the band as dense matrices of `size` output positions each. Their memory is linear in `size_out`."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from fastuper_kernels.cpu.band import pool_matrix
+from fastuper_kernels.cpu.band import Band, pool_matrix
 from fastuper_kernels.dispatch.backend import takes_triton
 from fastuper_kernels.dispatch.modes import is_eager, is_ordinary, without_autocast
 
@@ -40,6 +40,8 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int], *, backend: str = "auto
         return reference(x, scales)
     batch, channels, height, width = x.shape
     wide = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32))
+    if not is_eager():
+        return torch.cat([_traced(wide, scale) for scale in scales], dim=1).to(x.dtype)
     with without_autocast(x):  # weights rounded to bfloat16 would scale all means by the same wrong factor
         rows = torch.cat([pool_matrix(height, scale, wide.dtype, wide.device) for scale in scales])
         pooled = rows @ wide.reshape(batch, height, width * channels)
@@ -48,6 +50,16 @@ def pyramid_pool(x: torch.Tensor, scales: Sequence[int], *, backend: str = "auto
             columns = pool_matrix(width, scale, wide.dtype, wide.device)
             cells.append((columns @ line.reshape(batch * scale, width, channels)).view(batch, scale * scale, channels))
     return torch.cat(cells, dim=1).to(x.dtype)
+
+
+def _traced(x: torch.Tensor, scale: int) -> torch.Tensor:
+    """Return the cells (B, scale * scale, C) of x (B, H, W, C), whose size may be symbolic.
+
+    The sums are no matrix products: runtimes with bfloat16 as their default would round the operands of a product.
+    """
+    rows = Band.adaptive_avg_pool(x.shape[1], scale, device=x.device).gather_at_once(x, 1)
+    cells = Band.adaptive_avg_pool(x.shape[2], scale, device=x.device).gather_at_once(rows, 2)
+    return cells.flatten(1, 2)
 
 
 def grids(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:

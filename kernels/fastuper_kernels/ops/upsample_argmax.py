@@ -72,7 +72,7 @@ def reference(
 
 
 def check_sizes(sizes: Any) -> list[tuple[int, int]]:
-    """Return the sizes as a list of pairs; symbolic integers of a tracer stay as they are.
+    """Return the sizes as a list of pairs; integers that a tracer follows stay as they are.
 
     Raises:
         ValueError: there are no sizes, or they are not pairs of positive integers.
@@ -87,4 +87,5 @@ def check_sizes(sizes: Any) -> list[tuple[int, int]]:
 
 
 def _integer(value: Any) -> Any:
-    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
+    traced = isinstance(value, torch.SymInt) or (isinstance(value, torch.Tensor) and torch.jit.is_tracing())
+    return value if traced else operator.index(value)
