@@ -6,7 +6,6 @@ Linux: `~/.cache/fastuper`), under the GPU's name. From then on the convolutions
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch
 
 from fastuper_kernels.dispatch.choices import CONV, may_measure, rows
 from fastuper_kernels.dispatch.choices import show as show_choices
-from fastuper_kernels.dispatch.files import replace_json
+from fastuper_kernels.dispatch.files import read_json, replace_json
 from fastuper_kernels.dispatch.terminal import print_table
 
 NO_GPU = "no GPU here: the kernels run only in Triton's interpreter, with the heuristic's configurations"
@@ -93,8 +92,9 @@ def measure(layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
 
 def write(path: Path, device: str, entries: dict[str, Any]) -> None:
     """Add measured entries {key: result} of a device to a file; entries of other keys and devices stay."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found[device] = {**found.get(device, {}), **entries}
+    found = read_json(path)
+    older = found.get(device)
+    found[device] = {**(older if isinstance(older, dict) else {}), **entries}
     replace_json(path, found)
 
 

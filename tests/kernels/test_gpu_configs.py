@@ -114,8 +114,9 @@ def test_a_malformed_file_is_ignored(text: str, files: tuple[Path, Path]) -> Non
 def test_show_prints_measurements_beside_cudnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTUPER_CACHE", str(tmp_path))
     key = f"3x3 1x512x8x8 -> 512 bfloat16, scale on {NAME}"
-    CONV(key, lambda: {}, clock=lambda functions: {"triton": 3e-3, "cudnn": 1e-3})
-    CONV.forget()
+    for _ in range(2):
+        CONV(key, lambda: {}, clock=lambda functions: {"triton": [3e-3] * 5, "cudnn": [1e-3] * 5})
+        CONV.forget()
     lines = list(text_lines())
     assert any("conv: triton | cudnn" in line for line in lines)
     assert any("cudnn: measured for 3x3 1x512x8x8" in line and "triton 3 ms" in line for line in lines), lines

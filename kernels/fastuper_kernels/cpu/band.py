@@ -97,7 +97,7 @@ class Band:
         """One axis of `F.adaptive_avg_pool2d`: output i of s is the mean of [floor(i n / s), ceil((i + 1) n / s))."""
         i = torch.arange(size_out, device=device)
         start = i * size_in // size_out
-        # Numbers stay at 0 or above: of a negative quotient, PyTorch takes the floor, and some exporters the integer part.
+        # No number is negative: PyTorch takes the floor of a negative quotient, some exporters its integer part.
         stop = ((i + 1) * size_in + size_out - 1) // size_out
         k = torch.arange(size_in // size_out + 2, device=device)
         weights = (k < (stop - start)[:, None]).double() / (stop - start)[:, None]

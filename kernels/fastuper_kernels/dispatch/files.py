@@ -1,9 +1,11 @@
-"""Atomic writes of files, and the folder of the user's cache."""
+"""Atomic writes of files, the folder of the user's cache, and the measured results in it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CACHE = "FASTUPER_CACHE"
+MAX_BYTES = 1 << 20  # of a file of measured results
 
 
 @contextmanager
@@ -29,6 +32,55 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path | None) -> dict[str, Any]:
+    """Return the JSON object in a file of measured results; an empty dict if there is no such object.
+
+    A file that is missing, damaged, nested too deeply, longer than `MAX_BYTES` or no regular file holds no object. The
+    call does not wait for a named pipe's writer.
+    """
+    if path is None:
+        return {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+                value = json.loads(file.read(MAX_BYTES).decode("utf-8"))
+                return value if isinstance(value, dict) else {}
+    return {}
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[bool]:
+    """Yield False if another process holds this lock, else True; nobody waits.
+
+    The lock ends with its process. Where it cannot be made, the result is True: in a folder that cannot be written to,
+    or on a system without `fcntl`.
+    """
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    except (ImportError, OSError):
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except BlockingIOError:
+        free = False
+    except OSError:  # a file system without locks
+        free = True
+    try:
+        yield free
+    finally:
+        with contextlib.suppress(OSError):
+            if free:  # a process that was forked meanwhile shares the lock, so closing the file would not end it
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def replace_json(path: Path, value: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 
 from fastuper_kernels.dispatch.choices import CONV, forced, may_measure
-from fastuper_kernels.dispatch.files import cache_folder
+from fastuper_kernels.dispatch.files import cache_folder, read_json
+from fastuper_kernels.dispatch.measuring import ROUNDS
 
 SHIPPED = Path(__file__).parent / "tuned.json"
 
@@ -182,12 +182,16 @@ def conv_config(
     return ConvConfig("cudnn") if way == "cudnn" else config
 
 
-def _time_each(functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median seconds of each function on the GPU's clock, without the host's time for launches."""
+def _time_each(functions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Return seconds of each function on the GPU's clock, without the host's time for launches: a median a turn."""
     from triton.testing import do_bench
 
-    median = functools.partial(do_bench, warmup=5, rep=20, return_mode="median")
-    return {name: float(median(function)) / 1e3 for name, function in functions.items()}
+    median = functools.partial(do_bench, warmup=1, rep=2, return_mode="median")
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(ROUNDS):
+        for name, function in functions.items():
+            times[name].append(float(median(function)) / 1e3)
+    return times
 
 
 def heuristic(x: torch.Tensor, channels_out: int, taps: int, upsampled: bool, must: bool = False) -> ConvConfig:
@@ -289,10 +293,9 @@ def tuned(device: torch.device, by_user: bool) -> Mapping[str, ConvConfig]:
     found: dict[str, ConvConfig] = {}
     for path in (SHIPPED, user_file() if by_user else None):
         # A file of another format is ignored.
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            if path is not None:
-                entries = json.loads(path.read_text(encoding="utf-8"))[torch.cuda.get_device_name(device)]
-                found.update({key: ConvConfig(**entry["config"]) for key, entry in entries.items()})
+        with contextlib.suppress(TypeError, KeyError, AttributeError):
+            entries = read_json(path)[torch.cuda.get_device_name(device)]
+            found.update({key: ConvConfig(**entry["config"]) for key, entry in entries.items()})
     return found
 
 
