@@ -41,8 +41,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +101,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         ImageError: the file is missing (then also a FileNotFoundError), empty, damaged, in no format that is read,
             larger than the limit, or holds signed or 32-bit integers or floats.
     """
-    return as_rgb(open_image(path, max_pixels=max_pixels), str(path))
+    return as_rgb(_read(Path(path), max_pixels, partial(_photo, alpha=False)), str(path))
 
 
 def read_labels(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> NDArray[np.integer]:
@@ -248,12 +249,19 @@ def _system_reason(error: OSError | ValueError) -> str:
     return f"cannot be read ({text or reason(error)})"
 
 
-def _photo(file: BinaryIO, form: Format, check_size: Callable[[int, int], None]) -> Image.Image:
-    """Decode a photo, upright."""
+def _photo(file: BinaryIO, form: Format, check_size: Callable[[int, int], None], *, alpha: bool = True) -> Image.Image:
+    """Decode a photo, upright, without its metadata; without `alpha`, where the decoder can leave it out."""
     if form.name == "PPM":
         return netpbm.read(file, check_size).photo()
-    image, layout, _ = _pillow(file, form, check_size)
-    return _upright(image) if layout is None else layout.photo(image)
+    image, layout, _ = _pillow(file, form, check_size, "photo" if alpha else "colours")
+    # Pillow turns TIFF files itself.
+    image = _as_16_bits(_upright(image)) if layout is None else layout.photo(image)
+    if image.mode == "LA" and not alpha:
+        return image.getchannel("L")
+    # The pixels as an image of their own: a converted copy would take the memory of the photo again.
+    bare = image._new(image.im)
+    bare.info = {}
+    return bare
 
 
 def _labels(file: BinaryIO, form: Format, check_size: Callable[[int, int], None]) -> NDArray[np.integer]:
@@ -264,14 +272,14 @@ def _labels(file: BinaryIO, form: Format, check_size: Callable[[int, int], None]
         values = netpbm.read(file, check_size).values
         one_channel("RGB" if values.ndim == 3 else "L")
         return values.astype(np.uint8 if values.dtype == np.uint8 else np.int32)
-    image, layout, raw_mode = _pillow(file, form, check_size, labels=True)
+    image, layout, raw_mode = _pillow(file, form, check_size, "labels")
     if layout is not None:
         return layout.labels(image)
     return as_labels(_upright(image), "") // _SPREAD.get(raw_mode[:3], 1)
 
 
 def _pillow(
-    file: BinaryIO, form: Format, check_size: Callable[[int, int], None], *, labels: bool = False
+    file: BinaryIO, form: Format, check_size: Callable[[int, int], None], what: Literal["photo", "colours", "labels"]
 ) -> tuple[Image.Image, tiff.Layout | None, str]:
     """Decode a file with Pillow.
 
@@ -282,7 +290,7 @@ def _pillow(
     if form.name == "TIFF":
         layout = tiff.read_layout(file)
         check_size(layout.width, layout.height)
-        if labels:
+        if what == "labels":
             layout.check_labels()
     elif form.name == "PNG":
         stream = png.pixels_only(file)
@@ -298,6 +306,10 @@ def _pillow(
             image.im = Image.new(image.mode, (layout.width, layout.height)).im
         arguments = image.tile[0][3] if image.tile else None  # Pillow clears the list when it decodes the pixels
         raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+        if what == "colours" and form.name == "PNG" and str(raw_mode).startswith("RGBA"):
+            # Pillow has the unpackers of this; a copy of the colours would take their memory again.
+            image._mode = "RGB"
+            image.tile = [image.tile[0]._replace(args=str(raw_mode).replace("RGBA", "RGBX"))]
         image.load()
         return image, layout, raw_mode if isinstance(raw_mode, str) else ""
 

@@ -17,7 +17,8 @@ from PIL import Image
 _BLOCK = 1 << 20  # bytes of text that are read at a time
 _ROWS = 256
 _COMMENT = re.compile(rb"#[^\r\n]*")
-_NO_NUMBER = re.compile(rb"[^\d\s]|\d{11}")
+_NO_NUMBERS = re.compile(rb"[^\d\s]|\d{11}")
+_NO_DIGITS = re.compile(rb"[^01\s]")
 
 
 class Netpbm(NamedTuple):
@@ -120,7 +121,7 @@ def _text(file: BinaryIO, shape: tuple[int, ...], largest: int, *, digits: bool)
         if len(rest) > _BLOCK:
             raise ValueError("it holds a word or a comment of a million letters")
         text = _COMMENT.sub(b" ", text)
-        if _NO_NUMBER.search(text):
+        if (_NO_DIGITS if digits else _NO_NUMBERS).search(text):
             raise ValueError("it holds other text than numbers")
         if digits:
             found = np.frombuffer(b"".join(text.split()), np.uint8) - ord("0")
