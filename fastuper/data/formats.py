@@ -105,7 +105,7 @@ def identify(path: Path, start: bytes) -> Format:
     if _fits(start, _ISO_MEDIA) and {b"avif", b"avis"} & _brands(start):
         return next(form for form in FORMATS if form.name == "AVIF")
     names = [name for name, patterns in _OTHERS if any(_fits(start, pattern) for pattern in patterns)]
-    name = names[0] if names else _NAMES.get(path.suffix.lower())
+    name = _NAMES.get(path.suffix.lower()) or next(iter(names), None)
     known = ", ".join(form.name for form in FORMATS)
     if name is None:
         raise RefusedError(f"is not an image in a format that is read here ({known}); save it as PNG or JPEG")

@@ -185,10 +185,9 @@ def as_labels(image: Image.Image, name: str) -> NDArray[np.integer]:
         ImageError: the image has several channels or holds floats.
     """
     try:
-        one_channel(image.getbands(), floats=image.mode == "F")
+        return _numbers(image)
     except RefusedError as error:
         raise ImageError(f"{name}: {error}") from None
-    return np.array(image, dtype=np.uint8 if image.mode in ("1", "L", "P") else np.int32)
 
 
 def holds_32_bits(image: Image.Image) -> bool:
@@ -275,7 +274,12 @@ def _labels(file: BinaryIO, form: Format, check_size: Callable[[int, int], None]
     image, layout, raw_mode = _pillow(file, form, check_size, "labels")
     if layout is not None:
         return layout.labels(image)
-    return as_labels(_upright(image), "") // _SPREAD.get(raw_mode[:3], 1)
+    return _numbers(_upright(image)) // _SPREAD.get(raw_mode[:3], 1)
+
+
+def _numbers(image: Image.Image) -> NDArray[np.integer]:
+    one_channel(image.getbands(), floats=image.mode == "F")
+    return np.array(image, dtype=np.uint8 if image.mode in ("1", "L", "P") else np.int32)
 
 
 def _pillow(
