@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastuper.data.classes import ade20k_names
-from fastuper.data.images import read_image, read_labels
+from fastuper.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, read_image, read_labels
 from fastuper.data.samples import (
     IGNORE_INDEX,
     DataError,
@@ -23,9 +23,6 @@ from fastuper.data.samples import (
 )
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".jp2")
-LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".pgm", ".gif", ".webp")
 
 CITYSCAPES_CLASSES = {
     **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},

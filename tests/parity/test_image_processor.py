@@ -1,9 +1,11 @@
 """`UperNetImageProcessor` against Transformers' Segformer image processor: equal bits, files and label maps."""
 
 import contextlib
+import io
 import json
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -265,9 +267,11 @@ def test_files_of_every_mode(mode, orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(path, exif=exif)
-    loaded = load_image(path)
+    # Pillow mixes up the pixels of an uncompressed TIFF that it opens by its name and turns.
+    mixed_up = (mode, orientation) == ("CMYK", 6)
+    loaded = load_image(Image.open(io.BytesIO(Path(path).read_bytes())) if mixed_up else path)
     np.testing.assert_array_equal(np.asarray(read_image(path)), np.asarray(loaded), strict=True)
-    given = loaded if transformers.__version__.startswith("4.") else path
+    given = loaded if transformers.__version__.startswith("4.") or mixed_up else path
     for options in ({}, {"image_mean": 0.4, "image_std": 0.2}, {"do_normalize": False, "do_resize": False}):
         assert_same(UperNetImageProcessor(**options)(path), Segformer(**options)(given))
 
