@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastuper_kernels.dispatch.modes import is_eager
+from fastuper_kernels.dispatch.modes import is_eager, is_jit_tracing
 from fastuper_kernels.dispatch.torch_private import BatchNorm, buffers_of
 
 
@@ -31,7 +31,7 @@ def checkpointed(call: Callable[..., Any], module: nn.Module, *args: Any) -> Any
 
     The recomputation draws the same random numbers, and does not update BatchNorm's running statistics again.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_jit_tracing():  # a traced graph recomputes nothing
         return call(*args)
     if torch.compiler.is_compiling():  # a compiled graph updates no buffer twice, and Dynamo takes no context_fn
         return checkpoint(call, *args, use_reentrant=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -38,7 +38,7 @@ def check_pixels(pixel_values: torch.Tensor | None) -> torch.Tensor:
     return pixel_values
 
 
-def check_labels(labels: torch.Tensor, batch: int, num_labels: int, ignore_index: int) -> torch.Tensor:
+def check_labels(labels: torch.Tensor, batch: int, classes: Mapping[str, int], ignore_index: int) -> torch.Tensor:
     """Return labels as int64 if they are integers (B, H, W), of any size but not empty.
 
     Their values are checked on a CPU only: on a GPU the host would wait for each step. The check comes before the
@@ -47,7 +47,8 @@ def check_labels(labels: torch.Tensor, batch: int, num_labels: int, ignore_index
     Args:
         labels: the label maps.
         batch: B, the number of images.
-        num_labels: the number of classes. For one class labels are 0 and 1.
+        classes: the number of classes of each head, by the head's name, where it is known. For one class labels are 0
+            and 1.
         ignore_index: the label of pixels without a class.
 
     Raises:
@@ -62,7 +63,13 @@ def check_labels(labels: torch.Tensor, batch: int, num_labels: int, ignore_index
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     labels = labels.long()
     if labels.device.type == "cpu" and is_eager():
-        check_values(labels, max(num_labels, 2), ignore_index)
+        for head, count in classes.items():
+            try:
+                check_values(labels, max(count, 2), ignore_index)
+            except ValueError as error:
+                if count == max(classes.values()):
+                    raise
+                raise ValueError(f"{error}. {head}.classifier has only {count} classes: replace it too") from None
     return labels
 
 

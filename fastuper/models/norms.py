@@ -10,6 +10,7 @@ from torch import nn
 
 from fastuper.models.untouched import is_exactly
 from fastuper_kernels import fold_norm
+from fastuper_kernels.dispatch.modes import is_jit_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,8 @@ def is_fixed_norm(norm: nn.Module) -> bool:
     """Return True if a module is an untouched BatchNorm in evaluation with gradients off: a fixed scale and shift."""
     if not is_exactly(norm, nn.BatchNorm2d):
         return False
-    return not (norm.training or norm.running_var is None or torch.is_grad_enabled())
+    # `torch.jit.trace` traces with the caller's gradients, and again without gradients to check the first trace.
+    return not (norm.training or norm.running_var is None or torch.is_grad_enabled() or is_jit_tracing())
 
 
 def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:

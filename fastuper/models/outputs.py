@@ -207,6 +207,21 @@ def _rebuild(cls: type[Any], pairs: Iterable[tuple[str, Any]]) -> Any:
 
 
 @dataclass(eq=False)
+class EncoderOutput(ModelOutput, serialized_name="fastuper.EncoderOutput"):
+    """The output of a backbone's encoder, which hooks on the encoder read.
+
+    Attributes:
+        last_hidden_state: the last stage's map, (B, C, H, W).
+        hidden_states: the maps of the stem and of every stage, each (B, C, H, W), with `output_hidden_states`.
+        attentions: see `BackboneOutput`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
 class BackboneOutput(ModelOutput, serialized_name="fastuper.BackboneOutput"):
     """The output of a backbone.
 

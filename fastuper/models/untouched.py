@@ -38,6 +38,11 @@ def is_untouched(*modules: nn.Module) -> bool:
     return True
 
 
+def is_hooked_inside(module: nn.Module) -> bool:
+    """Return True if a hook is registered on a module or on one of the modules inside it."""
+    return any(has_hooks(part) for part in module.modules())
+
+
 def _is_replaced(module: nn.Module) -> bool:
     """Return True if the instance has a `forward` other than its class's.
 

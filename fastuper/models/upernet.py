@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fastuper.models.backbones import Backbone, build_backbone
@@ -19,6 +20,7 @@ from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.inputs import TargetSizes, check_labels, check_pixels, check_target_sizes
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
 from fastuper.models.pretrained import PretrainedMixin, rename_on_load
+from fastuper.models.untouched import is_exactly, is_hooked_inside, is_untouched
 from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config, upernet_config_from
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
@@ -87,7 +89,8 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
             output_attentions: whether to return the attention weights; the configuration's value if None.
             output_hidden_states: whether to return the backbone's hidden states; the configuration's value if None.
             labels: (B, H, W), integers in [0, num_labels) or `config.loss_ignore_index`, of the images' size or
-                another; with labels the output has a loss. For one class: 1 on the object, 0 elsewhere.
+                another; with labels the output has a loss. For one class: 1 on the object, 0 elsewhere. If a classifier
+                was replaced, its number of classes counts, not `config.num_labels`.
             return_dict: whether to return an output object (True) or its tuple; the configuration's value if None.
             output_logits: True to compute the logits at once, False to leave them out. If None they are in the output.
                 With labels they are then computed when they are first read; but at once in a tuple, under
@@ -108,7 +111,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         config = self.config
         pixel_values = check_pixels(pixel_values)
         if labels is not None:
-            labels = check_labels(labels, pixel_values.shape[0], config.num_labels, config.loss_ignore_index)
+            labels = check_labels(labels, pixel_values.shape[0], self._classes(), config.loss_ignore_index)
         elif num_items_in_batch is not None:
             raise ValueError("num_items_in_batch divides the loss: give labels too")
         if output_attentions is None:
@@ -122,6 +125,8 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         maps, hidden_states, attentions = self._features(pixel_values, output_hidden_states, output_attentions)
         coarse = self.decode_head(maps)
         loss = None if labels is None else self._loss(coarse, maps, labels, num_items_in_batch)
+        if labels is None and self.auxiliary_head is not None and is_hooked_inside(self.auxiliary_head):
+            self.auxiliary_head(maps)  # for its hooks
         del maps  # their memory is free while the logits are resampled to full size
 
         logits: Any = None
@@ -213,6 +218,15 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         else:
             output = call(pixel_values)
         return output.feature_maps, output.hidden_states, output.attentions
+
+    def _classes(self) -> dict[str, int]:
+        """Return the number of classes of each head, by its name; without a head whose number only its logits show."""
+        heads = {"decode_head": self.decode_head, "auxiliary_head": self.auxiliary_head}
+        return {
+            name: head.classifier.out_channels
+            for name, head in heads.items()
+            if isinstance(head, UperNetHead | FCNHead) and is_untouched(head) and is_exactly(head.classifier, nn.Conv2d)
+        }
 
     def _loss(
         self, coarse: torch.Tensor, maps: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None

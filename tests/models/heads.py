@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from fastuper import UperNetConfig
-from fastuper.models.heads.conv_module import ConvModule, concatenate_at_first_size
+from fastuper.models.heads.conv_module import ConvModule, concatenate_at_first_size, resample
 from fastuper.models.heads.upernet import UperNetHead
-from fastuper_kernels import upsample_add
 
 CHANNELS = [8, 12, 16, 24]
 SIZES = [(17, 22), (9, 11), (5, 6), (3, 3)]
@@ -76,12 +75,13 @@ def as_written(head: Any, maps: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return a head's logits by the steps of the paper, mmsegmentation and Transformers."""
     *lower, top = maps
     with Unfused():
-        pooled = [branch(top) for branch in head.psp_modules]
-        levels = [head.bottleneck(concatenate_at_first_size([top, *pooled]))]
+        levels = [head.bottleneck(torch.cat([top, *head.psp_modules(top)], dim=1))]
         for x, lateral in reversed(list(zip(lower, head.lateral_convs, strict=True))):
-            levels.insert(0, upsample_add(levels[0], lateral(x)))
+            y = lateral(x)
+            levels.insert(0, y + resample(levels[0], y, head.align_corners))
         fine = [conv(x) for conv, x in zip(head.fpn_convs, levels, strict=False)]
-        return head.classifier(head.fpn_bottleneck(concatenate_at_first_size([*fine, levels[-1]])))
+        fused = concatenate_at_first_size([*fine, levels[-1]], head.align_corners)
+        return head.classifier(head.fpn_bottleneck(fused))
 
 
 def error(result: torch.Tensor, truth: torch.Tensor) -> float:

@@ -95,9 +95,8 @@ class SeveralResults(PyramidHead):
     """A head that reads the pyramid at three places, as a head for several tasks does."""
 
     def forward(self, feature_maps):
-        *lower, top = feature_maps
-        pooled = self.pool(top)
-        levels = self.top_down(lower, pooled).levels
+        pooled = self.psp_forward(feature_maps)
+        levels = self.top_down(feature_maps[:-1], pooled).levels
         return pooled, levels[0], self.fuse(levels)
 
 

@@ -15,9 +15,10 @@ from fastuper.models.heads.conv_module import ConvModule, is_fusible
 from fastuper.models.untouched import is_untouched
 from tests.models.heads import as_written, error, feature_maps, head, randomize
 
-CALLED = [name for name, module in head().named_modules() if not isinstance(module, nn.ModuleList)]
-# One module of each kind; of several, the first and the last.
-MODULES = [name for name in CALLED if not name.startswith(("psp_modules.0", "psp_modules.2", "psp_modules.3"))]
+CALLED = [name for name, module in head().named_modules() if type(module) is not nn.ModuleList]
+# One module of each kind whose result is one map; of several, the first and the last.
+MODULES = [name for name in CALLED if name != "psp_modules"]
+MODULES = [name for name in MODULES if not name.startswith(("psp_modules.0", "psp_modules.2", "psp_modules.3"))]
 MODULES = [name for name in MODULES if not name.startswith(("lateral_convs.1", "fpn_convs.1", "fpn_convs.2."))]
 CONVOLUTIONS = [
     "fpn_bottleneck.conv",
@@ -94,6 +95,30 @@ def test_forward_hooks(name, strips):
     handle.remove()
     assert is_taken(model)
     assert torch.equal(check(model), check(original))
+
+
+def test_hooks_on_the_pyramid_pooling(strips):
+    """The module's input is the last map, its result a map of that size for each branch."""
+    original, seen = head(), []
+    model = copy.deepcopy(original)
+    model.psp_modules.register_forward_pre_hook(lambda module, args: (args[0] * 0.5 + 0.1,))
+    model.psp_modules.register_forward_hook(lambda module, args, maps: seen.append(maps) or [2 * x for x in maps])
+    check(model, original)
+    assert all(x.shape == (2, 12, 3, 3) for maps in seen for x in maps)
+    assert [len(maps) for maps in seen] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("levels", [True, False])
+@pytest.mark.parametrize("pooling", [True, False])
+def test_align_corners(levels, pooling, strips):
+    """Both flags may be set by hand, as in Transformers."""
+    model, maps = head(), feature_maps()
+    model.align_corners, model.psp_modules.align_corners = levels, pooling
+    with torch.no_grad():
+        result, plain = model(maps), head()(maps)
+        expected = as_written(model, maps)
+    assert error(result, expected) < 2e-6
+    assert (error(result, plain) > 1e-4) == levels
 
 
 @pytest.mark.parametrize("name", MODULES[1:])

@@ -43,8 +43,8 @@ PIXELS = {
     "no-images": (torch.zeros(0, 3, 32, 32), r"got \(0, 3, 32, 32\)"),
     "no-rows": (torch.zeros(1, 3, 0, 32), r"got \(1, 3, 0, 32\)"),
     "bytes": (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "must be floating point and normalised, got torch.uint8"),
-    "channels-at-the-end": (torch.zeros(1, 32, 32, 3), r"\(1, 32, 32, 3\) have 32 channels, the backbone's .* is 3"),
-    "grey": (torch.zeros(1, 1, 32, 32), "have 1 channels, the backbone's num_channels is 3"),
+    "channels-at-the-end": (torch.zeros(1, 32, 32, 3), r"\(1, 32, 32, 3\) have 32 channels, the backbone's .* takes 3"),
+    "grey": (torch.zeros(1, 1, 32, 32), "have 1 channels, the backbone's first convolution takes 3"),
 }
 
 
@@ -58,7 +58,7 @@ def test_wrong_pixels_are_refused(network, case, method):
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_every_backbone_checks_the_number_of_channels(kind):
-    with pytest.raises(ValueError, match="have 4 channels, the backbone's num_channels is 3"):
+    with pytest.raises(ValueError, match="have 4 channels, the backbone's first convolution takes 3"):
         model(kind)(torch.zeros(1, 4, 32, 32))
 
 

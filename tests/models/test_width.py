@@ -229,7 +229,7 @@ def test_memory_of_strips_does_not_grow_with_the_map(monkeypatch):
     def run(factor):
         maps = feature_maps(1, [(factor * h, w) for h, w in SIZES])
         with torch.no_grad():
-            levels, above = model.top_down(maps[1:-1], model.pool(maps[-1]))
+            levels, above = model.top_down(maps[1:-1], model.psp_forward(maps))
             strips.tail(model, maps[0], above, levels)
             logits = 4 * 5 * factor * SIZES[0][0] * SIZES[0][1]
             return peak(lambda: strips.tail(model, maps[0], above, levels)) - logits

@@ -5,7 +5,7 @@ Modules and parameters are named as in the Hub's checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,18 @@ import torch
 from torch import nn
 
 from fastuper.models.backbones import rewrites
-from fastuper.models.backbones.layers import STAGES, Backbone, LayerNorm2d, activation, channels_last, drop_path, pad_to
+from fastuper.models.backbones.layers import (
+    STAGES,
+    Backbone,
+    Encoder,
+    LayerNorm2d,
+    activation,
+    channels_last,
+    check_channels,
+    drop_path,
+    pad_to,
+    pair,
+)
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.configuration import BackboneConfig, check_counts
 from fastuper.models.gradient_checkpointing import Checkpointed
@@ -91,11 +102,21 @@ class ConvNextEmbeddings(nn.Module):
         dim, size = config.hidden_sizes[0], config.patch_size
         self.patch_embeddings = nn.Conv2d(config.num_channels, dim, kernel_size=size, stride=size)
         self.layernorm = LayerNorm2d(dim, eps=1e-6)
+        self.num_channels = config.num_channels
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed an image (B, C, H, W) of any size."""
-        image = pad_to(channels_last(pixel_values), *self.patch_embeddings.kernel_size)
-        return self.layernorm(self.patch_embeddings(image))
+        """Embed an image (B, C, H, W) of any size.
+
+        Raises:
+            ValueError: the image does not have the channels that the convolution takes.
+        """
+        stem = self.patch_embeddings
+        check_channels(pixel_values, stem)
+        image = channels_last(pixel_values)
+        if isinstance(stem, nn.Conv2d):
+            # An image smaller than a patch is padded; Transformers fails on it.
+            image = pad_to(image, *pair(stem.kernel_size))
+        return self.layernorm(stem(image))
 
 
 class ConvNextLayer(Checkpointed):
@@ -151,7 +172,7 @@ class ConvNextStage(nn.Module):
         return x
 
 
-class ConvNextEncoder(nn.Module):
+class ConvNextEncoder(Encoder):
     """The stages."""
 
     def __init__(self, config: ConvNextConfig):
@@ -162,6 +183,13 @@ class ConvNextEncoder(nn.Module):
             ConvNextStage(config, sizes[i], sizes[i + 1], 2 if i > 0 else 1, rates[i].tolist())
             for i in range(config.num_stages)
         )
+
+    def steps(self, x: torch.Tensor, output_attentions: bool = False) -> Iterator[tuple[torch.Tensor, None]]:
+        """Yield the map (B, C, H, W) of the stem, which is x, and of each stage; a ConvNeXt has no attentions."""
+        yield x, None
+        for stage in self.stages:
+            x = stage(x)
+            yield x, None
 
 
 class ConvNextBackbone(Backbone):
@@ -183,12 +211,11 @@ class ConvNextBackbone(Backbone):
         """Return the feature maps of an image (B, C, H, W). A ConvNeXt has no attentions.
 
         Raises:
-            ValueError: the image does not have the configured number of channels.
+            ValueError: the image does not have the channels that the stem takes.
         """
-        self.check_channels(pixel_values)
-        x, feature_maps, hidden_states = pixel_values, [], []
-        for name, step in zip(self.stage_names, [self.embeddings, *self.encoder.stages], strict=True):
-            x = step(x)
+        feature_maps, hidden_states = [], []
+        steps = self.encode(self.encoder, self.embeddings(pixel_values))
+        for name, (x, _) in zip(self.stage_names, steps, strict=True):
             if name in self.out_features:
                 feature_maps.append(self.hidden_states_norms[name](x))
             if output_hidden_states:  # otherwise a map is freed when the next stage has read it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.models.configuration import BackboneConfig
+from fastuper.models.outputs import EncoderOutput
+from fastuper.models.untouched import is_untouched
 from fastuper_kernels.dispatch.modes import is_eager
 from fastuper_kernels.dispatch.torch_private import BatchNorm, in_transform
 
@@ -150,6 +152,45 @@ def pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def check_channels(pixel_values: torch.Tensor, stem: nn.Module) -> None:
+    """Raise ValueError if an image (B, C, H, W) does not have the channels that the stem's convolution takes.
+
+    Args:
+        pixel_values: the image.
+        stem: the convolution. A module without `in_channels` that a user put in its place decides for itself.
+    """
+    expected = getattr(stem, "in_channels", None)
+    if expected and pixel_values.shape[1] != expected:  # 0 in a lazy convolution, which takes any number
+        raise ValueError(
+            f"pixel_values of shape {tuple(pixel_values.shape)} have {pixel_values.shape[1]} channels, "
+            f"the backbone's first convolution takes {expected}"
+        )
+
+
+class Encoder(nn.Module):
+    """Base of the encoders of our backbones: the stages, one after another.
+
+    A subclass has `steps(x, *args)`, which yields the map (B, C, H, W) and the attention weights (None without
+    attention) of the stem, whose result is x, and of each stage.
+    """
+
+    steps: Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor | None]]]
+
+    def forward(
+        self, x: torch.Tensor, output_attentions: bool = False, output_hidden_states: bool = False
+    ) -> EncoderOutput:
+        """Run all stages on the stem's result.
+
+        Args:
+            x: the stem's result.
+            output_attentions: True to return the attention weights too.
+            output_hidden_states: True to return the maps of the stem and of every stage too.
+        """
+        maps, attentions = zip(*self.steps(x, output_attentions), strict=True)
+        weights = tuple(w for w in attentions if w is not None)
+        return EncoderOutput(maps[-1], maps if output_hidden_states else None, weights or None)
+
+
 class Backbone(nn.Module):
     """Base of our backbones' networks.
 
@@ -163,7 +204,9 @@ class Backbone(nn.Module):
     Attributes:
         config: the configuration.
         stage_names: "stem", "stage1", ...
+        num_features: channels of the stem and of each stage.
         out_features: names of the returned stages.
+        out_indices: their indices in `stage_names`.
         channels: channels of each returned map.
     """
 
@@ -171,17 +214,33 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.stage_names = config.stage_names
+        self.num_features = stage_channels
         self.out_features = list(config.out_features)
-        self.channels = [stage_channels[self.stage_names.index(name)] for name in self.out_features]
+        self.out_indices = list(config.out_indices)
+        self.channels = [stage_channels[index] for index in self.out_indices]
 
-    def check_channels(self, pixel_values: torch.Tensor) -> None:
-        """Raise ValueError if an image (B, C, H, W) does not have `config.num_channels` channels."""
-        expected: int = self.config.num_channels  # type: ignore[attr-defined]
-        if pixel_values.shape[1] != expected:
-            raise ValueError(
-                f"pixel_values of shape {tuple(pixel_values.shape)} have {pixel_values.shape[1]} channels, "
-                f"the backbone's num_channels is {expected}"
-            )
+    @property
+    def feature_channels(self) -> dict[str, int]:
+        """Channels of the stem and of each stage, by name."""
+        return dict(zip(self.stage_names, self.num_features, strict=True))
+
+    def encode(
+        self, encoder: nn.Module, x: torch.Tensor, output_attentions: bool = False
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Return the map and the attention weights of the stem and of each stage; see `Encoder`.
+
+        An untouched encoder is not called: a map is then freed when the next stage has read it.
+
+        Args:
+            encoder: the backbone's encoder, or a module that a user put in its place.
+            x: the stem's result.
+            output_attentions: True to compute the attention weights.
+        """
+        if isinstance(encoder, Encoder) and is_untouched(encoder):
+            return encoder.steps(x, output_attentions)
+        output = encoder(x, output_attentions=output_attentions, output_hidden_states=True)
+        attentions = output.attentions or [None] * (len(output.hidden_states) - 1)
+        return zip(output.hidden_states, [None, *attentions], strict=True)
 
     def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Fill a parameter or buffer with its initial value, in place; a subclass adds its own kinds of tensors."""

@@ -5,7 +5,7 @@ Modules and parameters are named as in the Hub's checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastuper.models.backbones import rewrites
-from fastuper.models.backbones.layers import STAGES, Backbone, activation, channels_last
+from fastuper.models.backbones.layers import STAGES, Backbone, Encoder, activation, channels_last, check_channels
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.configuration import BackboneConfig
 from fastuper.models.gradient_checkpointing import Checkpointed
@@ -101,9 +101,15 @@ class ResNetEmbeddings(nn.Module):
         super().__init__()
         self.embedder = ResNetConvLayer(config.num_channels, config.embedding_size, 7, 2, config.hidden_act)
         self.pooler = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.num_channels = config.num_channels
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed an image (B, C, H, W) of any size."""
+        """Embed an image (B, C, H, W) of any size.
+
+        Raises:
+            ValueError: the image does not have the channels that the convolution takes.
+        """
+        check_channels(pixel_values, getattr(self.embedder, "convolution", self.embedder))
         return self.pooler(self.embedder(channels_last(pixel_values)))
 
 
@@ -145,7 +151,7 @@ class ResNetStage(nn.Module):
         return self.layers(x)
 
 
-class ResNetEncoder(nn.Module):
+class ResNetEncoder(Encoder):
     """The stages."""
 
     def __init__(self, config: ResNetConfig):
@@ -155,6 +161,13 @@ class ResNetEncoder(nn.Module):
             ResNetStage(config, sizes[i], sizes[i + 1], 2 if i > 0 or config.downsample_in_first_stage else 1, depth)
             for i, depth in enumerate(config.depths)
         )
+
+    def steps(self, x: torch.Tensor, output_attentions: bool = False) -> Iterator[tuple[torch.Tensor, None]]:
+        """Yield the map (B, C, H, W) of the stem, which is x, and of each stage; a ResNet has no attentions."""
+        yield x, None
+        for stage in self.stages:
+            x = stage(x)
+            yield x, None
 
 
 class ResNetBackbone(Backbone):
@@ -173,12 +186,11 @@ class ResNetBackbone(Backbone):
         """Return the feature maps of an image (B, C, H, W). A ResNet has no attentions.
 
         Raises:
-            ValueError: the image does not have the configured number of channels.
+            ValueError: the image does not have the channels that the stem takes.
         """
-        self.check_channels(pixel_values)
-        x, feature_maps, hidden_states = pixel_values, [], []
-        for name, step in zip(self.stage_names, [self.embedder, *self.encoder.stages], strict=True):
-            x = step(x)
+        feature_maps, hidden_states = [], []
+        steps = self.encode(self.encoder, self.embedder(pixel_values))
+        for name, (x, _) in zip(self.stage_names, steps, strict=True):
             if name in self.out_features:
                 feature_maps.append(x)
             if output_hidden_states:  # contiguous, as in Transformers: callers may reshape them

@@ -108,6 +108,11 @@ def does_nothing(module: nn.Module) -> bool:
     return (is_exactly(module, DropPath) or is_exactly(module, nn.Dropout)) and not module.training
 
 
+def are_own(module: Any, *names: str) -> bool:
+    """Return True if these children of a module are untouched, and of the classes in its table `parts`."""
+    return all(is_exactly(getattr(module, name), module.parts[name]) for name in names)
+
+
 # MLPs -----------------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +229,9 @@ CONVNEXT_LAYER = Rewrite(_can_infer_convnext, _infer_convnext, _can_train_convne
 
 def _can_infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> bool:
     # `layernorm_before` is not in the list: `_attend_in_plan` calls the module.
-    if output_attentions:
+    if output_attentions or not are_own(block, "attention", "intermediate", "output"):
+        return False
+    if not are_own(block.attention, "self", "output"):
         return False
     attention, output = block.attention.self, block.attention.output
     linears = attention.query, attention.key, attention.value, output.dense
@@ -232,7 +239,6 @@ def _can_infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) 
     return (
         all(is_exactly(layer, nn.Linear) for layer in linears)
         and is_untouched_mlp(*mlp)
-        and is_untouched(block.attention, attention, output, block.intermediate, block.output)
         and all(map(does_nothing, (block.drop_path, attention.dropout, output.dropout, block.output.dropout)))
         and on_cpu_without_gradients(x, attention, *linears, *mlp)
     )
@@ -247,9 +253,10 @@ def _infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> t
 
 
 def _can_train_swin(block: SwinLayer) -> bool:
+    if not are_own(block, "intermediate", "output"):
+        return False
     act = block.intermediate.intermediate_act_fn
-    untouched = is_untouched_mlp(block.layernorm_after, block.intermediate.dense, act, block.output.dense)
-    return untouched and is_untouched(block.intermediate, block.output)
+    return is_untouched_mlp(block.layernorm_after, block.intermediate.dense, act, block.output.dense)
 
 
 def _train_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -326,13 +333,13 @@ def window_plan(batch: int, height: int, width: int, window: int, shift: int, dt
 def _attend_in_plan(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
     """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
     batch, height, width, channels = x.shape
-    plan = window_plan(batch, height, width, block.window, block.shift, x.dtype)
+    plan = window_plan(batch, height, width, block.window_size, block.shift_size, x.dtype)
     positions = block.layernorm_before(x).reshape(-1, channels)
     windows = F.embedding(plan.gather, positions)  # a parallel index_select
     del positions
     if plan.padding.numel():
         windows.index_fill_(0, plan.padding, 0.0)
-    attended = attend_in_groups(block.attention.self, windows.view(-1, block.window**2, channels), plan)
+    attended = attend_in_groups(block.attention.self, windows.view(-1, block.window_size**2, channels), plan)
     positions = F.embedding(plan.scatter, attended.view(-1, channels)).view(x.shape)
     dense = block.attention.output.dense
     return linear(positions, dense.weight, dense.bias, residual=x)

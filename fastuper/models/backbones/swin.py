@@ -6,9 +6,9 @@ linear layers; the maps that the backbone returns are (B, C, H, W).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,8 +18,10 @@ from fastuper.models.backbones import rewrites
 from fastuper.models.backbones.layers import (
     STAGES,
     Backbone,
+    Encoder,
     activation,
     channels_last,
+    check_channels,
     drop_path,
     pad_to_multiple,
     pair,
@@ -35,6 +37,7 @@ from fastuper.models.backbones.windows import (
 from fastuper.models.configuration import BackboneConfig, check_counts
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.outputs import BackboneOutput
+from fastuper.models.untouched import is_exactly
 from fastuper.weights.transformers import Names
 from fastuper_kernels.dispatch.modes import is_eager
 
@@ -140,15 +143,15 @@ class SwinEmbeddings(nn.Module):
     def __init__(self, config: SwinConfig):
         super().__init__()
         self.patch_embeddings = SwinPatchEmbeddings(config)
-        (height, width), (patch_height, patch_width) = pair(config.image_size), pair(config.patch_size)
-        self.grid = (height // patch_height, width // patch_width)
+        self.patch_grid = self.patch_embeddings.grid_size
         self.position_embeddings = (
-            nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], config.embed_dim))
+            nn.Parameter(torch.zeros(1, self.patch_embeddings.num_patches, config.embed_dim))
             if config.use_absolute_embeddings
             else None
         )
         self.norm = nn.LayerNorm(config.embed_dim)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.patch_size, self.config = config.patch_size, config
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed an image (B, C, H, W) of any size, padded to whole patches, as (B, h, w, embed_dim)."""
@@ -160,9 +163,9 @@ class SwinEmbeddings(nn.Module):
     def positions(self, height: int, width: int) -> torch.Tensor:
         """Return the position embeddings (1, height, width, C), by bicubic interpolation from the configured grid."""
         assert self.position_embeddings is not None
-        table = self.position_embeddings.view(1, *self.grid, -1)
+        table = self.position_embeddings.view(1, *self.patch_grid, -1)
         # A traced network always resamples, which changes nothing at the configured size: it compares no sizes.
-        if is_eager() and (height, width) == self.grid:
+        if is_eager() and (height, width) == self.patch_grid:
             return table
         # Transformers fails for images of any other size than the configured one.
         table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False)
@@ -174,12 +177,20 @@ class SwinPatchEmbeddings(nn.Module):
 
     def __init__(self, config: SwinConfig):
         super().__init__()
-        size = pair(config.patch_size)
+        size, (height, width) = pair(config.patch_size), pair(config.image_size)
+        self.image_size, self.patch_size, self.num_channels = (height, width), size, config.num_channels
+        self.grid_size = (height // size[0], width // size[1])
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.projection = nn.Conv2d(config.num_channels, config.embed_dim, kernel_size=size, stride=size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Map an image (B, C, H, W) to (B, ceil(H / patch), ceil(W / patch), embed_dim)."""
-        image = pad_to_multiple(channels_last(pixel_values).permute(0, 2, 3, 1), *pair(self.projection.kernel_size))
+        """Map an image (B, C, H, W) to (B, ceil(H / patch), ceil(W / patch), embed_dim).
+
+        Raises:
+            ValueError: the image does not have the channels that the convolution takes.
+        """
+        check_channels(pixel_values, self.projection)
+        image = pad_to_multiple(channels_last(pixel_values).permute(0, 2, 3, 1), *self.patch_size)
         return channels_last(self.projection(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
@@ -190,6 +201,7 @@ class SwinPatchMerging(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
+        self.dim = dim
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim)
 
@@ -213,11 +225,12 @@ class SwinSelfAttention(nn.Module):
 
     def __init__(self, config: SwinConfig, dim: int, heads: int):
         super().__init__()
-        self.heads = heads
-        self.window = config.window_size
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, heads))
+        self.num_attention_heads, self.attention_head_size, self.all_head_size = heads, dim // heads, dim
+        window = config.window_size
+        self.window_size = (window, window)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.relative_position_index: torch.Tensor
-        self.register_buffer("relative_position_index", relative_position_index(self.window))
+        self.register_buffer("relative_position_index", relative_position_index(window))
         self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
         self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
         self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
@@ -225,13 +238,13 @@ class SwinSelfAttention(nn.Module):
 
     def bias(self) -> torch.Tensor:
         """Return the relative position bias, (heads, L, L)."""
-        length = self.window**2
+        length = self.window_size[0] * self.window_size[1]
         table = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return table.view(length, length, self.heads).permute(2, 0, 1).contiguous()
+        return table.view(length, length, self.num_attention_heads).permute(2, 0, 1).contiguous()
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Reshape (B * windows, L, C) to (B * windows, heads, L, C / heads)."""
-        return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], self.num_attention_heads, -1).transpose(1, 2)
 
     def forward(
         self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
@@ -248,10 +261,11 @@ class SwinSelfAttention(nn.Module):
         """
         query, key, value = (self.split_heads(layer(windows)) for layer in (self.query, self.key, self.value))
         bias = self.bias()[None] if mask is None else self.bias()[None] + mask[:, None]
-        if output_attentions:
+        if output_attentions or not is_exactly(self.dropout, nn.Dropout):
             scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
             weights = self.dropout(scores.softmax(-1))
-            return (weights @ value).transpose(1, 2).reshape(windows.shape), weights
+            out = (weights @ value).transpose(1, 2).reshape(windows.shape)
+            return out, weights if output_attentions else None
         dropout = self.dropout.p if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return out.transpose(1, 2).reshape(windows.shape), None
@@ -286,6 +300,8 @@ class SwinIntermediate(nn.Module):
 class SwinAttention(nn.Module):
     """Attention within windows, and the linear layer that mixes its heads."""
 
+    parts: ClassVar = {"self": SwinSelfAttention, "output": SwinDense}
+
     def __init__(self, config: SwinConfig, dim: int, heads: int):
         super().__init__()
         self.self = SwinSelfAttention(config, dim, heads)
@@ -303,11 +319,12 @@ class SwinLayer(Checkpointed):
     """One block: attention within windows, shifted in every other block, then an MLP, each with a residual."""
 
     rewrite = rewrites.SWIN_LAYER
+    parts: ClassVar = {"attention": SwinAttention, "intermediate": SwinIntermediate, "output": SwinDense}
 
     def __init__(self, config: SwinConfig, dim: int, heads: int, shift: int, drop_prob: float):
         super().__init__()
-        self.window = config.window_size
-        self.shift = shift
+        self.window_size = config.window_size
+        self.shift_size = shift
         self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.attention = SwinAttention(config, dim, heads)
         self.drop_path = drop_path(drop_prob)
@@ -327,17 +344,21 @@ class SwinLayer(Checkpointed):
 
     def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding."""
+        window, shift = self.window_size, self.shift_size
         batch, height, width, _ = x.shape
-        rows, columns = (height + self.window - 1) // self.window, (width + self.window - 1) // self.window
-        x = pad_to_multiple(x, self.window, self.window)
+        rows, columns = (
+            (height + window - 1) // window,
+            (width + window - 1) // window,
+        )
+        x = pad_to_multiple(x, window, window)
         mask = None
-        if self.shift:
-            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
-            mask = shifted_window_mask(rows, columns, self.window, self.shift, x.dtype, x.device).repeat(batch, 1, 1)
-        windows, weights = self.attention(window_partition(x, self.window), mask, output_attentions)
-        x = window_reverse(windows, self.window, batch, rows, columns)
-        if self.shift:
-            x = x.roll((self.shift, self.shift), dims=(1, 2))
+        if shift:
+            x = x.roll((-shift, -shift), dims=(1, 2))
+            mask = shifted_window_mask(rows, columns, window, shift, x.dtype, x.device).repeat(batch, 1, 1)
+        windows, weights = self.attention(window_partition(x, window), mask, output_attentions)
+        x = window_reverse(windows, window, batch, rows, columns)
+        if shift:
+            x = x.roll((shift, shift), dims=(1, 2))
         return crop(x, height, width), weights
 
 
@@ -346,6 +367,7 @@ class SwinStage(nn.Module):
 
     def __init__(self, config: SwinConfig, dim: int, heads: int, drop_probs: list[float], merges: bool):
         super().__init__()
+        self.config, self.dim = config, dim
         shift = config.window_size // 2
         self.blocks = nn.ModuleList(
             SwinLayer(config, dim, heads, shift if i % 2 else 0, p) for i, p in enumerate(drop_probs)
@@ -367,17 +389,32 @@ class SwinStage(nn.Module):
         return x, x if self.downsample is None else self.downsample(x), weights
 
 
-class SwinEncoder(nn.Module):
+class SwinEncoder(Encoder):
     """The stages."""
 
     def __init__(self, config: SwinConfig):
         super().__init__()
+        self.config, self.num_layers = config, len(config.depths)
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(config.depths)
-        last = len(config.depths) - 1
+        last = self.num_layers - 1
         self.layers = nn.ModuleList(
             SwinStage(config, config.embed_dim * 2**i, heads, rates[i].tolist(), merges=i < last)
             for i, heads in enumerate(config.num_heads)
         )
+
+    def steps(
+        self, x: torch.Tensor, output_attentions: bool = False
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Yield the map (B, C, H, W) of the stem and of each stage, with the attention weights of its last block.
+
+        Args:
+            x: the stem's map, (B, H, W, C).
+            output_attentions: True to compute the weights; they are None otherwise, and for the stem.
+        """
+        yield x.permute(0, 3, 1, 2), None
+        for stage in self.layers:
+            out, x, weights = stage(x, output_attentions)
+            yield out.permute(0, 3, 1, 2), weights
 
 
 class SwinBackbone(Backbone):
@@ -400,24 +437,18 @@ class SwinBackbone(Backbone):
         """Return the feature maps of an image (B, C, H, W).
 
         Raises:
-            ValueError: the image does not have the configured number of channels.
+            ValueError: the image does not have the channels that the stem takes.
         """
-        self.check_channels(pixel_values)
         feature_maps, hidden_states, attentions = [], [], []
-
-        def add(name: str, out: torch.Tensor) -> None:
+        steps = self.encode(self.encoder, self.embeddings(pixel_values), output_attentions)
+        for name, (x, weights) in zip(self.stage_names, steps, strict=True):
             if name in self.out_features:
-                feature_maps.append(self.hidden_states_norms[name](out).permute(0, 3, 1, 2))
+                normed = self.hidden_states_norms[name](x.permute(0, 2, 3, 1))
+                feature_maps.append(normed.permute(0, 3, 1, 2))
             if output_hidden_states:  # otherwise a map is freed when the next stage has read it
-                hidden_states.append(out.permute(0, 3, 1, 2).contiguous())
-
-        stem, *names = self.stage_names
-        x = self.embeddings(pixel_values)
-        add(stem, x)
-        for name, stage in zip(names, self.encoder.layers, strict=True):
-            out, x, weights = stage(x, output_attentions)
-            add(name, out)
-            attentions.append(weights)
+                hidden_states.append(x.contiguous())
+            if weights is not None:
+                attentions.append(weights)
         return BackboneOutput(
             tuple(feature_maps),
             tuple(hidden_states) if output_hidden_states else None,

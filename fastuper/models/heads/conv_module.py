@@ -88,16 +88,31 @@ def is_fusible(module: Any, kernel_size: tuple[int, int] | None = None) -> bool:
     return fusible and kernel_size in (None, module.conv.kernel_size)
 
 
-def convolve_levels(module: Any, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a module's result for levels (B, C_l, H_l, W_l), concatenated at the size of the first."""
-    if is_fusible(module, (3, 3)):
+def channels_of_maps(module: Any) -> int | None:
+    """Return the number of channels that a module takes; None if it is not an untouched `ConvModule`."""
+    return module.conv.in_channels if is_fusible(module) else None
+
+
+def convolve_levels(module: Any, levels: Sequence[torch.Tensor], align_corners: bool = False) -> torch.Tensor:
+    """Return a module's result for levels (B, C_l, H_l, W_l), concatenated at the size of the first.
+
+    Args:
+        module: a `ConvModule`, or any module that a user put in its place.
+        levels: the maps.
+        align_corners: of the resampling (bilinear).
+    """
+    # If the channels do not fit, the module is called: PyTorch's error says what its convolution expects.
+    if not align_corners and is_fusible(module, (3, 3)) and sum(x.shape[1] for x in levels) == module.conv.in_channels:
         return module.fused(levels[0], levels[1:])
-    return module(concatenate_at_first_size(levels))
+    return module(concatenate_at_first_size(levels, align_corners))
 
 
-def concatenate_at_first_size(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+def concatenate_at_first_size(maps: Sequence[torch.Tensor], align_corners: bool = False) -> torch.Tensor:
     """Resample maps (bilinear) to the size of the first, and concatenate their channels."""
     first, *others = maps
-    size = first.shape[2:]
-    resampled = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in others]
-    return torch.cat([first, *resampled], dim=1)
+    return torch.cat([first, *(resample(x, first, align_corners) for x in others)], dim=1)
+
+
+def resample(x: torch.Tensor, like: torch.Tensor, align_corners: bool = False) -> torch.Tensor:
+    """Resample a map (bilinear) to the size of another."""
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=align_corners)

@@ -46,7 +46,10 @@ class FCNHead(Checkpointed):
                 f"without convolutions (auxiliary_num_convs=0), auxiliary_channels must be the {dim_in} channels of "
                 f"the feature map, got {dim}"
             )
+        self.config = config
         self.in_index = in_index
+        self.in_channels, self.channels = dim_in, dim
+        self.num_convs, self.concat_input = config.auxiliary_num_convs, config.auxiliary_concat_input
         self.convs: nn.Module = nn.Sequential(
             *(ConvModule(dim if i else dim_in, dim, 3) for i in range(config.auxiliary_num_convs))
         )

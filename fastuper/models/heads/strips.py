@@ -37,6 +37,7 @@ def apply_to(head: UperNetHead, feature_maps: Sequence[torch.Tensor]) -> bool:
         is_eager_inference(x)
         and x.device.type == "cpu"
         and len(x) > 0
+        and not head.align_corners
         and x.shape[2] * x.shape[3] * head.channels * x.element_size() > STRIP_BYTES
         and all(
             is_fusible(module, kernel) and module.is_foldable()
@@ -49,8 +50,8 @@ def apply_to(head: UperNetHead, feature_maps: Sequence[torch.Tensor]) -> bool:
 
 def run(head: UperNetHead, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the head's logits (B, num_labels, H, W); the coarser levels are computed whole, as in its `forward`."""
-    finest, *coarser, top = feature_maps
-    levels, merged = head.top_down(coarser, head.pool(top))
+    finest, *coarser, _ = feature_maps
+    levels, merged = head.top_down(coarser, head.psp_forward(feature_maps))
     return tail(head, finest, merged, levels)
 
 

@@ -26,8 +26,9 @@ class UperNetHead(PyramidHead):
     """
 
     def __init__(self, config: UperNetConfig, in_channels: Sequence[int]):
-        super().__init__(in_channels, config.hidden_size, config.pool_scales)
-        self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        super().__init__(in_channels, config.hidden_size, config.pool_scales, classifier=classifier)
+        self.config = config
 
     def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, num_labels, H, W) at the first map's size.
@@ -36,14 +37,13 @@ class UperNetHead(PyramidHead):
             feature_maps: (B, C_l, H_l, W_l) for each level, finest first; of a backbone at strides 4, 8, 16, 32.
 
         Raises:
-            ValueError: the number of maps or of their channels is not that of `in_channels`.
+            ValueError: the number of maps, or of their channels, does not fit the modules that read them.
         """
         self.check(feature_maps)
         if strips.apply_to(self, feature_maps):
             return strips.run(self, feature_maps)
-        *lower, top = feature_maps
-        pooled = self.pool(top)
-        levels = self.top_down(lower, pooled).levels
+        pooled = self.psp_forward(feature_maps)
+        levels = self.top_down(feature_maps[:-1], pooled).levels
         return self.classify(self.fuse(levels))
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,11 @@ def is_eager() -> bool:
     return not (has_modes() or in_transform() or in_forward_ad())
 
 
+def is_jit_tracing() -> bool:
+    """Return True while `torch.jit.trace`, or an exporter that uses it, runs."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
 def is_ordinary(*tensors: torch.Tensor | None) -> bool:
     """Return True if all tensors are strided and of PyTorch's own classes, Tensor or Parameter.
 
