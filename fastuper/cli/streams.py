@@ -26,7 +26,7 @@ class Streams:
     def __init__(self) -> None:
         _open_closed_descriptors()
         if sys.stdin is None:
-            sys.stdin = open(os.devnull)
+            sys.stdin = open(os.devnull)  # noqa: SIM115
         sys.stdout, sys.stderr = _safe(sys.stdout), _safe(sys.stderr)
 
     def leave(self, status: Any) -> None:
@@ -96,7 +96,7 @@ class _Text(io.TextIOWrapper):
 def _safe(stream: Any) -> Any:
     """Return a stream that no write can fail on; streams without a file beneath them, as in notebooks, stay."""
     if stream is None:
-        stream = open(os.devnull, "w", encoding="utf-8")
+        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return _Text(stream) if isinstance(stream, io.TextIOWrapper) else stream
 
 

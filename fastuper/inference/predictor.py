@@ -116,8 +116,8 @@ class Predictor:
             target_sizes: (height, width) of each label map; None for the images' sizes.
 
         Returns:
-            Label maps (height, width), on the model's device: uint8 for up to 256 classes, uint16 for up to 65,536, else
-            int32. With one class the labels are 1 (the class) and 0.
+            Label maps (height, width), on the model's device: uint8 for up to 256 classes, uint16 for up to 65,536,
+            otherwise int32. With one class the labels are 1 (the class) and 0.
 
         Raises:
             PredictionError: the model failed, or its logits are not finite.
