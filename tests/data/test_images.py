@@ -175,8 +175,8 @@ def test_unreadable_file_is_refused(photo: Image.Image, tmp_path: Path) -> None:
 
 
 def test_refused_permission_is_named(photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> Image.Image:
-        raise PermissionError(13, "Permission denied", str(path))
+    def refuse(*arguments: object, **options: object) -> Image.Image:
+        raise PermissionError(13, "Permission denied")
 
     photo.save(tmp_path / "secret.png")
     monkeypatch.setattr(Image, "open", refuse)
