@@ -23,6 +23,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
 
 from fastuper.data.augment import TrainingDataset, TrainingTransform
+from fastuper.data.folders import FolderDataset
+from fastuper.data.label_check import check_labels
 from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.samples import Sample, SampleDataset, as_samples
 from fastuper.evaluation.confusion import ConfusionMatrix
@@ -134,6 +136,10 @@ class Trainer:
         self._unchecked: list[tuple[int, torch.Tensor, list[str]]] = []  # step, loss and images since the last check
         self._unlogged: list[float] = []  # losses of the steps since the last line of the log
         self._needs_validation = False  # whether the checkpoint that training resumes from is not validated yet
+        names = class_names(model)
+        for samples, training in ((train_samples, True), (self.validation_data, False)):
+            if isinstance(samples, FolderDataset):
+                check_labels(samples, names, training=training, notify=self.monitor.say)
         self._open_run(restart)
 
     def train(self) -> None:
