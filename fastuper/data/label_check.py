@@ -136,6 +136,5 @@ def check_numbers(seen: LabelsSeen, notify: Callable[[str], None]) -> None:
             "classes.txt"
         )
     if missing:
-        notify(
-            f"no label map holds {listed(missing, 5)}, which {'become classes' if len(missing) > 1 else 'becomes a class'} too"
-        )
+        become = "become classes" if len(missing) > 1 else "becomes a class"
+        notify(f"no label map holds {listed(missing, 5)}, which {become} too")
