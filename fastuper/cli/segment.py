@@ -26,7 +26,7 @@ from fastuper.cli.common import (
 from fastuper.cli.options import field_option
 from fastuper.cli.prediction import PredictionOptions
 from fastuper.data.classes import class_name, class_palette
-from fastuper.data.images import MAX_PIXELS, ImageError, read_image
+from fastuper.data.images import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, read_image
 from fastuper.data.overlay import class_shares, format_share, overlay, save_label_png
 from fastuper.io.messages import one_line
 from fastuper_kernels.dispatch.files import atomic_path
@@ -40,12 +40,6 @@ if TYPE_CHECKING:
     from fastuper.models.upernet import UperNetForSemanticSegmentation
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
-
-PHOTO_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".tif", ".tiff"),
-    *(".bmp", ".gif", ".jp2", ".pgm", ".pnm", ".ppm", ".tga"),
-)
-"""Endings of the files in a folder that are segmented. A file that is named itself may have any ending."""
 
 
 def segment_photos(
@@ -164,7 +158,7 @@ def _plan_jobs(inputs: Iterable[Path], output: Path) -> tuple[list[_Job], list[s
 
 
 def _looks_like_a_photo(path: Path) -> bool:
-    return path.suffix.lower() in PHOTO_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _segment_jobs(

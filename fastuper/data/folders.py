@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastuper.data.class_lists import read_class_list
 from fastuper.data.classes import ade20k_names
-from fastuper.data.images import read_image, read_labels
+from fastuper.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, read_image, read_labels
 from fastuper.data.listing import list_images, normal_name
 from fastuper.data.pairs import Side, described, pair_files
 from fastuper.data.samples import (
@@ -23,9 +23,6 @@ from fastuper.data.samples import (
     checked_classes,
     checked_sample,
 )
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".jp2")
-LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".pgm", ".gif", ".webp")
 
 CITYSCAPES_CLASSES = {
     **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},

@@ -30,13 +30,47 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fastuper.io.messages import reason
+
+
+class Format(NamedTuple):
+    """A format of image files that is read.
+
+    Attributes:
+        name: Pillow's name.
+        suffixes: the endings of file names that are taken for this format; the content decides.
+        keeps_numbers: files hold one channel of exact numbers, and so label maps.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    keeps_numbers: bool
+
+
+FORMATS = (
+    Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), False),
+    Format("PNG", (".png", ".apng"), True),
+    Format("WEBP", (".webp",), False),
+    Format("AVIF", (".avif",), False),
+    Format("TIFF", (".tif", ".tiff"), True),
+    Format("BMP", (".bmp",), True),
+    Format("GIF", (".gif",), True),
+    Format("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), True),
+    Format("JPEG2000", (".jp2", ".j2k"), False),
+)
+"""The formats that are read. No other format is opened."""
+
+IMAGE_SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.suffixes)
+"""The endings of photos, in lower case."""
+
+LABEL_SUFFIXES = tuple(suffix for format in FORMATS if format.keeps_numbers for suffix in format.suffixes)
+"""The endings of label maps, in lower case."""
 
 MAX_PIXELS = 250_000_000
 """The default limit on width x height of a decoded image: 750 MB of RGB."""
