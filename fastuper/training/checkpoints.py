@@ -53,8 +53,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 digests of a folder's files into checksums.json."""
-    digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    """Write the SHA-256 digests of a folder's other files into checksums.json."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    digests = {path.name: _digest(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
 
 
@@ -109,7 +110,7 @@ def named_failures(folder: Path, final: Path, size: int) -> Iterator[None]:
         number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
         code = getattr(cause, "errno", None) or (int(number[1]) if number else None)
         why = os.strerror(code) if code else reason(error)
-        files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        files = [path for path in folder.iterdir() if not path.is_dir()] if folder.is_dir() else []
         newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
         name = final / ("" if newest is None or newest.name.startswith(".") else newest.name)
         free = shutil.disk_usage(final.parent).free
