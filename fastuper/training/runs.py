@@ -231,7 +231,10 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot make the folder {path}: {error.strerror}") from None
+        why = error.strerror
+        if isinstance(error, FileExistsError):
+            why = "a link of this name leads to no folder" if path.is_symlink() else "a file has this name"
+        raise OSError(f"cannot make the folder {path}: {why}") from None
 
 
 def _is_later(line: bytes, step: int, validated: bool) -> bool:

@@ -26,7 +26,7 @@ from fastuper.data.augment import TrainingDataset, TrainingTransform
 from fastuper.data.folders import FolderDataset
 from fastuper.data.label_check import check_labels
 from fastuper.data.processor import UperNetImageProcessor
-from fastuper.data.samples import Sample, SampleDataset, as_samples
+from fastuper.data.samples import Sample, SampleDataset, as_samples, values_of
 from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.evaluation.loop import check_classes, class_names, evaluate
 from fastuper.inference.predictor import Predictor
@@ -145,6 +145,9 @@ class Trainer:
         self._names: list[str] = []  # images of the last step
         self._unchecked: list[tuple[int, torch.Tensor, list[str]]] = []  # step, loss and images since the last check
         self._unlogged: list[float] = []  # losses of the steps since the last line of the log
+        # The images in which classes were counted; None when two classes were found, or all label maps checked before.
+        self._watched = None if isinstance(train_samples, FolderDataset) else 0
+        self._classes: set[int] = set()
         self._needs_validation = False  # whether the checkpoint that training resumes from is not validated yet
         names = class_names(model)
         for samples, training in ((train_samples, True), (self.validation_data, False)):
@@ -245,6 +248,7 @@ class Trainer:
         torch.manual_seed(derived_seed(self.config.seed, "step", self.step, self.accelerator.process_index))
         loss = self._backward(pieces)
         self._names = [name for piece in pieces for name in piece.names]
+        self._watch_classes(pieces)
         self._unchecked.append((self.step + 1, loss, self._names))
         if _checks_every_step(self.accelerator.device):
             self._check_losses()
@@ -257,6 +261,24 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
         self.step += 1
+
+    def _watch_classes(self, pieces: Sequence[Batch]) -> None:
+        """Say after the first epoch if it had one class only, as masks of 0 and 255 have."""
+        if self._watched is None:
+            return
+        ignored, names = self.model.config.loss_ignore_index, class_names(self.model)
+        for piece in pieces:
+            self._classes |= {*values_of(piece.labels.numpy())} - {ignored}
+            self._watched += len(piece.names)
+        if len(self._classes) > 1:
+            self._watched = None
+        elif self._watched * self.accelerator.num_processes >= len(self.train_data):
+            only = "".join(f"{number} ({names[number]}) or " for number in self._classes)
+            self.monitor.say(
+                f"all labels of the first {self._watched} training images are {only}ignored ({ignored}); if {ignored} "
+                "is a class, as in masks of 0 and 255, stop, and renumber it"
+            )
+            self._watched = None
 
     def _backward(self, pieces: Sequence[Batch]) -> torch.Tensor:
         """Compute the gradients of a step; return its loss, the same scalar in all processes."""
