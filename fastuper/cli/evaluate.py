@@ -119,7 +119,7 @@ def evaluate_model(
         typer.echo(f"fastuper: {one_line(error)}", err=True)
         raise typer.Exit(1) from None
     if failures:
-        typer.echo(f"{len(failures)} could not be read and were not measured:", err=True)
+        typer.echo(f"{len(failures)} could not be used and are not in the figures:", err=True)
         for failure in failures:
             typer.echo(f"  {failure}", err=True)
         raise typer.Exit(1)

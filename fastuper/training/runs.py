@@ -6,7 +6,7 @@
         last, best                    links to two checkpoints
         log.jsonl                     a line for each logged step and each validation
         tensorboard/                  the same as curves, and predicted pictures
-        lock.json                     while a training runs: its process
+        .fastuper-lock.json           while a training runs: its process
 
 A checkpoint is written under another name, flushed to the disk and renamed: at any time it exists whole or not at all.
 Training resumes from the last checkpoint that its checksums find intact; the checkpoint before the last is kept for it.
@@ -46,7 +46,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.last = self.path / "last"
         self.best = self.path / "best"
-        self.lock = RunLock(self.path / "lock.json")
+        self.lock = RunLock(self.path / ".fastuper-lock.json")
 
     def steps(self) -> dict[int, Path]:
         """Return the checkpoints with a training state, by their steps in ascending order."""

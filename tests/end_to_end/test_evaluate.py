@@ -210,7 +210,7 @@ def failed(result: Result, *parts: str) -> None:
     """Check the summary of a measurement without one photo."""
     assert result.exit_code == 1, result.output
     summary = result.stderr.strip().splitlines()
-    assert summary[-2] == "1 could not be read and were not measured:"
+    assert summary[-2] == "1 could not be used and are not in the figures:"
     for part in parts:
         assert part in summary[-1]
     assert "mean" in result.stdout
@@ -245,7 +245,7 @@ def test_without_a_photo_that_can_be_read_nothing_is_written(model: Path, folder
         path.write_bytes(b"no image")
     result = run("-m", model, "-d", folder, "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert "4 could not be read" in result.stderr
+    assert "4 could not be used" in result.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 

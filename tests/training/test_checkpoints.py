@@ -202,7 +202,7 @@ def test_states_of_another_form_are_refused_in_one_line(tmp_path):
             train(tmp_path, steps=2, save_every=2)
         assert str(folder / STATE) in str(raised.value)
         assert "\n" not in str(raised.value)
-    assert not (tmp_path / "lock.json").exists()
+    assert not (tmp_path / ".fastuper-lock.json").exists()
     torch.save(state, folder / STATE)
     write_checksums(folder)
     train(tmp_path, steps=2, save_every=2)

@@ -170,7 +170,7 @@ def test_folder_without_space_or_permission_is_named(tmp_path, monkeypatch):
 
 
 def test_training_holds_the_lock_until_it_ends(tmp_path, other, monkeypatch):
-    path, seen = tmp_path / "lock.json", []
+    path, seen = tmp_path / ".fastuper-lock.json", []
     step = Trainer._train_step
 
     def watched(trainer, pieces):
