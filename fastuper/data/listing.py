@@ -21,6 +21,7 @@ class Listing:
     Attributes:
         images: the regular files with an image's suffix that can be read, sorted by name.
         folders: the subfolders, sorted by name; whether they can be read shows when they are listed.
+        links: the entries that are links to an existing file or folder.
         problems: the reason for each entry with an image's suffix, and each link, that cannot be read. The folder
             itself is a key if its entries cannot be listed.
         others: the number of files of other suffixes.
@@ -28,6 +29,7 @@ class Listing:
 
     images: list[Path] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
+    links: set[Path] = field(default_factory=set)
     problems: dict[Path, str] = field(default_factory=dict)
     others: int = 0
 
@@ -61,6 +63,8 @@ def list_images(folder: str | os.PathLike[str], suffixes: Collection[str]) -> Li
             else:
                 found.others += 1
             continue
+        if entry.is_symlink():
+            found.links.add(path)
         if stat.S_ISDIR(mode):
             found.folders.append(path)
         elif not is_image:
