@@ -8,13 +8,13 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 from fastuper.cli.evaluate import evaluate_model
 from fastuper.cli.segment import segment_photos
+from fastuper.cli.streams import Streams
 from fastuper.cli.train import train_model
 from fastuper.io.version import __version__
 
@@ -45,7 +45,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # Pillow's and torch's warnings address programmers; real faults raise here
-    for stream in (sys.stdout, sys.stderr):  # file and class names may have letters that the terminal's encoding lacks
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    app(prog_name="fastuper")
+    streams = Streams()
+    try:
+        app(prog_name="fastuper")
+    except SystemExit as ended:
+        streams.leave(ended.code)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from fastuper.io.messages import one_line
+from fastuper.io.messages import about, name_of, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def load_model(
                 f"{model} has no preprocessor_config.json: photos are prepared with the default settings", err=True
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        leave(f"cannot load the model {model}: {one_line(error)}")
+        leave(f"cannot load the model {name_of(model)}: {one_line(error)}")
     return network, processor
 
 
@@ -107,12 +108,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_folder(output: Path) -> None:
-    """Make the output folder and its parents; if that fails, the command ends with status 2."""
+def make_folder(output: str | os.PathLike[str]) -> None:
+    """Make the output folder and its parents; if no file can be made in it, the command ends with status 2."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        os.makedirs(output, exist_ok=True)
+    except FileExistsError:
+        fault = "is a file, not a folder" if os.path.exists(output) else "is a link that leads nowhere or in a circle"
+        leave(f"cannot make the output folder {about(output, fault)}")
     except OSError as error:
-        leave(f"cannot make the output folder {output}: {error.strerror}")
+        leave(f"cannot make the output folder {about(output, error)}")
+    try:
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        leave(f"cannot write into the output folder {about(output, error)}")
 
 
 def in_columns(items: Sequence[str], indent: int = 2) -> str:

@@ -62,11 +62,15 @@ def evaluate_model(
     Predictions are resampled to the size of the label maps. Pixels with the ignored label count neither as right nor as
     wrong.
 
-    Exit status: 0 measured, 1 failed during the measurement, 2 nothing could start.
+    If a photo or its label map cannot be read, the command measures on the others; the last lines list the failures
+    with their reasons, as does metrics.json.
+
+    Exit status: 0 measured, 1 some photos or the measurement failed, 2 nothing could start.
     """
     from tqdm import tqdm
 
     from fastuper.data.folders import find_splits, open_dataset
+    from fastuper.data.label_check import check_labels
     from fastuper.evaluation.loop import check_classes, class_names, evaluate
     from fastuper.evaluation.report import check_picture
 
@@ -79,27 +83,43 @@ def evaluate_model(
     try:
         if split is None and find_splits(data, layout):
             split = "validation"
-        dataset = open_dataset(data, split, layout, ignore_index=ignore_index)
+        dataset = open_dataset(data, split, layout, ignore_index=ignore_index, skip_unreadable=True)
     except (OSError, ValueError) as error:
         leave(one_line(error))
     network, processor = load_model(model, device, dtype)
-    if dataset.id2label is not None:
-        try:
+    try:
+        if dataset.id2label is not None:
             check_classes(dataset.id2label, class_names(network))
-        except ValueError as error:
-            leave(one_line(error))
+        check_labels(dataset, class_names(network), training=False, notify=typer.echo)
+    except (OSError, ValueError) as error:
+        leave(one_line(error))
 
     note = ", label 0 ignored" if dataset.reduce_labels else ""
     typer.echo(f"{len(dataset)} photos of {data}{f' ({split})' if split else ''}{note}")
+    failures = [one_line(f"{path}: {why}") for path, why in dataset.problems.items()]
+    count = len(failures)
     try:
         with tqdm(total=len(dataset), unit="photo", disable=None) as bar:
-            matrix = evaluate(network, dataset, processor, **prediction.arguments(), on_sample=bar.update)
-        typer.echo(matrix.table())
-        if output is not None:
-            matrix.save_json(output / "metrics.json")
-            matrix.save_csv(output / "classes.csv")
-            matrix.save_picture(output / "confusion.png")
-            typer.echo(f"results in {output}")
+            matrix = evaluate(
+                network,
+                dataset,
+                processor,
+                **prediction.arguments(),
+                on_sample=bar.update,
+                on_failure=lambda error: failures.append(one_line(error)),
+            )
+        if len(failures) - count < len(dataset):
+            typer.echo(matrix.table())
+            if output is not None:
+                matrix.save_json(output / "metrics.json", failures)
+                matrix.save_csv(output / "classes.csv")
+                matrix.save_picture(output / "confusion.png")
+                typer.echo(f"results in {output}")
     except EXPECTED_ERRORS as error:
         typer.echo(f"fastuper: {one_line(error)}", err=True)
         raise typer.Exit(1) from None
+    if failures:
+        typer.echo(f"{len(failures)} could not be used and are not in the figures:", err=True)
+        for failure in failures:
+            typer.echo(f"  {failure}", err=True)
+        raise typer.Exit(1)

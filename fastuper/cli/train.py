@@ -141,8 +141,11 @@ def train_model(
         trainer = Trainer(
             network, config, training, validation, processor, output=output, transform=transform, restart=restart
         )
-    except (*EXPECTED_ERRORS, ImportError, KeyError, TypeError) as error:
+    except (*EXPECTED_ERRORS, ImportError) as error:
         leave(one_line(error))
+    except (LookupError, TypeError, AttributeError) as error:  # a configuration of another form, most often
+        source = f"the model {model}" if model is not None else f"the backbone {backbone or 'convnext-tiny'}"
+        leave(f"cannot start with {source}: {type(error).__name__}: {one_line(error)}")
     try:
         trainer.train()
     except KeyboardInterrupt:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastuper.data.class_lists import read_class_list
 from fastuper.data.classes import ade20k_names
 from fastuper.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, read_image, read_labels
+from fastuper.data.listing import list_images, normal_name
+from fastuper.data.pairs import Side, described, pair_files
 from fastuper.data.samples import (
     IGNORE_INDEX,
     DataError,
     Sample,
     SampleDataset,
-    are_numbered,
     checked_classes,
     checked_sample,
 )
-from fastuper.io.files import read_json
-from fastuper.io.messages import listed
 
 CITYSCAPES_CLASSES = {
     **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},
@@ -40,6 +40,10 @@ Layout = Literal["auto", "ade20k", "cityscapes", "folders"]
 class FolderDataset(SampleDataset):
     """A folder of photos and a folder of label maps; a photo and its label map have one name, in the same subfolder.
 
+    A link counts as the file or folder that it leads to; two files are one sample once, however many links lead to
+    them. Names are compared in Unicode's composed form. Entries whose names begin with a dot are left out, and files
+    without an image's suffix.
+
     Args:
         images: the folder of photos, with or without subfolders.
         labels: the folder of label maps: images of one channel whose pixel values are class numbers.
@@ -52,10 +56,17 @@ class FolderDataset(SampleDataset):
             ignored.
         id2label: the classes' names, numbered from 0. None accepts any label from 0.
         ignore_index: the label of ignored pixels, in the files (before and after `reduce_labels`) and in the samples.
+            It may be a class, whose pixels are then ignored, except for 255.
+        skip_unreadable: whether to leave out files and folders that cannot be read, with their counterparts, instead
+            of raising the error.
+
+    Attributes:
+        files: the pairs of photo and label map.
+        problems: the reason for each file or folder that is left out because it cannot be read.
 
     Raises:
-        DataError: a folder is missing or empty, a photo has no label map, a label map has no photo, or two files have
-            one name.
+        DataError: a folder is missing or empty, a photo has no label map, a label map has no photo, two files have
+            one name, or a file or folder cannot be read (broken links, no permission, FIFOs, sockets, devices).
     """
 
     def __init__(
@@ -69,26 +80,29 @@ class FolderDataset(SampleDataset):
         label_ids: Mapping[int, int] | None = None,
         id2label: Mapping[int, str] | None = None,
         ignore_index: int = IGNORE_INDEX,
+        skip_unreadable: bool = False,
     ) -> None:
         if reduce_labels and label_ids is not None:
             raise ValueError("reduce_labels and label_ids both renumber the files' values; give one of them")
+        if reduce_labels and id2label is not None and 0 <= ignore_index <= len(id2label):
+            raise ValueError(
+                f"ignore_index {ignore_index} is a class, or the value of a class in files whose labels are reduced; "
+                f"give one above {len(id2label)}"
+            )
         self.id2label = checked_classes(id2label, ignore_index)
         self.ignore_index = ignore_index
         self.reduce_labels = reduce_labels
         self.label_ids = None if label_ids is None else dict(label_ids)
-        photos = _files(Path(images), IMAGE_SUFFIXES, image_ending, "photos")
-        maps = _files(Path(labels), LABEL_SUFFIXES, label_ending, "label maps")
-        for here, there, of, what, folder in (
-            (photos, maps, "photos", "label map", labels),
-            (maps, photos, "label maps", "photo", images),
-        ):
-            alone = [path for key, path in here.items() if key not in there]
-            if alone:
-                raise DataError(
-                    f"{len(alone)} of {len(here)} {of} have no {what} of the same name in {folder}: {listed(alone)}; "
-                    f"add the {what}s or take the {of} away"
-                )
-        self.files = [(photos[key], maps[key]) for key in sorted(photos)]
+        self.files, self.problems = pair_files(
+            Side(Path(images), "photos", IMAGE_SUFFIXES, image_ending),
+            Side(Path(labels), "label maps", LABEL_SUFFIXES, label_ending),
+        )
+        if self.problems and not (skip_unreadable and self.files):
+            count = len(self.problems)
+            what, them = ("file or folder", "it") if count == 1 else ("files or folders", "them")
+            raise DataError(
+                f"{count} {what} cannot be read: {described(self.problems)}; mend {them}, or take {them} away"
+            )
 
     def __len__(self) -> int:
         """Return the number of photos."""
@@ -97,14 +111,29 @@ class FolderDataset(SampleDataset):
     def __getitem__(self, index: int) -> Sample:
         """Read a photo and its label map."""
         photo, label_map = self.files[index]
+        sample = Sample(read_image(photo), self.read_label(index), str(photo))
+        return checked_sample(sample, self.id2label, self.ignore_index, str(label_map))
+
+    def read_label(self, index: int) -> NDArray[np.integer]:
+        """Read a photo's label map alone, (H, W): classes or ignored, if the file is right.
+
+        Raises:
+            DataError: a value becomes the ignored label when it is renumbered.
+            fastuper.data.images.ImageError: the file cannot be used.
+        """
+        label_map = self.files[index][1]
         label = read_labels(label_map)
+        if self.reduce_labels and self.ignore_index >= 0 and (label == self.ignore_index + 1).any():
+            raise DataError(
+                f"{label_map}: holds the label {self.ignore_index + 1}, which reduced by one is {self.ignore_index}, "
+                "the ignored label; give another --ignore-index (ignore_index), such as 65535"
+            )
         if self.reduce_labels or self.label_ids is not None:
             # A table of 256 entries renumbers 8-bit labels faster than arithmetic on every pixel.
             eight_bits = label.dtype == np.uint8
             numbers = self._renumbered(np.arange(256) if eight_bits else label)
             label = numbers[label] if eight_bits else numbers
-        sample = Sample(read_image(photo), label, str(photo))
-        return checked_sample(sample, self.id2label, self.ignore_index, str(label_map))
+        return label
 
     def _renumbered(self, values: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return the classes of values in the files, as uint8 if they fit."""
@@ -126,7 +155,7 @@ def find_splits(path: str | os.PathLike[str], layout: Layout = "auto") -> list[s
     """
     root = Path(path)
     images, labels = _LAYOUTS[_layout(root, layout)]
-    return _splits(root / images, root / labels)
+    return list(_splits(root / images, root / labels))
 
 
 def open_dataset(
@@ -136,6 +165,7 @@ def open_dataset(
     *,
     id2label: Mapping[int, str] | None = None,
     ignore_index: int = IGNORE_INDEX,
+    skip_unreadable: bool = False,
 ) -> FolderDataset:
     """Open a dataset's folder.
 
@@ -154,34 +184,37 @@ def open_dataset(
             Without these files it takes the names of ADE20K or Cityscapes; in the layout "folders" the names are then
             unknown.
         ignore_index: the label of ignored pixels.
+        skip_unreadable: as in `FolderDataset`.
 
     Raises:
-        DataError: the folder is missing, its layout is unknown, it has no such split, or as in `FolderDataset`.
+        DataError: the folder is missing, its layout is unknown, it has no such split, the classes are not listed as in
+            `fastuper.data.class_lists`, or as in `FolderDataset`.
     """
     root = Path(path)
     found = _layout(root, layout)
     images, labels = (root / name for name in _LAYOUTS[found])
     splits = _splits(images, labels)
     if not splits and split and all((folder / split).is_dir() for folder in (images, labels)):
-        splits = [split]  # an explicit name may be any folder's
+        splits = {split: (images / split, labels / split)}  # an explicit name may be any folder's
     if splits:
         if split is None:
             raise DataError(f"{root} has the splits {', '.join(splits)}; say which")
         aliases = next((names for names in SPLIT_NAMES if split in names), (split,))
-        chosen = next((name for name in (split, *aliases) if name in splits), None)
+        chosen = next((name for name in map(normal_name, (split, *aliases)) if name in splits), None)
         if chosen is None:
             raise DataError(f"{root} has no split {split}; it has {', '.join(splits)}")
-        images, labels = images / chosen, labels / chosen
+        images, labels = splits[chosen]
     elif split is not None:
         raise DataError(
             f"{root} has no splits, so no {split}: put its files into images/{split} and labels/{split}, or leave "
             "the split out"
         )
     if id2label is None:
-        id2label = _listed_classes(root)
+        id2label = read_class_list(root)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "skip_unreadable": skip_unreadable}
     if found == "ade20k":
         names = dict(enumerate(ade20k_names())) if id2label is None else id2label
-        return FolderDataset(images, labels, reduce_labels=True, id2label=names, ignore_index=ignore_index)
+        return FolderDataset(images, labels, reduce_labels=True, id2label=names, **options)
     if found == "cityscapes":
         by_train_id = any(labels.glob("*/*_gtFine_labelTrainIds.png"))
         return FolderDataset(
@@ -191,31 +224,9 @@ def open_dataset(
             label_ending="_gtFine_labelTrainIds" if by_train_id else "_gtFine_labelIds",
             label_ids=None if by_train_id else {number: index for index, number in enumerate(CITYSCAPES_CLASSES)},
             id2label=dict(enumerate(CITYSCAPES_CLASSES.values())) if id2label is None else id2label,
-            ignore_index=ignore_index,
+            **options,
         )
-    return FolderDataset(images, labels, id2label=id2label, ignore_index=ignore_index)
-
-
-def _files(folder: Path, suffixes: Sequence[str], ending: str, what: str) -> dict[str, Path]:
-    """Return the files of a folder and its subfolders, by their paths inside it without ending and suffix."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder of {what}")
-    found: dict[str, Path] = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if name.startswith(".") or suffix.lower() not in suffixes or not stem.endswith(ending):
-                continue
-            path = Path(parent, name)
-            key = str(Path(parent).relative_to(folder) / stem[: len(stem) - len(ending)])
-            if key in found:
-                raise DataError(f"{found[key]} and {path} have the same name; take one of them away")
-            found[key] = path
-    if not found:
-        pattern = f"names end in {ending} and one of" if ending else "names end in one of"
-        raise DataError(f"{folder}: holds no {what} ({pattern} {', '.join(suffixes)})")
-    return found
+    return FolderDataset(images, labels, id2label=id2label, **options)
 
 
 _LAYOUTS = {
@@ -228,6 +239,9 @@ _LAYOUTS = {
 def _layout(root: Path, layout: str) -> str:
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder")
+    broken = {path: why for path, why in list_images(root, ()).problems.items() if path == root or _is_part(path.name)}
+    if broken:
+        raise DataError(f"{described(broken)}; mend it, or take it away")
     if layout != "auto":
         if layout not in _LAYOUTS:
             raise ValueError(f"layout is {layout!r}; give auto, {', '.join(_LAYOUTS)}")
@@ -238,7 +252,7 @@ def _layout(root: Path, layout: str) -> str:
         fault = f"fits the layouts {' and '.join(fitting)}; say which" if fitting else f"holds none of {expected}"
         raise DataError(f"{root}: {fault}")
     own_splits = any((root / "images" / name).is_dir() for name in ("training", "validation"))
-    if fitting == ["ade20k"] and (_listed_classes(root) or not own_splits):
+    if fitting == ["ade20k"] and (read_class_list(root) or not own_splits):
         # This is probably another dataset, whose label 0 must not be ignored silently.
         raise DataError(
             f"{root}: has annotations/ as ADE20K, but not its {'classes' if own_splits else 'splits'}; say layout "
@@ -247,34 +261,25 @@ def _layout(root: Path, layout: str) -> str:
     return fitting[0]
 
 
-def _splits(images: Path, labels: Path) -> list[str]:
-    """Return the subfolders that both folders have, if at least one has a split's usual name."""
+def _is_part(name: str) -> bool:
+    """Return True for a folder of a layout: images, labels and so on."""
+    return any(name in folders for folders in _LAYOUTS.values())
+
+
+def _splits(images: Path, labels: Path) -> dict[str, tuple[Path, Path]]:
+    """Return the subfolders that both folders have, by name, if at least one has a split's usual name."""
+    found = []
     for folder in (images, labels):
         if not folder.is_dir():
             raise DataError(f"{folder}: there is no such folder")
-    both = sorted(path.name for path in images.iterdir() if path.is_dir() and (labels / path.name).is_dir())
-    return both if any(name in names for name in both for names in SPLIT_NAMES) else []
+        listing = list_images(folder, ())
+        usual = {path: why for path, why in listing.problems.items() if _is_split(path.name) or path == folder}
+        if usual:
+            raise DataError(f"{described(usual)}; mend it, or take it away")
+        found.append({normal_name(path.name): path for path in listing.folders})
+    both = {name: (found[0][name], found[1][name]) for name in sorted(found[0].keys() & found[1].keys())}
+    return both if any(_is_split(name) for name in both) else {}
 
 
-def _listed_classes(root: Path) -> dict[int, str] | None:
-    """Return the class names of a folder's classes.txt or id2label.json; None if it has neither file."""
-    listed, mapped = root / "classes.txt", root / "id2label.json"
-    if listed.is_file():
-        try:
-            lines = listed.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise DataError(f"{listed}: is not UTF-8; save it in that encoding") from None
-        names = [line.strip() for line in lines if line.strip()]
-        if not names:
-            raise DataError(f"{listed}: is empty; write a class name on each line, class 0 first")
-        return dict(enumerate(names))
-    if mapped.is_file():
-        content = read_json(mapped)
-        try:
-            classes = {int(number): str(name) for number, name in content.items()}
-        except ValueError:
-            classes = {}
-        if not are_numbered(classes):
-            raise DataError(f'{mapped}: write {{"0": "name", "1": "name", ...}}, numbered from 0 without gaps')
-        return classes
-    return None
+def _is_split(name: str) -> bool:
+    return any(name in names for names in SPLIT_NAMES)

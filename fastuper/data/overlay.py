@@ -16,6 +16,7 @@ from fastuper_kernels.dispatch.files import atomic_path
 OVERLAY_SIDE = 4096
 """The longest side of an overlay's photo. Larger photos are shrunk for the overlay; label maps keep their size."""
 
+_STRIP_LABELS = 1 << 20  # labels that are counted at a time
 _WHITE = (255, 255, 255)
 _INK = (32, 33, 36)
 _FAINT = (128, 132, 138)
@@ -32,7 +33,12 @@ def class_shares(labels: ArrayLike, num_classes: int) -> NDArray[np.float64]:
         ValueError: a label is out of range, or the map is empty.
     """
     labels = _checked_labels(labels, num_classes)
-    return np.bincount(labels.ravel(), minlength=num_classes) / labels.size
+    counts = np.zeros(num_classes, dtype=np.int64)
+    # bincount copies its argument as int64: 8 bytes a label.
+    rows = max(1, _STRIP_LABELS // labels.shape[1])
+    for start in range(0, len(labels), rows):
+        counts += np.bincount(labels[start : start + rows].ravel(), minlength=num_classes)
+    return counts / labels.size
 
 
 def save_label_png(labels: ArrayLike, palette: ArrayLike, path: str | os.PathLike[str]) -> None:
@@ -54,9 +60,9 @@ def save_label_png(labels: ArrayLike, palette: ArrayLike, path: str | os.PathLik
         raise ValueError(f"{len(palette):,} classes do not fit in a 16-bit PNG (65,536 at most)")
     labels = _checked_labels(labels, len(palette))
     if len(palette) > 256:
-        image = Image.fromarray(labels.astype(np.uint16))
+        image = Image.fromarray(labels.astype(np.uint16, copy=False))
     else:
-        image = Image.fromarray(labels.astype(np.uint8))
+        image = Image.fromarray(labels.astype(np.uint8, copy=False))
         image.putpalette(palette.tobytes())
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")

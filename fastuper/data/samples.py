@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fastuper.data.images import ImageError, as_labels, as_rgb, image_size
-from fastuper.io.messages import format_size, listed
+from fastuper.io.messages import format_size, listed, reason
 
 IGNORE_INDEX = 255
 """The usual label of ignored pixels: in all common layouts, and the default of a model's `loss_ignore_index`."""
@@ -74,7 +74,12 @@ class _ForeignDataset(SampleDataset):
         if index >= len(self):
             raise IndexError(index)
         name = f"{type(self.dataset).__name__}[{index}]"
-        item = self.dataset[index]
+        try:
+            item = self.dataset[index]
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, ...
+            raise DataError(f"{name}: cannot be read ({reason(error)})") from error
         if isinstance(item, Mapping):
             image = _first_of(item, ("image", "pixel_values"), name)
             label = _first_of(item, ("label", "labels", "annotation"), name)
@@ -148,22 +153,37 @@ def checked_sample(
             f"{label_name}: the label map is {format_size(sample.label.shape)} and its image {sample.name} "
             f"{format_size(size)} (height x width); they must have the same size"
         )
+    check_values(sample.label, id2label, ignore_index, label_name)
+    return sample
+
+
+def check_values(label: NDArray[np.integer], id2label: Mapping[int, str] | None, ignore_index: int, name: str) -> None:
+    """Check that all labels of a map are classes or ignored.
+
+    Args:
+        label: (H, W).
+        id2label: the classes; None accepts any label from 0.
+        ignore_index: the label of ignored pixels.
+        name: the label map's name in messages.
+
+    Raises:
+        DataError: a label is neither a class nor ignored.
+    """
     limit = None if id2label is None else len(id2label)
     wrong = [
         value
-        for value in _values(sample.label)
+        for value in values_of(label)
         if value != ignore_index and (value < 0 or (limit is not None and value >= limit))
     ]
     if wrong:
         classes = "classes count from 0" if limit is None else f"there are {limit} classes (0 to {limit - 1})"
         raise DataError(
-            f"{label_name}: holds the label{'s' if len(wrong) > 1 else ''} {listed(wrong, 5)}, but {classes} and "
+            f"{name}: holds the label{'s' if len(wrong) > 1 else ''} {listed(wrong, 5)}, but {classes} and "
             f"{ignore_index} is ignored; renumber it, name all classes, or check the layout"
         )
-    return sample
 
 
-def _values(label: NDArray[np.integer]) -> list[int]:
+def values_of(label: NDArray[np.integer]) -> list[int]:
     """Return the different labels of a map; counting is ten times faster than sorting."""
     if label.size and label.min() >= 0 and label.max() < 2**16:
         return np.flatnonzero(np.bincount(label.ravel())).tolist()
@@ -174,14 +194,14 @@ def checked_classes(id2label: Mapping[int, str] | None, ignore_index: int) -> di
     """Return classes sorted by their numbers.
 
     Raises:
-        ValueError: numbers are missing, or a class has the ignored label.
+        ValueError: numbers are missing, or class 255 would be ignored. Any other class may be.
     """
     if id2label is None:
         return None
     classes = {int(number): str(name) for number, name in id2label.items()}
     if not are_numbered(classes):
         raise ValueError(f"id2label must number its classes from 0 without gaps, got {listed(sorted(classes), 5)}")
-    if ignore_index in classes:
+    if ignore_index in classes and ignore_index == IGNORE_INDEX:  # probably the default, not a choice
         raise ValueError(
             f"ignore_index {ignore_index} is also a class ({classes[ignore_index]}); give one outside 0 to "
             f"{len(classes) - 1}, such as -100"

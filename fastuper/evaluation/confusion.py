@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,9 +133,9 @@ class ConfusionMatrix:
         """Return a table for the terminal: a line for each class that occurs, then the means; in percent."""
         return report.table(self)
 
-    def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()` as JSON; a failed write leaves no file."""
-        report.save_json(self, path)
+    def save_json(self, path: str | os.PathLike[str], failed: Sequence[str] = ()) -> None:
+        """Write `to_dict()` as JSON, with a list `failed` if samples are missing; a failed write leaves no file."""
+        report.save_json(self, path, failed)
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a CSV line per class, with id, name, IoU, accuracy and pixels; a failed write leaves no file."""

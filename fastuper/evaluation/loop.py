@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from fastuper.data.samples import IGNORE_INDEX, Sample, checked_sample
+from fastuper.data.images import ImageError
+from fastuper.data.samples import IGNORE_INDEX, DataError, Sample, checked_sample
 from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.inference.predictor import Predictor, Prepared
 from fastuper.io.messages import listed
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from fastuper.data.processor import UperNetImageProcessor
     from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.models.upernet_configuration import UperNetConfig
+
+Ready = tuple[Prepared, NDArray[np.integer]]
 
 
 def evaluate(
@@ -40,6 +43,7 @@ def evaluate(
     batch_size: int = 1,
     workers: int = 2,
     on_sample: Callable[[], None] | None = None,
+    on_failure: Callable[[DataError | ImageError], None] | None = None,
 ) -> ConfusionMatrix:
     """Return the confusion matrix of a model's label maps, each resampled to the size of the sample's label map.
 
@@ -63,6 +67,8 @@ def evaluate(
         batch_size: the number of images, or of windows, in a batch.
         workers: the number of threads that read and prepare images; 0 reads in the calling thread.
         on_sample: a function that is called after each sample.
+        on_failure: a function that is called with the error of a sample that cannot be used; the evaluation then goes
+            on without the sample. None raises the error.
 
     Raises:
         ValueError: an option is out of range, or the samples' classes differ from the model's.
@@ -91,7 +97,15 @@ def evaluate(
 
     def images() -> Iterator[Prepared]:
         with _prepared(samples, partial(_prepare, predictor, names, ignore_index), workers, 2 * batch_size) as ready:
-            for image, label in ready:
+            for item in ready:
+                if isinstance(item, ValueError):
+                    if on_failure is None:
+                        raise item
+                    on_failure(item)
+                    if on_sample is not None:
+                        on_sample()
+                    continue
+                image, label = item
                 labels.append(label)
                 yield image
 
@@ -146,8 +160,12 @@ def _attribute(samples: Any, name: str, default: Any) -> Any:
 
 def _prepare(
     predictor: Predictor, names: Mapping[int, str], ignore_index: int, read: Callable[[], Sample]
-) -> tuple[Prepared, NDArray[np.integer]]:
-    sample = checked_sample(read(), names, ignore_index)
+) -> Ready | DataError | ImageError:
+    """Return a prepared image with its label map, or the error of a sample that cannot be used."""
+    try:
+        sample = checked_sample(read(), names, ignore_index)
+    except (DataError, ImageError) as error:
+        return error
     height, width = sample.label.shape
     return predictor.prepare(sample.image, sample.name, (height, width)), sample.label
 
@@ -155,10 +173,10 @@ def _prepare(
 @contextmanager
 def _prepared(
     samples: Dataset[Sample] | Iterable[Sample],
-    prepare: Callable[[Callable[[], Sample]], tuple[Prepared, NDArray[np.integer]]],
+    prepare: Callable[[Callable[[], Sample]], Ready | DataError | ImageError],
     workers: int,
     ahead: int,
-) -> Iterator[Iterator[tuple[Prepared, NDArray[np.integer]]]]:
+) -> Iterator[Iterator[Ready | DataError | ImageError]]:
     """Yield an iterator of prepared samples; threads read ahead, since decoding and resizing release the GIL."""
     readers: Iterator[Callable[[], Sample]]
     if hasattr(samples, "__len__") and hasattr(samples, "__getitem__"):
@@ -171,8 +189,8 @@ def _prepared(
         return
     pool = ThreadPoolExecutor(workers)
 
-    def results() -> Iterator[tuple[Prepared, NDArray[np.integer]]]:
-        waiting: deque[Future[tuple[Prepared, NDArray[np.integer]]]] = deque()
+    def results() -> Iterator[Ready | DataError | ImageError]:
+        waiting: deque[Future[Ready | DataError | ImageError]] = deque()
         for read in readers:
             waiting.append(pool.submit(prepare, read))
             if len(waiting) > workers + ahead:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,9 +77,10 @@ def table(matrix: ConfusionMatrix) -> str:
     return "\n".join(lines)
 
 
-def save_json(matrix: ConfusionMatrix, path: str | os.PathLike[str]) -> None:
-    """Write `to_dict(matrix)` as JSON; a failed write leaves no file."""
-    text = json.dumps(to_dict(matrix), ensure_ascii=False)
+def save_json(matrix: ConfusionMatrix, path: str | os.PathLike[str], failed: Sequence[str] = ()) -> None:
+    """Write `to_dict(matrix)` as JSON, with a list `failed` if samples are missing; a failed write leaves no file."""
+    values = to_dict(matrix) | ({"failed": list(failed)} if failed else {})
+    text = json.dumps(values, ensure_ascii=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

@@ -116,7 +116,8 @@ class Predictor:
             target_sizes: (height, width) of each label map; None for the images' sizes.
 
         Returns:
-            Label maps (height, width), int64, on the model's device. With one class the labels are 1 (the class) and 0.
+            Label maps (height, width), on the model's device: uint8 for up to 256 classes, uint16 for up to 65,536,
+            otherwise int32. With one class the labels are 1 (the class) and 0.
 
         Raises:
             PredictionError: the model failed, or its logits are not finite.
@@ -176,7 +177,7 @@ class Predictor:
         for batch in _batches(images, self.batch_size):
             pixels = torch.stack([image.scales[0] for image in batch]).to(self.model.device, self.model.dtype)
             with _naming([str(image.name) for image in batch]):
-                labels = self.model.segment(pixels, [image.target_size for image in batch])
+                labels = self.model.segment(pixels, [image.target_size for image in batch], dtype=None)
             yield from zip((image.name for image in batch), labels, strict=True)
 
     def _jobs(self, images: Iterable[Prepared], waiting: deque[Votes]) -> Iterator[_Job]:

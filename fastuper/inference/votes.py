@@ -13,10 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from fastuper_kernels.cpu.band import Band
+from fastuper_kernels.ops.upsample_argmax import label_dtype
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 STRIP_ROWS = 32
-"""The number of label map rows whose logits are resampled at a time; more rows need more memory."""
+"""The number of label map rows that are computed at a time; more rows need more memory."""
 
 
 class Votes:
@@ -49,7 +50,7 @@ class Votes:
         rows = slice(start, start + logits.shape[1])
         if self.views == 1:
             if self.result is None:
-                self.result = torch.empty(self.size, dtype=torch.int64, device=logits.device)
+                self.result = torch.empty(self.size, dtype=label_dtype(len(logits)), device=logits.device)
             self.result[rows] = logits.argmax(0)
         else:
             if self.result is None:
@@ -58,9 +59,15 @@ class Votes:
         self.missing -= logits.shape[1]
 
     def labels(self) -> torch.Tensor:
-        """Return the label map, (height, width) int64; all rows must have been added."""
+        """Return the label map, (height, width), of `label_dtype`; all rows must have been added."""
         assert self.result is not None
-        return self.result if self.views == 1 else self.result.argmax(0)
+        if self.views == 1:
+            return self.result
+        labels = torch.empty(self.size, dtype=label_dtype(len(self.result)), device=self.result.device)
+        for start in range(0, len(labels), STRIP_ROWS):  # argmax returns int64
+            strip = slice(start, start + STRIP_ROWS)
+            labels[strip] = self.result[:, strip].argmax(0)
+        return labels
 
 
 class View:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fastuper_kernels.dispatch.files import temporary_beside
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,13 +38,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a new folder beside `path`; it is renamed to `path` when the block ends, and removed if the block fails.
 
     Readers find the whole folder or none, also after a power failure: the files are flushed to the disk before the
-    folder is renamed. A killed writer leaves a hidden folder behind, whose name is `.` and 32 hexadecimal digits.
+    folder is renamed. A killed writer leaves a hidden folder behind, until a process writes beside it.
 
     Raises:
         OSError: `path` exists, or a file could not be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
+    temporary = temporary_beside(path)
     temporary.mkdir()
     try:
         yield temporary

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 LIMIT = 400
 """Characters of a message on the terminal; `one_line` cuts the middle out of longer messages."""
 
+NAME_LIMIT = 200
+"""Characters of a file's name in a message; `name_of` cuts the middle out of longer names."""
+
+_ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line separator, paragraph separator
+
 
 def printable(text: str) -> str:
     r"""Return text with control characters escaped, so that a file's name cannot steer the terminal.
 
     Escape sequences begin with a control character (ESC is written as `\x1b`). Characters that reverse the direction
-    of writing are escaped too.
+    of writing, separators of lines, and bytes of names that are not UTF-8 are escaped too.
     """
-    return "".join(_escape(letter) if unicodedata.category(letter) in ("Cc", "Cf") else letter for letter in text)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(letter) if unicodedata.category(letter) in _ESCAPED else letter for letter in text)
 
 
 def _escape(letter: str) -> str:
@@ -38,11 +46,31 @@ def one_line(message: BaseException | str) -> str:
         text = reason(message)
     else:
         text = printable(" ".join(message.split()))
-    if len(text) <= LIMIT:
-        return text
+    return _shortened(text, LIMIT, LIMIT * 3 // 4)
+
+
+def name_of(path: str | os.PathLike[str]) -> str:
+    """Return a file's name for a message, of at most `NAME_LIMIT` characters; of a longer name the end is kept."""
+    return _shortened(printable(os.fspath(path)), NAME_LIMIT, NAME_LIMIT // 4) or "''"
+
+
+def about(path: str | os.PathLike[str], error: BaseException | str) -> str:
+    """Return `NAME: REASON` on one line; however long the name is, both are there.
+
+    Args:
+        path: the file.
+        error: the error or its message. If the message begins with the file's name, the name is not repeated.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        error = error.strerror  # without number and path
+    text = str(error).removeprefix(f"{os.fspath(path)}: ") or type(error).__name__
+    return f"{name_of(path)}: {one_line(text)}"
+
+
+def _shortened(text: str, limit: int, start: int) -> str:
+    """Return text of at most `limit` characters; of longer text, the first `start` characters and the last."""
     gap = " ... "
-    start = LIMIT * 3 // 4
-    return text[:start] + gap + text[start + len(gap) - LIMIT :]
+    return text if len(text) <= limit else text[:start] + gap + text[start + len(gap) - limit :]
 
 
 def listed(names: Iterable[object], count: int = 3) -> str:

@@ -28,6 +28,7 @@ from fastuper.weights.transformers import backbone_state_dict
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager
 from fastuper_kernels.dispatch.torch_private import in_ddp
+from fastuper_kernels.ops.upsample_argmax import label_dtype
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 
@@ -138,7 +139,9 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def segment(self, pixel_values: torch.Tensor, target_sizes: TargetSizes = None) -> list[torch.Tensor]:
+    def segment(
+        self, pixel_values: torch.Tensor, target_sizes: TargetSizes = None, *, dtype: torch.dtype | None = torch.int64
+    ) -> list[torch.Tensor]:
         """Return the label map of each image: `forward`, then the processor's `post_process_semantic_segmentation`.
 
         The mode of the model does not change: call `eval()` first.
@@ -147,23 +150,28 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
             pixel_values: (B, C, H, W), as for `forward`.
             target_sizes: (height, width) of each label map, one an image; the images' own size if None. As in
                 Transformers, logits are resampled to the images' size and then to this one.
+            dtype: the integer dtype of the label maps; None for the smallest that holds the classes (uint8, uint16 or
+                int32), which takes an eighth or a quarter of int64's memory.
 
         Returns:
-            B label maps, each (height, width), int64. For one class: 1 where its logit is above 0, and 0 elsewhere.
+            B label maps, each (height, width), int64 as in Transformers, or of `dtype`. For one class: 1 where its
+            logit is above 0, and 0 elsewhere.
 
         Raises:
             TypeError: the pixels are not a tensor.
-            ValueError: `target_sizes` are not one pair an image of integers from 1; pixels or logits are not finite.
+            ValueError: `target_sizes` are not one pair an image of integers from 1; `dtype` is no integer dtype or too
+                small for the classes; pixels or logits are not finite.
         """
         pixel_values = check_pixels(pixel_values)
         targets = check_target_sizes(target_sizes, pixel_values)
         size = (pixel_values.shape[2], pixel_values.shape[3])
         logits = as_two_classes(self._coarse_logits(pixel_values))
+        dtype = dtype or label_dtype(logits.shape[1])
         if logits.is_cuda and all(target == targets[0] for target in targets):  # in one launch
-            labels = list(upsample_argmax(logits, _steps(size, targets[0])))
+            labels = list(upsample_argmax(logits, _steps(size, targets[0]), dtype=dtype))
         else:
             labels = [
-                upsample_argmax(image, _steps(size, target))[0]
+                upsample_argmax(image, _steps(size, target), dtype=dtype)[0]
                 for image, target in zip(logits.split(1), targets, strict=True)
             ]
         # This is the last step: the host waits here for a GPU, and all other work is launched by then.

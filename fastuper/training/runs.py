@@ -2,37 +2,34 @@
 
     RUN/
         checkpoints/step-000002000/   config.json, model.safetensors, preprocessor_config.json; training_state.pt;
-                                      validation.json once the checkpoint is validated
+                                      checksums.json; validation.json once the checkpoint is validated
         last, best                    links to two checkpoints
         log.jsonl                     a line for each logged step and each validation
         tensorboard/                  the same as curves, and predicted pictures
+        .fastuper-lock.json           while a training runs: its process
 
 A checkpoint is written under another name, flushed to the disk and renamed: at any time it exists whole or not at all.
+Training resumes from the last checkpoint that its checksums find intact; the checkpoint before the last is kept for it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastuper.io.files import atomic_folder
-from fastuper.io.messages import reason
-from fastuper_kernels.dispatch.files import atomic_path
+from fastuper.training.checkpoints import CHECKSUMS, STATE, find_damage, write_checksums
+from fastuper.training.config import TrainingError
+from fastuper.training.lock import RunLock
+from fastuper_kernels.dispatch.files import atomic_path, remove_orphans, temporary_beside
 
-STATE = "training_state.pt"
 VALIDATION = "validation.json"
 CHECKPOINT = re.compile(r"step-(\d+)")
-TEMPORARY = re.compile(r"\.[0-9a-f]{32}(\.jsonl?)?")
-"""Names of files and folders that `atomic_path` and `atomic_folder` leave behind if their process is killed."""
 
 
 class RunFolder:
@@ -49,16 +46,35 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.last = self.path / "last"
         self.best = self.path / "best"
+        self.lock = RunLock(self.path / ".fastuper-lock.json")
 
     def steps(self) -> dict[int, Path]:
-        """Return the checkpoints that training can resume from, by their steps in ascending order."""
-        found = {}
-        if self.checkpoints.is_dir():
-            for folder in self.checkpoints.iterdir():
-                match = CHECKPOINT.fullmatch(folder.name)
-                if match and (folder / STATE).is_file():
-                    found[int(match[1])] = folder
-        return dict(sorted(found.items()))
+        """Return the checkpoints with a training state, by their steps in ascending order."""
+        return {step: folder for step, folder in self._all_steps().items() if (folder / STATE).is_file()}
+
+    def _all_steps(self) -> dict[int, Path]:
+        return dict(sorted((int(folder.name.removeprefix("step-")), folder) for folder in self._checkpoint_folders()))
+
+    def newest_intact(self) -> tuple[int | None, list[str]]:
+        """Return the step of the newest checkpoint that is intact, and a line about each newer one that is damaged.
+
+        The step is None if there is no checkpoint.
+
+        Raises:
+            TrainingError: there are checkpoints, but training can resume from none of them.
+        """
+        damage: list[str] = []
+        for step, folder in reversed(self._all_steps().items()):
+            why = find_damage(folder)
+            if why is None:
+                return step, damage
+            damage.append(f"the checkpoint {folder} is damaged ({why})")
+        if damage:
+            raise TrainingError(
+                f"{'; '.join(damage)}; restore one of them, or give another folder, or --restart (restart=True) to "
+                "remove the run"
+            )
+        return None, []
 
     def folder(self, step: int) -> Path:
         """Return the folder of the checkpoint after this number of steps."""
@@ -66,6 +82,8 @@ class RunFolder:
 
     def check_log(self) -> None:
         """Raise ValueError if the folder has another program's log, to which the run would add lines."""
+        if os.path.lexists(self.log) and not self.log.is_file():
+            raise ValueError(f"{self.log} is not a file; use another folder, or move it away")
         if self.log.exists() and not self.checkpoints.is_dir():
             raise ValueError(
                 f"{self.log} does not belong to a run of fastuper; use another folder, or move the file away"
@@ -81,15 +99,29 @@ class RunFolder:
                 folder.rmdir()
 
     def prepare(self) -> None:
-        """Make the folder, and remove temporary files of killed processes from it."""
+        """Remove temporary files of killed processes from the folder, and make the folder of the checkpoints.
+
+        Raises:
+            OSError: the folder cannot be written; the message names it.
+        """
         self.check_log()
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for path in [*self.checkpoints.iterdir(), *self.checkpoints.glob("step-*/*"), *self.path.iterdir()]:
-            if TEMPORARY.fullmatch(path.name):
-                _remove(path)
+        _make_folder(self.checkpoints)
+        for folder in (self.path, self.checkpoints, *self._checkpoint_folders()):
+            remove_orphans(folder)
+
+    def take(self) -> None:
+        """Make the folder, and take its lock.
+
+        Raises:
+            TrainingError: another training has the lock; the message names its process.
+            OSError: the folder cannot be written; the message names it.
+        """
+        self.check_log()
+        _make_folder(self.path)
+        self.lock.acquire()
 
     def save(self, step: int, best_step: int | None, write: Callable[[Path], None]) -> None:
-        """Add a checkpoint, and remove the checkpoints that are neither the last nor the best.
+        """Add a checkpoint, and remove the checkpoints that are not the last two or the best.
 
         Args:
             step: the number of steps that are done.
@@ -98,25 +130,36 @@ class RunFolder:
 
         Raises:
             OSError: the checkpoint could not be written; the older checkpoints are unchanged.
+            TrainingError: another training took the folder.
         """
+        self.lock.check()
         folder = self.folder(step)
         _remove(folder)  # an earlier best checkpoint without its training state, whose step is reached again
         with atomic_folder(folder) as temporary:
             write(temporary)
+            write_checksums(temporary)
         self.link_and_prune(step, best_step)
 
-    def link_and_prune(self, step: int, best_step: int | None) -> None:
-        """Link `last` and `best` to the checkpoints of these steps, and remove all other checkpoints.
+    def link_and_prune(self, step: int, best_step: int | None, keep_newer: bool = False) -> None:
+        """Link `last` and `best` to the checkpoints of these steps, and remove the others but the one before `step`.
 
         A run that was killed between writing a checkpoint and this call makes the call when it resumes.
+
+        Args:
+            step: the step of the last checkpoint.
+            best_step: the step of the best validation; None before the first.
+            keep_newer: whether checkpoints after `step` stay: they are damaged, and nothing replaces them yet.
         """
         if best_step is not None and self.folder(best_step).is_dir():
             _link(self.best, self.folder(best_step))
         _link(self.last, self.folder(step))
-        for folder in self._checkpoint_folders():
-            if folder == self.folder(best_step or step) and folder != self.folder(step):
+        before = max((older for older in self.steps() if older < step), default=step)
+        for other, folder in self._all_steps().items():
+            if other in (step, before) or (keep_newer and other > step):
+                continue
+            if other == best_step:
                 (folder / STATE).unlink(missing_ok=True)  # only its weights are needed: training resumes from the last
-            elif folder != self.folder(step):
+            else:
                 _remove(folder)
 
     def _checkpoint_folders(self) -> list[Path]:
@@ -131,11 +174,17 @@ class RunFolder:
             temporary.write_text(json.dumps(best), encoding="utf-8")
 
     def read_validation(self, step: int) -> tuple[bool, dict[str, Any] | None]:
-        """Return True if a checkpoint is validated, and the step and mIoU of the best checkpoint then."""
+        """Return True if a checkpoint is validated, and the step and mIoU of the best checkpoint then.
+
+        A file that cannot be read, or holds anything else, counts as none: the checkpoint is validated again.
+        """
         try:
-            return True, json.loads((self.folder(step) / VALIDATION).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            best = json.loads((self.folder(step) / VALIDATION).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return False, None
+        if best is None or is_best(best):
+            return True, best
+        return False, None
 
     def truncate_log(self, step: int, validated: bool = True) -> None:
         """Remove the log's lines about later steps, and a line that a killed process left unfinished.
@@ -158,7 +207,9 @@ class RunFolder:
 
         Raises:
             OSError: the line cannot be written; the message names the log.
+            TrainingError: another training took the folder.
         """
+        self.lock.check()
         try:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -166,17 +217,24 @@ class RunFolder:
             raise OSError(f"{self.log} cannot be written: {error.strerror}") from None
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's training state, onto the CPU.
+def is_best(value: Any) -> bool:
+    """Return True if a value names the step and the mIoU of a best checkpoint."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("step"), int)
+        and isinstance(value.get("mIoU"), float | int)
+        and value.keys() == {"step", "mIoU"}
+    )
 
-    Raises:
-        OSError: the file cannot be read; the message names it.
-    """
-    path = folder / STATE
+
+def _make_folder(path: Path) -> None:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        raise OSError(f"{path} cannot be read: {reason(error)}") from None
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+        if isinstance(error, FileExistsError):
+            why = "a link of this name leads to no folder" if path.is_symlink() else "a file has this name"
+        raise OSError(f"cannot make the folder {path}: {why}") from None
 
 
 def _is_later(line: bytes, step: int, validated: bool) -> bool:
@@ -194,13 +252,13 @@ def _link(link: Path, folder: Path) -> None:
     If the system has no links (Windows, for users without the permission) the folder is copied. Then the name is
     missing for an instant.
     """
-    temporary = link.with_name(f".{uuid.uuid4().hex}")
+    temporary = temporary_beside(link)
     try:
         temporary.symlink_to(Path(folder.parent.name) / folder.name, target_is_directory=True)
     except (OSError, NotImplementedError):
         with atomic_folder(temporary) as copied:
             for file in folder.iterdir():
-                if file.name != STATE:
+                if file.name not in (STATE, CHECKSUMS):
                     shutil.copy2(file, copied / file.name)
     if link.is_dir() and not link.is_symlink():  # a copy: of this system, or of the system that the run was moved from
         _remove(link)
@@ -212,6 +270,6 @@ def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
-        hidden = path.with_name(f".{uuid.uuid4().hex}")
+        hidden = temporary_beside(path)
         os.rename(path, hidden)
         shutil.rmtree(hidden)

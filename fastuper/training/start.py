@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from fastuper.data.folders import SPLIT_NAMES, FolderDataset, Layout, find_splits, open_dataset
-from fastuper.data.images import read_labels
+from fastuper.data.label_check import LabelsSeen, check_numbers, one_class, see_labels
 from fastuper.data.processor import UperNetImageProcessor
-from fastuper.data.samples import IGNORE_INDEX, checked_classes
+from fastuper.data.samples import IGNORE_INDEX, DataError, checked_classes
 from fastuper.evaluation.loop import check_classes, classes_of
 from fastuper.io.hub import find_file
 from fastuper.models.configuration import ForeignBackboneConfig
@@ -86,24 +86,24 @@ def find_classes(
         notify: called with a line about the names.
 
     Raises:
-        ValueError: all labels are 0 or ignored, or the ignored label would be a class.
+        ValueError: there is one class only, most numbers are in no label map, or the ignored label would be a class.
         ImageError: a label map cannot be read.
     """
-    files = training.files + ([] if validation is None else validation.files)
-    highest = 0
-    for _, label_map in tqdm(files, desc="counting classes", unit="file", leave=False, disable=None):
-        labels = read_labels(label_map)
-        highest = max(highest, int(labels[labels != training.ignore_index].max(initial=0)))
-    if highest == 0:
-        raise ValueError(
-            f"all labels are 0 or ignored; if {training.ignore_index} is a class, renumber it, or give another "
-            "--ignore-index (ignore_index)"
-        )
+    seen = LabelsSeen()
+    datasets = [training] if validation is None else [training, validation]
+    with tqdm(total=sum(map(len, datasets)), desc="counting classes", unit="file", leave=False, disable=None) as bar:
+        for dataset in datasets:
+            for _ in see_labels(dataset, range(len(dataset)), seen):
+                bar.update()
+    if len(seen.classes) < 2:
+        raise DataError(one_class(training, seen))
+    highest = max(seen.classes)
     if model is not None:
         names = classes_of(UperNetConfig.from_pretrained(model))
         if highest < len(names):
             notify(f"the data names no classes: using the names of {model}; classes.txt, one name a line, sets others")
             return names
+    check_numbers(seen, notify)
     classes = {index: f"class {index}" for index in range(highest + 1)}
     checked_classes(classes, training.ignore_index)
     notify(f"the data names no classes: numbering {highest + 1}; classes.txt, one name a line, names them")

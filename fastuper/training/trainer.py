@@ -23,8 +23,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
 
 from fastuper.data.augment import TrainingDataset, TrainingTransform
+from fastuper.data.folders import FolderDataset
+from fastuper.data.label_check import check_labels
 from fastuper.data.processor import UperNetImageProcessor
-from fastuper.data.samples import Sample, SampleDataset, as_samples
+from fastuper.data.samples import Sample, SampleDataset, as_samples, values_of
 from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.evaluation.loop import check_classes, class_names, evaluate
 from fastuper.inference.predictor import Predictor
@@ -33,10 +35,19 @@ from fastuper.models.backbones.registry import layer_depths
 from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper.recipes.recipes import learning_rate_factor, parameter_groups
 from fastuper.training.batches import Batch, CheckedItems, StepSampler, UnusableImage, collate, derived_seed
+from fastuper.training.checkpoints import (
+    STATE,
+    load_optimizer,
+    named_failures,
+    optimizer_by_names,
+    read_state,
+    tensor_bytes,
+    write_state,
+)
 from fastuper.training.config import TrainingConfig, TrainingError
 from fastuper.training.monitor import Monitor, compare_labels
 from fastuper.training.processes import make_accelerator
-from fastuper.training.runs import STATE, RunFolder, read_state
+from fastuper.training.runs import RunFolder, is_best
 from fastuper.training.settings import differences, loss_settings
 from fastuper_kernels.dispatch.torch_private import BatchNorm, copy_each_, lerp_each_
 
@@ -69,8 +80,9 @@ class Trainer:
 
     Raises:
         ImportError: Accelerate or TensorBoard is missing; the message names the extra.
-        TrainingError: the folder has a run with other settings; the message lists the differences.
-        ValueError: the data is empty, or `batch_size` cannot be divided among processes and pieces.
+        TrainingError: the folder has a run with other settings, of another model, or without an intact checkpoint, or
+            another training runs in it; the message says which.
+        ValueError: the data is empty or has one class, or `batch_size` cannot be divided among processes and pieces.
     """
 
     def __init__(
@@ -133,8 +145,19 @@ class Trainer:
         self._names: list[str] = []  # images of the last step
         self._unchecked: list[tuple[int, torch.Tensor, list[str]]] = []  # step, loss and images since the last check
         self._unlogged: list[float] = []  # losses of the steps since the last line of the log
+        # The images in which classes were counted; None when two classes were found, or all label maps checked before.
+        self._watched = None if isinstance(train_samples, FolderDataset) else 0
+        self._classes: set[int] = set()
         self._needs_validation = False  # whether the checkpoint that training resumes from is not validated yet
-        self._open_run(restart)
+        names = class_names(model)
+        for samples, training in ((train_samples, True), (self.validation_data, False)):
+            if isinstance(samples, FolderDataset):
+                check_labels(samples, names, training=training, notify=self.monitor.say)
+        try:
+            self._open_run(restart)
+        except BaseException:
+            self.run.lock.release()
+            raise
 
     def train(self) -> None:
         """Do the remaining steps.
@@ -144,6 +167,11 @@ class Trainer:
                 message names the step and the files. The last checkpoint stays intact, and a new `Trainer` with the
                 same arguments resumes from it.
         """
+        with contextlib.ExitStack() as stack:
+            self._in_first_process(lambda: stack.enter_context(self.run.lock.hold()))
+            self._train()
+
+    def _train(self) -> None:
         config = self.config
         self._discard_interrupted_step()
         if self.step == config.steps and not self._needs_validation:
@@ -220,6 +248,7 @@ class Trainer:
         torch.manual_seed(derived_seed(self.config.seed, "step", self.step, self.accelerator.process_index))
         loss = self._backward(pieces)
         self._names = [name for piece in pieces for name in piece.names]
+        self._watch_classes(pieces)
         self._unchecked.append((self.step + 1, loss, self._names))
         if _checks_every_step(self.accelerator.device):
             self._check_losses()
@@ -232,6 +261,24 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
         self.step += 1
+
+    def _watch_classes(self, pieces: Sequence[Batch]) -> None:
+        """Say after the first epoch if it had one class only, as masks of 0 and 255 have."""
+        if self._watched is None:
+            return
+        ignored, names = self.model.config.loss_ignore_index, class_names(self.model)
+        for piece in pieces:
+            self._classes |= {*values_of(piece.labels.numpy())} - {ignored}
+            self._watched += len(piece.names)
+        if len(self._classes) > 1:
+            self._watched = None
+        elif self._watched * self.accelerator.num_processes >= len(self.train_data):
+            only = "".join(f"{number} ({names[number]}) or " for number in self._classes)
+            self.monitor.say(
+                f"all labels of the first {self._watched} training images are {only}ignored ({ignored}); if {ignored} "
+                "is a class, as in masks of 0 and 255, stop, and renumber it"
+            )
+            self._watched = None
 
     def _backward(self, pieces: Sequence[Batch]) -> torch.Tensor:
         """Compute the gradients of a step; return its loss, the same scalar in all processes."""
@@ -388,80 +435,108 @@ class Trainer:
     def _settings(self) -> dict[str, Any]:
         return loss_settings(self.config, self.plan, self.model.config, self.processor, self.train_data)
 
-    def _save_checkpoint(self) -> None:
-        """Write a checkpoint in the first process. If that fails, all processes stop together."""
+    def _in_first_process(self, action: Callable[[], Any]) -> Any:
+        """Return the result of an action of the first process, in all processes; if it fails, all fail.
+
+        Raises:
+            TrainingError: the action raised it, OSError or ValueError; the message is the error's.
+        """
         from accelerate.utils import broadcast_object_list
 
-        failure: list[str | None] = [None]
+        result: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
+                result[0] = action()
+            except (TrainingError, OSError, ValueError) as error:
+                if self.accelerator.num_processes == 1:
+                    raise
+                result[1] = reason(error)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(result)
+        if result[1] is not None:
+            raise TrainingError(result[1])
+        return result[0]
+
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint in the first process. If that fails, all processes stop together."""
+
+        def save() -> None:
+            try:
                 self.run.save(self.step, self._best_step, self._write)
-            except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-                failure = [str(error)]
-        broadcast_object_list(failure)
-        if failure[0] is not None:
-            raise TrainingError(
-                f"the checkpoint of step {self.step} could not be written to {self.run.path}: {failure[0]}. "
-                f"{self._kept()}; when there is space, the same run resumes from it"
-            )
+            except (OSError, ValueError) as error:
+                raise TrainingError(
+                    f"the checkpoint of step {self.step} could not be written to {self.run.path}: {reason(error)}. "
+                    f"{self._kept()}; make space, and the same run resumes from it"
+                ) from error
+
+        self._in_first_process(save)
 
     def _write(self, folder: Path) -> None:
         """Write the files of a checkpoint."""
-        self.saved_model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
         state = {
             "step": self.step,
             "best": self.best,
             "settings": self._settings(),
             "piece_size": self.piece_size,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "optimizer": optimizer_by_names(self.optimizer),
         }
         if self.averaged is not None:
             state |= {"model": self.model.state_dict(), "n_averaged": self.averaged.n_averaged}
-        torch.save(state, folder / STATE)
+        size = tensor_bytes(state) + tensor_bytes(self.saved_model.state_dict())
+        with named_failures(folder, self.run.folder(self.step), size):
+            self.saved_model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            write_state(folder, state)
 
     def _open_run(self, restart: bool) -> None:
-        """Prepare the folder, and resume from its newest checkpoint if it has any; the log then ends at that step."""
-        if self.accelerator.is_main_process:
-            self.run.check_log()
+        """Take the folder, and resume from its newest intact checkpoint; the log then ends at that step."""
+
+        def find_checkpoint() -> tuple[int | None, list[str]]:
+            self.run.take()
             if restart:
                 self.run.clear()
             self.run.prepare()
-        self.accelerator.wait_for_everyone()
-        if steps := self.run.steps():
-            self._resume(*steps.popitem())
-        if self.accelerator.is_main_process:
+            return self.run.newest_intact()
+
+        step, damage = self._in_first_process(find_checkpoint)
+        for line in damage:
+            self.monitor.say(f"{line}: resuming from the one before")
+        if step is not None:
+            self._resume(step, self.run.folder(step))
+
+        def follow() -> None:
             self.run.truncate_log(self.step, validated=not self._needs_validation)
             if self.step:
-                self.run.link_and_prune(self.step, self._best_step)
+                self.run.link_and_prune(self.step, self._best_step, keep_newer=True)
+
+        self._in_first_process(follow)
 
     def _resume(self, step: int, folder: Path) -> None:
         """Load the weights and the training state of a checkpoint.
 
         Raises:
-            TrainingError: the checkpoint is of a run with other settings, or of another version.
+            TrainingError: the checkpoint is of a run with other settings or another model, or of another version.
         """
-        state = read_state(folder)
-        if "settings" not in state:
+        state, path = read_state(folder), folder / STATE
+        if not isinstance(state.get("settings"), dict):
             raise TrainingError(
-                f"{folder / STATE} has no settings: another version wrote it; give another folder, or --restart "
-                f"(restart=True) to remove the run"
+                f"{path} has no settings: another version wrote it; give another folder, or --restart (restart=True) "
+                "to remove the run"
             )
         if changed := differences(state["settings"], self._settings()):
             raise TrainingError(
                 f"{self.run.path} holds another run; give its options to resume it, or another folder, or --restart "
                 f"(restart=True) to remove it: {changed}"
             )
-        saved = type(self.model).from_pretrained(folder).state_dict()
-        if self.averaged is None:
-            self.model.load_state_dict(saved)
-        else:
-            self.model.load_state_dict(state["model"])
-            self.averaged.module.load_state_dict(saved)
-            self.averaged.n_averaged.copy_(state["n_averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        try:
+            self._load(state, folder)
+        except TrainingError:
+            raise
+        except Exception as error:  # KeyError, TypeError, IndexError, RuntimeError, ...: values of another form
+            raise TrainingError(
+                f"{path} does not have the form of this version's states ({type(error).__name__}: {reason(error)}); "
+                "give another folder, or --restart (restart=True) to remove the run"
+            ) from error
         validated, best = self.run.read_validation(step)
         self.step, self.best = step, best if validated else state["best"]
         self._needs_validation = self._validates_after(step) and not validated
@@ -471,6 +546,30 @@ class Trainer:
                 f"BatchNorm normalised over {state['piece_size']} images at a time up to here, and now normalises over "
                 f"{self.piece_size}: losses may differ"
             )
+
+    def _load(self, state: dict[str, Any], folder: Path) -> None:
+        """Load the tensors of a checkpoint; parameters are matched by their names."""
+        if state["best"] is not None and not is_best(state["best"]):
+            raise TypeError(f"best is {state['best']!r}")
+        int(state["piece_size"])
+        load_optimizer(self.optimizer, state["optimizer"], folder / STATE)
+        # The scheduler's own state follows from the step, and from the groups, whose order may differ.
+        self.scheduler.load_state_dict(
+            {
+                "last_epoch": int(state["step"]),
+                "_step_count": int(state["step"]) + 1,
+                "base_lrs": [group["initial_lr"] for group in self.optimizer.param_groups],
+                "_last_lr": [group["lr"] for group in self.optimizer.param_groups],
+                "lr_lambdas": [None] * len(self.optimizer.param_groups),
+            }
+        )
+        saved = type(self.model).from_pretrained(folder).state_dict()
+        if self.averaged is None:
+            self.model.load_state_dict(saved)
+        else:
+            self.model.load_state_dict(state["model"])
+            self.averaged.module.load_state_dict(saved)
+            self.averaged.n_averaged.copy_(state["n_averaged"])
 
 
 def _checked_samples(dataset: Any, model: UperNetForSemanticSegmentation, use: str) -> SampleDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import sys
@@ -12,15 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastuper import UperNetImageProcessor
 from fastuper.data.augment import TrainingDataset, TrainingTransform, scaled_size
+from fastuper.data.class_lists import read_class_list
 from fastuper.data.classes import ade20k_names, class_palette
 from fastuper.data.folders import CITYSCAPES_CLASSES, FolderDataset, find_splits, open_dataset
 from fastuper.data.images import ImageError, read_image, read_labels
 from fastuper.data.samples import DataError, Sample, as_samples
+from fastuper.io.messages import one_line
 
 RANDOM = np.random.default_rng(0)
 
@@ -145,7 +150,7 @@ def test_grey_labels_of_few_bits(bits: int, tmp_path: Path) -> None:
 
 def test_class_names_beside_the_folders(tmp_path: Path) -> None:
     pair(tmp_path, values=2)
-    (tmp_path / "classes.txt").write_text("cat\ndog\n\n  red fox \n", encoding="utf-8")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n  red fox \n\n", encoding="utf-8")
     assert open_dataset(tmp_path).id2label == {0: "cat", 1: "dog", 2: "red fox"}
     assert open_dataset(tmp_path, id2label={0: "x", 1: "y", 2: "z"}).id2label[2] == "z"
     (tmp_path / "classes.txt").write_text("cat\ndog", encoding="utf-8-sig")  # Windows editors write a byte order mark
@@ -162,6 +167,105 @@ def test_class_names_beside_the_folders(tmp_path: Path) -> None:
             open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cat\r\ndog\r\nred fox\r\n",
+        "\ufeffcat\ndog\nred fox",
+        " cat \ndog\t\nred fox\n\n \n",
+        "cat\rdog\rred fox\r",
+        "0: cat\n1: dog\n2: red fox",
+        "0\tcat\n1\tdog\n2\tred fox",
+        "0,cat\n1,dog\n2,red fox",
+    ],
+)
+def test_class_lists_of_every_kind(text: str, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes(text.encode())
+    assert read_class_list(tmp_path) == {0: "cat", 1: "dog", 2: "red fox"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sky\n\nroad\n", "line 2 is empty"),
+        (b"\nsky\nroad", "line 1 is empty"),
+        (b"sky\nroad\nsky", "lines 1 and 3 have the same name sky"),
+        (b"# classes\nsky", "line 1 begins with #"),
+        (b"1: sky\n2: road", "line 1 has the number 1, but the classes of the lines count from 0"),
+        (b"0: sky\n2: road", "line 2 has the number 2"),
+        (b"sky\t0\t0\t0", "line 1 has a tab inside"),
+        (b"sky\nro\x00ad", "line 2 has the control character"),
+        (b"caf\xe9", "is not UTF-8"),
+        ("sky\nroad".encode("utf-16"), "is not UTF-8"),
+        (b" \n\n", "is empty"),
+    ],
+)
+def test_class_lists_that_could_be_misread_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"classes\.txt: {message}") as error:
+        read_class_list(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1), min_size=1, max_size=6))
+def test_class_lists_are_read_as_written_or_refused(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("names")
+    (folder / "classes.txt").write_text("\n".join(names), encoding="utf-8", newline="")
+    try:
+        found = read_class_list(folder)
+    except DataError:
+        return
+    expected = [name.strip() for name in names]
+    numbered = [re.sub(r"^\d+\s*[:,;=]\s*", "", name) for name in expected]
+    while not expected[-1]:
+        del expected[-1], numbered[-1]
+    assert found is not None
+    assert list(found.values()) in (expected, numbered)
+
+
+def test_class_lists_that_cannot_be_read_or_differ(tmp_path: Path) -> None:
+    assert read_class_list(tmp_path) is None
+    listed, mapped = tmp_path / "classes.txt", tmp_path / "id2label.json"
+    listed.symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"classes\.txt: No such file or directory; a link must lead"):
+        read_class_list(tmp_path)
+    listed.unlink()
+    os.mkfifo(listed)
+    with pytest.raises(DataError, match=r"classes\.txt: is no file"):
+        read_class_list(tmp_path)
+    listed.unlink()
+    listed.write_text("sky\nroad")
+    mapped.write_text('{"0": "road", "1": "sky"}')
+    with pytest.raises(DataError, match="name different classes"):
+        read_class_list(tmp_path)
+    mapped.write_text('{"1": "road", "0": "sky"}')
+    assert read_class_list(tmp_path) == {0: "sky", 1: "road"}
+    for wrong in ('{"0": null}', '{"0": ""}', '{" 0": "a"}', '{"0": "a", "00": "b"}'):
+        mapped.write_text(wrong)
+        with pytest.raises(DataError, match=r"id2label\.json: write"):
+            read_class_list(tmp_path)
+
+
+def test_a_class_can_be_ignored_with_names_too(tmp_path: Path) -> None:
+    pair(tmp_path, values=np.arange(8) % 3)
+    (tmp_path / "classes.txt").write_text("background\ncat\ndog")
+    dataset = open_dataset(tmp_path, ignore_index=0)
+    assert dataset.ignore_index == 0
+    assert set(dataset[0].label.ravel().tolist()) == {0, 1, 2}
+
+
+def test_reduced_labels_are_never_lost(tmp_path: Path) -> None:
+    """Label 256 less one is 255, the ignored label."""
+    pair(tmp_path, values=np.array([0, 1, 2, 254, 256, 3, 4, 5]))
+    folders = tmp_path / "images", tmp_path / "labels"
+    with pytest.raises(DataError, match=r"a\.png: holds the label 256, which reduced by one is 255, the ignored label"):
+        FolderDataset(*folders, reduce_labels=True)[0]
+    label = FolderDataset(*folders, reduce_labels=True, ignore_index=65535)[0].label
+    assert label[0].tolist() == [65535, 0, 1, 253, 255, 2, 3, 4]
+    with pytest.raises(ValueError, match="ignore_index 3 is a class, or the value of a class in files whose labels"):
+        FolderDataset(*folders, reduce_labels=True, id2label={0: "a", 1: "b", 2: "c"}, ignore_index=3)
+
+
 def test_more_classes_than_255_need_another_ignore_index(tmp_path: Path) -> None:
     classes = {number: str(number) for number in range(300)}
     pair(tmp_path, values=299)
@@ -171,6 +275,143 @@ def test_more_classes_than_255_need_another_ignore_index(tmp_path: Path) -> None
     assert dataset[0].label.max() == 299
     label_map(tmp_path / "labels" / "a.png", 65535)
     assert dataset[0].label.max() == 65535
+
+
+# Links, names, and what cannot be read
+
+
+@pytest.mark.parametrize("links", [["a"], ["a", "b"], ["deep/parent"]], ids=" ".join)
+@pytest.mark.parametrize("sides", [("images", "labels"), ("images",), ("labels",)], ids=" ".join)
+def test_links_to_folders_end(links: list[str], sides: tuple[str, ...], tmp_path: Path) -> None:
+    pair(tmp_path, "x", 1)
+    pair(tmp_path, "deep/y", 2)
+    for side in sides:
+        for link in links:
+            (tmp_path / side / link).symlink_to("../" * link.count("/") or ".")
+    dataset = open_dataset(tmp_path)
+    names = [Path(sample.name).relative_to(tmp_path / "images").as_posix() for sample in dataset]
+    assert names == ["deep/y.jpg", "x.jpg"]
+
+
+def test_folders_that_all_link_to_each_other_end(tmp_path: Path) -> None:
+    for name in "abcdefgh":
+        pair(tmp_path, f"{name}/x")
+        for other in "abcdefgh":
+            for side in ("images", "labels"):
+                if other != name:
+                    (tmp_path / side / name / other).symlink_to(f"../{other}")
+    assert len(open_dataset(tmp_path)) == 8
+
+
+def test_two_photos_may_share_a_label_map_through_links(tmp_path: Path) -> None:
+    """A second camera's photos have the first camera's label maps; a link to a file is another name of it."""
+    pair(tmp_path, "left/x", 1)
+    photo(tmp_path / "images" / "right" / "x.jpg")
+    (tmp_path / "labels" / "right").symlink_to("left")
+    photo(tmp_path / "images" / "left" / "y.jpg")
+    (tmp_path / "labels" / "left" / "y.png").symlink_to("x.png")
+    (tmp_path / "images" / "right" / "y.jpg").symlink_to("x.jpg")  # the same two files as right/x
+    dataset = open_dataset(tmp_path)
+    names = [Path(sample.name).relative_to(tmp_path / "images").as_posix() for sample in dataset]
+    assert names == ["left/x.jpg", "left/y.jpg", "right/x.jpg"]
+    for side, name in (("images", "left/z.jpg"), ("labels", "left/z.png")):
+        (tmp_path / side / name).symlink_to("x" + name[-4:])
+    assert len(open_dataset(tmp_path)) == 3
+
+
+def test_names_in_two_forms_are_one_name(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    photo(tmp_path / "images" / composed / f"{decomposed}.JPG")
+    label_map(tmp_path / "labels" / decomposed / f"{composed}.PNG")
+    assert len(open_dataset(tmp_path)) == 1
+    photo(tmp_path / "images" / composed / f"{composed}.jpg")
+    with pytest.raises(DataError, match="have the same name; take one of them away"):
+        open_dataset(tmp_path)
+    (tmp_path / "images" / composed / f"{composed}.jpg").unlink()
+    (tmp_path / "images" / decomposed).mkdir()
+    with pytest.raises(DataError, match="have the same name; rename one of them"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    pair(tmp_path, name)
+    (sample,) = open_dataset(tmp_path)
+    assert name in sample.name
+    (tmp_path / "labels" / f"{name}.png").unlink()
+    label_map(tmp_path / "labels" / "x.png")
+    with pytest.raises(DataError) as error:
+        open_dataset(tmp_path)
+    assert "caf" in one_line(error.value)
+
+
+def broken(root: Path, kind: str, name: str) -> None:
+    for side, suffix in (("images", ".jpg"), ("labels", ".png")):
+        path = root / side / f"{name}{suffix}"
+        if kind == "photo" and side == "labels":
+            label_map(path)
+        elif kind == "label map" and side == "images":
+            photo(path)
+        elif kind == "folder":
+            (root / side / name).mkdir() if side == "labels" else (root / side / name).symlink_to("nowhere")
+        else:
+            path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("kind", ["photo", "label map", "both", "folder"])
+def test_what_cannot_be_read_is_named_or_left_out_and_listed(kind: str, tmp_path: Path) -> None:
+    pair(tmp_path, "good")
+    for number in range(5):
+        broken(tmp_path, kind, f"bad{number}")
+    with pytest.raises(DataError) as error:
+        open_dataset(tmp_path)
+    count = 10 if kind == "both" else 5
+    assert str(error.value).startswith(f"{count} files or folders cannot be read: {tmp_path}")
+    assert f", and {count - 3} more; mend them" in str(error.value)
+    dataset = open_dataset(tmp_path, skip_unreadable=True)
+    assert [Path(name).stem for _, _, name in dataset] == ["good"]
+    assert len(dataset.problems) == count
+
+
+def test_broken_links_at_the_folders_of_a_layout_are_named(tmp_path: Path) -> None:
+    pair(tmp_path, "training/x")
+    for side in ("images", "labels"):
+        (tmp_path / side / "validation").symlink_to("nowhere")
+    with pytest.raises(DataError, match="images/validation: is a link to nowhere, which does not exist; mend it"):
+        find_splits(tmp_path)
+    (tmp_path / "annotations").symlink_to("nowhere")
+    with pytest.raises(DataError, match="annotations: is a link to nowhere"):
+        find_splits(tmp_path)
+
+
+def test_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair(tmp_path, "open/x")
+    pair(tmp_path, "locked/x")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("images/locked"):  # the tests may run as root, whom no permission stops
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"1 file or folder cannot be read: .*images/locked: no permission to read it"):
+        open_dataset(tmp_path)
+    assert len(open_dataset(tmp_path, skip_unreadable=True)) == 1
+
+
+def test_items_of_other_datasets_that_cannot_be_read_are_named() -> None:
+    class Broken(Foreign):
+        def __getitem__(self, index: int) -> object:
+            raise self.items[index]
+
+    errors = (OSError("cannot identify image file"), SyntaxError("broken PNG file"), struct.error("unpack"), EOFError())
+    samples = as_samples(Broken(*errors))
+    for index, error in enumerate(errors):
+        with pytest.raises(DataError, match=rf"^Broken\[{index}\]: cannot be read \(") as raised:
+            samples[index]
+        assert raised.value.__cause__ is error
 
 
 # Bad input

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -205,19 +206,78 @@ def one_line(result: Result, status: int, *parts: str) -> None:
     assert message.startswith("fastuper: ")
 
 
-def test_bad_samples_are_named(model: Path, folder: Path, tmp_path: Path) -> None:
-    third = folder / "labels" / "val" / "2.png"
+def failed(result: Result, *parts: str) -> None:
+    """Check the summary of a measurement without one photo."""
+    assert result.exit_code == 1, result.output
+    summary = result.stderr.strip().splitlines()
+    assert summary[-2] == "1 could not be used and are not in the figures:"
+    for part in parts:
+        assert part in summary[-1]
+    assert "mean" in result.stdout
+
+
+def test_what_cannot_be_read_is_named_and_the_others_are_measured(model: Path, folder: Path, tmp_path: Path) -> None:
+    out, third = tmp_path / "out", folder / "labels" / "val" / "2.png"
     label = np.array(Image.open(third))
     label[0, :2] = 9
     Image.fromarray(label).save(third)
-    one_line(run("-m", model, "-d", folder, "-o", tmp_path / "out"), 1, str(third), "holds the label 9", "6 classes")
-    assert list((tmp_path / "out").iterdir()) == []
+    failed(run("-m", model, "-d", folder, "-o", out), str(third), "holds the label 9", "6 classes")
+    found = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert len(found["failed"]) == 1
+    others = Subset(open_dataset(folder, "val"), [0, 1, 3])
+    network, processor = (
+        UperNetForSemanticSegmentation.from_pretrained(model),
+        UperNetImageProcessor.from_pretrained(model),
+    )
+    assert found["confusion"] == evaluate(network, others, processor).matrix.tolist()
     Image.fromarray(label).convert("RGB").save(third)
-    one_line(run("-m", model, "-d", folder), 1, str(third), "3 channels")
+    failed(run("-m", model, "-d", folder), str(third), "3 channels")
     third.write_bytes(third.read_bytes()[:300])
-    one_line(run("-m", model, "-d", folder), 1, str(third), "truncated")
+    failed(run("-m", model, "-d", folder), str(third), "truncated")
     third.unlink()
     one_line(run("-m", model, "-d", folder), 2, "1 of 4 photos have no label map", "2.png")
+    os.mkfifo(third)
+    failed(run("-m", model, "-d", folder), str(third), "is a FIFO, not a file")
+
+
+def test_without_a_photo_that_can_be_read_nothing_is_written(model: Path, folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "images" / "val").iterdir():
+        path.write_bytes(b"no image")
+    result = run("-m", model, "-d", folder, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "4 could not be used" in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_masks_of_0_and_255_are_refused(folder: Path, tmp_path: Path) -> None:
+    two, names = tmp_path / "two", {0: "background", 1: "object"}
+    backbone = ConvNextConfig(hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1])
+    config = UperNetConfig(backbone, hidden_size=4, auxiliary_channels=4, auxiliary_in_channels=4, id2label=names)
+    UperNetForSemanticSegmentation(config).save_pretrained(two)
+    UperNetImageProcessor(size=32).save_pretrained(two)
+    for path in (folder / "labels" / "val").iterdir():
+        label = np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)
+        Image.fromarray(label).save(path)
+    for classes in ("background\nobject", None):
+        if classes is None:
+            (folder / "classes.txt").unlink()
+        else:
+            (folder / "classes.txt").write_text(classes)
+        result = run("-m", two, "-d", folder)
+        one_line(result, 2, "are 0 (background) or ignored (255); if 255 is a class", "renumber it to 1 (object)")
+    label[0, 0] = 1  # objects are rare
+    Image.fromarray(label).save(path)
+    assert run("-m", two, "-d", folder).exit_code == 0
+
+
+def test_background_can_be_ignored_with_and_without_names(model: Path, folder: Path) -> None:
+    for path in (folder / "labels" / "val").iterdir():
+        label = np.asarray(Image.open(path))
+        Image.fromarray(np.where(label == 255, 0, label).astype(np.uint8)).save(path)
+    first = run("-m", model, "-d", folder, "--ignore-index", 0)
+    (folder / "classes.txt").unlink()
+    second = run("-m", model, "-d", folder, "--ignore-index", 0)
+    assert (first.exit_code, first.stdout) == (0, second.stdout)
 
 
 def test_classes_that_differ_from_the_model(model: Path, folder: Path) -> None:
@@ -237,7 +297,6 @@ def test_impossible_options(model: Path, folder: Path, tmp_path: Path, monkeypat
     one_line(run("-m", model, "-d", folder, "--scales", "1,0"), 2, "--scales 1,0: give numbers")
     one_line(run("-m", model, "-d", folder, "--stride", 9), 2, "--stride 9: give a --window")
     one_line(run("-m", model, "-d", folder, "--window", 8, "--stride", 9), 2, "--stride 9")
-    one_line(run("-m", model, "-d", folder, "--ignore-index", 3), 2, "ignore_index 3 is also a class")
     one_line(run("-m", tmp_path, "-d", folder), 2, "cannot load the model")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     one_line(run("-m", model, "-d", folder, "-o", tmp_path / "out"), 2, "pip install 'fastuper[train]'")

@@ -58,7 +58,7 @@ def test_labels_of_another_size_and_of_one_class() -> None:
         torch.from_numpy(image).permute(2, 0, 1)[None].double(), size=(80, 25), mode="bilinear"
     )
     margin = expected.topk(2, dim=1).values[0].diff(dim=0).abs()[0] > 1e-3
-    assert torch.equal(labels[margin], expected.argmax(1)[0][margin])
+    assert torch.equal(labels[margin].long(), expected.argmax(1)[0][margin])
     one = Predictor(Colours(classes=1), PROCESSOR, window=32, flip=True)
     np.testing.assert_array_equal(one([image])[0].numpy(), image[:, :, 0] > 128)
 
@@ -74,7 +74,7 @@ def test_rows_that_arrive_bit_by_bit_are_resampled_as_a_whole(
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].double()
     best, classes = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear")[0].topk(2, dim=0)
     certain = best[0] - best[1] > 1e-3
-    assert torch.equal(labels[certain], classes[0][certain])
+    assert torch.equal(labels[certain].long(), classes[0][certain])
     assert certain.float().mean() > 0.9
 
 

@@ -258,7 +258,7 @@ def test_upsample_argmax(dtype: torch.dtype, data: Any) -> None:
         logits = logits + 5 * random(1, classes, 1, 1, seed=seed + 1)
     logits = laid_out(logits, draw(layouts)).to(DEVICE, dtype)
     chain = draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=2))
-    kind = draw(st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]))
+    kind = draw(st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8]))
     labels = ops.upsample_argmax(logits, chain, dtype=kind, backend="triton")
     full = logits.double()
     for size in chain:

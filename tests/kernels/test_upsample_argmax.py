@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.cpu import argmax
+from fastuper_kernels.ops.upsample_argmax import label_dtype
 from tests.kernels.common import LAYOUTS, elements_of_calls, laid_out, parameters_of, random, traced
 from tests.kernels.test_upsample_add import resampling_matrix
 
@@ -95,11 +96,25 @@ def test_classes_without_a_chance_are_left_out(sizes, monkeypatch):
     assert torch.equal(labels, upsample_argmax(logits, sizes))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64], ids=lambda d: str(d)[6:]
+)
 def test_dtypes_of_labels(dtype):
     labels = upsample_argmax(random(1, 256, 2, 3), [(4, 5)], dtype=dtype)
     assert labels.dtype == dtype
     check(random(1, 256, 2, 3), [(4, 5)], labels)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(1, torch.uint8), (256, torch.uint8), (257, torch.uint16), (65536, torch.uint16), (65537, torch.int32)],
+)
+def test_the_smallest_dtype_holds_the_classes(classes, dtype):
+    assert label_dtype(classes) == dtype
+    assert torch.iinfo(dtype).max >= classes - 1
+    logits = torch.zeros(1, classes, 1, 1)
+    logits[0, -1] = 1
+    assert int(upsample_argmax(logits, [(1, 2)], dtype=label_dtype(classes))[0, 0, 1]) == classes - 1
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def expected(
 def check(labels: torch.Tensor, scores: torch.Tensor) -> None:
     best, classes = scores.topk(2, dim=0)
     certain = best[0] - best[1] > 1e-9 * scores.abs().max()
-    assert labels.dtype == torch.int64
-    assert torch.equal(labels[certain], classes[0][certain])
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels[certain].long(), classes[0][certain])
     assert certain.float().mean() > 0.999
     assert len(labels.unique()) > 1
 

@@ -85,6 +85,20 @@ def test_segment_is_forward_and_argmax(family):
         assert torch.equal(labels, expected)
 
 
+@pytest.mark.parametrize(("classes", "smallest"), [(1, torch.uint8), (5, torch.uint8), (300, torch.uint16)])
+def test_label_maps_of_other_dtypes(classes, smallest):
+    """A label map takes one or two bytes a pixel where the caller asks for it."""
+    ours = pair(config("convnext", num_labels=classes))[1]
+    pixels = images(2, 3, 65, 90)
+    expected = ours.segment(pixels, TARGETS["up-and-down"][:2])
+    for dtype, given in ((None, smallest), (torch.int32, torch.int32)):
+        for labels, wide in zip(ours.segment(pixels, TARGETS["up-and-down"][:2], dtype=dtype), expected, strict=True):
+            assert labels.dtype == given
+            assert torch.equal(labels.long(), wide)
+    with pytest.raises(ValueError, match="does not hold the labels"):
+        ours.segment(pixels, dtype=torch.uint8 if classes > 256 else torch.float32)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_segment_takes_no_gradient_and_leaves_the_mode(training):
     ours = pair(config("convnext"), train=training)[1]

@@ -270,18 +270,84 @@ def test_faults_during_training_are_one_line(data, tmp_path):
     assert "2.png: " in text.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("tiny_backbone")
+@pytest.mark.parametrize("names", ["", "background\nobject"], ids=["without names", "with names"])
 @pytest.mark.parametrize(
-    ("values", "message"),
-    [((0, 255), "all labels are 0 or ignored; if 255 is a class"), ((0, 300), "ignore_index 255 is also a class")],
+    ("values", "message", "named"),
+    [
+        (
+            (0, 255),
+            "0 or ignored (255); if 255 is a class, as in masks of 0 and",
+            "renumber it to 1",
+        ),
+        (
+            (1, 255),
+            "1 or ignored (255); if 255 is a class, as in masks of 0 and",
+            "renumber it to 0",
+        ),
+        ((0, 0), "all labels of the 6 label maps are 0; add label maps with", "4 label maps are 0 (background); add"),
+        ((255, 255), "all pixels of the 6 label maps are ignored (label 255)", "all pixels of the 4 label maps"),
+        (
+            (0, 128),
+            "the labels 0, 128 only, so that most of the classes 0 to",
+            "holds the label 128, but",
+        ),
+        ((0, 65535), "the labels 0, 65535 only, so that most of", "holds the label 65535, but there are 2 classes"),
+    ],
 )
-def test_masks_that_are_not_numbered_are_refused(values, message, data, tmp_path):
+def test_masks_that_are_not_numbered_are_refused(values, message, named, names, data, tmp_path):
     (data / "classes.txt").unlink()
+    if names:
+        (data / "classes.txt").write_text(names)
     for path in (data / "labels").glob("*/*.png"):
         label = np.where(np.asarray(Image.open(path)) == 1, values[1], values[0])
         Image.fromarray(label.astype(np.uint16 if values[1] > 255 else np.uint8)).save(path)
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 2
-    assert message in text.splitlines()[-1]
+    last = [line for line in text.splitlines() if line.startswith("fastuper: ")]
+    assert len(last) == 1
+    assert (named if names else message) in last[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_data_that_has_few_objects_or_a_rare_class_is_trained_on(data, tmp_path):
+    """Most label maps have background and border only, as in many datasets of one kind of object."""
+    for path in (data / "labels").glob("*/*.png"):
+        label = np.asarray(Image.open(path)) == 255
+        Image.fromarray((label * 255).astype(np.uint8)).save(path)
+    label[0, 0] = True
+    Image.fromarray(np.where(label, 255, 0).astype(np.uint8)).save(path)
+    rare = data / "labels" / "training" / "3.png"
+    label = np.asarray(Image.open(rare)).copy()
+    label[-1, -1] = 1
+    Image.fromarray(label).save(rare)
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 0, text
+    assert "class 2 (road) is in none of the label maps, and pixels of label 255 are ignored" in text
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_gaps_between_labels_without_names_are_named(data, tmp_path):
+    (data / "classes.txt").unlink()
+    for path in (data / "labels").glob("*/*.png"):
+        label = np.asarray(Image.open(path)).copy()
+        label[label == 2] = 3
+        Image.fromarray(label).save(path)
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 0, text
+    assert "no label map holds 2, which becomes a class too" in text
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_unreadable_data_is_refused_before_training(data, tmp_path):
+    (data / "images" / "training" / "9.png").symlink_to("nowhere")
+    (data / "labels" / "training" / "9.png").touch()
+    code, text = fastuper_train(data, tmp_path / "run")
+    assert code == 2
+    assert "1 file or folder cannot be read: " in text
+    assert "9.png: is a link to nowhere, which does not exist; mend it" in text.replace("\n", "")
+    assert not (tmp_path / "run").exists()
 
 
 def test_model_of_one_class_stays_one(tmp_path):

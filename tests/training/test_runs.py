@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastuper.io.files import atomic_folder
-from fastuper.training.runs import STATE, RunFolder, read_state
+from fastuper.training.checkpoints import STATE, read_state
+from fastuper.training.runs import RunFolder
 
 
 def write(content: str):
@@ -57,12 +58,12 @@ def test_last_and_best_stay_and_older_ones_go(run):
     run.save(30, 10, write("thirty"))
     assert (run.last / "model.safetensors").read_text() == "thirty"
     assert (run.best / "model.safetensors").read_text() == "ten"
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000000010", "step-000000030"]
-    # Only the last checkpoint has a training state.
-    assert list(run.steps()) == [30]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"step-0000000{step}" for step in (10, 20, 30)]
+    # The last two checkpoints have a training state.
+    assert list(run.steps()) == [20, 30]
     assert read_state(run.steps()[30]) == {"content": "thirty"}
     run.save(40, 40, write("forty"))
-    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000040"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000000030", "step-000000040"]
 
 
 def test_run_can_be_moved(run, tmp_path):
@@ -99,18 +100,6 @@ def test_failed_write_leaves_everything_as_it_was(run):
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000010"]
 
 
-def test_temporary_files_of_killed_writers_are_removed(run):
-    run.save(10, None, write("ten"))
-    for folder in (run.checkpoints, run.path):
-        (folder / f".{'0123456789abcdef' * 2}").mkdir()
-        (folder / ".mine").mkdir()
-    (run.folder(10) / f".{'0123456789abcdef' * 2}.json").touch()
-    run.prepare()
-    assert not [path for path in run.folder(10).iterdir() if path.name.startswith(".")]
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == [".mine", "step-000000010"]
-    assert sorted(path.name for path in run.path.iterdir()) == [".mine", "checkpoints", "last"]
-
-
 def test_links_follow_the_newest_checkpoint_after_a_kill(run):
     """A kill left the newest checkpoint whole, and `last` and `best` at the checkpoint before it."""
     run.save(10, 10, write("ten"))
@@ -120,7 +109,7 @@ def test_links_follow_the_newest_checkpoint_after_a_kill(run):
     run.link_and_prune(20, 20)
     assert os.path.samefile(run.last, run.folder(20))
     assert os.path.samefile(run.best, run.folder(20))
-    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000020"]
+    assert list(run.steps()) == [10, 20]
 
 
 def test_clearing_keeps_files_that_are_not_of_the_run(run):
@@ -162,10 +151,15 @@ def test_file_that_is_no_state_is_named(run, content):
 def test_other_folders_stay(run):
     for path in (run.checkpoints / "mine", run.checkpoints / "step-10-copy", run.tensorboard / "mine"):
         path.mkdir(parents=True)
-    for step in (10, 20):
+    for step in (10, 20, 30):
         run.save(step, step, write(str(step)))
     others = ["mine", "step-10-copy"]
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["mine", "step-000000020", "step-10-copy"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+        "mine",
+        "step-000000020",
+        "step-000000030",
+        "step-10-copy",
+    ]
     run.clear()
     assert sorted(path.name for path in run.checkpoints.iterdir()) == others
     assert [path.name for path in run.tensorboard.iterdir()] == ["mine"]

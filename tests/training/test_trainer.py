@@ -591,6 +591,22 @@ def test_disk_that_is_full_when_losses_are_logged(where, tmp_path, monkeypatch):
     assert len(losses(tmp_path)) == 3
 
 
+class Masks(Photos):
+    """The sky is 0, and everything else 255."""
+
+    def __getitem__(self, index: int):
+        image, label, name = super().__getitem__(index)
+        return Sample(image, np.where(label == 0, 0, 255), name)
+
+
+def test_masks_of_0_and_255_are_reported_after_an_epoch(tmp_path, capsys):
+    train(tmp_path / "masks", data=Masks(6), steps=3)
+    message = "all labels of the first 8 training images are 0 (sky) or ignored (255); if 255 is a class"
+    assert capsys.readouterr().out.count(message) == 1
+    train(tmp_path / "photos", data=Photos(6), steps=3)
+    assert "all labels" not in capsys.readouterr().out
+
+
 class Ignored(Photos):
     def __getitem__(self, index: int):
         image, label, name = super().__getitem__(index)

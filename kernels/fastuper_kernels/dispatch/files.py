@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastuper_kernels.dispatch.processes import Process, this_process
+
 CACHE = "FASTUPER_CACHE"
 MAX_BYTES = 1 << 20  # of a file of measured results
+
+_TEMPORARY = re.compile(r"\.fastuper-([0-9a-f]{8})-(\d{1,10})-([0-9a-f]{8}|0)-[0-9a-f]{12}(\..*)?")
+_DAY = 24 * 3600
+_swept: set[Path] = set()
 
 
 @contextmanager
@@ -21,12 +30,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` at the end of the block.
 
     A reader gets the old file or the new file, never a part of a file, whenever the writer is stopped. If the block
-    raises, the temporary file is deleted.
+    raises, the temporary file is deleted. A killed process leaves it behind, until a process writes into the folder.
     """
     path = Path(path)
-    # This is not the target's name with a suffix: the target's name may have the greatest length that the file system
-    # allows.
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -81,6 +88,45 @@ def lock(path: Path) -> Iterator[bool]:
             if free:  # a process that was forked meanwhile shares the lock, so closing the file would not end it
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a new hidden path in a path's folder, named after this process, with the path's suffix.
+
+    The first call for a folder removes the folder's orphans; see `remove_orphans`.
+    """
+    if path.parent not in _swept:
+        if len(_swept) >= 1000:
+            _swept.clear()
+        _swept.add(path.parent)
+        remove_orphans(path.parent)
+    process = this_process()
+    # This is not the target's name with a suffix: the target's name may have the greatest length that the file system
+    # allows.
+    suffix = path.suffix if len(path.suffix) <= 20 else ""
+    return path.with_name(f".fastuper-{process.place}-{process.pid}-{process.start}-{uuid.uuid4().hex[:12]}{suffix}")
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes have left in a folder.
+
+    Only names that `temporary_beside` gives are removed, and only if their process has ended. Whether a process of
+    another host runs is not known: its files are removed when they are unchanged for a day.
+    """
+    try:
+        with os.scandir(folder) as scan:
+            found = [(entry, match) for entry in scan if (match := _TEMPORARY.fullmatch(entry.name))]
+    except OSError:
+        return
+    for entry, match in found:
+        writer = Process(match[1], int(match[2]), match[3])
+        with contextlib.suppress(OSError):  # another process removes it, or it belongs to another user
+            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+            if writer.is_dead() or (not writer.is_here() and age > _DAY):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
 
 
 def replace_json(path: Path, value: Any) -> None:

@@ -30,7 +30,7 @@ def upsample_argmax(
     Args:
         logits: (B, classes, H, W).
         sizes: [(height, width), ...], applied in turn; the labels have the last size.
-        dtype: an integer dtype that holds the classes.
+        dtype: an integer dtype that holds the classes; `label_dtype` returns the smallest.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
@@ -60,6 +60,11 @@ def upsample_argmax(
     if is_eager() and is_ordinary(logits):
         return argmax(logits, sizes, dtype)
     return reference(finite(logits), sizes, dtype=dtype)
+
+
+def label_dtype(classes: int) -> torch.dtype:
+    """Return the smallest dtype of labels of this many classes: uint8, uint16 or, above 65,536 classes, int32."""
+    return torch.uint8 if classes <= 1 << 8 else torch.uint16 if classes <= 1 << 16 else torch.int32
 
 
 def reference(
