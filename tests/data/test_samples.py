@@ -391,14 +391,19 @@ def test_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("images/locked"):  # the tests may run as root, whom no permission stops
+        if str(path).endswith(locked):  # the tests may run as root, whom no permission stops
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
+    locked = "images/locked"
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"1 file or folder cannot be read: .*images/locked: no permission to read it"):
         open_dataset(tmp_path)
     assert len(open_dataset(tmp_path, skip_unreadable=True)) == 1
+    for locked in ("images", "labels", str(tmp_path)):
+        for options in ({}, {"skip_unreadable": True}):
+            with pytest.raises(DataError, match=rf"{locked}: no permission to read it; mend it, or take it away"):
+                open_dataset(tmp_path, **options)
 
 
 def test_items_of_other_datasets_that_cannot_be_read_are_named() -> None:
