@@ -122,20 +122,27 @@ class FolderDataset(SampleDataset):
             fastuper.data.images.ImageError: the file cannot be used.
         """
         label_map = self.files[index][1]
-        label = read_labels(label_map)
+        return self.renumbered(read_labels(label_map), str(label_map))
+
+    def renumbered(self, label: NDArray[np.integer], name: str) -> NDArray[np.integer]:
+        """Return the classes of the numbers in a file, (H, W), by `reduce_labels` or `label_ids`.
+
+        Raises:
+            DataError: a value becomes the ignored label when it is renumbered; the message calls the file `name`.
+        """
         if self.reduce_labels and self.ignore_index >= 0 and (label == self.ignore_index + 1).any():
             raise DataError(
-                f"{label_map}: holds the label {self.ignore_index + 1}, which reduced by one is {self.ignore_index}, "
+                f"{name}: holds the label {self.ignore_index + 1}, which reduced by one is {self.ignore_index}, "
                 "the ignored label; give another --ignore-index (ignore_index), such as 65535"
             )
         if self.reduce_labels or self.label_ids is not None:
             # A table of 256 entries renumbers 8-bit labels faster than arithmetic on every pixel.
             eight_bits = label.dtype == np.uint8
-            numbers = self._renumbered(np.arange(256) if eight_bits else label)
+            numbers = self._classes_of(np.arange(256) if eight_bits else label)
             label = numbers[label] if eight_bits else numbers
         return label
 
-    def _renumbered(self, values: NDArray[np.integer]) -> NDArray[np.integer]:
+    def _classes_of(self, values: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return the classes of values in the files, as uint8 if they fit."""
         numbers = np.full(values.shape, self.ignore_index, dtype=np.int32)
         if self.label_ids is None:

@@ -24,6 +24,7 @@ from fastuper.data.class_lists import read_class_list
 from fastuper.data.classes import ade20k_names, class_palette
 from fastuper.data.folders import CITYSCAPES_CLASSES, FolderDataset, find_splits, open_dataset
 from fastuper.data.images import ImageError, read_image, read_labels
+from fastuper.data.label_check import check_labels
 from fastuper.data.samples import DataError, Sample, as_samples
 from fastuper.io.messages import one_line
 
@@ -275,6 +276,19 @@ def test_more_classes_than_255_need_another_ignore_index(tmp_path: Path) -> None
     assert dataset[0].label.max() == 299
     label_map(tmp_path / "labels" / "a.png", 65535)
     assert dataset[0].label.max() == 65535
+
+
+def test_labels_that_may_be_reduced_twice_are_reported(tmp_path: Path) -> None:
+    names = {0: "a", 1: "b"}
+    for value, lines in ((255, 1), (0, 0)):
+        pair(tmp_path, values=np.array([value, 1, 2, 1, 2, 1, 2, 1]))
+        dataset = FolderDataset(tmp_path / "images", tmp_path / "labels", reduce_labels=True, id2label=names)
+        said: list[str] = []
+        check_labels(dataset, names, training=True, notify=said.append)
+        assert len(said) == lines
+    pair(tmp_path, values=np.array([0, 255, 0, 255, 0, 255, 0, 255]))
+    with pytest.raises(DataError, match=r"all pixels of the 1 label maps are ignored \(label 255 and 0\)"):
+        check_labels(dataset, names, training=False)
 
 
 # Links, names, and what cannot be read
