@@ -19,7 +19,7 @@ from fastuper.cli.common import (
 )
 from fastuper.cli.options import expand_dataclasses
 from fastuper.cli.prediction import PredictionOptions
-from fastuper.io.messages import one_line
+from fastuper.io.messages import about, one_line
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
@@ -96,7 +96,7 @@ def evaluate_model(
 
     note = ", label 0 ignored" if dataset.reduce_labels else ""
     typer.echo(f"{len(dataset)} photos of {data}{f' ({split})' if split else ''}{note}")
-    failures = [one_line(f"{path}: {why}") for path, why in dataset.problems.items()]
+    failures = [about(path, why) for path, why in dataset.problems.items()]
     count = len(failures)
     try:
         with tqdm(total=len(dataset), unit="photo", disable=None) as bar:

@@ -122,20 +122,27 @@ class FolderDataset(SampleDataset):
             fastuper.data.images.ImageError: the file cannot be used.
         """
         label_map = self.files[index][1]
-        label = read_labels(label_map)
+        return self.renumbered(read_labels(label_map), str(label_map))
+
+    def renumbered(self, label: NDArray[np.integer], name: str) -> NDArray[np.integer]:
+        """Return the classes of the numbers in a file, (H, W), by `reduce_labels` or `label_ids`.
+
+        Raises:
+            DataError: a value becomes the ignored label when it is renumbered; the message calls the file `name`.
+        """
         if self.reduce_labels and self.ignore_index >= 0 and (label == self.ignore_index + 1).any():
             raise DataError(
-                f"{label_map}: holds the label {self.ignore_index + 1}, which reduced by one is {self.ignore_index}, "
+                f"{name}: holds the label {self.ignore_index + 1}, which reduced by one is {self.ignore_index}, "
                 "the ignored label; give another --ignore-index (ignore_index), such as 65535"
             )
         if self.reduce_labels or self.label_ids is not None:
             # A table of 256 entries renumbers 8-bit labels faster than arithmetic on every pixel.
             eight_bits = label.dtype == np.uint8
-            numbers = self._renumbered(np.arange(256) if eight_bits else label)
+            numbers = self._classes_of(np.arange(256) if eight_bits else label)
             label = numbers[label] if eight_bits else numbers
         return label
 
-    def _renumbered(self, values: NDArray[np.integer]) -> NDArray[np.integer]:
+    def _classes_of(self, values: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return the classes of values in the files, as uint8 if they fit."""
         numbers = np.full(values.shape, self.ignore_index, dtype=np.int32)
         if self.label_ids is None:
@@ -194,7 +201,7 @@ def open_dataset(
     found = _layout(root, layout)
     images, labels = (root / name for name in _LAYOUTS[found])
     splits = _splits(images, labels)
-    if not splits and split and all((folder / split).is_dir() for folder in (images, labels)):
+    if not splits and split and all(os.path.isdir(folder / split) for folder in (images, labels)):
         splits = {split: (images / split, labels / split)}  # an explicit name may be any folder's
     if splits:
         if split is None:
@@ -237,7 +244,7 @@ _LAYOUTS = {
 
 
 def _layout(root: Path, layout: str) -> str:
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{root}: there is no such folder")
     broken = {path: why for path, why in list_images(root, ()).problems.items() if path == root or _is_part(path.name)}
     if broken:
@@ -246,12 +253,12 @@ def _layout(root: Path, layout: str) -> str:
         if layout not in _LAYOUTS:
             raise ValueError(f"layout is {layout!r}; give auto, {', '.join(_LAYOUTS)}")
         return layout
-    fitting = [name for name, folders in _LAYOUTS.items() if all((root / folder).is_dir() for folder in folders)]
+    fitting = [name for name, folders in _LAYOUTS.items() if all(os.path.isdir(root / folder) for folder in folders)]
     if len(fitting) != 1:
         expected = ", ".join(f"{images}/ and {labels}/ ({name})" for name, (images, labels) in _LAYOUTS.items())
         fault = f"fits the layouts {' and '.join(fitting)}; say which" if fitting else f"holds none of {expected}"
         raise DataError(f"{root}: {fault}")
-    own_splits = any((root / "images" / name).is_dir() for name in ("training", "validation"))
+    own_splits = any(os.path.isdir(root / "images" / name) for name in ("training", "validation"))
     if fitting == ["ade20k"] and (read_class_list(root) or not own_splits):
         # This is probably another dataset, whose label 0 must not be ignored silently.
         raise DataError(
@@ -270,7 +277,7 @@ def _splits(images: Path, labels: Path) -> dict[str, tuple[Path, Path]]:
     """Return the subfolders that both folders have, by name, if at least one has a split's usual name."""
     found = []
     for folder in (images, labels):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise DataError(f"{folder}: there is no such folder")
         listing = list_images(folder, ())
         usual = {path: why for path, why in listing.problems.items() if _is_split(path.name) or path == folder}

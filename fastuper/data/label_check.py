@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastuper.data.folders import FolderDataset
-from fastuper.data.images import ImageError
+from fastuper.data.images import ImageError, read_labels
 from fastuper.data.samples import DataError, check_values, values_of
 from fastuper.io.messages import listed
 
@@ -27,11 +27,13 @@ class LabelsSeen:
     Attributes:
         classes: the labels that are not ignored.
         ignored: whether some pixels are ignored.
+        reduced_before: whether files whose labels are to be reduced have the ignored label already.
         maps: the number of label maps that were read.
     """
 
     classes: set[int] = field(default_factory=set)
     ignored: bool = False
+    reduced_before: bool = False
     maps: int = 0
 
 
@@ -42,8 +44,11 @@ def see_labels(dataset: FolderDataset, indices: Iterable[int], seen: LabelsSeen)
         DataError, fastuper.data.images.ImageError: a label map cannot be used.
     """
     for index in indices:
-        label = dataset.read_label(index)
-        check_values(label, dataset.id2label, dataset.ignore_index, str(dataset.files[index][1]))
+        path = dataset.files[index][1]
+        stored = read_labels(path)
+        label = dataset.renumbered(stored, str(path))
+        check_values(label, dataset.id2label, dataset.ignore_index, str(path))
+        seen.reduced_before |= dataset.reduce_labels and bool((stored == dataset.ignore_index).any())
         values = set(values_of(label))
         seen.ignored |= dataset.ignore_index in values
         seen.classes |= values - {dataset.ignore_index}
@@ -69,7 +74,8 @@ def check_labels(
         training: whether a model is trained on the dataset. Then a label map that cannot be read is an error, and so is
             data with one class: nothing can be learned from it. To measure on data of one class is possible, but not if
             there are two classes and other pixels are ignored, as in masks of 0 and 255.
-        notify: called with a line about a class that is in no label map while pixels are ignored.
+        notify: called with a line about a class that is in no label map while pixels are ignored, and with one about
+            labels that may have been reduced before.
 
     Raises:
         DataError: the data is refused.
@@ -89,6 +95,11 @@ def check_labels(
         return  # none can be read, and the evaluation reports each
     if len(seen.classes) < 2 and (training or not seen.classes or (len(expected) == 2 and seen.ignored)):
         raise DataError(one_class(dataset, seen, id2label))
+    if seen.reduced_before:
+        notify(
+            f"{dataset.files[0][1].parent}: holds label {dataset.ignore_index}, and this layout ignores 0 and makes "
+            "every other label one less; if the label maps were reduced before, and 0 is a class, use the layout folders"
+        )
     missing = sorted(expected - seen.classes)
     if len(missing) == 1 and seen.ignored:
         first = "the" if seen.maps == len(dataset) else f"{seen.maps}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastuper.data.listing import Listing, folder_identity, list_images, normal_name
 from fastuper.data.samples import DataError
-from fastuper.io.messages import listed, printable
+from fastuper.io.messages import about, listed
 
 Pair = tuple[Path, Path]
 
@@ -78,7 +78,7 @@ def pair_files(photos: Side, maps: Side) -> tuple[list[Pair], dict[Path, str]]:
             name.
     """
     for side in (photos, maps):
-        if not side.folder.is_dir():
+        if not os.path.isdir(side.folder):
             raise DataError(f"{side.folder}: there is no such folder of {side.what}")
     problems = _walk(photos, maps)
     for side in (photos, maps):
@@ -171,6 +171,6 @@ def _each_once(pairs: Sequence[Pair], *links: Collection[Path]) -> list[Pair]:
 
 def described(problems: dict[Path, str], count: int = 3) -> str:
     """Return problems as text: the first with their reasons, and the number of the others."""
-    texts = [printable(f"{path}: {why}") for path, why in problems.items()]
+    texts = [about(path, why) for path, why in problems.items()]
     more = len(texts) - count
     return ", ".join(texts[:count]) + (f", and {more} more" if more > 0 else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -153,6 +154,7 @@ class Trainer:
         for samples, training in ((train_samples, True), (self.validation_data, False)):
             if isinstance(samples, FolderDataset):
                 check_labels(samples, names, training=training, notify=self.monitor.say)
+        weakref.finalize(self, self.run.lock.release)  # if the trainer is never used
         try:
             self._open_run(restart)
         except BaseException:

@@ -24,6 +24,7 @@ from fastuper.data.class_lists import read_class_list
 from fastuper.data.classes import ade20k_names, class_palette
 from fastuper.data.folders import CITYSCAPES_CLASSES, FolderDataset, find_splits, open_dataset
 from fastuper.data.images import ImageError, read_image, read_labels
+from fastuper.data.label_check import check_labels
 from fastuper.data.samples import DataError, Sample, as_samples
 from fastuper.io.messages import one_line
 
@@ -277,6 +278,19 @@ def test_more_classes_than_255_need_another_ignore_index(tmp_path: Path) -> None
     assert dataset[0].label.max() == 65535
 
 
+def test_labels_that_may_be_reduced_twice_are_reported(tmp_path: Path) -> None:
+    names = {0: "a", 1: "b"}
+    for value, lines in ((255, 1), (0, 0)):
+        pair(tmp_path, values=np.array([value, 1, 2, 1, 2, 1, 2, 1]))
+        dataset = FolderDataset(tmp_path / "images", tmp_path / "labels", reduce_labels=True, id2label=names)
+        said: list[str] = []
+        check_labels(dataset, names, training=True, notify=said.append)
+        assert len(said) == lines
+    pair(tmp_path, values=np.array([0, 255, 0, 255, 0, 255, 0, 255]))
+    with pytest.raises(DataError, match=r"all pixels of the 1 label maps are ignored \(label 255 and 0\)"):
+        check_labels(dataset, names, training=False)
+
+
 # Links, names, and what cannot be read
 
 
@@ -391,14 +405,19 @@ def test_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("images/locked"):  # the tests may run as root, whom no permission stops
+        if str(path).endswith(locked):  # the tests may run as root, whom no permission stops
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
+    locked = "images/locked"
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"1 file or folder cannot be read: .*images/locked: no permission to read it"):
         open_dataset(tmp_path)
     assert len(open_dataset(tmp_path, skip_unreadable=True)) == 1
+    for locked in ("images", "labels", str(tmp_path)):
+        for options in ({}, {"skip_unreadable": True}):
+            with pytest.raises(DataError, match=rf"{locked}: no permission to read it; mend it, or take it away"):
+                open_dataset(tmp_path, **options)
 
 
 def test_items_of_other_datasets_that_cannot_be_read_are_named() -> None:

@@ -189,7 +189,7 @@ def test_states_of_other_groups_are_refused():
 def test_states_of_another_form_are_refused_in_one_line(tmp_path):
     train(tmp_path, steps=2, save_every=2)
     folder = tmp_path / "checkpoints" / "step-000000002"
-    state = read_state(folder)
+    state, whole = read_state(folder), read_state(folder)
     changes = [{name: None} for name in state if name not in ("settings", "best")]
     changes += [{"best": value} for value in ({"curve": 1}, [1], "x", 3)]
     changes += [{"optimizer": value} for value in ({}, [], {"state": {}, "groups": [{}]}, {"state": 1, "groups": []})]
@@ -203,6 +203,14 @@ def test_states_of_another_form_are_refused_in_one_line(tmp_path):
         assert str(folder / STATE) in str(raised.value)
         assert "\n" not in str(raised.value)
     assert not (tmp_path / ".fastuper-lock.json").exists()
+    del state["optimizer"]["state"]["decode_head.classifier.weight"]
+    for group in state["optimizer"]["groups"]:
+        group["param_names"] = [name for name in group["param_names"] if name != "decode_head.classifier.weight"]
+    torch.save(state, folder / STATE)
+    write_checksums(folder)
+    with pytest.raises(TrainingError, match=r"training_state\.pt is .*it has no decode_head\.classifier\.weight; give"):
+        train(tmp_path, steps=2, save_every=2)
+    state = whole
     torch.save(state, folder / STATE)
     write_checksums(folder)
     train(tmp_path, steps=2, save_every=2)
