@@ -131,9 +131,9 @@ BOUNDS: dict[str, Bound] = {
     # The image processor.
     "height": _whole(1, WIDEST),
     "width": _whole(1, WIDEST),
-    "rescale_factor": Bound(kind=float, more_than=0, at_most=1e6),
-    "image_mean": _real(-1e6, 1e6),
-    "image_std": Bound(kind=float, more_than=0, at_most=1e6),
+    "rescale_factor": Bound(kind=float, more_than=0, at_most=10**6),
+    "image_mean": Bound(kind=float, at_least=-(10**6), at_most=10**6, items=1024),
+    "image_std": Bound(kind=float, at_least=0, at_most=10**6, items=1024),
 }
 """The bound of each value by its name."""
 

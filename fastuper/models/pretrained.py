@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -211,10 +211,10 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
     ) -> Model:
         """Load a checkpoint from a folder or a Hub repository, in evaluation mode.
 
-        A checkpoint may lack a whole head, both classifiers, or the norms of the backbone's outputs
-        (`hidden_states_norms`): they are newly initialised. Warnings list them and the checkpoint's unused tensors. A
-        checkpoint without the backbone, or with only some tensors of a part, is refused: its names or its configuration
-        are other than the model's. With `output_loading_info=True` it is loaded, and the caller reads `missing_keys`.
+        A checkpoint may lack the auxiliary head, which only training needs. With `ignore_mismatched_sizes=True` it may
+        also lack the head, a classifier or the norms of the backbone's outputs (`hidden_states_norms`). They are newly
+        initialised. Warnings list them and the checkpoint's unused tensors. A checkpoint that lacks other tensors is
+        refused: its names or its configuration are not the model's.
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a Hub repository.
@@ -236,9 +236,9 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             device_map: Transformers' name of `device`: a device, {"": device}, or "auto" for a GPU if there is one.
             use_safetensors: True for only safetensors, False for only pickles (.bin), None for either.
             ignore_mismatched_sizes: initialise tensors whose shape differs from the checkpoint's (the classifier, if
-                the number of classes differs) instead of raising an error.
-            output_loading_info: also return which tensors were missing, unexpected or of another shape; any number of
-                tensors may then be missing.
+                the number of classes differs), and heads that the checkpoint lacks, instead of raising an error.
+            output_loading_info: also return which tensors were missing, unexpected or of another shape; any tensors may
+                then be missing, and are newly initialised.
             **config_overrides: attributes of the configuration to change, such as `loss_ignore_index=0`. Arguments of
                 Transformers without an effect here (`low_cpu_mem_usage`, `attn_implementation="sdpa"`) are accepted.
 
@@ -279,7 +279,7 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             if info["mismatched_keys"] and not ignore_mismatched_sizes:
                 raise RuntimeError(_shapes_message(source, info["mismatched_keys"]))
             if not output_loading_info:
-                _refuse_parts(model, stored, shards, info)
+                _refuse_parts(model, stored, shards, info, ignore_mismatched_sizes)
             unset = _allocate(model, config.dtype, target)
             loaded = _copy_weights(model, shards, places)
             if unset - loaded:
@@ -508,7 +508,7 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _compare(
-    model: nn.Module, stored: Mapping[str, Stored], files: Iterable[Path]
+    model: nn.Module, stored: Mapping[str, Stored], files: Collection[Path]
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Compare the tensors in a checkpoint's files with a model's; no values are read.
 
@@ -538,7 +538,7 @@ def _compare(
             mismatched.add((ours, there.shape, tuple(own[ours].shape)))
         elif own[ours].is_floating_point() and there.dtype is None:
             raise CheckpointError(
-                f"{listed(files)}: {theirs} holds no float16, bfloat16, float32 or float64; quantised weights are not "
+                f"{_place(files)}: {theirs} holds no float16, bfloat16, float32 or float64; quantised weights are not "
                 "supported: load the checkpoint that they were made from"
             )
         else:
@@ -546,7 +546,7 @@ def _compare(
             loaded |= names_of[own[ours]]
     if not loaded and not mismatched:
         raise CheckpointError(
-            f"{listed(files)}: these are not UPerNet weights of this kind; their names are "
+            f"{_place(files)}: these are not UPerNet weights of this kind; their names are "
             f"{listed(sorted(unexpected))} and the model's {listed(own)}: {describe(stored, own)}"
         )
     missing = own.keys() - loaded - {name for name, _, _ in mismatched}
@@ -559,9 +559,11 @@ def _compare(
 
 
 def _refuse_parts(
-    model: nn.Module, stored: Mapping[str, Stored], files: Iterable[Path], info: Mapping[str, Any]
+    model: nn.Module, stored: Mapping[str, Stored], files: Collection[Path], info: Mapping[str, Any], new_heads: bool
 ) -> None:
-    """Refuse a checkpoint that lacks the backbone, or only some tensors of a part; a whole head may be missing.
+    """Refuse a checkpoint that lacks more than the auxiliary head, which only training needs.
+
+    With `new_heads` it may also lack the head, a classifier or the norms of the backbone's outputs, each as a whole.
 
     Raises:
         CheckpointError: the message counts the missing tensors, and says whose names the checkpoint has.
@@ -570,15 +572,25 @@ def _refuse_parts(
     # Converted checkpoints may lack the counters of BatchNorm, which no result depends on.
     counted = {name for name in own if not name.endswith("num_batches_tracked")}
     missing = counted & info["missing_keys"]
-    lacking = Counter(map(_part, missing))
-    whole = Counter(map(_part, counted))
-    if all(part != "backbone" and number == whole[part] for part, number in lacking.items()):
+    lacking, whole = Counter(map(_part, missing)), Counter(map(_part, counted))
+    only_heads = all(part != "backbone" and number == whole[part] for part, number in lacking.items())
+    if only_heads and (new_heads or all(part.startswith("auxiliary_head") for part in lacking)):
         return
-    raise CheckpointError(
-        f"{listed(files)}: {len(missing)} of the model's {len(counted)} tensors are missing, such as "
-        f"{listed(sorted(missing), 2)}; unknown in the file are {len(info['unexpected_keys'])}, such as "
-        f"{listed(sorted(info['unexpected_keys']), 2)}: {describe(info['unexpected_keys'] or stored, own)}"
+    message = (
+        f"{_place(files)}: {len(missing)} of the model's {len(counted)} tensors are missing, such as "
+        f"{listed((name for name in own if name in missing), 2)}"
     )
+    if only_heads:
+        raise CheckpointError(f"{message}; pass ignore_mismatched_sizes=True to initialise them newly")
+    unknown = info["unexpected_keys"]
+    extra = f", and {len(unknown)} in the file are unknown, such as {listed(sorted(unknown), 2)}" if unknown else ""
+    raise CheckpointError(f"{message}{extra}: {describe(unknown, own)}")
+
+
+def _place(files: Collection[Path]) -> str:
+    """Return the name of the only file, or the folder of several."""
+    first = next(iter(files))
+    return str(first) if len(files) == 1 else f"{first.parent} ({len(files)} files)"
 
 
 def _part(name: str) -> str:

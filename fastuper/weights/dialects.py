@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-LIBRARIES = (
-    (r"(decode|auxiliary)_head\.conv_seg\.", "mmsegmentation"),
-    (r"(decoder|segmentation_head)\.", "segmentation_models_pytorch"),
-    (r"(base_model\.|.*\.lora_[AB]\.)", "a LoRA adapter of peft"),
-    (r"(downsample_layers|stages\.\d+\.\d+)\.", "ConvNeXt's authors"),
-    (r"(stages\.\d+\.blocks|stem|layers_\d+)\.", "timm"),
-    (r"(patch_embed|layers\.\d+\.blocks)\.", "Swin's authors, or timm"),
-    (r"layer[1-4]\.\d+\.conv\d\.", "torchvision or timm"),
+CONVERT = (
+    "convert the file to Transformers' names, or load a converted checkpoint, such as those of openmmlab on the Hub"
 )
-"""The beginning of a name that only this library's models have."""
+LIBRARIES = (
+    (r".*\.(lora_[AB]|base_layer)\.", "a LoRA adapter of peft", "load its base model, then the adapter with peft"),
+    (r"(decode|auxiliary)_head\.conv_seg\.", "mmsegmentation", CONVERT),
+    (r"(decoder|segmentation_head)\.", "segmentation_models_pytorch", CONVERT),
+    (r"(downsample_layers|stages\.\d+\.\d+)\.", "ConvNeXt's authors", CONVERT),
+    (r"(stages\.\d+\.blocks|stem|layers_\d+)\.", "timm", CONVERT),
+    (r"(patch_embed|layers\.\d+\.blocks)\.", "Swin's authors, or timm", CONVERT),
+    (r"layer[1-4]\.\d+\.conv\d\.", "torchvision or timm", CONVERT),
+)
+"""The beginning of a name that only one library's models have, the library, and the remedy."""
 
 WRAPPERS = {
     "module": "DistributedDataParallel or DataParallel",
@@ -32,16 +35,16 @@ def describe(names: Iterable[str], own: Collection[str]) -> str:
         own: the names of the model's tensors.
     """
     names = list(names)
+    if not names:
+        return "the file holds only a part of a checkpoint"
+    if any(f"backbone.{name}" in own for name in names):
+        return "the names are a backbone's: put 'backbone.' before each"
     for count in (1, 2, 3):
-        prefixes = {".".join(name.split(".")[:count]) + "." for name in names}
-        if len(prefixes) == 1 and any(name[len(prefix) :] in own for prefix in prefixes for name in names):
-            (prefix,) = prefixes
+        prefix = ".".join(names[0].split(".")[:count]) + "."
+        if all(name.startswith(prefix) for name in names) and any(name[len(prefix) :] in own for name in names):
             wrapper = WRAPPERS.get(prefix.split(".")[0], "the module around the model")
             return f"all names begin with {prefix!r}, of {wrapper}: save the state dict of the model inside"
-    for pattern, library in LIBRARIES:
+    for pattern, library, remedy in LIBRARIES:
         if any(re.match(pattern, name) for name in names):
-            return (
-                f"the names are those of {library}: convert the file to Transformers' names, or load a checkpoint that "
-                "is converted, such as those of openmmlab on the Hub"
-            )
+            return f"the names are those of {library}: {remedy}"
     return "it belongs to another model, or to another configuration"

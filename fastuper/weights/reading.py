@@ -206,7 +206,7 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             f"{path} contains code that would run on loading ({_reason(error)}); it was not run. "
             "Ask its author for model.safetensors, or convert it on a machine that may run it"
         ) from None
-    except (OSError, MemoryError):  # also CheckpointError
+    except (CheckpointError, PermissionError, MemoryError):
         raise
     except Exception as error:  # its class (AssertionError, struct.error, ...) depends on the place of the damage
         raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch it again") from None
