@@ -31,9 +31,10 @@ from fastuper.data.images import (
     read_image,
     read_labels,
 )
+from fastuper.io.bounds import check_bounds
 from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file
-from fastuper.io.messages import format_size, listed
+from fastuper.io.messages import format_size, listed, shown
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.dispatch.files import atomic_path
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
@@ -185,6 +186,7 @@ class UperNetImageProcessor:
         self.size = _checked_size({"height": 512, "width": 512} if size is None else size)
         self.resample = _checked_resample(resample)
         self.do_rescale = bool(do_rescale)
+        check_bounds({"rescale_factor": rescale_factor})
         self.rescale_factor = float(rescale_factor)
         self.do_normalize = bool(do_normalize)
         self.image_mean = _checked_statistic("image_mean", IMAGENET_MEAN if image_mean is None else image_mean)
@@ -578,8 +580,9 @@ def _checked_size(size: Any) -> dict[str, int]:
         values, result = {}, {}
     if not result or values or min(result.values()) < 1:
         raise ValueError(
-            f'size is {size}; give {{"height": ..., "width": ...}}, both at least 1, or one number for a square'
+            f'size is {shown(size)}; give {{"height": ..., "width": ...}}, both at least 1, or one number for a square'
         )
+    check_bounds(result)
     return result
 
 
@@ -589,7 +592,7 @@ def _checked_resample(resample: Any) -> int:
         return int(PIL.Image.Resampling(resample))
     except ValueError:
         names = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in PIL.Image.Resampling)
-        raise ValueError(f"resample is {resample!r}; Pillow's filters are {names}") from None
+        raise ValueError(f"resample is {shown(resample)}; Pillow's filters are {names}") from None
 
 
 def _checked_statistic(name: str, value: Any) -> float | list[float]:
@@ -599,7 +602,8 @@ def _checked_statistic(name: str, value: Any) -> float | list[float]:
     except (TypeError, ValueError):
         result = []
     if result == [] or not np.all(np.isfinite(result)):
-        raise ValueError(f"{name} is {value!r}; give one finite number per channel, or one for all")
+        raise ValueError(f"{name} is {shown(value)}; give one finite number per channel, or one for all")
+    check_bounds({name: result if isinstance(result, list) else [result]})
     return result
 
 

@@ -18,6 +18,7 @@ from fastuper.models.gradient_checkpointing import GradientCheckpointingMixin, c
 from fastuper.models.heads.fcn import FCNHead
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.inputs import TargetSizes, check_labels, check_pixels, check_target_sizes
+from fastuper.models.memory import within_memory
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
 from fastuper.models.pretrained import PretrainedMixin, rename_on_load
 from fastuper.models.untouched import is_exactly, is_hooked_inside, is_untouched
@@ -60,6 +61,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
     base_model_prefix = ""
     main_input_name = "pixel_values"
 
+    @within_memory
     def __init__(self, config: UperNetConfig | Any):
         super().__init__()
         given = upernet_config_from(config)

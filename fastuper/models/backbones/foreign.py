@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastuper.io.messages import reason
 from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.outputs import BackboneOutput
 from fastuper.weights.transformers import Names
@@ -55,7 +56,7 @@ class TimmBackbone(nn.Module):
             raise ImportError("a timm backbone needs timm: pip install 'fastuper[timm]'") from None
         super().__init__()
         values = config.values
-        if not timm.is_model(values.get("backbone") or ""):
+        if not isinstance(values.get("backbone"), str) or not timm.is_model(values["backbone"]):
             raise ValueError(f"timm {timm.__version__} has no model {values.get('backbone')!r}; see timm.list_models()")
         # By default Transformers returns only the last level, from which it cannot build a UPerNet with an auxiliary
         # head. The levels are written to the configuration: a saved model is the same network in Transformers.
@@ -105,6 +106,7 @@ def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
 
     Raises:
         ImportError: Transformers is not installed.
+        ValueError: Transformers cannot build the backbone; the message gives its reason.
     """
     try:
         from transformers import AutoBackbone, AutoConfig
@@ -113,7 +115,14 @@ def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
             f"a {config.model_type!r} backbone needs Transformers: pip install 'fastuper[transformers]'"
         ) from None
     with torch.device("cpu"):
-        return AutoBackbone.from_config(AutoConfig.for_model(config.model_type, **config.values))
+        try:
+            return AutoBackbone.from_config(AutoConfig.for_model(config.model_type, **config.values))
+        except (ImportError, RuntimeError, MemoryError):  # a missing library; no memory
+            raise
+        except Exception as error:  # each model type checks its values in its own way, or not at all
+            raise ValueError(
+                f"Transformers cannot build a {config.model_type!r} backbone of its configuration: {reason(error)}"
+            ) from error
 
 
 def transformers_model_types() -> frozenset[str]:

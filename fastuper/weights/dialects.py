@@ -1,0 +1,50 @@
+"""Recognises state dicts whose names are not the Hub's, for the message of an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+CONVERT = (
+    "convert the file to Transformers' names, or load a converted checkpoint, such as those of openmmlab on the Hub"
+)
+LIBRARIES = (
+    (r".*\.(lora_[AB]|base_layer)\.", "a LoRA adapter of peft", "load its base model, then the adapter with peft"),
+    (r"(decode|auxiliary)_head\.conv_seg\.", "mmsegmentation", CONVERT),
+    (r"(decoder|segmentation_head)\.", "segmentation_models_pytorch", CONVERT),
+    (r"(downsample_layers|stages\.\d+\.\d+)\.", "ConvNeXt's authors", CONVERT),
+    (r"(stages\.\d+\.blocks|stem|layers_\d+)\.", "timm", CONVERT),
+    (r"(patch_embed|layers\.\d+\.blocks)\.", "Swin's authors, or timm", CONVERT),
+    (r"layer[1-4]\.\d+\.conv\d\.", "torchvision or timm", CONVERT),
+)
+"""The beginning of a name that only one library's models have, the library, and the remedy."""
+
+WRAPPERS = {
+    "module": "DistributedDataParallel or DataParallel",
+    "_orig_mod": "torch.compile",
+    "base_model": "peft",
+}
+"""Modules that wrap a model, by the component that they put before the names."""
+
+
+def describe(names: Iterable[str], own: Collection[str]) -> str:
+    """Return a clause about names that do not fit a model: whose they are, and the remedy.
+
+    Args:
+        names: the names in the file.
+        own: the names of the model's tensors.
+    """
+    names = list(names)
+    if not names:
+        return "the file holds only a part of a checkpoint"
+    if any(f"backbone.{name}" in own for name in names):
+        return "the names are a backbone's: put 'backbone.' before each"
+    for count in (1, 2, 3):
+        prefix = ".".join(names[0].split(".")[:count]) + "."
+        if all(name.startswith(prefix) for name in names) and any(name[len(prefix) :] in own for name in names):
+            wrapper = WRAPPERS.get(prefix.split(".")[0], "the module around the model")
+            return f"all names begin with {prefix!r}, of {wrapper}: save the state dict of the model inside"
+    for pattern, library, remedy in LIBRARIES:
+        if any(re.match(pattern, name) for name in names):
+            return f"the names are those of {library}: {remedy}"
+    return "it belongs to another model, or to another configuration"
