@@ -45,6 +45,7 @@ class ConvNextConfig(BackboneConfig):
     """
 
     model_type = "convnext"
+    attribute_map = {"num_hidden_layers": "num_stages"}  # noqa: RUF012
 
     def __init__(
         self,

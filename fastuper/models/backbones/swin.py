@@ -69,6 +69,7 @@ class SwinConfig(BackboneConfig):
     """
 
     model_type = "swin"
+    attribute_map = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # noqa: RUF012
 
     def __init__(
         self,
