@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import logging
 import os
-import sys
 import tempfile
-from collections.abc import Hashable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -21,6 +19,7 @@ from fastuper.io.hub import HubOptions, pin_revision
 from fastuper.io.messages import listed
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.configuration import as_dtype
+from fastuper.models.model_methods import ModelMethods
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import find_weights, iterate_weights
 from fastuper.weights.transformers import Names, hub_name
@@ -29,7 +28,6 @@ from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
 
 logger = logging.getLogger("fastuper")
 
-T = TypeVar("T")
 Model = TypeVar("Model", bound="PretrainedMixin")
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -92,58 +90,6 @@ def _names_on_disk(model: nn.Module) -> dict[str, str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------- as a PreTrainedModel
-
-
-class KnownToTransformers:
-    """Makes `isinstance(model, transformers.PreTrainedModel)` true once Transformers is imported.
-
-    Transformers' Trainer writes config.json beside the weights only for a `PreTrainedModel`; without it, the saved
-    model could not be loaded. Nothing is inherited: `type(model)` is the class itself.
-    """
-
-    @property
-    def __class__(self) -> type[Any]:  # `isinstance` reads it besides the type
-        theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-        cls: Any = type(self)
-        return cls if theirs is None or issubclass(cls, theirs) else _derived(cls, theirs)
-
-    @__class__.setter
-    def __class__(self, cls: type[Any]) -> None:  # FSDP and parametrizations assign classes that they derive
-        object.__dict__["__class__"].__set__(self, cls)
-
-    # PEFT reads these attributes of a `PreTrainedModel`.
-    _keys_to_ignore_on_save = None
-
-    def is_custom_code(self) -> bool:
-        """Return True, so that no names are converted: modules are named as on the Hub."""
-        return True
-
-    def get_output_embeddings(self) -> None:
-        """Return None: there are no token embeddings."""
-        return None
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Python's own way to rebuild the object compares its type with its `__class__`.
-        return _new, (type(self),), object.__reduce_ex__(self, 2)[2]
-
-
-@functools.cache
-def _derived(cls: Hashable, theirs: Hashable) -> Any:
-    """Return a subclass of both classes whose call builds a `cls`."""
-    assert isinstance(cls, type)
-    assert isinstance(theirs, type)
-
-    def new(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls(*args, **kwargs)
-
-    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": new})
-
-
-def _new(cls: type[T]) -> T:
-    return cls.__new__(cls)
-
-
 # --------------------------------------------------------------------------------------------- from_pretrained and back
 
 # Arguments of Transformers that are not supported, each with the remedy.
@@ -165,7 +111,7 @@ REFUSED = {
 }
 
 
-class PretrainedMixin(KnownToTransformers, nn.Module):
+class PretrainedMixin(ModelMethods):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`, as `transformers.PreTrainedModel` has them.
 
     The class that inherits it is built by `cls(config)`, and has the attributes below and the method `initialize`.
@@ -177,10 +123,6 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
 
     config_class: ClassVar[Any]
     config: Any
-
-    def initialize(self, names: set[str] | None = None) -> None:
-        """Fill the parameters and buffers of these full names (all if None) with initial values, in place."""
-        raise NotImplementedError(f"{type(self).__name__} has no initialize(names)")
 
     @classmethod
     def from_pretrained(
@@ -267,6 +209,7 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
                 raise RuntimeError(_shapes_message(source, info["mismatched_keys"]))
             if unset - loaded:
                 model.initialize(unset - loaded)
+        model._mark_initialized()
         model.eval()
         _warn(source, info)
         # As in Transformers, the return type is the usual case's.
