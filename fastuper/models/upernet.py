@@ -18,6 +18,7 @@ from fastuper.models.gradient_checkpointing import GradientCheckpointingMixin, c
 from fastuper.models.heads.fcn import FCNHead
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.inputs import TargetSizes, check_labels, check_pixels, check_target_sizes
+from fastuper.models.memory import within_memory
 from fastuper.models.model_methods import children_first, own_tensors
 from fastuper.models.norms import warn_once
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
@@ -58,6 +59,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
 
     config_class = UperNetConfig
 
+    @within_memory
     def __init__(self, config: UperNetConfig | Any):
         super().__init__()
         given = upernet_config_from(config)
