@@ -24,7 +24,7 @@ from fastuper.models.memory import check_memory
 from fastuper.models.model_methods import ModelMethods
 from fastuper.weights.dialects import describe
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.reading import Stored, find_weights, iterate_weights, stored_tensors
+from fastuper.weights.reading import Stored, described, find_weights, iterate_weights, stored_tensors
 from fastuper.weights.transformers import Names, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
@@ -108,7 +108,6 @@ REFUSED = {
     "offload_folder": "the whole model goes to one device: pass device=",
     "proxies": "set the environment variable HTTPS_PROXY",
     "quantization_config": "quantised weights are not supported; dtype=torch.bfloat16 halves the memory",
-    "state_dict": "build the model from its config and call load_state_dict",
     "trust_remote_code": "code of a repository is never run; leave it out",
     "use_auth_token": "pass token=",
 }
@@ -130,9 +129,10 @@ class PretrainedMixin(ModelMethods):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        pretrained_model_name_or_path: StrPath,
+        pretrained_model_name_or_path: StrPath | None,
         *,
         config: Any = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | int | None = None,
@@ -159,9 +159,10 @@ class PretrainedMixin(ModelMethods):
         are other than the model's. With `output_loading_info=True` it is loaded, and the caller reads `missing_keys`.
 
         Args:
-            pretrained_model_name_or_path: a folder, or the id of a Hub repository.
+            pretrained_model_name_or_path: a folder, or the id of a Hub repository; None with `config` and `state_dict`.
             config: a configuration in place of the checkpoint's: this library's, Transformers', a dictionary, or the
                 folder or repository that has it.
+            state_dict: weights in place of the checkpoint's files; they are copied.
             dtype: a `torch.dtype` or its name. If "auto" or None, the configuration's dtype; if it has none, the dtype
                 of the checkpoint's first floating-point tensor.
             torch_dtype: the older name of `dtype`.
@@ -198,7 +199,9 @@ class PretrainedMixin(ModelMethods):
             TypeError: an argument is unknown or not supported; the message gives the remedy.
             ValueError: `dtype` is not a dtype, or `torch_dtype` contradicts it.
         """
-        source = pretrained_model_name_or_path
+        source = pretrained_model_name_or_path or "state_dict"
+        if pretrained_model_name_or_path is None and (config is None or state_dict is None):
+            raise ValueError("without a folder or repository, from_pretrained needs both config= and state_dict=")
         _refuse(cls, config_overrides)
         target = _device(device, device_map)
         wanted_dtype = _wanted_dtype(dtype, torch_dtype)
@@ -207,9 +210,12 @@ class PretrainedMixin(ModelMethods):
             options = pin_revision(source, options)
         labels = {"num_labels": num_labels, "id2label": id2label, "label2id": label2id}
         config = _build_config(cls, source if config is None else config, options, labels, config_overrides)
-        config.name_or_path = str(source)
-        shards = find_weights(source, options, variant, use_safetensors)
-        stored = stored_tensors(shards)
+        config.name_or_path = str(pretrained_model_name_or_path or "")
+        if state_dict is None:
+            shards = find_weights(source, options, variant, use_safetensors)
+            files, stored, tensors = list(map(str, shards)), stored_tensors(shards), iterate_weights(shards)
+        else:
+            files, stored, tensors = [str(source)], described(state_dict), iter(state_dict.items())
         config.dtype = wanted_dtype or config.dtype or _first_dtype(stored)
 
         # Tensors made in inference mode could never be trained.
@@ -217,13 +223,13 @@ class PretrainedMixin(ModelMethods):
             with torch.device("meta"):
                 model = cls(config)
             # The files' headers are compared with the model before memory is allocated for it.
-            places, info = _compare(model, stored, shards)
+            places, info = _compare(model, stored, files)
             if info["mismatched_keys"] and not ignore_mismatched_sizes:
                 raise RuntimeError(_shapes_message(source, info["mismatched_keys"]))
             if not output_loading_info:
-                _refuse_parts(model, stored, shards, info)
+                _refuse_parts(model, stored, files, info)
             unset = _allocate(model, config.dtype, target)
-            loaded = _copy_weights(model, shards, places)
+            loaded = _copy_weights(model, tensors, places)
             if unset - loaded:
                 model.initialize(unset - loaded)
         model._mark_initialized()
@@ -231,6 +237,33 @@ class PretrainedMixin(ModelMethods):
         _warn(source, info)
         # As in Transformers, the return type is the usual case's.
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def _from_config(
+        cls: type[Model],
+        config: Any,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
+    ) -> Model:
+        """Build a model with random weights, in a dtype; `from_config` of Transformers' Auto classes calls it.
+
+        Args:
+            config: the configuration.
+            dtype: a `torch.dtype` or its name; the configuration's dtype if None.
+            torch_dtype: the older name of `dtype`.
+            **kwargs: arguments of Transformers without an effect here, as in `from_pretrained`.
+
+        Raises:
+            TypeError: an argument is unknown or not supported.
+        """
+        _refuse(cls, kwargs)
+        if kwargs:
+            raise TypeError(f"{cls.__name__}._from_config has no argument {', '.join(kwargs)}")
+        model = cls(config)
+        model.config.dtype = _wanted_dtype(dtype, torch_dtype) or model.config.dtype or model.dtype
+        return model.to(dtype=model.config.dtype)
 
     def save_pretrained(
         self,
@@ -450,9 +483,7 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
 
 
-def _compare(
-    model: nn.Module, stored: Mapping[str, Stored], files: Iterable[Path]
-) -> tuple[dict[str, str], dict[str, Any]]:
+def _compare(model: nn.Module, stored: Mapping[str, Stored], files: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
     """Compare the tensors in a checkpoint's files with a model's; no values are read.
 
     Returns:
@@ -501,9 +532,7 @@ def _compare(
     }
 
 
-def _refuse_parts(
-    model: nn.Module, stored: Mapping[str, Stored], files: Iterable[Path], info: Mapping[str, Any]
-) -> None:
+def _refuse_parts(model: nn.Module, stored: Mapping[str, Stored], files: list[str], info: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that lacks the backbone, or only some tensors of a part; a whole head may be missing.
 
     Raises:
@@ -531,19 +560,19 @@ def _part(name: str) -> str:
     return f"{first}.{inner}" if inner in ("classifier", "hidden_states_norms") else first
 
 
-def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]], places: Mapping[str, str]) -> set[str]:
-    """Copy tensors of files into a model; return the names of the model's tensors that were set.
+def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], places: Mapping[str, str]) -> set[str]:
+    """Copy tensors of a checkpoint into a model; return the names of the model's tensors that were set.
 
     Args:
         model: the model, with memory for its tensors.
-        shards: the files.
-        places: the model's name of each tensor, by its name in the files.
+        tensors: names and values.
+        places: the model's name of each tensor, by its name in the checkpoint.
     """
     own = _own_tensors(model)
     copied = set()
     # Older versions of safetensors make tensors on the default device.
     with torch.device("cpu"):
-        for theirs, tensor in iterate_weights(shards):
+        for theirs, tensor in tensors:
             if theirs in places:
                 target = own[places[theirs]]
                 target.copy_(tensor)

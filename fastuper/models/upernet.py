@@ -271,7 +271,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
                     for name, tensor in chosen if isinstance(self.backbone, Backbone) else ():
                         self.backbone.initialize_tensor(module, name, tensor)
                 elif names is None or names.issuperset(
-                    prefix + name for name, _ in [*module.named_parameters(), *module.named_buffers()]
+                    prefix + name for name, _ in own or [*module.named_parameters(), *module.named_buffers()]
                 ):
                     self._init_weights(module)
                 else:
