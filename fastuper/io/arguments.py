@@ -52,7 +52,6 @@ REFUSED = {
     "offload_state_dict": ONE_DEVICE,
     "proxies": "set the environment variable HTTPS_PROXY",
     "quantization_config": QUANTISED,
-    "state_dict": "build the model from its config and call load_state_dict",
     "torchscript": "pass return_dict=False to forward",
     "tp_plan": ONE_DEVICE,
     "tp_size": ONE_DEVICE,

@@ -14,22 +14,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastuper.io.messages import shown
+
+LARGEST_JSON = 16 * 2**20
+"""The largest JSON file that is read, in bytes; the names of 65,536 classes fit."""
+DEEPEST_JSON = 50
+"""The deepest nesting of lists and objects in a JSON file."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        OSError: the file cannot be read, is not valid JSON, or holds no object; the message names the file.
+        OSError: the file cannot be read, is too large, is not valid JSON, holds no object, or names a value twice; the
+            message names the file.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise OSError(f"{path} is larger than {LARGEST_JSON // 2**20} MiB, and no configuration or index")
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
+        if not isinstance(value, dict):
+            raise OSError(f"{path} holds {type(value).__name__} where a JSON object is expected")
+        _check_depth(value)
     except RecursionError:
         raise OSError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:  # bytes that are not UTF-8, wrong syntax, an integer of too many digits
         raise OSError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise OSError(f"{path} holds {type(value).__name__} where a JSON object is expected")
     return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(repeated)} stands in it twice; remove one of them")
+    return values
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError if lists and objects are nested deeper than `DEEPEST_JSON`."""
+    level = [value]
+    for _ in range(DEEPEST_JSON):
+        items = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in items if isinstance(item, dict | list)]
+    if level:
+        raise RecursionError
 
 
 @contextmanager

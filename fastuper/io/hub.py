@@ -46,13 +46,19 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
         options: arguments of the download.
 
     Raises:
-        OSError: `source` is neither a folder nor a repository, or the Hub cannot be reached; the message says which.
+        OSError: `source` is neither a folder nor a repository, the Hub cannot be reached, or the folder has something
+            else of the file's name (a folder, a pipe, a link that leads nowhere); the message says which.
     """
     options = options or HubOptions()
     folder = Path(source)
     if folder.is_dir():
         path = folder / options.subfolder / filename
-        return path if path.is_file() else None
+        if path.is_file():
+            return path
+        if os.path.lexists(path):
+            kind = "folder" if path.is_dir() else "pipe or device" if path.exists() else "link that leads to no file"
+            raise OSError(f"{path} is a {kind}, where a file is expected")
+        return None
     if folder.exists():
         raise NotADirectoryError(f"{source} is a file; give the folder that holds config.json and the weights")
     try:

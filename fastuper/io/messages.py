@@ -54,3 +54,12 @@ def listed(names: Iterable[object], count: int = 3) -> str:
 def format_size(size: Sequence[int]) -> str:
     """Return a size as text: (480, 640) is `480 x 640`."""
     return " x ".join(map(str, size))
+
+
+def shown(value: object) -> str:
+    """Return a value as text of at most 60 characters; the middle of a longer text is left out."""
+    try:
+        text = printable(repr(value))
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits; a list that holds itself
+        text = f"{type(value).__name__} of great size"
+    return text if len(text) <= 60 else f"{text[:40]} ... {text[-15:]}"

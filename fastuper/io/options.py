@@ -15,15 +15,40 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 Class = TypeVar("Class", bound=type)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The limits of a number, inclusive except `more_than`; None sets no limit.
+
+    Attributes:
+        at_least: the smallest value.
+        more_than: the limit that the value must exceed.
+        at_most: the largest value.
+    """
+
+    at_least: float | None = None
+    more_than: float | None = None
+    at_most: float | None = None
+
+    def allow(self, value: Any) -> bool:
+        """Return True if a number is within the limits; NaN is not, nor infinity if `more_than` is set."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.more_than is None or self.more_than < value < math.inf)
+        )
+
+    def in_words(self) -> str:
+        """Return the limits as text, such as "at least 1 and at most 64"."""
+        limits = {"more than": self.more_than, "at least": self.at_least, "at most": self.at_most}
+        return " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+
+
 @dataclass(frozen=True)
-class Option:
-    """The description of a dataclass field that is an option.
+class Option(Limits):
+    """The description of a dataclass field that is an option, with the limits of its value.
 
     Attributes:
         help: the meaning of the value, in one sentence.
-        at_least: the smallest value; None sets no limit.
-        more_than: the limit that the value must exceed; None sets no limit.
-        at_most: the largest value; None sets no limit.
         default_text: the meaning of the default None.
         metavar: the name of the value in a command's help.
         flag: the option's name on the command line, with its dashes.
@@ -31,9 +56,6 @@ class Option:
     """
 
     help: str
-    at_least: float | None = None
-    more_than: float | None = None
-    at_most: float | None = None
     default_text: str | None = None
     metavar: str | None = None
     flag: str | None = None
@@ -76,26 +98,7 @@ def check_options(values: Any) -> None:
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"{name}={value!r} is not known; known are {', '.join(map(str, get_args(kind)))}")
         whole = int in (kind, *get_args(kind))
-        if (whole and not isinstance(value, int)) or not _is_within(value, described):
+        if (whole and not isinstance(value, int)) or not described.allow(value):
             raise ValueError(
-                f"{name} must be {'a whole number of ' if whole else ''}{_bounds(described)}, got {value!r}"
+                f"{name} must be {'a whole number of ' if whole else ''}{described.in_words()}, got {value!r}"
             )
-
-
-def _is_within(value: Any, described: Option) -> bool:
-    """Return True if a value is within an option's bounds; NaN is not, nor infinity if `more_than` is set."""
-    return (
-        (described.at_least is None or value >= described.at_least)
-        and (described.more_than is None or (value > described.more_than and math.isfinite(value)))
-        and (described.at_most is None or value <= described.at_most)
-    )
-
-
-def _bounds(described: Option) -> str:
-    """Return the bounds of an option in words."""
-    limits = {
-        "more than": described.more_than,
-        "at least": described.at_least,
-        "at most": described.at_most,
-    }
-    return " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)

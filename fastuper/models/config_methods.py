@@ -14,11 +14,14 @@ from typing import Any, ClassVar
 
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, upload
+from fastuper.models.known_to_transformers import KnownToTransformers
 from fastuper_kernels.dispatch.files import atomic_path
 
 
-class ConfigMethods:
+class ConfigMethods(KnownToTransformers):
     """What a Transformers configuration answers beside its values; `Config` inherits it."""
+
+    _their_class = ("transformers.configuration_utils", "PretrainedConfig")
 
     # Constants of models without text, adapters of layers, or plans for several devices.
     base_config_key: ClassVar[str] = ""
@@ -44,7 +47,7 @@ class ConfigMethods:
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if callable(getattr(type(self), name, None)):  # the file of a configuration may hold any name
+        if name != "__class__" and callable(getattr(type(self), name, None)):
             raise AttributeError(f"{name!r} is a method of {type(self).__name__}, and no value")
         super().__setattr__(type(self).attribute_map.get(name, name), value)
 
@@ -58,6 +61,10 @@ class ConfigMethods:
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """Return the text of config.json."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise ValueError if a value is not valid."""
         raise NotImplementedError
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
@@ -111,7 +118,7 @@ class ConfigMethods:
         Raises:
             ValueError: a value is not valid.
         """
-        type(self)(**self.to_dict())
+        self.check()
 
     validate_architecture = validate
 

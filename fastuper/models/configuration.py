@@ -6,6 +6,7 @@ A backbone's own configuration is in its file in `fastuper/models/backbones`, UP
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import os
@@ -17,9 +18,12 @@ from typing import Any, ClassVar
 import torch
 
 from fastuper.io.arguments import take_arguments
+from fastuper.io.bounds import DEEPEST, check_bounds, check_foreign_bounds
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, HubOptions, find_file
+from fastuper.io.messages import shown
 from fastuper.models.config_methods import ConfigMethods
+from fastuper.weights.reading import FLOATING
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,15 @@ LINKED = {
     "out_features": LEVELS,
     "out_indices": LEVELS,
     "torch_dtype": ("dtype",),
+}
+
+
+# Libraries by a key of their config.json files, which have no model_type.
+LIBRARIES = {
+    "encoder_name": "segmentation_models_pytorch",
+    "pretrained_cfg": "timm",
+    "architecture": "timm",
+    "_class_name": "diffusers",
 }
 
 
@@ -77,12 +90,7 @@ class Config(ConfigMethods):
         self.architectures: list[str] | None = extra.pop("architectures", None)
         self.task_specific_params: dict[str, Any] | None = extra.pop("task_specific_params", None)
         if id2label is not None:
-            try:
-                self.id2label = {int(key): str(name) for key, name in id2label.items()}
-            except (AttributeError, TypeError, ValueError):
-                raise ValueError(f"id2label must map class numbers to names, got {id2label!r}") from None
-            if not self.id2label:
-                raise ValueError("id2label names no class; leave it out, or give each class a name")
+            self.id2label = _as_id2label(id2label)
             if num_labels is not None and num_labels != len(self.id2label):
                 logger.warning(
                     "num_labels=%d disagrees with the %d names of id2label: using %d classes",
@@ -90,6 +98,8 @@ class Config(ConfigMethods):
                     len(self.id2label),
                     len(self.id2label),
                 )
+            if not isinstance(label2id, Mapping | None):
+                raise ValueError(f"label2id must map names to class numbers, got {shown(label2id)}")
             self.label2id = (
                 dict(label2id) if label2id is not None else {name: key for key, name in self.id2label.items()}
             )
@@ -98,7 +108,18 @@ class Config(ConfigMethods):
         for name in ("model_type", "_name_or_path", "_attn_implementation_autoset", "transformers_version"):
             extra.pop(name, None)
         for name, value in extra.items():
+            if name.startswith("__") or callable(getattr(type(self), name, None)):
+                raise ValueError(f"{shown(name)} is not a value of a configuration, but part of its class")
             setattr(self, name, value)
+
+    def check(self) -> None:
+        """Check all values; attributes may have been set since the configuration was made.
+
+        Raises:
+            ValueError: a value is out of its bounds (`fastuper.io.bounds`), or contradicts another.
+        """
+        check_bounds(vars(self))
+        check_bounds({"num_labels": len(self.id2label)})
 
     @property
     def num_labels(self) -> int:
@@ -107,7 +128,7 @@ class Config(ConfigMethods):
 
     @num_labels.setter
     def num_labels(self, number: int) -> None:
-        check_counts(1, num_labels=number)
+        check_bounds({"num_labels": number})
         if len(getattr(self, "id2label", ())) != number:
             self.id2label = {i: f"LABEL_{i}" for i in range(number)}
             self.label2id = {name: i for i, name in self.id2label.items()}
@@ -256,15 +277,11 @@ class Config(ConfigMethods):
             options = take_arguments(cls.__name__, overrides, options)
         path = _find_config(pretrained_model_name_or_path, options)
         values = read_json(path)
-        if values.get("model_type", cls.model_type) != cls.model_type:
+        if values.get("model_type") != cls.model_type:
             # The configuration of a whole model may hold one of this class, as a UPerNet's holds its backbone's.
-            parts = [part for part in values.values() if isinstance(part, dict)]
-            inner = [part for part in parts if part.get("model_type") == cls.model_type]
-            if not inner:
-                raise ValueError(
-                    f"{path} describes a {values['model_type']!r} model; {cls.__name__} reads {cls.model_type!r}"
-                )
-            values = inner[0]
+            parts = (part for part in values.values() if isinstance(part, dict))
+            values = next((part for part in parts if part.get("model_type") == cls.model_type), values)
+        cls._check_model_type(path, values)
         try:
             config = cls.from_dict(values)
         except (AttributeError, TypeError, ValueError) as error:
@@ -294,6 +311,25 @@ class Config(ConfigMethods):
         given["subfolder"] = given.get("subfolder") or ""
         options = take_arguments(cls.__name__, kwargs, HubOptions(**given))
         return read_json(_find_config(pretrained_model_name_or_path, options)), kwargs
+
+    @classmethod
+    def _check_model_type(cls, path: Path, values: Mapping[str, Any]) -> None:
+        """Refuse the config.json of another kind of model, and of another library."""
+        if "model_type" in values:
+            if values["model_type"] != cls.model_type:
+                raise ValueError(
+                    f"{path} describes a {shown(values['model_type'])} model; {cls.__name__} reads {cls.model_type!r}: "
+                    "load it with the library that wrote it"
+                )
+            return
+        own = inspect.signature(cls.__init__).parameters
+        if own.keys().isdisjoint(values):
+            library = next((name for key, name in LIBRARIES.items() if key in values), None)
+            origin = f"it was written by {library}" if library else f"it has none of the values of {cls.__name__}"
+            raise ValueError(
+                f"{path} has no model_type, and {origin}; load the model with the library that wrote it, or convert it "
+                f"to Transformers' format (model_type {cls.model_type!r})"
+            )
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.to_dict() == other.to_dict()
@@ -328,26 +364,36 @@ class BackboneConfig(Config):
     ):
         extra.pop("stage_names", None)
         super().__init__(**extra)
-        self.depths = list(depths)
-        check_counts(1, **{f"depths[{i}]": depth for i, depth in enumerate(self.depths)})
+        self.depths = as_list(depths)
+        self.check()
         self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(len(self.depths)))]
         self._select(out_features, out_indices)
 
+    def check(self) -> None:
+        """Check all values; see `Config.check`."""
+        super().check()
+        if sum(self.depths) > DEEPEST:
+            raise ValueError(f"depths must be at most {DEEPEST} blocks in all, got {shown(self.depths)}")
+
     def _select(self, out_features: Sequence[str] | None, out_indices: Sequence[int] | None) -> None:
         names = self.stage_names
-        if isinstance(out_features, str) or isinstance(out_indices, int):
-            raise ValueError(f"out_features and out_indices are lists, got {out_features!r} and {out_indices!r}")
+        if not all(value is None or isinstance(value, list | tuple) for value in (out_features, out_indices)):
+            raise ValueError(
+                f"out_features and out_indices are lists, got {shown(out_features)} and {shown(out_indices)}"
+            )
         if out_features is None and out_indices is None:
             out_indices = [len(names) - 1]
-        if out_indices is not None and any(not -len(names) <= i < len(names) for i in out_indices):
-            raise ValueError(f"out_indices {list(out_indices)} must be indices into the stages {names}")
+        if out_indices is not None and not all(
+            isinstance(i, int) and not isinstance(i, bool) and -len(names) <= i < len(names) for i in out_indices
+        ):
+            raise ValueError(f"out_indices {shown(list(out_indices))} must be indices into the stages {names}")
         features = list(out_features) if out_features is not None else [names[i] for i in out_indices or ()]
         if not features:
             raise ValueError(f"out_features and out_indices must name at least one of the stages {names}")
         if any(name not in names for name in features):
-            raise ValueError(f"out_features {features} must be among the stages {names}")
+            raise ValueError(f"out_features {shown(features)} must be among the stages {names}")
         if features != [name for name in names if name in features]:
-            raise ValueError(f"out_features {features} must be in the order of the stages {names}, each once")
+            raise ValueError(f"out_features {shown(features)} must be in the order of the stages {names}, each once")
         if out_indices is not None and features != [names[i] for i in out_indices]:
             raise ValueError(f"out_features {features} and out_indices {list(out_indices)} name different stages")
         self._out_features = features
@@ -410,6 +456,12 @@ class ForeignBackboneConfig(Config):
         self.model_type = model_type  # type: ignore[misc]
         self.values = dict(values)
         super().__init__()
+        self.check()
+
+    def check(self) -> None:
+        """Check all values; see `Config.check`."""
+        super().check()
+        check_foreign_bounds(self.values)
 
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("values", {})
@@ -441,11 +493,32 @@ def overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
     return {**{name: value for name, value in values.items() if name not in replaced}, **overrides}
 
 
-def check_counts(least: int, **values: Any) -> None:
-    """Raise ValueError if a value is not an integer or is less than `least`; the message names it."""
-    for name, value in values.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+def as_list(value: Any) -> Any:
+    """Return a list of the items of a tuple or a list; `Config.check` refuses all other values."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
+
+
+def _as_id2label(id2label: Any) -> dict[int, str]:
+    """Return the names of the classes by their numbers.
+
+    Raises:
+        ValueError: `id2label` does not map numbers from 0 to names.
+    """
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"id2label must map class numbers to names, got {shown(id2label)}")
+    if not id2label:
+        raise ValueError("id2label names no class; leave it out, or give each class a name")
+    check_bounds({"num_labels": len(id2label)})
+    names: dict[int, str] = {}
+    for key, name in id2label.items():
+        try:
+            number = int(key)
+        except (TypeError, ValueError):
+            number = -1
+        if number < 0 or number in names or not isinstance(name, str):
+            raise ValueError(f"id2label must map class numbers to names, each once, got {shown({key: name})}")
+        names[number] = name
+    return names
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -457,8 +530,9 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None:
         return None
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ValueError(f'dtype={dtype!r} is not a floating-point dtype; "float32" and torch.bfloat16 are')
+    if not isinstance(named, torch.dtype) or named not in FLOATING.values():
+        known = ", ".join(str(known).removeprefix("torch.") for known in FLOATING.values())
+        raise ValueError(f"dtype={shown(dtype)} is not a floating-point dtype of a model's weights; {known} are")
     return named
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import logging
 import os
-import sys
 import tempfile
-from collections.abc import Hashable, Iterable, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -21,15 +20,17 @@ from fastuper.io.hub import CONFIG_NAME, HubOptions, pin_revision, upload
 from fastuper.io.messages import listed
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.configuration import as_dtype
+from fastuper.models.memory import check_memory
+from fastuper.models.model_methods import ModelMethods
+from fastuper.weights.dialects import describe
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.reading import find_weights, iterate_weights
+from fastuper.weights.reading import Stored, described, find_weights, iterate_weights, stored_tensors
 from fastuper.weights.transformers import Names, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
 
 logger = logging.getLogger("fastuper")
 
-T = TypeVar("T")
 Model = TypeVar("Model", bound="PretrainedMixin")
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -92,62 +93,10 @@ def _names_on_disk(model: nn.Module) -> dict[str, str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------- as a PreTrainedModel
-
-
-class KnownToTransformers:
-    """Makes `isinstance(model, transformers.PreTrainedModel)` true once Transformers is imported.
-
-    Transformers' Trainer writes config.json beside the weights only for a `PreTrainedModel`; without it, the saved
-    model could not be loaded. Nothing is inherited: `type(model)` is the class itself.
-    """
-
-    @property
-    def __class__(self) -> type[Any]:  # `isinstance` reads it besides the type
-        theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-        cls: Any = type(self)
-        return cls if theirs is None or issubclass(cls, theirs) else _derived(cls, theirs)
-
-    @__class__.setter
-    def __class__(self, cls: type[Any]) -> None:  # FSDP and parametrizations assign classes that they derive
-        object.__dict__["__class__"].__set__(self, cls)
-
-    # PEFT reads these attributes of a `PreTrainedModel`.
-    _keys_to_ignore_on_save = None
-
-    def is_custom_code(self) -> bool:
-        """Return True, so that no names are converted: modules are named as on the Hub."""
-        return True
-
-    def get_output_embeddings(self) -> None:
-        """Return None: there are no token embeddings."""
-        return None
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Python's own way to rebuild the object compares its type with its `__class__`.
-        return _new, (type(self),), object.__reduce_ex__(self, 2)[2]
-
-
-@functools.cache
-def _derived(cls: Hashable, theirs: Hashable) -> Any:
-    """Return a subclass of both classes whose call builds a `cls`."""
-    assert isinstance(cls, type)
-    assert isinstance(theirs, type)
-
-    def new(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls(*args, **kwargs)
-
-    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": new})
-
-
-def _new(cls: type[T]) -> T:
-    return cls.__new__(cls)
-
-
 # --------------------------------------------------------------------------------------------- from_pretrained and back
 
 
-class PretrainedMixin(KnownToTransformers, nn.Module):
+class PretrainedMixin(ModelMethods):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`, as `transformers.PreTrainedModel` has them.
 
     The class that inherits it is built by `cls(config)`, and has the attributes below and the method `initialize`.
@@ -160,16 +109,13 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
     config_class: ClassVar[Any]
     config: Any
 
-    def initialize(self, names: set[str] | None = None) -> None:
-        """Fill the parameters and buffers of these full names (all if None) with initial values, in place."""
-        raise NotImplementedError(f"{type(self).__name__} has no initialize(names)")
-
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        pretrained_model_name_or_path: StrPath,
+        pretrained_model_name_or_path: StrPath | None,
         *,
         config: Any = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | int | None = None,
@@ -191,12 +137,16 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
     ) -> Model:
         """Load a checkpoint from a folder or a Hub repository, in evaluation mode.
 
-        Tensors that the checkpoint lacks are newly initialised. Warnings list them and the checkpoint's unused tensors.
+        A checkpoint may lack a whole head, both classifiers, or the norms of the backbone's outputs
+        (`hidden_states_norms`): they are newly initialised. Warnings list them and the checkpoint's unused tensors. A
+        checkpoint without the backbone, or with only some tensors of a part, is refused: its names or its configuration
+        are other than the model's. With `output_loading_info=True` it is loaded, and the caller reads `missing_keys`.
 
         Args:
-            pretrained_model_name_or_path: a folder, or the id of a Hub repository.
+            pretrained_model_name_or_path: a folder, or the id of a Hub repository; None with `config` and `state_dict`.
             config: a configuration in place of the checkpoint's: this library's, Transformers', a dictionary, or the
                 folder or repository that has it.
+            state_dict: weights in place of the checkpoint's files; they are copied.
             dtype: a `torch.dtype` or its name. If "auto" or None, the configuration's dtype; if it has none, the dtype
                 of the checkpoint's first floating-point tensor.
             torch_dtype: the older name of `dtype`.
@@ -215,7 +165,8 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             use_safetensors: True for only safetensors, False for only pickles (.bin), None for either.
             ignore_mismatched_sizes: initialise tensors whose shape differs from the checkpoint's (the classifier, if
                 the number of classes differs) instead of raising an error.
-            output_loading_info: also return which tensors were missing, unexpected or of another shape.
+            output_loading_info: also return which tensors were missing, unexpected or of another shape; any number of
+                tensors may then be missing.
             **config_overrides: attributes of the configuration to change, such as `loss_ignore_index=0`. Arguments of
                 Transformers without an effect here (`low_cpu_mem_usage`, `attn_implementation="sdpa"`) are accepted.
 
@@ -225,36 +176,79 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             model); and `error_msgs`, an empty list.
 
         Raises:
-            CheckpointError: there are no weights, a file is damaged, or the weights are not a UPerNet's.
+            CheckpointError: there are no weights, a file is damaged, or the weights are not a UPerNet's or only a part
+                of one.
             OSError: there is no such folder, repository or revision, or it has no config.json.
-            RuntimeError: tensors have another shape than the checkpoint's; the message lists them.
+            RuntimeError: tensors have another shape than the checkpoint's (the message lists them), the model exceeds
+                the memory, or the default device is "meta" and no device is given.
             TypeError: an argument is unknown or not supported; the message gives the remedy.
             ValueError: `dtype` is not a dtype, or `torch_dtype` contradicts it.
         """
-        source = pretrained_model_name_or_path
+        source = pretrained_model_name_or_path or "state_dict"
+        if pretrained_model_name_or_path is None and (config is None or state_dict is None):
+            raise ValueError("without a folder or repository, from_pretrained needs both config= and state_dict=")
         options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only, force_download)
         options = take_arguments(cls.__name__, config_overrides, options)
+        target = _device(device, device_map)
         wanted_dtype = _wanted_dtype(dtype, torch_dtype)
         if config is None:
             options = pin_revision(source, options)
         labels = {"num_labels": num_labels, "id2label": id2label, "label2id": label2id}
         config = _build_config(cls, source if config is None else config, options, labels, config_overrides)
-        config.name_or_path = str(source)
-        shards = find_weights(source, options, variant, use_safetensors)
-        config.dtype = wanted_dtype or config.dtype or _first_dtype(shards)
+        config.name_or_path = str(pretrained_model_name_or_path or "")
+        if state_dict is None:
+            shards = find_weights(source, options, variant, use_safetensors)
+            files, stored, tensors = list(map(str, shards)), stored_tensors(shards), iterate_weights(shards)
+        else:
+            files, stored, tensors = [str(source)], described(state_dict), iter(state_dict.items())
+        config.dtype = wanted_dtype or config.dtype or _first_dtype(stored)
 
         # Tensors made in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():
-            model, unset = _build(cls, config, _device(device, device_map))
-            loaded, info = _copy_weights(model, shards)
+            with torch.device("meta"):
+                model = cls(config)
+            # The files' headers are compared with the model before memory is allocated for it.
+            places, info = _compare(model, stored, files)
             if info["mismatched_keys"] and not ignore_mismatched_sizes:
                 raise RuntimeError(_shapes_message(source, info["mismatched_keys"]))
+            if not output_loading_info:
+                _refuse_parts(model, stored, files, info)
+            unset = _allocate(model, config.dtype, target)
+            loaded = _copy_weights(model, tensors, places)
             if unset - loaded:
                 model.initialize(unset - loaded)
+        model._mark_initialized()
         model.eval()
         _warn(source, info)
         # As in Transformers, the return type is the usual case's.
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def _from_config(
+        cls: type[Model],
+        config: Any,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
+    ) -> Model:
+        """Build a model with random weights, in a dtype; `from_config` of Transformers' Auto classes calls it.
+
+        Args:
+            config: the configuration.
+            dtype: a `torch.dtype` or its name; the configuration's dtype if None.
+            torch_dtype: the older name of `dtype`.
+            **kwargs: arguments of Transformers without an effect here, as in `from_pretrained`.
+
+        Raises:
+            TypeError: an argument is unknown or not supported.
+        """
+        take_arguments(cls.__name__, kwargs, HubOptions())
+        if kwargs:
+            raise TypeError(f"{cls.__name__}._from_config has no argument {', '.join(kwargs)}")
+        model = cls(config)
+        model.config.dtype = _wanted_dtype(dtype, torch_dtype) or model.config.dtype or model.dtype
+        return model.to(dtype=model.config.dtype)
 
     def save_pretrained(
         self,
@@ -406,10 +400,9 @@ def _build_config(
     return cls.config_class.from_dict(config.to_dict(), **changes) if changes else config
 
 
-def _first_dtype(shards: Mapping[Path, set[str]]) -> torch.dtype:
+def _first_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
     """Return the dtype of the first floating-point tensor; without one, PyTorch's default dtype."""
-    floating = (tensor.dtype for _, tensor in iterate_weights(shards) if tensor.is_floating_point())
-    return next(floating, torch.get_default_dtype())
+    return next((tensor.dtype for tensor in stored.values() if tensor.dtype is not None), torch.get_default_dtype())
 
 
 def _device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
@@ -421,16 +414,24 @@ def _device(device: torch.device | str | int | None, device_map: Any) -> torch.d
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = device_map if device is None else device
+    if type(torch.empty(0)) is not torch.Tensor or (chosen is None and torch.get_default_device().type == "meta"):
+        raise RuntimeError(
+            "from_pretrained was called where new tensors have no values (torch.device('meta'), FakeTensorMode): it "
+            "would give a model without weights. Call it outside, or build the model from its configuration there"
+        )
     return torch.get_default_device() if chosen is None else torch.device(chosen)
 
 
-def _build(cls: type[Model], config: Any, device: torch.device) -> tuple[Model, set[str]]:
-    """Return a model in `config.dtype` on the device, and the names of its tensors that have no values yet.
+def _allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> set[str]:
+    """Move a model from the meta device to a device, in a dtype; return the names of its tensors without values.
 
     Backbones of other libraries are built with values, and their tensors are not among the names.
+
+    Raises:
+        RuntimeError: the model exceeds the device's memory.
     """
-    with torch.device("meta"):
-        model = cls(config)
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
+    check_memory(sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors), device)
     allocated: dict[torch.Tensor, torch.Tensor] = {}  # a tensor that two modules share stays shared
     unset = set()
     for prefix, module in model.named_modules():
@@ -440,56 +441,115 @@ def _build(cls: type[Model], config: Any, device: torch.device) -> tuple[Model, 
                 if tensor is None or not tensor.is_meta:
                     continue
                 if tensor not in allocated:
-                    dtype = config.dtype if tensor.is_floating_point() else None
-                    empty = torch.empty_like(tensor, device=device, dtype=dtype)
+                    wanted = dtype if tensor.is_floating_point() else None
+                    empty = torch.empty_like(tensor, device=device, dtype=wanted)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     allocated[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 table[name] = allocated[tensor]
                 unset.add(f"{prefix}.{name}" if prefix else name)
-    model.to(device=device, dtype=config.dtype)
-    return model, unset
+    model.to(device=device, dtype=dtype)
+    return unset
 
 
-def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]]) -> tuple[set[str], dict[str, Any]]:
-    """Copy a checkpoint into a model; return the names of the tensors that were set, and the loading info.
+def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+
+
+def _compare(model: nn.Module, stored: Mapping[str, Stored], files: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Compare the tensors in a checkpoint's files with a model's; no values are read.
+
+    Returns:
+        The model's name of each tensor that fits, by its name in the files, and the loading info.
 
     Raises:
-        CheckpointError: no tensor of the checkpoint belongs to the model.
+        CheckpointError: no tensor of the checkpoint belongs to the model, or one holds integers in place of weights.
     """
-    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    own = _own_tensors(model)
     names_of: dict[torch.Tensor, set[str]] = {}
     for name, tensor in own.items():
         names_of.setdefault(tensor, set()).add(name)
     names = backbone_names(model)
     renamed = {theirs: ours for ours, theirs in _names_on_disk(model).items()}
+    places: dict[str, str] = {}
     loaded: set[str] = set()
     unexpected: set[str] = set()
     mismatched: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
-    # Older versions of safetensors make tensors on the default device.
-    with torch.device("cpu"):
-        for theirs, tensor in iterate_weights(shards):
-            ours = theirs if theirs in own else renamed.get(theirs) or hub_name(theirs, names)
-            if ours is None:
-                continue
-            if ours not in own:
-                unexpected.add(theirs)
-            elif tensor.shape != own[ours].shape:
-                mismatched.add((ours, tuple(tensor.shape), tuple(own[ours].shape)))
-            else:
-                own[ours].copy_(tensor)
-                loaded |= names_of[own[ours]]
+    for theirs, there in stored.items():
+        ours = theirs if theirs in own else renamed.get(theirs) or hub_name(theirs, names)
+        if ours is None:
+            continue
+        if ours not in own:
+            unexpected.add(theirs)
+        elif there.shape != own[ours].shape:
+            mismatched.add((ours, there.shape, tuple(own[ours].shape)))
+        elif own[ours].is_floating_point() and there.dtype is None:
+            raise CheckpointError(
+                f"{listed(files)}: {theirs} holds no float16, bfloat16, float32 or float64; quantised weights are not "
+                "supported: load the checkpoint that they were made from"
+            )
+        else:
+            places[theirs] = ours
+            loaded |= names_of[own[ours]]
     if not loaded and not mismatched:
         raise CheckpointError(
-            f"{', '.join(map(str, shards))}: these are not UPerNet weights of this kind; their names are "
-            f"{listed(sorted(unexpected))} and the model's {listed(own)}"
+            f"{listed(files)}: these are not UPerNet weights of this kind; their names are "
+            f"{listed(sorted(unexpected))} and the model's {listed(own)}: {describe(stored, own)}"
         )
     missing = own.keys() - loaded - {name for name, _, _ in mismatched}
-    return loaded, {
+    return places, {
         "missing_keys": {name for name in missing if not names.is_computed(name)},
         "unexpected_keys": unexpected,
         "mismatched_keys": mismatched,
         "error_msgs": [],
     }
+
+
+def _refuse_parts(model: nn.Module, stored: Mapping[str, Stored], files: list[str], info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks the backbone, or only some tensors of a part; a whole head may be missing.
+
+    Raises:
+        CheckpointError: the message counts the missing tensors, and says whose names the checkpoint has.
+    """
+    own = _own_tensors(model)
+    # Converted checkpoints may lack the counters of BatchNorm, which no result depends on.
+    counted = {name for name in own if not name.endswith("num_batches_tracked")}
+    missing = counted & info["missing_keys"]
+    lacking = Counter(map(_part, missing))
+    whole = Counter(map(_part, counted))
+    if all(part != "backbone" and number == whole[part] for part, number in lacking.items()):
+        return
+    raise CheckpointError(
+        f"{listed(files)}: {len(missing)} of the model's {len(counted)} tensors are missing, such as "
+        f"{listed(sorted(missing), 2)}; unknown in the file are {len(info['unexpected_keys'])}, such as "
+        f"{listed(sorted(info['unexpected_keys']), 2)}: {describe(info['unexpected_keys'] or stored, own)}"
+    )
+
+
+def _part(name: str) -> str:
+    """Return the part of a model that a tensor belongs to; a checkpoint has all its tensors, or none."""
+    first, _, rest = name.partition(".")
+    inner = rest.partition(".")[0]
+    return f"{first}.{inner}" if inner in ("classifier", "hidden_states_norms") else first
+
+
+def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], places: Mapping[str, str]) -> set[str]:
+    """Copy tensors of a checkpoint into a model; return the names of the model's tensors that were set.
+
+    Args:
+        model: the model, with memory for its tensors.
+        tensors: names and values.
+        places: the model's name of each tensor, by its name in the checkpoint.
+    """
+    own = _own_tensors(model)
+    copied = set()
+    # Older versions of safetensors make tensors on the default device.
+    with torch.device("cpu"):
+        for theirs, tensor in tensors:
+            if theirs in places:
+                target = own[places[theirs]]
+                target.copy_(tensor)
+                copied.add(id(target))
+    return {name for name, tensor in own.items() if id(tensor) in copied}
 
 
 def _shapes_message(source: StrPath, mismatched: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:

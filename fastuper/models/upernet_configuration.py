@@ -9,6 +9,7 @@ from typing import Any
 
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, find_file
+from fastuper.io.messages import shown
 from fastuper.models.backbones.foreign import TIMM, transformers_model_types
 from fastuper.models.backbones.registry import FAMILIES
 from fastuper.models.backbones.resnet import ResNetConfig
@@ -16,7 +17,7 @@ from fastuper.models.configuration import (
     BackboneConfig,
     Config,
     ForeignBackboneConfig,
-    check_counts,
+    as_list,
     overridden,
 )
 
@@ -87,11 +88,8 @@ class UperNetConfig(Config):
             raise ValueError("use_timm_backbone=True needs backbone, the name of a timm model")
         if use_pretrained_backbone and backbone is None:
             raise ValueError("use_pretrained_backbone=True needs backbone, the name of the model to load")
-        if not isinstance(pool_scales, Sequence) or not pool_scales:
-            raise ValueError(f"pool_scales must be a list of one or more numbers, got {pool_scales!r}")
-        check_counts(1, **{f"pool_scales[{i}]": scale for i, scale in enumerate(pool_scales)})
-        check_counts(1, hidden_size=hidden_size, auxiliary_channels=auxiliary_channels)
-        check_counts(0, auxiliary_num_convs=auxiliary_num_convs)
+        if not isinstance(backbone_kwargs, Mapping | None):
+            raise ValueError(f"backbone_kwargs must map names to values, got {shown(backbone_kwargs)}")
         super().__init__(**extra)
         self.backbone = backbone
         self.use_pretrained_backbone = use_pretrained_backbone
@@ -99,7 +97,7 @@ class UperNetConfig(Config):
         self.backbone_kwargs = None if backbone_kwargs is None else dict(backbone_kwargs)
         self.hidden_size = hidden_size
         self.initializer_range = initializer_range
-        self.pool_scales = list(pool_scales)
+        self.pool_scales = as_list(pool_scales)
         self.use_auxiliary_head = use_auxiliary_head
         self.auxiliary_loss_weight = auxiliary_loss_weight
         self.auxiliary_in_channels = auxiliary_in_channels
@@ -107,9 +105,17 @@ class UperNetConfig(Config):
         self.auxiliary_num_convs = auxiliary_num_convs
         self.auxiliary_concat_input = auxiliary_concat_input
         self.loss_ignore_index = loss_ignore_index
+        self.check()
         if backbone_config is None and backbone is None:
             backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
         self.backbone_config = backbone_config
+
+    def check(self) -> None:
+        """Check all values, the backbone's too; see `Config.check`."""
+        super().check()
+        backbone = getattr(self, "_backbone_config", None)  # the constructor sets it last
+        if backbone is not None:
+            backbone.check()
 
     @property
     def backbone_config(self) -> Any:
@@ -149,8 +155,10 @@ def upernet_config_from(config: Any) -> UperNetConfig:
 
     Raises:
         TypeError: `config` is not a UPerNet's configuration.
+        ValueError: a value is out of its bounds.
     """
     if isinstance(config, UperNetConfig):
+        config.check()  # attributes may have been set since the configuration was made
         return config
     values = _as_dict(config)
     if values is None or values.get("model_type", "upernet") != "upernet":
@@ -175,13 +183,15 @@ def backbone_config_from(config: Any) -> BackboneConfig | ForeignBackboneConfig:
     if values is None:
         raise TypeError(f"expected a backbone's configuration or its dictionary, got {type(config).__name__}")
     model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ValueError(f"the backbone's model_type must be a text, got {shown(model_type)}")
     if model_type in FAMILIES:
         return FAMILIES[model_type].config(**values)
     if model_type == TIMM or model_type in transformers_model_types():
         return ForeignBackboneConfig(model_type, **values)
     known = [*sorted(FAMILIES), TIMM]
     hint = "" if find_spec("transformers") else "; with Transformers installed, those of its AutoBackbone"
-    raise ValueError(f"backbone type {model_type!r} is not known; known are {', '.join(known)}{hint}")
+    raise ValueError(f"backbone type {shown(model_type)} is not known; known are {', '.join(known)}{hint}")
 
 
 def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBackboneConfig:

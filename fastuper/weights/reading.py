@@ -7,16 +7,22 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file
-from fastuper.io.messages import listed
+from fastuper.io.messages import listed, shown
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.filenames import INDEX, PICKLE, SAFETENSORS, with_variant
+
+FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""The dtypes that weights may have, by their names in safetensors files."""
 
 
 def read_weights(
@@ -78,6 +84,46 @@ def find_weights(
     raise CheckpointError(f"{place} has no weights: no file {' or '.join(names)}; {remedy}")
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What the header of a file says about a tensor; `dtype` is None if it is no floating-point dtype of weights."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+def stored_tensors(shards: Mapping[Path, set[str]]) -> dict[str, Stored]:
+    """Return the shape and the dtype of each tensor in the files of `find_weights`; the values are not read.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    found: dict[str, Stored] = {}
+    for path in shards:
+        if path.suffix == ".safetensors":
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118  (the file itself cannot be iterated)
+                    part = file.get_slice(name)
+                    found[name] = Stored(tuple(part.get_shape()), FLOATING.get(part.get_dtype()))
+        else:
+            found |= described(dict(_read_pickle(path)))
+    return found
+
+
+def described(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
+    """Return the shape and the dtype of each tensor of a state dict.
+
+    Raises:
+        TypeError: a value is not a tensor.
+    """
+    if wrong := [name for name, value in state_dict.items() if not isinstance(value, torch.Tensor)]:
+        raise TypeError(f"state_dict holds tensors; {listed(wrong)} are none")
+    return {
+        name: Stored(tuple(tensor.shape), tensor.dtype if tensor.dtype in FLOATING.values() else None)
+        for name, tensor in state_dict.items()
+    }
+
+
 def iterate_weights(shards: Mapping[Path, set[str]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the name and the value of each tensor in the files of `find_weights`, one file open at a time.
 
@@ -109,12 +155,24 @@ def _shards_of(index: Path, source: str | os.PathLike[str], options: HubOptions 
     shards = {}
     for filename, tensors in names.items():
         if Path(filename).name != filename or Path(filename).suffix not in (".safetensors", ".bin"):
-            raise CheckpointError(f"{index} names {filename!r}, which is not a weight file beside it; fetch it again")
+            raise CheckpointError(
+                f"{index} names {shown(filename)}, which is not a weight file beside it; fetch it again"
+            )
         path = find_file(source, filename, options)
         if path is None:
-            raise CheckpointError(f"{index} names {filename}, which is missing; fetch it")
+            raise CheckpointError(f"{index} names {shown(filename)}, which is missing; fetch it")
+        if not _is_inside(path, index.parent):
+            raise CheckpointError(f"{index} names {shown(filename)}, a link out of its folder; put the file there")
         shards[path] = tensors
     return shards
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Return True if a file of a folder is no link out of it, except into the blobs of the Hub's cache."""
+    place, folder = path.resolve().parent, folder.resolve()
+    if place == folder:
+        return True
+    return place.name == "blobs" and place.parent / "snapshots" in folder.parents
 
 
 def _check_file(path: Path) -> None:
@@ -127,21 +185,33 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
 
 
-def _read_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; its header is checked against the file's size."""
     _check_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118  (the file itself cannot be iterated)
-                yield name, file.get_tensor(name)
+            yield file
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from None
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  (as above)
+            yield name, file.get_tensor(name)
 
 
 def _read_pickle(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     _check_file(path)
     try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise CheckpointError(f"{path} is compressed, and torch.save compresses nothing; save it again")
         # Files of PyTorch before 1.6 are not zip archives, and cannot be mapped into memory.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if not re.search(r"GLOBAL|global|reduce|NEWOBJ|can only (create|build)", str(error), re.IGNORECASE):
             raise CheckpointError(f"{path} is damaged ({_reason(error)}); fetch it again") from None
@@ -149,13 +219,22 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             f"{path} contains code that would run on loading ({_reason(error)}); it was not run. "
             "Ask its author for model.safetensors, or convert it on a machine that may run it"
         ) from None
-    except (OSError, MemoryError):
+    except (OSError, MemoryError):  # also CheckpointError
         raise
     except Exception as error:  # its class (AssertionError, struct.error, ...) depends on the place of the damage
         raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch it again") from None
-    if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} does not hold a dict of tensors; save `model.state_dict()`")
-    yield from content.items()
+    values = content if isinstance(content, Mapping) else {"": content}
+    if content is not values or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        inner = [key for key, value in values.items() if key and isinstance(value, Mapping)]
+        where = f" (but dicts under {listed(inner)})" if inner else ""
+        raise CheckpointError(f"{path} does not hold a dict of tensors{where}; save `model.state_dict()`")
+    size = path.stat().st_size
+    for name, tensor in content.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.nbytes > size:
+            raise CheckpointError(
+                f"{path}: {shown(name)} is sparse, quantised or without values; save it as a dense tensor"
+            )
+        yield str(name), tensor
 
 
 def _reason(error: Exception) -> str:

@@ -40,12 +40,25 @@ def offline(cache, **options):
 def test_file_in_a_folder(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "config.json").write_text("{}")
-    (tmp_path / "folder.json").mkdir()
     assert find_file(tmp_path, "sub/config.json") == tmp_path / "sub" / "config.json"
     assert find_file(str(tmp_path), "config.json", HubOptions(subfolder="sub")) == tmp_path / "sub" / "config.json"
     assert find_file(tmp_path, "config.json") is None
-    assert find_file(tmp_path, "folder.json") is None
     assert find_file(tmp_path, "config.json", HubOptions(subfolder="nowhere")) is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "link that leads to no file", "pipe or device"])
+def test_no_file_of_the_name(tmp_path, kind):
+    path = tmp_path / "config.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind.startswith("link"):
+        path.symlink_to(path)
+    elif hasattr(os, "mkfifo"):
+        os.mkfifo(path)
+    else:
+        pytest.skip("Windows has no named pipes")
+    with pytest.raises(OSError, match=rf"config\.json is a {kind}, where a file is expected"):
+        find_file(tmp_path, "config.json")
 
 
 def test_source_is_a_file(tmp_path):

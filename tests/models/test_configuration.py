@@ -63,14 +63,17 @@ REFUSED = {
     "timm-without-a-name": (lambda: UperNetConfig(use_timm_backbone=True), "use_timm_backbone=True needs backbone"),
     "no-pool-scales": (lambda: UperNetConfig(pool_scales=[]), "pool_scales must be a list of one or more numbers"),
     "one-pool-scale": (lambda: UperNetConfig(pool_scales=3), "pool_scales must be a list of .*, got 3"),
-    "pool-scale-0": (lambda: UperNetConfig(pool_scales=[1, 0]), r"pool_scales\[1\] must be .* at least 1, got 0"),
-    "window-0": (lambda: SwinConfig(window_size=0), "window_size must be .* at least 1, got 0"),
-    "depth-0": (lambda: SwinConfig(depths=[2, 2, 0, 2]), r"depths\[2\] must be .* at least 1, got 0"),
-    "no-labels": (lambda: UperNetConfig(num_labels=0), "num_labels must be .* at least 1, got 0"),
+    "pool-scale-0": (
+        lambda: UperNetConfig(pool_scales=[1, 0]),
+        r"pool_scales\[1\] must be .* at least 1 and at most 256, got 0",
+    ),
+    "window-0": (lambda: SwinConfig(window_size=0), "window_size must be .* at least 1 and at most 64, got 0"),
+    "depth-0": (lambda: SwinConfig(depths=[2, 2, 0, 2]), r"depths\[2\] must be .* at least 1 and at most 400, got 0"),
+    "no-labels": (lambda: UperNetConfig(num_labels=0), "num_labels must be .* at least 1 and at most 65536, got 0"),
     "labels-in-a-list": (lambda: UperNetConfig(id2label=["a", "b"]), r"id2label must map .*, got \['a', 'b'\]"),
     "labels-by-name": (lambda: UperNetConfig(id2label={"x": "a"}), "id2label must map class numbers to names"),
     "labels-empty": (lambda: UperNetConfig(id2label={}), "id2label names no class"),
-    "hidden-size-in-words": (lambda: UperNetConfig(hidden_size="16"), "hidden_size must be .* at least 1, got '16'"),
+    "hidden-size-in-words": (lambda: UperNetConfig(hidden_size="16"), "hidden_size must be .* at most 16384, got '16'"),
     "convs-below-0": (lambda: UperNetConfig(auxiliary_num_convs=-1), "auxiliary_num_convs must be .* at least 0"),
     "pretrained-nothing": (lambda: UperNetConfig(use_pretrained_backbone=True), "use_pretrained_backbone=True needs"),
     "unknown-backbone": (
@@ -110,7 +113,7 @@ def test_an_unknown_activation_names_the_known_ones():
 
 
 def test_an_error_in_a_file_names_it(tmp_path):
-    (tmp_path / "config.json").write_text('{"id2label": ["a"]}')
+    (tmp_path / "config.json").write_text('{"model_type": "upernet", "id2label": ["a"]}')
     with pytest.raises(ValueError, match=r"config\.json: id2label must map"):
         UperNetConfig.from_pretrained(tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -10,6 +11,7 @@ import pickle
 import re
 import types
 
+import accelerate
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -17,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastuper.io.hub
 import fastuper.models.pretrained
@@ -395,7 +398,6 @@ def test_an_override_that_is_a_configuration(tmp_path):
         ({"trust_remote_code": True}, "trust_remote_code=True: code of a repository is never run"),
         ({"attn_implementation": "flash_attention_2"}, "does not support attn_implementation='flash_attention_2'"),
         ({"load_in_8bit": True}, "load_in_8bit=True: "),
-        ({"state_dict": {"a": 1}}, "state_dict=.*load_state_dict"),
         ({"weights_only": False}, "weights_only=False"),
     ],
 )
@@ -543,9 +545,40 @@ def test_weights_loaded_in_inference_mode_can_be_trained(checkpoint):
 def test_device(checkpoint):
     assert load(checkpoint[0], device="meta").device.type == "meta"
     with torch.device("meta"):
-        assert load(checkpoint[0]).device.type == "meta"
         model = load(checkpoint[0], device="cpu")
     assert_same(checkpoint[1].state_dict(), model.state_dict())
+
+
+def test_where_new_tensors_have_no_values(checkpoint):
+    with torch.device("meta"), pytest.raises(RuntimeError, match="a model without weights"):
+        load(checkpoint[0])
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="FakeTensorMode"):
+        load(checkpoint[0])
+    with accelerate.init_empty_weights(include_buffers=True), pytest.raises(RuntimeError, match="without weights"):
+        load(checkpoint[0])
+    torch.set_default_device("meta")
+    try:
+        with pytest.raises(RuntimeError, match=r"torch\.device\('meta'\)"):
+            load(checkpoint[0])
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("surroundings", ["cpu", "float16", "init_empty_weights"])
+def test_surroundings_that_change_nothing(checkpoint, surroundings):
+    context = {
+        "cpu": lambda: torch.device("cpu"),
+        "float16": contextlib.nullcontext,
+        "init_empty_weights": accelerate.init_empty_weights,
+    }[surroundings]
+    torch.set_default_dtype(torch.float16 if surroundings == "float16" else torch.float32)
+    try:
+        with context():
+            model = load(checkpoint[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(checkpoint[1].state_dict(), model.state_dict())
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
 
 
 def test_device_map(checkpoint):

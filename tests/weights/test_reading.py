@@ -247,7 +247,7 @@ def test_a_pickle_of_another_value(tmp_path, content):
         ('{"weight_map": {"a": "config.json"}}', "not a weight file beside it"),
         (
             '{"weight_map": {"a": "model-00001-of-00009.safetensors"}}',
-            "model-00001-of-00009.safetensors, which is missing",
+            "model-00001-of-00009.safetensors', which is missing",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from torch import nn
 from fastuper.models.backbones import rewrites
 from fastuper.models.backbones.layers import STAGES, Backbone, LayerNorm2d, activation, channels_last, drop_path, pad_to
 from fastuper.models.backbones.registry import register, stage_depths
-from fastuper.models.configuration import BackboneConfig, check_counts
+from fastuper.models.configuration import BackboneConfig, as_list
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.outputs import BackboneOutput
 from fastuper.weights.transformers import Names
@@ -64,24 +64,28 @@ class ConvNextConfig(BackboneConfig):
         out_indices: Sequence[int] | None = None,
         **extra: Any,
     ):
+        num_stages = extra.pop("num_hidden_layers", num_stages)
         self.num_channels = num_channels
         self.patch_size = patch_size
         self.num_stages = num_stages
-        self.hidden_sizes = [96, 192, 384, 768] if hidden_sizes is None else list(hidden_sizes)
-        self.depths = [3, 3, 9, 3] if depths is None else list(depths)
+        self.hidden_sizes = [96, 192, 384, 768] if hidden_sizes is None else as_list(hidden_sizes)
+        self.depths = [3, 3, 9, 3] if depths is None else as_list(depths)
         self.hidden_act = hidden_act
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.layer_scale_init_value = layer_scale_init_value
         self.drop_path_rate = drop_path_rate
         self.image_size = image_size
-        check_counts(1, num_channels=num_channels)
-        if not len(self.hidden_sizes) == len(self.depths) == num_stages:
+        super().__init__(self.depths, out_features, out_indices, **extra)
+
+    def check(self) -> None:
+        """Check all values; see `Config.check`."""
+        super().check()
+        if not len(self.hidden_sizes) == len(self.depths) == self.num_stages:
             raise ValueError(
-                f"num_stages={num_stages}, hidden_sizes={self.hidden_sizes} and depths={self.depths} "
+                f"num_stages={self.num_stages}, hidden_sizes={self.hidden_sizes} and depths={self.depths} "
                 "must agree on the number of stages"
             )
-        super().__init__(self.depths, out_features, out_indices, **extra)
 
 
 class ConvNextEmbeddings(nn.Module):

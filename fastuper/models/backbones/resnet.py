@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fastuper.io.messages import shown
 from fastuper.models.backbones import rewrites
 from fastuper.models.backbones.layers import STAGES, Backbone, activation, channels_last
 from fastuper.models.backbones.registry import register, stage_depths
-from fastuper.models.configuration import BackboneConfig
+from fastuper.models.configuration import BackboneConfig, as_list
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.norms import batch_norm
 from fastuper.models.outputs import BackboneOutput
@@ -59,21 +60,27 @@ class ResNetConfig(BackboneConfig):
         out_indices: Sequence[int] | None = None,
         **extra: Any,
     ):
-        if layer_type not in self.layer_types:
-            raise ValueError(f"layer_type={layer_type!r} must be one of {', '.join(self.layer_types)}")
         self.num_channels = num_channels
         self.embedding_size = embedding_size
-        self.hidden_sizes = list(hidden_sizes)
-        self.depths = list(depths)
+        self.hidden_sizes = as_list(hidden_sizes)
+        self.depths = as_list(depths)
         self.layer_type = layer_type
         self.hidden_act = hidden_act
         self.downsample_in_first_stage = downsample_in_first_stage
         self.downsample_in_bottleneck = downsample_in_bottleneck
+        super().__init__(self.depths, out_features, out_indices, **extra)
+
+    def check(self) -> None:
+        """Check all values; see `Config.check`."""
+        super().check()
+        if self.layer_type not in self.layer_types:
+            raise ValueError(f"layer_type={shown(self.layer_type)} must be one of {', '.join(self.layer_types)}")
         if len(self.hidden_sizes) != len(self.depths):
             raise ValueError(
                 f"hidden_sizes={self.hidden_sizes} and depths={self.depths} must agree on the number of stages"
             )
-        super().__init__(self.depths, out_features, out_indices, **extra)
+        if self.layer_type == "bottleneck" and min(self.hidden_sizes) < 4:
+            raise ValueError(f"hidden_sizes={self.hidden_sizes} must be at least 4 where layer_type is 'bottleneck'")
 
 
 class ResNetConvLayer(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastuper.io.bounds import WIDEST
 from fastuper.models.backbones import rewrites
 from fastuper.models.backbones.layers import (
     STAGES,
@@ -32,7 +33,7 @@ from fastuper.models.backbones.windows import (
     window_partition,
     window_reverse,
 )
-from fastuper.models.configuration import BackboneConfig, check_counts
+from fastuper.models.configuration import BackboneConfig, as_list
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.outputs import BackboneOutput
 from fastuper.weights.transformers import Names
@@ -94,12 +95,13 @@ class SwinConfig(BackboneConfig):
         out_indices: Sequence[int] | None = None,
         **extra: Any,
     ):
+        num_heads = extra.pop("num_attention_heads", num_heads)
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_channels = num_channels
         self.embed_dim = embed_dim
-        self.depths = list(depths)
-        self.num_heads = list(num_heads)
+        self.depths = as_list(depths)
+        self.num_heads = as_list(num_heads)
         self.window_size = window_size
         self.mlp_ratio = mlp_ratio
         self.qkv_bias = qkv_bias
@@ -111,18 +113,31 @@ class SwinConfig(BackboneConfig):
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.encoder_stride = encoder_stride
-        check_counts(1, window_size=window_size, num_channels=num_channels, embed_dim=embed_dim)
-        if len(self.depths) != len(self.num_heads):
-            raise ValueError(f"depths={self.depths} and num_heads={self.num_heads} must agree on the number of stages")
-        for stage, heads in enumerate(self.num_heads):
-            if embed_dim * 2**stage % heads:
-                raise ValueError(
-                    f"the {embed_dim * 2**stage} channels of stage {stage + 1} (embed_dim={embed_dim}) "
-                    f"are not a multiple of its {heads} attention heads"
-                )
-        for derived in ("num_layers", "hidden_size"):
+        for derived in ("num_layers", "num_hidden_layers", "hidden_size"):
             extra.pop(derived, None)
         super().__init__(self.depths, out_features, out_indices, **extra)
+
+    def check(self) -> None:
+        """Check all values; see `Config.check`."""
+        super().check()
+        if len(self.depths) != len(self.num_heads):
+            raise ValueError(f"depths={self.depths} and num_heads={self.num_heads} must agree on the number of stages")
+        if self.hidden_size > 4 * WIDEST:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} doubles from stage to stage, to {self.hidden_size} channels in the last; "
+                f"they must be at most {4 * WIDEST}"
+            )
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} gives the MLPs no channels, with embed_dim={self.embed_dim}")
+        for stage, heads in enumerate(self.num_heads):
+            if self.embed_dim * 2**stage % heads:
+                raise ValueError(
+                    f"the {self.embed_dim * 2**stage} channels of stage {stage + 1} (embed_dim={self.embed_dim}) "
+                    f"are not a multiple of its {heads} attention heads"
+                )
+        sides = zip(pair(self.image_size), pair(self.patch_size), strict=True)
+        if self.use_absolute_embeddings and any(image < patch for image, patch in sides):
+            raise ValueError(f"image_size={self.image_size} must be at least patch_size={self.patch_size}")
 
     @property
     def num_layers(self) -> int:
