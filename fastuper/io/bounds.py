@@ -131,6 +131,10 @@ BOUNDS: dict[str, Bound] = {
     # The image processor.
     "height": _whole(1, WIDEST),
     "width": _whole(1, WIDEST),
+    "shortest_edge": _whole(1, WIDEST),
+    "longest_edge": _whole(1, WIDEST),
+    "max_height": _whole(1, WIDEST),
+    "max_width": _whole(1, WIDEST),
     "rescale_factor": Bound(kind=float, more_than=0, at_most=10**6),
     "image_mean": Bound(kind=float, at_least=-(10**6), at_most=10**6, items=1024),
     "image_std": Bound(kind=float, at_least=0, at_most=10**6, items=1024),

@@ -41,7 +41,7 @@ def batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not norm.training or not has_statistics or x.shape[0] != 1 or tuple(x.shape[2:]) != (1, 1):
         return norm(x)
     if not torch.compiler.is_compiling():
-        _warn_once(
+        warn_once(
             "BatchNorm over a single cell of a single image uses its running statistics, because one value has no "
             "variance; train on two or more images in a batch to use the batch's statistics"
         )
@@ -53,5 +53,6 @@ def batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning the first time that it is given."""
     logger.warning(message)

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import logging
 import os
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 
-from fastuper.io.hub import HubOptions, pin_revision
+from fastuper.io.arguments import take_arguments
+from fastuper.io.hub import CONFIG_NAME, HubOptions, pin_revision, upload
 from fastuper.io.messages import listed
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.configuration import as_dtype
 from fastuper.models.memory import check_memory
+from fastuper.models.model_methods import ModelMethods
 from fastuper.weights.dialects import describe
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.reading import Stored, find_weights, iterate_weights, stored_tensors
+from fastuper.weights.reading import Stored, described, find_weights, iterate_weights, stored_tensors
 from fastuper.weights.transformers import Names, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
 
 logger = logging.getLogger("fastuper")
 
-T = TypeVar("T")
 Model = TypeVar("Model", bound="PretrainedMixin")
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -95,80 +93,10 @@ def _names_on_disk(model: nn.Module) -> dict[str, str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------- as a PreTrainedModel
-
-
-class KnownToTransformers:
-    """Makes `isinstance(model, transformers.PreTrainedModel)` true once Transformers is imported.
-
-    Transformers' Trainer writes config.json beside the weights only for a `PreTrainedModel`; without it, the saved
-    model could not be loaded. Nothing is inherited: `type(model)` is the class itself.
-    """
-
-    @property
-    def __class__(self) -> type[Any]:  # `isinstance` reads it besides the type
-        theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-        cls: Any = type(self)
-        return cls if theirs is None or issubclass(cls, theirs) else _derived(cls, theirs)
-
-    @__class__.setter
-    def __class__(self, cls: type[Any]) -> None:  # FSDP and parametrizations assign classes that they derive
-        object.__dict__["__class__"].__set__(self, cls)
-
-    # PEFT reads these attributes of a `PreTrainedModel`.
-    _keys_to_ignore_on_save = None
-
-    def is_custom_code(self) -> bool:
-        """Return True, so that no names are converted: modules are named as on the Hub."""
-        return True
-
-    def get_output_embeddings(self) -> None:
-        """Return None: there are no token embeddings."""
-        return None
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Python's own way to rebuild the object compares its type with its `__class__`.
-        return _new, (type(self),), object.__reduce_ex__(self, 2)[2]
-
-
-@functools.cache
-def _derived(cls: Hashable, theirs: Hashable) -> Any:
-    """Return a subclass of both classes whose call builds a `cls`."""
-    assert isinstance(cls, type)
-    assert isinstance(theirs, type)
-
-    def new(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls(*args, **kwargs)
-
-    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": new})
-
-
-def _new(cls: type[T]) -> T:
-    return cls.__new__(cls)
-
-
 # --------------------------------------------------------------------------------------------- from_pretrained and back
 
-# Arguments of Transformers that are not supported, each with the remedy.
-REFUSED = {
-    "force_download": "delete the repository from the Hub's cache",
-    "from_flax": "convert the checkpoint to safetensors first",
-    "from_tf": "convert the checkpoint to safetensors first",
-    "gguf_file": "convert the checkpoint to safetensors first",
-    "key_mapping": "rename the state dict and pass it to load_state_dict",
-    "load_in_4bit": "quantised weights are not supported; dtype=torch.bfloat16 halves the memory",
-    "load_in_8bit": "quantised weights are not supported; dtype=torch.bfloat16 halves the memory",
-    "max_memory": "the whole model goes to one device: pass device=",
-    "offload_folder": "the whole model goes to one device: pass device=",
-    "proxies": "set the environment variable HTTPS_PROXY",
-    "quantization_config": "quantised weights are not supported; dtype=torch.bfloat16 halves the memory",
-    "state_dict": "build the model from its config and call load_state_dict",
-    "trust_remote_code": "code of a repository is never run; leave it out",
-    "use_auth_token": "pass token=",
-}
 
-
-class PretrainedMixin(KnownToTransformers, nn.Module):
+class PretrainedMixin(ModelMethods):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`, as `transformers.PreTrainedModel` has them.
 
     The class that inherits it is built by `cls(config)`, and has the attributes below and the method `initialize`.
@@ -181,16 +109,13 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
     config_class: ClassVar[Any]
     config: Any
 
-    def initialize(self, names: set[str] | None = None) -> None:
-        """Fill the parameters and buffers of these full names (all if None) with initial values, in place."""
-        raise NotImplementedError(f"{type(self).__name__} has no initialize(names)")
-
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        pretrained_model_name_or_path: StrPath,
+        pretrained_model_name_or_path: StrPath | None,
         *,
         config: Any = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | int | None = None,
@@ -203,6 +128,7 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         device_map: torch.device | str | int | Mapping[str, Any] | None = None,
         use_safetensors: bool | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -217,9 +143,10 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         refused: its names or its configuration are not the model's.
 
         Args:
-            pretrained_model_name_or_path: a folder, or the id of a Hub repository.
+            pretrained_model_name_or_path: a folder, or the id of a Hub repository; None with `config` and `state_dict`.
             config: a configuration in place of the checkpoint's: this library's, Transformers', a dictionary, or the
                 folder or repository that has it.
+            state_dict: weights in place of the checkpoint's files; they are copied.
             dtype: a `torch.dtype` or its name. If "auto" or None, the configuration's dtype; if it has none, the dtype
                 of the checkpoint's first floating-point tensor.
             torch_dtype: the older name of `dtype`.
@@ -233,6 +160,7 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             revision: a branch, tag or commit of the repository.
             variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
             local_files_only: use only files in the cache, and never ask the Hub.
+            force_download: download the files again, even if the cache has them.
             device_map: Transformers' name of `device`: a device, {"": device}, or "auto" for a GPU if there is one.
             use_safetensors: True for only safetensors, False for only pickles (.bin), None for either.
             ignore_mismatched_sizes: initialise tensors whose shape differs from the checkpoint's (the classifier, if
@@ -256,18 +184,23 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             TypeError: an argument is unknown or not supported; the message gives the remedy.
             ValueError: `dtype` is not a dtype, or `torch_dtype` contradicts it.
         """
-        source = pretrained_model_name_or_path
-        _refuse(cls, config_overrides)
+        source = pretrained_model_name_or_path or "state_dict"
+        if pretrained_model_name_or_path is None and (config is None or state_dict is None):
+            raise ValueError("without a folder or repository, from_pretrained needs both config= and state_dict=")
+        options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only, force_download)
+        options = take_arguments(cls.__name__, config_overrides, options)
         target = _device(device, device_map)
         wanted_dtype = _wanted_dtype(dtype, torch_dtype)
-        options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only)
         if config is None:
             options = pin_revision(source, options)
         labels = {"num_labels": num_labels, "id2label": id2label, "label2id": label2id}
         config = _build_config(cls, source if config is None else config, options, labels, config_overrides)
-        config.name_or_path = str(source)
-        shards = find_weights(source, options, variant, use_safetensors)
-        stored = stored_tensors(shards)
+        config.name_or_path = str(pretrained_model_name_or_path or "")
+        if state_dict is None:
+            shards = find_weights(source, options, variant, use_safetensors)
+            files, stored, tensors = list(map(str, shards)), stored_tensors(shards), iterate_weights(shards)
+        else:
+            files, stored, tensors = [str(source)], described(state_dict), iter(state_dict.items())
         config.dtype = wanted_dtype or config.dtype or _first_dtype(stored)
 
         # Tensors made in inference mode could never be trained.
@@ -275,19 +208,47 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
             with torch.device("meta"):
                 model = cls(config)
             # The files' headers are compared with the model before memory is allocated for it.
-            places, info = _compare(model, stored, shards)
+            places, info = _compare(model, stored, files)
             if info["mismatched_keys"] and not ignore_mismatched_sizes:
                 raise RuntimeError(_shapes_message(source, info["mismatched_keys"]))
             if not output_loading_info:
-                _refuse_parts(model, stored, shards, info, ignore_mismatched_sizes)
+                _refuse_parts(model, stored, files, info, ignore_mismatched_sizes)
             unset = _allocate(model, config.dtype, target)
-            loaded = _copy_weights(model, shards, places)
+            loaded = _copy_weights(model, tensors, places)
             if unset - loaded:
                 model.initialize(unset - loaded)
+        model._mark_initialized()
         model.eval()
         _warn(source, info)
         # As in Transformers, the return type is the usual case's.
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def _from_config(
+        cls: type[Model],
+        config: Any,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
+    ) -> Model:
+        """Build a model with random weights, in a dtype; `from_config` of Transformers' Auto classes calls it.
+
+        Args:
+            config: the configuration.
+            dtype: a `torch.dtype` or its name; the configuration's dtype if None.
+            torch_dtype: the older name of `dtype`.
+            **kwargs: arguments of Transformers without an effect here, as in `from_pretrained`.
+
+        Raises:
+            TypeError: an argument is unknown or not supported.
+        """
+        take_arguments(cls.__name__, kwargs, HubOptions())
+        if kwargs:
+            raise TypeError(f"{cls.__name__}._from_config has no argument {', '.join(kwargs)}")
+        model = cls(config)
+        model.config.dtype = _wanted_dtype(dtype, torch_dtype) or model.config.dtype or model.dtype
+        return model.to(dtype=model.config.dtype)
 
     def save_pretrained(
         self,
@@ -334,7 +295,8 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         repo_id = kwargs.pop("repo_id", folder.absolute().name)
         files = self._save(folder, state_dict, safe_serialization, max_shard_size, variant)
         if push_to_hub:
-            _upload(folder, files, repo_id, **kwargs)
+            kwargs.setdefault("commit_message", "Upload model")
+            upload(folder, [CONFIG_NAME, *files.names], repo_id, replaced=files.replaced, **kwargs)
 
     def push_to_hub(
         self,
@@ -368,11 +330,12 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
         """
         with tempfile.TemporaryDirectory() as folder:
             files = self._save(Path(folder), None, True, max_shard_size, variant)
-            return _upload(
+            return upload(
                 Path(folder),
-                files,
+                [CONFIG_NAME, *files.names],
                 repo_id,
-                commit_message=commit_message,
+                replaced=files.replaced,
+                commit_message=commit_message or "Upload model",
                 private=private,
                 token=token,
                 revision=revision,
@@ -406,21 +369,6 @@ class PretrainedMixin(KnownToTransformers, nn.Module):
 
 
 # ----------------------------------------------------------------------------------------- the steps of from_pretrained
-
-
-def _refuse(cls: type, kwargs: dict[str, Any]) -> None:
-    """Remove Transformers' arguments from `kwargs`; raise TypeError for one that is not supported."""
-    kwargs.pop("low_cpu_mem_usage", None)  # it is always low
-    kwargs.pop("_fast_init", None)
-    attention = kwargs.pop("attn_implementation", None)
-    if attention not in (None, "eager", "sdpa"):
-        raise TypeError(f"attn_implementation={attention!r} is not supported; leave it out")
-    if not kwargs.pop("weights_only", True):
-        raise TypeError("weights_only=False is not supported: code in a pickle is never run; leave it out")
-    for name, remedy in REFUSED.items():
-        value = kwargs.pop(name, None)
-        if value is not None and value is not False:
-            raise TypeError(f"{cls.__name__}.from_pretrained has no {name}: {remedy}")
 
 
 def _wanted_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -508,7 +456,7 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _compare(
-    model: nn.Module, stored: Mapping[str, Stored], files: Collection[Path]
+    model: nn.Module, stored: Mapping[str, Stored], files: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Compare the tensors in a checkpoint's files with a model's; no values are read.
 
@@ -559,7 +507,7 @@ def _compare(
 
 
 def _refuse_parts(
-    model: nn.Module, stored: Mapping[str, Stored], files: Collection[Path], info: Mapping[str, Any], new_heads: bool
+    model: nn.Module, stored: Mapping[str, Stored], files: Sequence[str], info: Mapping[str, Any], new_heads: bool
 ) -> None:
     """Refuse a checkpoint that lacks more than the auxiliary head, which only training needs.
 
@@ -587,10 +535,9 @@ def _refuse_parts(
     raise CheckpointError(f"{message}{extra}: {describe(unknown, own)}")
 
 
-def _place(files: Collection[Path]) -> str:
+def _place(files: Sequence[str]) -> str:
     """Return the name of the only file, or the folder of several."""
-    first = next(iter(files))
-    return str(first) if len(files) == 1 else f"{first.parent} ({len(files)} files)"
+    return files[0] if len(files) == 1 else f"{Path(files[0]).parent} ({len(files)} files)"
 
 
 def _part(name: str) -> str:
@@ -600,19 +547,19 @@ def _part(name: str) -> str:
     return f"{first}.{inner}" if inner in ("classifier", "hidden_states_norms") else first
 
 
-def _copy_weights(model: nn.Module, shards: Mapping[Path, set[str]], places: Mapping[str, str]) -> set[str]:
-    """Copy tensors of files into a model; return the names of the model's tensors that were set.
+def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], places: Mapping[str, str]) -> set[str]:
+    """Copy tensors of a checkpoint into a model; return the names of the model's tensors that were set.
 
     Args:
         model: the model, with memory for its tensors.
-        shards: the files.
-        places: the model's name of each tensor, by its name in the files.
+        tensors: names and values.
+        places: the model's name of each tensor, by its name in the checkpoint.
     """
     own = _own_tensors(model)
     copied = set()
     # Older versions of safetensors make tensors on the default device.
     with torch.device("cpu"):
-        for theirs, tensor in iterate_weights(shards):
+        for theirs, tensor in tensors:
             if theirs in places:
                 target = own[places[theirs]]
                 target.copy_(tensor)
@@ -638,34 +585,3 @@ def _warn(source: StrPath, info: Mapping[str, Any]) -> None:
     ):
         if names:
             logger.warning("%s: %s: %s", source, text, ", ".join(names))
-
-
-# ---------------------------------------------------------------------------------------------------------- push_to_hub
-
-
-def _upload(
-    folder: Path,
-    files: WeightFiles,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload config.json and the weights in place of the repository's older weights; return the commit's URL."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=["config.json", *files.names],
-        delete_patterns=files.replaced,
-        commit_message=commit_message or "Upload model",
-        revision=revision,
-        create_pr=create_pr,
-    )
-    return commit.commit_url

@@ -19,6 +19,8 @@ from fastuper.models.heads.fcn import FCNHead
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.inputs import TargetSizes, check_labels, check_pixels, check_target_sizes
 from fastuper.models.memory import within_memory
+from fastuper.models.model_methods import children_first, own_tensors
+from fastuper.models.norms import warn_once
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
 from fastuper.models.pretrained import PretrainedMixin, rename_on_load
 from fastuper.models.untouched import is_exactly, is_hooked_inside, is_untouched
@@ -58,8 +60,6 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
     """
 
     config_class = UperNetConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
 
     @within_memory
     def __init__(self, config: UperNetConfig | Any):
@@ -71,7 +71,11 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         self.decode_head = UperNetHead(self.config, channels)
         self.auxiliary_head = FCNHead(self.config, channels) if self.config.use_auxiliary_head else None
         self.register_load_state_dict_pre_hook(rename_on_load)
-        self.initialize()
+        self.name_or_path = self.config.name_or_path
+        self.post_init()
+        if getattr(self.config, "gradient_checkpointing", False):  # an option of old configurations
+            self.gradient_checkpointing_enable()
+            del self.config.gradient_checkpointing
         if given.use_pretrained_backbone:
             self._load_backbone(given)
 
@@ -84,6 +88,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         return_dict: bool | None = None,
         output_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        **unused: Any,
     ) -> SemanticSegmenterOutput | tuple[Any, ...]:
         """Segment images.
 
@@ -101,6 +106,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
             num_items_in_batch: the divisor of the sum of the pixels' losses, an integer or a scalar tensor. Where
                 several batches make one step, it is the number of pixels with a class in all of them. If None, the
                 number in this batch.
+            **unused: other values of a batch, which are not read, as in Transformers 5. A warning names them once.
 
         Returns:
             `SemanticSegmenterOutput`. `loss` is the mean cross entropy of the logits, resampled to the labels' size,
@@ -112,6 +118,8 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
             ValueError: pixels or labels have a wrong shape, dtype or range; the message says what was expected.
         """
         config = self.config
+        if unused and not torch.compiler.is_compiling():
+            warn_once(f"forward does not read {', '.join(unused)}")
         pixel_values = check_pixels(pixel_values)
         if labels is not None:
             labels = check_labels(labels, pixel_values.shape[0], self._classes(), config.loss_ignore_index)
@@ -263,21 +271,45 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         return loss if is_autocast(total.device.type) else loss.to(coarse.dtype)
 
     @torch.no_grad()
-    def initialize(self, names: set[str] | None = None) -> None:
+    def initialize(self, names: set[str] | None = None, *, keep_unknown: bool = False) -> None:
         """Fill parameters and buffers with the initial values that Transformers gives them.
 
         Args:
             names: full names of the tensors to fill; all tensors if None. A backbone of another library initialises
                 itself when it is built: its tensors do not change.
+            keep_unknown: True to leave the tensors of a module for which no initial value is defined as they are.
+
+        Raises:
+            NotImplementedError: no initial value is defined for a module, and `keep_unknown` is False.
         """
-        for path, module in self.named_modules():
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if names is not None and (f"{path}.{name}" if path else name) not in names:
-                    continue
-                if not path.startswith("backbone"):
-                    initialize_tensor(module, name, tensor, std=self.config.initializer_range)
-                elif isinstance(self.backbone, Backbone):
-                    self.backbone.initialize_tensor(module, name, tensor)
+        backbone = set(self.backbone.modules())
+        for path, module in children_first(self):
+            prefix = f"{path}." if path else ""
+            own = own_tensors(module)
+            chosen = [(name, tensor) for name, tensor in own if names is None or prefix + name in names]
+            try:
+                if module in backbone:
+                    for name, tensor in chosen if isinstance(self.backbone, Backbone) else ():
+                        self.backbone.initialize_tensor(module, name, tensor)
+                elif names is None or names.issuperset(
+                    prefix + name for name, _ in own or [*module.named_parameters(), *module.named_buffers()]
+                ):
+                    self._init_weights(module)
+                else:
+                    for name, tensor in chosen:
+                        initialize_tensor(module, name, tensor, std=self.config.initializer_range)
+            except NotImplementedError:
+                if not keep_unknown:
+                    raise
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill the parameters and buffers of one module outside the backbone; a subclass overrides it for its own.
+
+        Raises:
+            NotImplementedError: no initial value is defined for a module of this class.
+        """
+        for name, tensor in own_tensors(module):
+            initialize_tensor(module, name, tensor, std=self.config.initializer_range)
 
     def _load_backbone(self, config: UperNetConfig) -> None:
         """Load the weights of the backbone that a configuration names, usually a classifier's weights."""
@@ -304,27 +336,6 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
             raise CheckpointError(
                 f"{config.backbone} does not fit its configuration: missing {missing}, unexpected {unexpected}"
             )
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first parameter."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters, or of the parameters that require a gradient.
-
-        `exclude_embeddings` is Transformers' argument about token embeddings; this model has none.
-        """
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def can_generate(self) -> bool:
-        """Return False: the model generates no text. Pipelines of Transformers call this method."""
-        return False
 
     @property
     def accepts_loss_kwargs(self) -> bool:

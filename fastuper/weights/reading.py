@@ -106,9 +106,22 @@ def stored_tensors(shards: Mapping[Path, set[str]]) -> dict[str, Stored]:
                     part = file.get_slice(name)
                     found[name] = Stored(tuple(part.get_shape()), FLOATING.get(part.get_dtype()))
         else:
-            for name, tensor in _read_pickle(path):
-                found[name] = Stored(tuple(tensor.shape), tensor.dtype if tensor.dtype in FLOATING.values() else None)
+            found |= described(dict(_read_pickle(path)))
     return found
+
+
+def described(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
+    """Return the shape and the dtype of each tensor of a state dict.
+
+    Raises:
+        TypeError: a value is not a tensor.
+    """
+    if wrong := [name for name, value in state_dict.items() if not isinstance(value, torch.Tensor)]:
+        raise TypeError(f"state_dict holds tensors; {listed(wrong)} are none")
+    return {
+        name: Stored(tuple(tensor.shape), tensor.dtype if tensor.dtype in FLOATING.values() else None)
+        for name, tensor in state_dict.items()
+    }
 
 
 def iterate_weights(shards: Mapping[Path, set[str]]) -> Iterator[tuple[str, torch.Tensor]]:

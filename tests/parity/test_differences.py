@@ -190,7 +190,7 @@ def test_training_on_one_image(family, caplog):
     pixels, labels = images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         theirs(pixels, labels=labels)
-    norm_functions._warn_once.cache_clear()
+    norm_functions.warn_once.cache_clear()
     norms = {name: copy.deepcopy(norm) for name, norm in ours.named_modules() if isinstance(norm, nn.BatchNorm2d)}
     for _ in range(2):
         ours(pixels, labels=labels).loss.backward()

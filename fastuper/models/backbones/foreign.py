@@ -97,6 +97,11 @@ class TimmBackbone(nn.Module):
         feature_maps = tuple(self._backbone(pixel_values))
         return BackboneOutput(feature_maps, feature_maps if output_hidden_states else None)
 
+    def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> BackboneOutput:
+        """Call the backbone without the arguments that it does not have; Transformers' name."""
+        known = ("output_hidden_states", "output_attentions")
+        return self(*args, **{name: value for name, value in kwargs.items() if name in known})
+
 
 def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
     """Return a backbone of Transformers' `AutoBackbone`, unwrapped: a wrapper would change its parameters' names.

@@ -242,16 +242,23 @@ class Backbone(nn.Module):
         attentions = output.attentions or [None] * (len(output.hidden_states) - 1)
         return zip(output.hidden_states, [None, *attentions], strict=True)
 
+    def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the backbone; the name under which Transformers' UPerNet calls its own."""
+        return self(*args, **kwargs)
+
     def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Fill a parameter or buffer with its initial value, in place; a subclass adds its own kinds of tensors."""
         initialize_tensor(module, name, tensor, std=getattr(self.config, "initializer_range", 0.02))
+
+
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Embedding)
 
 
 def initialize_tensor(module: nn.Module, name: str, tensor: torch.Tensor, *, std: float) -> None:
     """Fill a tensor with the initial value that Transformers gives it: normal weights, zero biases, unit norms.
 
     Args:
-        module: a linear layer, convolution, LayerNorm or BatchNorm.
+        module: a linear layer, convolution, embedding, LayerNorm, GroupNorm or BatchNorm.
         name: the tensor's attribute of the module, such as "weight".
         tensor: the tensor, changed in place.
         std: standard deviation of the weights of linear layers and convolutions.
@@ -259,11 +266,12 @@ def initialize_tensor(module: nn.Module, name: str, tensor: torch.Tensor, *, std
     Raises:
         NotImplementedError: a module of any other class.
     """
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, WEIGHTED):
         nn.init.normal_(tensor, std=std) if name == "weight" else nn.init.zeros_(tensor)
-    elif isinstance(module, nn.LayerNorm | BatchNorm):
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm | BatchNorm):
         nn.init.ones_(tensor) if name in ("weight", "running_var") else nn.init.zeros_(tensor)
     else:
         raise NotImplementedError(
-            f"no initial value is defined for {name} of {type(module).__name__}; override Backbone.initialize_tensor"
+            f"no initial value is defined for {name} of {type(module).__name__}; "
+            "override Backbone.initialize_tensor, or the model's _init_weights"
         )
