@@ -25,7 +25,7 @@ from fastuper.models.model_methods import ModelMethods
 from fastuper.weights.dialects import describe
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import Stored, described, find_weights, iterate_weights, stored_tensors
-from fastuper.weights.transformers import Names, hub_name
+from fastuper.weights.transformers import Names, adapter_key_mapping, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
 
@@ -63,6 +63,27 @@ def rename_on_load(module: nn.Module, state_dict: MutableMapping[str, Any], pref
     for name, buffer in own.items():
         if names.is_computed(name):
             state_dict.setdefault(prefix + name, buffer)
+    # PEFT drops the tensors of an adapter whose module it has not found, without a word.
+    leaves = {name for name, part in module.named_modules() if not any(part.children())}
+    strays = [name for name in _names_in(state_dict, prefix) if name not in own and not leaves.isdisjoint(_above(name))]
+    if strays:
+        logger.warning(
+            "%d tensors have no place in the model, such as %s. If they are an adapter's, its target_modules must name "
+            "modules of this model: in a Swin query, key, value and dense, where Transformers 5 has q_proj, k_proj, "
+            "v_proj, o_proj, fc1 and fc2",
+            len(strays),
+            listed(strays, 1),
+        )
+
+
+def _names_in(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    return [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+
+
+def _above(name: str) -> list[str]:
+    """Return the paths of the modules above a tensor: "a.b" and "a" for "a.b.weight"."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def backbone_names(model: nn.Module) -> Names:
@@ -125,6 +146,16 @@ class PretrainedMixin(ModelMethods):
 
     config_class: ClassVar[Any]
     config: Any
+
+    @property
+    def adapter_key_mapping(self) -> dict[str, str]:
+        """The argument `key_mapping` with which PEFT loads an adapter that was trained on Transformers 5's model.
+
+        `PeftModel.from_pretrained` uses it by itself; `PeftModel.load_adapter` takes it as an argument.
+        """
+        return adapter_key_mapping(backbone_names(self))
+
+    _checkpoint_conversion_mapping = adapter_key_mapping  # the name by which PEFT reads it
 
     @classmethod
     def from_pretrained(
