@@ -136,7 +136,7 @@ def train_model(
         if gradient_checkpointing:
             network.gradient_checkpointing_enable()
         # Factor 1 of the augmentation is the scale of validation; the size of the crops does not matter.
-        base_size = min(processor.size["height"], processor.size["width"])
+        base_size = min(processor.size.values())
         transform = TrainingTransform(processor, crop, base_size=base_size, ignore_index=training.ignore_index)
         trainer = Trainer(
             network, config, training, validation, processor, output=output, transform=transform, restart=restart

@@ -67,7 +67,9 @@ class TrainingTransform:
     ) -> None:
         _torchvision()
         if crop_size is None:
-            crop_size = (processor.size["height"], processor.size["width"])
+            # Crops must be of one size, also if the images keep their aspect ratios.
+            edge = min(processor.size.values())
+            crop_size = (processor.size.get("height", edge), processor.size.get("width", edge))
         self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else (crop_size[0], crop_size[1])
         self.base_size = min(self.crop_size) if base_size is None else base_size
         if min(*self.crop_size, self.base_size) < 1:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
+import tempfile
 import warnings
 from collections import UserDict
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import numpy as np
 import PIL.Image
 import torch
+from torch.nn import functional as F
 
 from fastuper.data.images import (
     ImageError,
@@ -31,8 +33,10 @@ from fastuper.data.images import (
     read_image,
     read_labels,
 )
+from fastuper.data.sizes import SizeDict, checked_size, output_size
+from fastuper.io.arguments import take_arguments
 from fastuper.io.files import read_json
-from fastuper.io.hub import HubOptions, find_file
+from fastuper.io.hub import HubOptions, find_file, upload
 from fastuper.io.messages import format_size, listed
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.dispatch.files import atomic_path
@@ -53,6 +57,25 @@ OPTIONS = (
     "image_std",
     "do_reduce_labels",
 )
+# Options that are None unless they are given; only then are they written to the file.
+MORE_OPTIONS = (
+    "do_convert_rgb",
+    "default_to_square",
+    "return_tensors",
+    "device",
+    "data_format",
+    "input_data_format",
+)
+FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_reduce_labels", "do_convert_rgb", "default_to_square")
+LAYOUTS = (None, "channels_first", "channels_last")
+# Options of Transformers' class without an effect there or here; the others must be empty or False.
+NO_EFFECT = ("disable_grouping", "image_seq_length")
+NO_STEP = {
+    "do_center_crop": "images are not cropped",
+    "crop_size": "images are not cropped",
+    "do_pad": "images are not padded",
+    "pad_size": "images are not padded",
+}
 # Files of other classes are refused: they may demand a crop or a padding, which this class does not do.
 READ_TYPES = (
     "SegformerImageProcessor",
@@ -68,6 +91,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The number of rows of 8-bit pixels that are looked up in a table at a time.
 ROWS = 64
+
+# An argument that was left out; None is a value.
+_LEFT_OUT: Any = object()
+
+
+class UperNetImageProcessorKwargs(TypedDict, total=False):
+    """The options of `UperNetImageProcessor`, and of each of its calls."""
+
+    do_resize: bool | None
+    size: Mapping[str, int] | Sequence[int] | int | None
+    resample: int | None
+    do_rescale: bool | None
+    rescale_factor: float | None
+    do_normalize: bool | None
+    image_mean: float | Sequence[float] | None
+    image_std: float | Sequence[float] | None
+    do_reduce_labels: bool | None
+    do_convert_rgb: bool | None
+    default_to_square: bool | None
+    return_tensors: str | None
+    device: torch.device | str | int | None
+    data_format: str | None
+    input_data_format: str | None
 
 
 class BatchFeature(UserDict[str, Any]):
@@ -145,6 +191,8 @@ class UperNetImageProcessor:
     - The dimension of the channels is determined by the length of `image_mean`, and guessed only without it.
     - `data_format` has an effect, and None as an option of a call keeps the processor's value, as in 4.56; 5.x
       ignores `data_format` and takes None for False.
+    - Options without an effect in Transformers' class (`do_center_crop`, `crop_size`, `do_pad`, `pad_size`) must be
+      None or False.
     - Segmentation maps may hold labels outside 0 to 255 (int32) and may be given as files, and `do_reduce_labels`
       does not change the caller's array. Boolean maps become 0 and 1.
     - The old name `reduce_labels`, which Transformers ignores today, means `do_reduce_labels`.
@@ -152,6 +200,9 @@ class UperNetImageProcessor:
     Args:
         do_resize: resize images and maps to `size`.
         size: `{"height": ..., "width": ...}`, a pair (height, width), or one number for a square. Default 512 x 512.
+            The aspect ratio is kept by `{"shortest_edge": ...}`, the length of the shorter side; by
+            `{"shortest_edge": ..., "longest_edge": ...}`, which also limits the longer side; and by
+            `{"max_height": ..., "max_width": ...}`, the largest size inside a frame.
         resample: Pillow's filter for images, `PIL.Image.Resampling` or its number; maps always use the nearest pixel.
         do_rescale: multiply the images by `rescale_factor`.
         rescale_factor: the factor; 1 / 255 maps 8-bit levels to 0 to 1.
@@ -160,36 +211,88 @@ class UperNetImageProcessor:
         image_std: one number per channel, or one for all channels. Default: ImageNet's.
         do_reduce_labels: label 0 becomes 255 (ignored by the loss) and every other label one less, as in ADE20K.
         reduce_labels: the old name of `do_reduce_labels`.
+        do_convert_rgb: True to convert all images to RGB, arrays too; what shines through is white.
+        default_to_square: False if one number as `size` is the length of the shorter side.
+        return_tensors: for calls that do not say it; see `preprocess` for this and the next three.
+        device: for calls that do not say it.
+        data_format: for calls that do not say it.
+        input_data_format: for calls that do not say it.
+        **ignored: arguments of Transformers' classes, at the values that do nothing.
+
+    Each option is an attribute. A subclass may define class attributes, which replace the defaults.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type or out of range; the message names it.
     """
 
-    model_input_names = ("pixel_values",)
+    model_input_names: ClassVar[Sequence[str]] = ("pixel_values",)
+    valid_kwargs: ClassVar[type] = UperNetImageProcessorKwargs
+    backend: ClassVar[str] = "pil"
+    is_fast: ClassVar[bool] = False
+
+    do_resize: bool | None = True
+    size: Any = SizeDict(height=512, width=512)
+    resample: int = PIL.Image.Resampling.BILINEAR
+    do_rescale: bool | None = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool | None = True
+    image_mean: Any = IMAGENET_MEAN
+    image_std: Any = IMAGENET_STD
+    do_reduce_labels: bool | None = False
+    default_to_square: bool | None = True
+    # These steps are never done.
+    crop_size: ClassVar[None] = None
+    do_center_crop: ClassVar[None] = None
+    do_pad: ClassVar[None] = None
+    pad_size: ClassVar[None] = None
+    disable_grouping: ClassVar[None] = None
+    image_seq_length: ClassVar[None] = None
 
     def __init__(
         self,
-        do_resize: bool = True,
+        do_resize: bool | None = _LEFT_OUT,
         size: Mapping[str, int] | Sequence[int] | int | None = None,
-        resample: int = PIL.Image.Resampling.BILINEAR,
-        do_rescale: bool = True,
-        rescale_factor: float = 1 / 255,
-        do_normalize: bool = True,
+        resample: int | None = None,
+        do_rescale: bool | None = _LEFT_OUT,
+        rescale_factor: float | None = None,
+        do_normalize: bool | None = _LEFT_OUT,
         image_mean: float | Sequence[float] | None = None,
         image_std: float | Sequence[float] | None = None,
-        do_reduce_labels: bool = False,
+        do_reduce_labels: bool | None = _LEFT_OUT,
         *,
         reduce_labels: bool = False,
+        do_convert_rgb: bool | None = None,
+        default_to_square: bool | None = None,
+        return_tensors: str | None = None,
+        device: torch.device | str | int | None = None,
+        data_format: str | None = None,
+        input_data_format: str | None = None,
+        **ignored: Any,
     ) -> None:
-        self.do_resize = bool(do_resize)
-        self.size = _checked_size({"height": 512, "width": 512} if size is None else size)
-        self.resample = _checked_resample(resample)
-        self.do_rescale = bool(do_rescale)
-        self.rescale_factor = float(rescale_factor)
-        self.do_normalize = bool(do_normalize)
-        self.image_mean = _checked_statistic("image_mean", IMAGENET_MEAN if image_mean is None else image_mean)
-        self.image_std = _checked_statistic("image_std", IMAGENET_STD if image_std is None else image_std)
-        self.do_reduce_labels = bool(do_reduce_labels or reduce_labels)
+        _check_overrides(type(self).__name__, ignored, ())
+        own = type(self)
+
+        def flag(name: str, value: bool | None) -> bool | None:
+            value = getattr(own, name) if value is _LEFT_OUT else value
+            return None if value is None else bool(value)
+
+        square = own.default_to_square if default_to_square is None else default_to_square
+        self.do_resize = flag("do_resize", do_resize)
+        self.size = checked_size(own.size if size is None else size, bool(square))
+        self.resample = _checked_resample(own.resample if resample is None else resample)
+        self.do_rescale = flag("do_rescale", do_rescale)
+        self.rescale_factor = float(own.rescale_factor if rescale_factor is None else rescale_factor)
+        self.do_normalize = flag("do_normalize", do_normalize)
+        self.image_mean = _checked_statistic("image_mean", own.image_mean if image_mean is None else image_mean)
+        self.image_std = _checked_statistic("image_std", own.image_std if image_std is None else image_std)
+        self.do_reduce_labels = reduce_labels or flag("do_reduce_labels", do_reduce_labels)
+        self.do_convert_rgb = do_convert_rgb
+        if default_to_square is not None:
+            self.default_to_square = bool(default_to_square)
+        self.return_tensors = _checked_choice("return_tensors", return_tensors, (None, "pt", "np"))
+        self.device = device
+        self.data_format = _checked_choice("data_format", data_format, LAYOUTS)
+        self.input_data_format = _checked_choice("input_data_format", input_data_format, LAYOUTS)
         # Unknown keys of the configuration file: `save_pretrained` writes them again.
         self.extra: dict[str, Any] = {}
         if self.do_normalize:
@@ -208,8 +311,10 @@ class UperNetImageProcessor:
         subfolder: str = "",
         revision: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
+        return_unused_kwargs: bool = False,
         **overrides: Any,
-    ) -> UperNetImageProcessor:
+    ) -> Any:
         """Read the `preprocessor_config.json` of a checkpoint.
 
         Args:
@@ -219,27 +324,51 @@ class UperNetImageProcessor:
             subfolder: the file's folder inside the source.
             revision: a branch, tag or commit of the repository.
             local_files_only: use cached files only; download nothing.
-            **overrides: constructor arguments that replace values of the file.
+            force_download: download the file again, even if the cache has it.
+            return_unused_kwargs: True to return the processor and a dictionary of the unknown overrides, in place of an
+                error.
+            **overrides: constructor arguments that replace values of the file. `image_processor_filename` is another
+                name of the file.
 
         Raises:
             OSError: there is no such file, or it is not JSON.
             TypeError: an override is unknown.
             ValueError: the file belongs to another class, or an option is out of range.
         """
-        path: Path | None = Path(source)
-        if not Path(source).is_file():
-            options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only)
-            path = find_file(source, CONFIG_FILE, options)
-        if path is None:
-            raise FileNotFoundError(
-                f"{source} has no {CONFIG_FILE}; UperNetImageProcessor() has the default values, and save_pretrained "
-                "writes the file"
-            )
-        overrides = _checked_overrides(overrides)  # before the file is read: this error must not name the file
+        filename = overrides.pop("image_processor_filename", CONFIG_FILE)
+        options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only, force_download)
+        options = take_arguments(cls.__name__, overrides, options)
+        unused = {}
+        if return_unused_kwargs:
+            known = (*OPTIONS, *MORE_OPTIONS, *NO_EFFECT, *NO_STEP, "reduce_labels")
+            unused = {name: overrides.pop(name) for name in list(overrides) if name not in known}
+        # Before the file is read: an error in an override must not name the file.
+        overrides = _checked_overrides(cls.__name__, overrides)
+        path = _find_options(source, filename, options)
         try:
-            return cls.from_dict(read_json(path), **overrides)
+            processor = cls.from_dict(read_json(path), **overrides)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None
+        return (processor, unused) if return_unused_kwargs else processor
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, source: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the content of `preprocessor_config.json`, and the arguments that are not about finding the file.
+
+        Args:
+            source: a folder, the file itself, or the id of a Hub repository.
+            **kwargs: arguments of `from_pretrained`.
+
+        Raises:
+            OSError: there is no such file, or it is not JSON.
+        """
+        filename = kwargs.pop("image_processor_filename", CONFIG_FILE)
+        given = {field.name: kwargs.pop(field.name) for field in fields(HubOptions) if field.name in kwargs}
+        given["subfolder"] = given.get("subfolder") or ""
+        options = take_arguments(cls.__name__, kwargs, HubOptions(**given))
+        return read_json(_find_options(source, filename, options)), kwargs
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> UperNetImageProcessor:
@@ -249,7 +378,7 @@ class UperNetImageProcessor:
             TypeError: an override is unknown.
             ValueError: the content belongs to another class, or an option is out of range.
         """
-        config = {**config, **_checked_overrides(overrides)}
+        config = {**config, **_checked_overrides(cls.__name__, overrides)}
         kind = config.pop("image_processor_type", None)
         # Older files have this key; Transformers drops it as misleading.
         kind = kind or config.pop("feature_extractor_type", None)
@@ -259,36 +388,98 @@ class UperNetImageProcessor:
                 f"{CONFIG_FILE} is for {kind}, which may work differently; load it with transformers' "
                 "AutoImageProcessor, or pass its values to UperNetImageProcessor(...)"
             )
-        reduce_labels = config.pop("reduce_labels", None)
-        config.setdefault("do_reduce_labels", reduce_labels)
-        processor = cls(**{name: config[name] for name in OPTIONS if config.get(name) is not None})
-        processor.extra = {name: value for name, value in config.items() if name not in OPTIONS}
+        if (reduce_labels := config.pop("reduce_labels", None)) is not None:
+            config.setdefault("do_reduce_labels", reduce_labels)
+        given = {name: config.pop(name) for name in (*OPTIONS, *MORE_OPTIONS) if name in config}
+        processor = cls(**{name: value for name, value in given.items() if value is not None or name in FLAGS})
+        processor.extra = config
         return processor
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> UperNetImageProcessor:
+        """Build a processor from the file that `to_json_file` wrote.
+
+        Raises:
+            OSError: the file cannot be read, or is not JSON; the message names it.
+            ValueError: the file belongs to another class, or an option is out of range.
+        """
+        return cls.from_dict(read_json(Path(json_file)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `preprocessor_config.json`; Transformers loads it as `SegformerImageProcessor`."""
-        return {**self.extra, **self._options(), "image_processor_type": WRITTEN_TYPE}
+        more = {name: getattr(self, name) for name in MORE_OPTIONS if vars(self).get(name) is not None}
+        if "device" in more:
+            more["device"] = str(more["device"])
+        options = {**self.extra, **self._options(OPTIONS), **more, "image_processor_type": WRITTEN_TYPE}
+        return {**options, "size": dict(options["size"])}
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, safe_serialization: bool = True) -> list[str]:
+    def to_json_string(self) -> str:
+        """Return the text of `preprocessor_config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the text of `preprocessor_config.json` to a file."""
+        text = self.to_json_string()
+        with atomic_path(json_file_path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        *,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> list[str]:
         """Write `preprocessor_config.json` into a folder, which is created if it is missing.
 
         Args:
             folder: the folder.
+            push_to_hub: also upload the file.
             safe_serialization: no effect, since there are no weights; Transformers' pipelines pass it to every
                 `save_pretrained`.
+            **kwargs: with `push_to_hub`, `repo_id` (by default the folder's name) and the other arguments of the
+                method `push_to_hub`.
 
         Returns:
             A list with the path of the file.
+
+        Raises:
+            NotADirectoryError: `folder` is a file.
+            TypeError: an argument is unknown.
         """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained has no argument {', '.join(kwargs)}, or only with push_to_hub=True")
         path = Path(folder) / CONFIG_FILE
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; save_pretrained writes a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        self.to_json_file(path)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", path.parent.absolute().name), **kwargs)
         return [str(path)]
 
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **kwargs: Any) -> str:
+        """Upload `preprocessor_config.json` to a Hub repository; it is made if it is missing.
+
+        Args:
+            repo_id: "name" or "organization/name".
+            commit_message: of the commit.
+            **kwargs: `private`, `token`, `revision` and `create_pr`, as for the model.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            OSError: the Hub refused the request.
+        """
+        message = commit_message or "Upload image processor"
+        with tempfile.TemporaryDirectory() as folder:
+            self.to_json_file(Path(folder) / CONFIG_FILE)
+            return upload(Path(folder), [CONFIG_FILE], repo_id, commit_message=message, **kwargs)
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, sort_keys=True)}"
+        return f"{type(self).__name__} {self.to_json_string()}"
 
     def __call__(self, images: Images, segmentation_maps: Images | None = None, **options: Any) -> BatchFeature:
         """Call `preprocess`."""
@@ -298,11 +489,6 @@ class UperNetImageProcessor:
         self,
         images: Images,
         segmentation_maps: Images | None = None,
-        *,
-        return_tensors: str | None = None,
-        device: torch.device | str | int | None = None,
-        data_format: str | None = "channels_first",
-        input_data_format: str | None = None,
         **overrides: Any,
     ) -> BatchFeature:
         """Turn images, and their segmentation maps, into the model's inputs.
@@ -313,11 +499,15 @@ class UperNetImageProcessor:
                 floats, or floats from 0 to 1 with `do_rescale=False`. Without resizing, any numbers are accepted.
             segmentation_maps: one map per image, of its size: PIL images of one channel (L, P, I, 1), paths of files,
                 or integer arrays or tensors of shape (H, W) or (N, H, W).
-            return_tensors: "pt" for tensors, "np" for arrays, both with a batch dimension; None for lists of arrays.
-            device: the device of the tensors, with `return_tensors="pt"`.
-            data_format: "channels_first" for (C, H, W) results, "channels_last" for (H, W, C).
-            input_data_format: the layout of arrays and tensors, by the same names. None determines it from the shape.
-            **overrides: constructor arguments, for this call only; None keeps the processor's value.
+            **overrides: constructor arguments, for this call only; None keeps the processor's value. Those about the
+                call itself are
+
+                - `return_tensors`: "pt" for tensors, "np" for arrays, both with a batch dimension; None for lists of
+                  arrays;
+                - `device`: the device of the tensors, with `return_tensors="pt"`;
+                - `data_format`: "channels_first" for (C, H, W) results, "channels_last" for (H, W, C);
+                - `input_data_format`: the layout of arrays and tensors, by the same names. None determines it from the
+                  shape.
 
         Returns:
             `pixel_values`: float32 (N, C, height, width); the images' dtype if no step changes values, their floating
@@ -329,13 +519,10 @@ class UperNetImageProcessor:
             fastuper.data.images.ImageError: a file cannot be used (a ValueError; a FileNotFoundError too if the file
                 is missing).
         """
-        overrides = _checked_overrides(overrides)
+        overrides = _checked_overrides(type(self).__name__, overrides)
         # Users may have changed attributes since the constructor checked them: a new processor checks them again.
         given = {name: value for name, value in overrides.items() if value is not None}
-        own = UperNetImageProcessor(**{**self._options(), **given})
-        _check_choice("return_tensors", return_tensors, (None, "pt", "np"))
-        _check_choice("data_format", data_format, (None, "channels_first", "channels_last"))
-        _check_choice("input_data_format", input_data_format, (None, "channels_first", "channels_last"))
+        own = UperNetImageProcessor(**{**self._options((*OPTIONS, *MORE_OPTIONS)), **given})
 
         pictures = _flat_list("images", images, 3)
         maps = None if segmentation_maps is None else _flat_list("segmentation_maps", segmentation_maps, 2)
@@ -345,7 +532,10 @@ class UperNetImageProcessor:
         pixel_values, labels = [], []
         for index, picture in enumerate(pictures):
             name = f"images[{index}]"
-            opened = own._open_image(name, picture, input_data_format)
+            layout = own.input_data_format
+            if own.do_convert_rgb:
+                picture, layout = _over_white(name, picture, layout)
+            opened = own._open_image(name, picture, layout)
             if maps is not None:
                 label_map = _open_map(f"segmentation_maps[{index}]", maps[index])
                 size = _height_width(opened)
@@ -356,49 +546,106 @@ class UperNetImageProcessor:
                     )
                 labels.append(own._finish_map(f"segmentation_maps[{index}]", label_map))
             pixels = own._finish_image(name, opened)
-            if data_format == "channels_last":
+            if own.data_format == "channels_last":
                 pixels = np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
             pixel_values.append(pixels)
 
         data = BatchFeature({"pixel_values": pixel_values})
         if maps is not None:
             data["labels"] = labels
-        if return_tensors is not None:
+        if own.return_tensors is not None:
             for key, arrays in data.items():
                 batch = _stack(key, arrays)
-                data[key] = torch.from_numpy(batch).to(device) if return_tensors == "pt" else batch
+                data[key] = torch.from_numpy(batch).to(own.device) if own.return_tensors == "pt" else batch
         return data
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+        self,
+        outputs: Any,
+        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Any]:
         """Return the label of each pixel: the largest class of the logits, resized bilinearly to each target size.
 
         Args:
             outputs: the model's output; `outputs.logits` is (N, num_labels, h, w).
             target_sizes: (height, width) of each image, N pairs or an (N, 2) tensor. None keeps the logits' size.
+            return_segmentation_scores: True to return the resized logits too.
 
         Returns:
             N int64 tensors of shape (height, width), on the logits' device. Of equal logits the first class counts.
-            With a single class the label is 1 where its logit is above 0.
+            With a single class the label is 1 where its logit is above 0. With `return_segmentation_scores`, N
+            dictionaries whose keys are also attributes: `segmentation`, this tensor, and `segmentation_scores`, the
+            logits (num_labels, height, width) in their dtype.
 
         Raises:
             ValueError: the number of target sizes is not N, or they are not pairs of integers from 1.
         """
         logits = as_two_classes(outputs.logits)
-        if target_sizes is None:
-            return list(logits.argmax(dim=1))
         if isinstance(target_sizes, torch.Tensor):
             target_sizes = target_sizes.tolist()
-        if len(target_sizes) != len(logits):
+        if target_sizes is None:
+            labels = list(logits.argmax(dim=1))
+        elif len(target_sizes) != len(logits):
             raise ValueError(
                 f"{len(target_sizes)} target_sizes for {len(logits)} images; give one (height, width) per image"
             )
-        return [upsample_argmax(logits[index : index + 1], [size])[0] for index, size in enumerate(target_sizes)]
+        else:
+            labels = [upsample_argmax(logits[i : i + 1], [size])[0] for i, size in enumerate(target_sizes)]
+        if not return_segmentation_scores:
+            return labels
+        scores = outputs.logits.split(1)
+        resized = [F.interpolate(s, x.shape, mode="bilinear")[0] for s, x in zip(scores, labels, strict=True)]
+        return [
+            BatchFeature({"segmentation": x, "segmentation_scores": s}) for x, s in zip(labels, resized, strict=True)
+        ]
 
-    def _options(self) -> dict[str, Any]:
-        """Return the current values of the constructor arguments."""
-        return {name: getattr(self, name) for name in OPTIONS}
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) of the result for an image of this size.
+
+        Raises:
+            ValueError: `size` does not say, or a side would have no pixels.
+        """
+        return output_size(checked_size(self.size), height, width) if self.do_resize else (height, width)
+
+    def resize(
+        self, image: np.ndarray, size: Mapping[str, int], resample: int | None = None, **ignored: Any
+    ) -> np.ndarray:
+        """Resize an array (C, H, W) of 8-bit levels, or of fractions of 1, with one of Pillow's filters (bilinear).
+
+        Raises:
+            ValueError: the size or the filter is not valid, or the values are neither.
+        """
+        _check_overrides(type(self).__name__, ignored, ())
+        resample = PIL.Image.Resampling.BILINEAR if resample is None else resample
+        return UperNetImageProcessor(size=size, resample=resample)._resize("image", image)
+
+    def rescale(self, image: np.ndarray, scale: float, **ignored: Any) -> np.ndarray:
+        """Multiply an array by a factor in float64; return float32."""
+        _check_overrides(type(self).__name__, ignored, ())
+        return _rescale(image, scale)
+
+    def normalize(
+        self, image: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float], **ignored: Any
+    ) -> np.ndarray:
+        """Subtract the mean from an array (C, H, W) and divide it by the standard deviation; floats keep their dtype.
+
+        Raises:
+            ValueError: the statistics are not valid, or not of the image's length.
+        """
+        _check_overrides(type(self).__name__, ignored, ())
+        own = UperNetImageProcessor(image_mean=mean, image_std=std, do_rescale=False)
+        if own._channels() not in (None, len(image)):
+            raise ValueError(f"the image has {len(image)} channels, mean and std are for {own._channels()}")
+        return own._compute(image)
+
+    def reduce_label(self, image: np.ndarray) -> np.ndarray:
+        """Return a label map whose label 0 has become 255, and every other label but 255 one less."""
+        return np.where(image == 0, 255, np.where(image == 255, 255, image - 1)).astype(image.dtype)
+
+    def _options(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the current values of constructor arguments."""
+        return {name: getattr(self, name) for name in names}
 
     def _channels(self) -> int | None:
         """Return the number of channels of the statistics; None if they are single numbers."""
@@ -529,7 +776,7 @@ class UperNetImageProcessor:
 
     def _resize(self, name: str, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
         """Resize to (C, height, width) in 8 bits: uint8, or float32 for an image with values from 0 to 1."""
-        size = (self.size["width"], self.size["height"])  # Pillow's order
+        size = self._pillow_size(name, image)
         resample = PIL.Image.Resampling(self.resample)
         if isinstance(image, PIL.Image.Image):
             return _pil_channels_first(image.resize(size, resample))
@@ -543,6 +790,15 @@ class UperNetImageProcessor:
             resized = np.stack([np.asarray(PIL.Image.fromarray(level).resize(size, resample)) for level in levels])
         return _rescale(resized, 1 / 255) if fractions else resized
 
+    def _pillow_size(self, name: str, image: PIL.Image.Image | np.ndarray) -> tuple[int, int]:
+        """Return the (width, height) to which an image is resized."""
+        height, width = _height_width(image)
+        try:
+            height, width = output_size(self.size, height, width)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return width, height
+
     def _finish_map(self, name: str, label_map: np.ndarray) -> np.ndarray:
         """Resize and renumber a map (H, W); return a new int64 array."""
         if self.do_resize:
@@ -553,7 +809,7 @@ class UperNetImageProcessor:
                         f"{name} has labels from {low} to {high}, above the 32 bits that Pillow can resize"
                     )
                 label_map = label_map.astype(np.int32)
-            size = (self.size["width"], self.size["height"])
+            size = self._pillow_size(name, label_map)
             label_map = np.asarray(PIL.Image.fromarray(label_map).resize(size, PIL.Image.Resampling.NEAREST))
         labels = label_map.astype(np.int64)
         if self.do_reduce_labels:
@@ -565,22 +821,17 @@ class UperNetImageProcessor:
         return labels
 
 
-def _checked_size(size: Any) -> dict[str, int]:
-    """Return a size as a dictionary of a height and a width."""
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    elif isinstance(size, (list, tuple)) and len(size) == 2:
-        size = {"height": size[0], "width": size[1]}
-    try:
-        values = dict(size)
-        result = {name: operator.index(values.pop(name)) for name in ("height", "width")}
-    except (KeyError, TypeError, ValueError):
-        values, result = {}, {}
-    if not result or values or min(result.values()) < 1:
-        raise ValueError(
-            f'size is {size}; give {{"height": ..., "width": ...}}, both at least 1, or one number for a square'
+def _find_options(source: str | os.PathLike[str], filename: str, options: HubOptions) -> Path:
+    """Return the path of the file of options; raise OSError that names the place if there is none."""
+    if Path(source).is_file():
+        return Path(source)
+    path = find_file(source, filename, options)
+    if path is None:
+        raise FileNotFoundError(
+            f"{source} has no {filename}; UperNetImageProcessor() has the default values, and save_pretrained "
+            "writes the file"
         )
-    return result
+    return path
 
 
 def _checked_resample(resample: Any) -> int:
@@ -592,33 +843,72 @@ def _checked_resample(resample: Any) -> int:
         raise ValueError(f"resample is {resample!r}; Pillow's filters are {names}") from None
 
 
-def _checked_statistic(name: str, value: Any) -> float | list[float]:
-    """Return a mean or a standard deviation as one float, or as a list of one float per channel."""
+def _checked_statistic(name: str, value: Any) -> float | tuple[float, ...]:
+    """Return a mean or a standard deviation as one float, or as a tuple of one float per channel."""
+    result: float | tuple[float, ...]
     try:
-        result = [float(item) for item in value] if np.ndim(value) == 1 else float(value)
+        result = tuple(float(item) for item in value) if np.ndim(value) == 1 else float(value)
     except (TypeError, ValueError):
-        result = []
-    if result == [] or not np.all(np.isfinite(result)):
+        result = ()
+    if result == () or not np.all(np.isfinite(result)):
         raise ValueError(f"{name} is {value!r}; give one finite number per channel, or one for all")
     return result
 
 
-def _length(statistic: float | list[float]) -> int | None:
-    return len(statistic) if isinstance(statistic, list) else None
+def _length(statistic: float | Sequence[float]) -> int | None:
+    return None if isinstance(statistic, float) else len(statistic)
 
 
-def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return overrides under their current names; raise TypeError for an unknown name."""
+def _checked_overrides(caller: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides under their current names, without those that do nothing; TypeError names an unknown one."""
     renamed = {"do_reduce_labels" if name == "reduce_labels" else name: value for name, value in overrides.items()}
-    if unknown := sorted(renamed.keys() - set(OPTIONS)):
-        raise TypeError(f"unknown argument {listed(unknown)}; there are {', '.join(OPTIONS)}")
-    return renamed
+    return _check_overrides(caller, renamed, (*OPTIONS, *MORE_OPTIONS))
 
 
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def _check_overrides(caller: str, overrides: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Remove arguments that do nothing, and return the others; raise TypeError for one that is not known."""
+    take_arguments(caller, overrides, HubOptions())
+    for name in NO_EFFECT:
+        overrides.pop(name, None)
+    for name, reason in NO_STEP.items():
+        if value := overrides.pop(name, None):
+            raise TypeError(f"{caller} does not support {name}={value}: {reason}; leave it out")
+    if unknown := sorted(overrides.keys() - set(known)):
+        raise TypeError(f"unknown argument {listed(unknown)}; there are {', '.join((*OPTIONS, *MORE_OPTIONS))}")
+    return overrides
+
+
+def _checked_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     # `in` compares by ==, so that members of Transformers' TensorType and ChannelDimension are accepted too.
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, choices))}")
+    return choices[choices.index(value)]
+
+
+def _over_white(name: str, image: Image, layout: str | None) -> tuple[Image, str | None]:
+    """Return an image over white, with its layout: grey arrays with three channels, and images without alpha."""
+    if isinstance(image, (str, os.PathLike)):
+        return image, layout
+    if isinstance(image, PIL.Image.Image):
+        if "A" not in image.getbands() and "transparency" not in image.info:
+            return image, layout
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return PIL.Image.alpha_composite(white, image).convert("RGB"), layout
+    array = _numpy(name, image)
+    if layout == "channels_last" or (layout is None and array.shape[0] not in (1, 3, 4)):
+        array = np.moveaxis(array, -1, 0)
+    if len(array) == 1:
+        array = np.repeat(array, 3, axis=0)
+    elif len(array) == 4:
+        whole = array.dtype.kind != "f"
+        if not whole and (array.min() < 0 or array.max() > 1):
+            raise ValueError(f"{name} has values outside 0 to 1, where alpha has no meaning; drop alpha, or scale it")
+        white = 255 if whole else 1.0
+        alpha = array[3:] / white
+        blended = alpha * array[:3] + (1 - alpha) * white
+        array = (np.round(blended) if whole else blended).astype(array.dtype)
+    return array, "channels_first"
 
 
 def _flat_list(name: str, images: Any, ndim: int) -> list[Any]:

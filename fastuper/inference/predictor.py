@@ -132,7 +132,7 @@ class Predictor:
         if self.short_side is not None:
             height, width = scaled_size(height, width, self.short_side)
         elif self.window is None and self.processor.do_resize:
-            height, width = self.processor.size["height"], self.processor.size["width"]
+            height, width = self.processor.output_size(height, width)
         scales = []
         for scale in self.scales:
             size = (max(1, round(height * scale)), max(1, round(width * scale)))

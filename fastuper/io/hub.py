@@ -1,13 +1,14 @@
-"""Find the files of a checkpoint, in a local folder or in a Hub repository."""
+"""Find the files of a checkpoint, in a local folder or in a Hub repository, and upload them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -16,6 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class HubOptions:
     subfolder: str = ""
     revision: str | None = None
     local_files_only: bool = False
+    force_download: bool = False
+
+    def __post_init__(self) -> None:
+        if self.force_download and self.local_files_only:
+            raise ValueError("force_download=True and local_files_only=True contradict each other: leave one out")
 
 
 def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions | None = None) -> Path | None:
@@ -63,6 +71,7 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
                 cache_dir=options.cache_dir,
                 revision=options.revision,
                 local_files_only=options.local_files_only,
+                force_download=options.force_download,
             )
         )
     except HFValidationError:
@@ -101,7 +110,7 @@ def _is_known_missing(source: str | os.PathLike[str], filename: str, options: Hu
 
     if cached(filename) is _CACHED_NO_EXIST:
         return True
-    return (options.local_files_only or constants.HF_HUB_OFFLINE) and isinstance(cached("config.json"), str)
+    return (options.local_files_only or constants.HF_HUB_OFFLINE) and isinstance(cached(CONFIG_NAME), str)
 
 
 def pin_revision(source: str | os.PathLike[str], options: HubOptions) -> HubOptions:
@@ -115,8 +124,52 @@ def pin_revision(source: str | os.PathLike[str], options: HubOptions) -> HubOpti
     """
     if Path(source).is_dir():
         return options
-    path = find_file(source, "config.json", options)
+    path = find_file(source, CONFIG_NAME, options)
     if path is None:
         return options
     # .../models--organization--name/snapshots/<commit>/<subfolder>/config.json
     return replace(options, revision=path.parents[len(Path(options.subfolder).parts)].name)
+
+
+def upload(
+    folder: Path,
+    names: Sequence[str],
+    repo_id: str,
+    *,
+    replaced: Sequence[str] = (),
+    commit_message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload files of a folder to a Hub repository, which is made if it is missing; return the commit's URL.
+
+    Args:
+        folder: the folder.
+        names: the files' names.
+        repo_id: "name" or "organization/name".
+        replaced: patterns of files of the repository that the commit deletes.
+        commit_message: of the commit.
+        private: whether a new repository is private; the account's default if None.
+        token: the token; True or None for the token that `hf auth login` stored.
+        revision: the branch; made if it is missing.
+        create_pr: open a pull request instead of committing.
+
+    Raises:
+        OSError: the Hub refused the request.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=list(names),
+        delete_patterns=list(replaced),
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return commit.commit_url

@@ -11,21 +11,21 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from fastuper.io.arguments import take_arguments
 from fastuper.io.bounds import DEEPEST, check_bounds, check_foreign_bounds
 from fastuper.io.files import read_json
-from fastuper.io.hub import HubOptions, find_file
+from fastuper.io.hub import CONFIG_NAME, HubOptions, find_file
 from fastuper.io.messages import shown
+from fastuper.models.config_methods import ConfigMethods
 from fastuper.weights.reading import FLOATING
-from fastuper_kernels.dispatch.files import atomic_path
 
 logger = logging.getLogger(__name__)
-
-CONFIG_NAME = "config.json"
 
 # Values that describe the same thing. Overriding one of them removes the saved values of the others.
 LABELS = ("id2label", "label2id", "num_labels")
@@ -48,7 +48,7 @@ LIBRARIES = {
 }
 
 
-class Config:
+class Config(ConfigMethods):
     """Base of all configurations, with the arguments, defaults and config.json of Transformers' classes.
 
     Args:
@@ -84,8 +84,8 @@ class Config:
         self.return_dict = extra.pop("use_return_dict", return_dict)
         self.output_hidden_states = output_hidden_states
         self.output_attentions = output_attentions
-        self.dtype = as_dtype(dtype if dtype is not None else torch_dtype)
-        self.name_or_path: str = extra.pop("name_or_path", None) or extra.pop("_name_or_path", "")
+        self.dtype = dtype if dtype is not None else torch_dtype
+        self.name_or_path = extra.pop("name_or_path", None) or extra.pop("_name_or_path", "")
         self._commit_hash: str | None = extra.pop("_commit_hash", None)  # for the pipelines of Transformers 4.x
         self.architectures: list[str] | None = extra.pop("architectures", None)
         self.task_specific_params: dict[str, Any] | None = extra.pop("task_specific_params", None)
@@ -139,13 +139,31 @@ class Config:
         return self.return_dict
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the weights; a `torch.dtype` or its name may be assigned."""
+        return self._dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype | str | None) -> None:
+        self._dtype = as_dtype(dtype)
+
+    @property
     def torch_dtype(self) -> torch.dtype | None:
         """`dtype` under its older name."""
         return self.dtype
 
     @torch_dtype.setter
     def torch_dtype(self, dtype: torch.dtype | str | None) -> None:
-        self.dtype = as_dtype(dtype)
+        self.dtype = dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """The folder or Hub repository that the configuration is from; "" if there is none."""
+        return self._name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, name_or_path: str | os.PathLike[str] | None) -> None:
+        self._name_or_path = "" if name_or_path is None else str(name_or_path)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in types that JSON supports."""
@@ -153,41 +171,72 @@ class Config:
         values["model_type"] = self.model_type
         values["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         values["id2label"] = {str(key): name for key, name in self.id2label.items()}
-        values["_name_or_path"] = values.pop("name_or_path")
+        values["_name_or_path"] = self.name_or_path
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the values that define the network: all but those that every configuration has by default."""
+        defaults = Config().to_dict()
+        values = {n: v for n, v in self.to_dict().items() if n not in defaults or v != defaults[n] or n == "model_type"}
+        values.pop("_name_or_path", None)
         return values
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """Return the text of config.json, with all values; `use_diff` is Transformers' argument and has no effect."""
-        values = {name: value for name, value in self.to_dict().items() if name != "_name_or_path"}
+        """Return the values as JSON: those of `to_diff_dict`, or all of them with `use_diff=False`."""
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        values.pop("_name_or_path", None)
         return json.dumps(values, indent=2, sort_keys=True, default=_to_json) + "\n"
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write config.json, in the format of Transformers 4.56 and 5.x."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json with all values, in the format of Transformers 4.56 and 5.x.
+
+        Args:
+            save_directory: the folder; made if it is missing.
+            push_to_hub: also upload the file.
+            **kwargs: with `push_to_hub`, `repo_id` (by default the folder's name) and the other arguments of the
+                method `push_to_hub`.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+            TypeError: an argument is unknown.
+        """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained has no argument {', '.join(kwargs)}, or only with push_to_hub=True")
         folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; save_pretrained writes a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / CONFIG_NAME) as path:
-            path.write_text(self.to_json_string(), encoding="utf-8")
+        self.to_json_file(folder / CONFIG_NAME, use_diff=False)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.absolute().name), **kwargs)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Any:
+    def from_dict(cls, values: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
         """Return a configuration with the values of a config.json.
 
         Args:
             values: the content of config.json.
-            **overrides: replace values of the same names, and values that contradict the overrides.
+            return_unused_kwargs: True to return the configuration and a dictionary of the overrides whose names it
+                does not have, in place of an error.
+            **overrides: replace values of the same names, and values that contradict the overrides. Arguments of
+                Transformers' `from_pretrained` are accepted at the values that do nothing.
 
         Raises:
             TypeError: the configuration has no value of an override's name.
             ValueError: a value is not valid.
         """
         config = cls(**copy.deepcopy(dict(values)))
+        if not return_unused_kwargs:
+            take_arguments(cls.__name__, overrides, HubOptions())
         if overrides.get("num_labels") == config.num_labels:  # the names of the classes stay
             del overrides["num_labels"]
-        if not overrides:
-            return config
-        if unknown := [name for name in overrides if name.startswith("_") or not hasattr(config, name)]:
+        unknown = [name for name in overrides if name.startswith("_") or not hasattr(config, name)]
+        if unknown and not return_unused_kwargs:
             raise TypeError(f"{cls.__name__} has no {', '.join(unknown)}")
-        return cls(**overridden(config.to_dict(), overrides))
+        unused = {name: overrides.pop(name) for name in unknown}
+        if overrides:
+            config = cls(**overridden(config.to_dict(), overrides))
+        return (config, unused) if return_unused_kwargs else config
 
     @classmethod
     def from_pretrained(
@@ -199,17 +248,21 @@ class Config:
         subfolder: str = "",
         revision: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
+        return_unused_kwargs: bool = False,
         **overrides: Any,
     ) -> Any:
         """Read config.json from a folder or a Hub repository.
 
         Args:
-            pretrained_model_name_or_path: the folder, or the repository's id.
+            pretrained_model_name_or_path: the folder, the file itself, or the repository's id.
             token: for private repositories; True for the token that `hf auth login` stored.
             cache_dir: the Hub's cache.
             subfolder: the folder of config.json inside the folder or repository.
             revision: a branch, tag or commit of the repository.
             local_files_only: True to use only the cache.
+            force_download: download the file again, even if the cache has it.
+            return_unused_kwargs: see `from_dict`.
             **overrides: see `from_dict`.
 
         Raises:
@@ -217,21 +270,47 @@ class Config:
             TypeError: the configuration has no value of an override's name.
             ValueError: config.json describes another kind of model, or a value is not valid.
         """
-        options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only)
-        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, options)
-        if path is None:
-            place = f"{pretrained_model_name_or_path}/{subfolder}" if subfolder else pretrained_model_name_or_path
-            raise FileNotFoundError(f"{place} has no {CONFIG_NAME}; give a checkpoint's folder or Hub repository")
+        options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only, force_download)
+        if return_unused_kwargs:
+            options = replace(options, token=token or overrides.pop("use_auth_token", None))
+        else:
+            options = take_arguments(cls.__name__, overrides, options)
+        path = _find_config(pretrained_model_name_or_path, options)
         values = read_json(path)
+        if values.get("model_type") != cls.model_type:
+            # The configuration of a whole model may hold one of this class, as a UPerNet's holds its backbone's.
+            parts = (part for part in values.values() if isinstance(part, dict))
+            values = next((part for part in parts if part.get("model_type") == cls.model_type), values)
         cls._check_model_type(path, values)
         try:
             config = cls.from_dict(values)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+        unused: dict[str, Any] = {}
         if overrides:  # outside the `try`: an error in an override is not the file's
-            config = cls.from_dict(values, **overrides)
+            config, unused = cls.from_dict(values, return_unused_kwargs=True, **overrides)
+            if unused and not return_unused_kwargs:
+                raise TypeError(f"{cls.__name__} has no {', '.join(unused)}")
         config.name_or_path = str(pretrained_model_name_or_path)
-        return config
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the content of config.json, and the arguments that are not about finding the file.
+
+        Args:
+            pretrained_model_name_or_path: the folder, the file itself, or the repository's id.
+            **kwargs: arguments of `from_pretrained`.
+
+        Raises:
+            OSError: config.json is missing or is not valid JSON; the message names the place.
+        """
+        given = {field.name: kwargs.pop(field.name) for field in fields(HubOptions) if field.name in kwargs}
+        given["subfolder"] = given.get("subfolder") or ""
+        options = take_arguments(cls.__name__, kwargs, HubOptions(**given))
+        return read_json(_find_config(pretrained_model_name_or_path, options)), kwargs
 
     @classmethod
     def _check_model_type(cls, path: Path, values: Mapping[str, Any]) -> None:
@@ -338,6 +417,24 @@ class BackboneConfig(Config):
     def out_indices(self, out_indices: Sequence[int] | None) -> None:
         self._select(None, out_indices)
 
+    def set_output_features_output_indices(
+        self, out_features: Sequence[str] | None, out_indices: Sequence[int] | None
+    ) -> None:
+        """Select the returned stages by names, by indices, or by both if they agree; the last stage if both are None.
+
+        Raises:
+            ValueError: the selection is not valid.
+        """
+        self._select(out_features, out_indices)
+
+    def verify_out_features_out_indices(self) -> None:
+        """Check that the names and the indices of the returned stages are valid and agree.
+
+        Raises:
+            ValueError: they are not, or do not.
+        """
+        self._select(self._out_features, self._out_indices)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in types that JSON supports."""
         values = super().to_dict()
@@ -375,6 +472,19 @@ class ForeignBackboneConfig(Config):
     def to_dict(self) -> dict[str, Any]:
         """Return the values and the model type."""
         return {**copy.deepcopy(self.values), "model_type": self.model_type}
+
+    to_diff_dict = to_dict
+
+
+def _find_config(source: str | os.PathLike[str], options: HubOptions) -> Path:
+    """Return the path of config.json; raise OSError that names the place if there is none."""
+    if Path(source).is_file():
+        return Path(source)
+    path = find_file(source, CONFIG_NAME, options)
+    if path is None:
+        place = f"{source}/{options.subfolder}" if options.subfolder else source
+        raise FileNotFoundError(f"{place} has no {CONFIG_NAME}; give a checkpoint's folder or Hub repository")
+    return path
 
 
 def overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,55 +5,14 @@ docs/differences.md lists what is left out, and why.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from fastuper.models.gradient_checkpointing import Checkpointed
-
-T = TypeVar("T")
-
-
-class KnownToTransformers:
-    """Makes `isinstance(model, transformers.PreTrainedModel)` true once Transformers is imported.
-
-    Transformers' Trainer writes config.json beside the weights only for a `PreTrainedModel`; without it, the saved
-    model could not be loaded. Nothing is inherited: `type(model)` is the class itself.
-    """
-
-    @property
-    def __class__(self) -> type[Any]:  # `isinstance` reads it besides the type
-        theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-        cls: Any = type(self)
-        return cls if theirs is None or issubclass(cls, theirs) else _derived(cls, theirs)
-
-    @__class__.setter
-    def __class__(self, cls: type[Any]) -> None:  # FSDP and parametrizations assign classes that they derive
-        object.__dict__["__class__"].__set__(self, cls)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Python's own way to rebuild the object compares its type with its `__class__`.
-        return _new, (type(self),), object.__reduce_ex__(self, 2)[2]
-
-
-@functools.cache
-def _derived(cls: Hashable, theirs: Hashable) -> Any:
-    """Return a subclass of both classes whose call builds a `cls`."""
-    assert isinstance(cls, type)
-    assert isinstance(theirs, type)
-
-    def new(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls(*args, **kwargs)
-
-    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__new__": new})
-
-
-def _new(cls: type[T]) -> T:
-    return cls.__new__(cls)
+from fastuper.models.known_to_transformers import KnownToTransformers
 
 
 class ModelMethods(KnownToTransformers, nn.Module):
@@ -65,6 +24,8 @@ class ModelMethods(KnownToTransformers, nn.Module):
         name_or_path: the folder or Hub repository that the model was loaded from; "" for a new model.
         model_tags: tags of the model card that `push_to_hub` writes; None if there are none.
     """
+
+    _their_class = ("transformers.modeling_utils", "PreTrainedModel")
 
     config: Any
     name_or_path: str

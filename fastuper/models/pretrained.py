@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 
-from fastuper.io.hub import HubOptions, pin_revision
+from fastuper.io.arguments import take_arguments
+from fastuper.io.hub import CONFIG_NAME, HubOptions, pin_revision, upload
 from fastuper.io.messages import listed
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.configuration import as_dtype
@@ -116,23 +116,6 @@ def _names_on_disk(model: nn.Module) -> dict[str, str]:
 
 # --------------------------------------------------------------------------------------------- from_pretrained and back
 
-# Arguments of Transformers that are not supported, each with the remedy.
-REFUSED = {
-    "force_download": "delete the repository from the Hub's cache",
-    "from_flax": "convert the checkpoint to safetensors first",
-    "from_tf": "convert the checkpoint to safetensors first",
-    "gguf_file": "convert the checkpoint to safetensors first",
-    "key_mapping": "rename the state dict and pass it to load_state_dict",
-    "load_in_4bit": "quantised weights are not supported; dtype=torch.bfloat16 halves the memory",
-    "load_in_8bit": "quantised weights are not supported; dtype=torch.bfloat16 halves the memory",
-    "max_memory": "the whole model goes to one device: pass device=",
-    "offload_folder": "the whole model goes to one device: pass device=",
-    "proxies": "set the environment variable HTTPS_PROXY",
-    "quantization_config": "quantised weights are not supported; dtype=torch.bfloat16 halves the memory",
-    "trust_remote_code": "code of a repository is never run; leave it out",
-    "use_auth_token": "pass token=",
-}
-
 
 class PretrainedMixin(ModelMethods):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`, as `transformers.PreTrainedModel` has them.
@@ -176,6 +159,7 @@ class PretrainedMixin(ModelMethods):
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         device_map: torch.device | str | int | Mapping[str, Any] | None = None,
         use_safetensors: bool | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -207,6 +191,7 @@ class PretrainedMixin(ModelMethods):
             revision: a branch, tag or commit of the repository.
             variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
             local_files_only: use only files in the cache, and never ask the Hub.
+            force_download: download the files again, even if the cache has them.
             device_map: Transformers' name of `device`: a device, {"": device}, or "auto" for a GPU if there is one.
             use_safetensors: True for only safetensors, False for only pickles (.bin), None for either.
             ignore_mismatched_sizes: initialise tensors whose shape differs from the checkpoint's (the classifier, if
@@ -233,10 +218,10 @@ class PretrainedMixin(ModelMethods):
         source = pretrained_model_name_or_path or "state_dict"
         if pretrained_model_name_or_path is None and (config is None or state_dict is None):
             raise ValueError("without a folder or repository, from_pretrained needs both config= and state_dict=")
-        _refuse(cls, config_overrides)
+        options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only, force_download)
+        options = take_arguments(cls.__name__, config_overrides, options)
         target = _device(device, device_map)
         wanted_dtype = _wanted_dtype(dtype, torch_dtype)
-        options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only)
         if config is None:
             options = pin_revision(source, options)
         labels = {"num_labels": num_labels, "id2label": id2label, "label2id": label2id}
@@ -289,7 +274,7 @@ class PretrainedMixin(ModelMethods):
         Raises:
             TypeError: an argument is unknown or not supported.
         """
-        _refuse(cls, kwargs)
+        take_arguments(cls.__name__, kwargs, HubOptions())
         if kwargs:
             raise TypeError(f"{cls.__name__}._from_config has no argument {', '.join(kwargs)}")
         model = cls(config)
@@ -341,7 +326,8 @@ class PretrainedMixin(ModelMethods):
         repo_id = kwargs.pop("repo_id", folder.absolute().name)
         files = self._save(folder, state_dict, safe_serialization, max_shard_size, variant)
         if push_to_hub:
-            _upload(folder, files, repo_id, **kwargs)
+            kwargs.setdefault("commit_message", "Upload model")
+            upload(folder, [CONFIG_NAME, *files.names], repo_id, replaced=files.replaced, **kwargs)
 
     def push_to_hub(
         self,
@@ -375,11 +361,12 @@ class PretrainedMixin(ModelMethods):
         """
         with tempfile.TemporaryDirectory() as folder:
             files = self._save(Path(folder), None, True, max_shard_size, variant)
-            return _upload(
+            return upload(
                 Path(folder),
-                files,
+                [CONFIG_NAME, *files.names],
                 repo_id,
-                commit_message=commit_message,
+                replaced=files.replaced,
+                commit_message=commit_message or "Upload model",
                 private=private,
                 token=token,
                 revision=revision,
@@ -413,21 +400,6 @@ class PretrainedMixin(ModelMethods):
 
 
 # ----------------------------------------------------------------------------------------- the steps of from_pretrained
-
-
-def _refuse(cls: type, kwargs: dict[str, Any]) -> None:
-    """Remove Transformers' arguments from `kwargs`; raise TypeError for one that is not supported."""
-    kwargs.pop("low_cpu_mem_usage", None)  # it is always low
-    kwargs.pop("_fast_init", None)
-    attention = kwargs.pop("attn_implementation", None)
-    if attention not in (None, "eager", "sdpa"):
-        raise TypeError(f"attn_implementation={attention!r} is not supported; leave it out")
-    if not kwargs.pop("weights_only", True):
-        raise TypeError("weights_only=False is not supported: code in a pickle is never run; leave it out")
-    for name, remedy in REFUSED.items():
-        value = kwargs.pop(name, None)
-        if value is not None and value is not False:
-            raise TypeError(f"{cls.__name__}.from_pretrained has no {name}: {remedy}")
 
 
 def _wanted_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -629,34 +601,3 @@ def _warn(source: StrPath, info: Mapping[str, Any]) -> None:
     ):
         if names:
             logger.warning("%s: %s: %s", source, text, ", ".join(names))
-
-
-# ---------------------------------------------------------------------------------------------------------- push_to_hub
-
-
-def _upload(
-    folder: Path,
-    files: WeightFiles,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload config.json and the weights in place of the repository's older weights; return the commit's URL."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=["config.json", *files.names],
-        delete_patterns=files.replaced,
-        commit_message=commit_message or "Upload model",
-        revision=revision,
-        create_pr=create_pr,
-    )
-    return commit.commit_url

@@ -8,13 +8,12 @@ from importlib.util import find_spec
 from typing import Any
 
 from fastuper.io.files import read_json
-from fastuper.io.hub import find_file
+from fastuper.io.hub import CONFIG_NAME, find_file
 from fastuper.io.messages import shown
 from fastuper.models.backbones.foreign import TIMM, transformers_model_types
 from fastuper.models.backbones.registry import FAMILIES
 from fastuper.models.backbones.resnet import ResNetConfig
 from fastuper.models.configuration import (
-    CONFIG_NAME,
     BackboneConfig,
     Config,
     ForeignBackboneConfig,
@@ -56,6 +55,7 @@ class UperNetConfig(Config):
     """
 
     model_type = "upernet"
+    sub_configs = {"backbone_config": Config}  # noqa: RUF012
 
     def __init__(
         self,
@@ -140,6 +140,13 @@ class UperNetConfig(Config):
         """Return all values, in types that JSON supports."""
         values = super().to_dict()
         values["backbone_config"] = None if self.backbone_config is None else self.backbone_config.to_dict()
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the values that define the network: all but those that every configuration has by default."""
+        values = super().to_diff_dict()
+        if self.backbone_config is not None:
+            values["backbone_config"] = self.backbone_config.to_diff_dict()
         return values
 
 

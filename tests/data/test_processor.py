@@ -337,7 +337,7 @@ HUB_FILES = {
 def test_files_of_the_hub(file, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(HUB_FILES[file]))
     processor = UperNetImageProcessor.from_pretrained(tmp_path)
-    assert processor.to_dict() == HUB_FILES["new"]
+    assert json.loads(processor.to_json_string()) == HUB_FILES["new"]
     (path,) = processor.save_pretrained(tmp_path / "new" / "folder")
     assert json.loads(Path(path).read_text()) == HUB_FILES["new"]
     assert [entry.name for entry in (tmp_path / "new" / "folder").iterdir()] == ["preprocessor_config.json"]
@@ -363,7 +363,7 @@ def test_constructor_takes_the_forms_of_each_option():
     assert UperNetImageProcessor(size=384).size == {"height": 384, "width": 384}
     assert UperNetImageProcessor(size=(384, 640)).size == {"height": 384, "width": 640}
     assert UperNetImageProcessor(size={"width": 640, "height": 384}).size == {"height": 384, "width": 640}
-    assert UperNetImageProcessor(image_mean=np.float32([0.5, 0.25, 0])).image_mean == [0.5, 0.25, 0.0]
+    assert UperNetImageProcessor(image_mean=np.float32([0.5, 0.25, 0])).image_mean == (0.5, 0.25, 0.0)
     assert UperNetImageProcessor(image_mean=1).image_mean == 1.0
     assert UperNetImageProcessor(reduce_labels=True).do_reduce_labels
     assert UperNetImageProcessor(resample=Image.Resampling.LANCZOS).resample == 1
@@ -374,7 +374,7 @@ def test_attributes_may_be_changed():
     processor.size = {"height": 20, "width": 30}
     assert only(processor(noise(8, 9, 3))).shape == (3, 20, 30)
     processor.size["height"] = 0
-    with pytest.raises(ValueError, match="both at least 1"):
+    with pytest.raises(ValueError, match="each at least 1"):
         processor(noise(8, 9, 3))
 
 
@@ -441,9 +441,19 @@ REFUSED = {
     ),
     "fractions": (IMAGE + 0.5, {}, ValueError, "values from .*; Pillow resizes whole levels from 0 to 255"),
     "unknown": (IMAGE, {"do_resise": True}, TypeError, "unknown argument do_resise; there are do_resize, size"),
-    "short_edge": (IMAGE, {"size": {"shortest_edge": 512}}, ValueError, r"size is .*shortest_edge.*\"height\""),
+    "long_edge": (IMAGE, {"size": {"longest_edge": 5}}, ValueError, r"images\[0\]: .* cannot be resized .*\"height\""),
+    "pixels": (IMAGE, {"size": {"min_pixels": 5, "max_pixels": 9}}, ValueError, "cannot be resized to the size"),
+    "forms": (IMAGE, {"size": {"height": 5, "shortest_edge": 9}}, ValueError, "size is .*shortest_edge.*; give"),
+    "no_rows": (noise(1, 90, 3), {"size": {"max_height": 9, "max_width": 9}}, ValueError, "would have no pixels"),
+    "crop": (
+        IMAGE,
+        {"do_center_crop": True},
+        TypeError,
+        "do_center_crop=True: images are not cropped",
+    ),
+    "pad": (IMAGE, {"pad_size": {"height": 5}}, TypeError, "does not support pad_size=.*: images are not padded"),
     "extra_edge": (IMAGE, {"size": {"height": 5, "width": 5, "depth": 5}}, ValueError, "depth.*; give"),
-    "zero_size": (IMAGE, {"size": {"height": 0, "width": 5}}, ValueError, "both at least 1"),
+    "zero_size": (IMAGE, {"size": {"height": 0, "width": 5}}, ValueError, "each at least 1"),
     "size_half": (IMAGE, {"size": 51.5}, ValueError, "size is 51.5"),
     "size_three": (IMAGE, {"size": (1, 2, 3)}, ValueError, r"size is \(1, 2, 3\)"),
     "resample": (IMAGE, {"resample": 9}, ValueError, r"resample is 9; Pillow's filters are 0 \(nearest\)"),
@@ -512,8 +522,8 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is for BeitImageProcessor.*AutoImageProcessor"):
         UperNetImageProcessor.from_pretrained(tmp_path)
     path.write_text("{}")
-    with pytest.raises(TypeError, match="unknown argument use_fast"):
-        UperNetImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    with pytest.raises(TypeError, match="does not support use_fast=True: images are resized with Pillow"):
+        UperNetImageProcessor.from_pretrained(tmp_path, use_fast=True)
     with pytest.raises(TypeError, match="do_resise"):
         UperNetImageProcessor(do_resise=True)
 

@@ -153,7 +153,7 @@ def test_options_reach_the_hub(monkeypatch, tmp_path):
         return str(tmp_path / filename)
 
     monkeypatch.setattr(fastuper.io.hub, "hf_hub_download", download)
-    options = HubOptions("hf_secret", tmp_path, "sub", "v1", True)
+    options = HubOptions("hf_secret", tmp_path, "sub", "v1", local_files_only=False, force_download=True)
     assert find_file("someone/upernet", "config.json", options) == tmp_path / "config.json"
     assert asked == {
         "repo_id": "someone/upernet",
@@ -162,8 +162,11 @@ def test_options_reach_the_hub(monkeypatch, tmp_path):
         "cache_dir": tmp_path,
         "subfolder": "sub",
         "revision": "v1",
-        "local_files_only": True,
+        "local_files_only": False,
+        "force_download": True,
     }
+    with pytest.raises(ValueError, match="force_download=True and local_files_only=True contradict each other"):
+        HubOptions(local_files_only=True, force_download=True)
 
 
 @pytest.mark.parametrize("subfolder", ["", "nested/snapshots"])

@@ -31,6 +31,8 @@ ORDER = (
     "fastuper.io",
     "fastuper.weights",
     "fastuper.data",
+    "fastuper.models.known_to_transformers",
+    "fastuper.models.config_methods",
     "fastuper.models.configuration",
     "fastuper.models.outputs",
     "fastuper.models.untouched",

@@ -45,6 +45,7 @@ class ConvNextConfig(BackboneConfig):
     """
 
     model_type = "convnext"
+    attribute_map = {"num_hidden_layers": "num_stages"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class ConvNextConfig(BackboneConfig):
         out_indices: Sequence[int] | None = None,
         **extra: Any,
     ):
+        num_stages = extra.pop("num_hidden_layers", num_stages)
         self.num_channels = num_channels
         self.patch_size = patch_size
         self.num_stages = num_stages

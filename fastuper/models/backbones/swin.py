@@ -70,6 +70,7 @@ class SwinConfig(BackboneConfig):
     """
 
     model_type = "swin"
+    attribute_map = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class SwinConfig(BackboneConfig):
         out_indices: Sequence[int] | None = None,
         **extra: Any,
     ):
+        num_heads = extra.pop("num_attention_heads", num_heads)
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_channels = num_channels
@@ -111,7 +113,7 @@ class SwinConfig(BackboneConfig):
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.encoder_stride = encoder_stride
-        for derived in ("num_layers", "hidden_size"):
+        for derived in ("num_layers", "num_hidden_layers", "hidden_size"):
             extra.pop(derived, None)
         super().__init__(self.depths, out_features, out_indices, **extra)
 
