@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -309,7 +309,8 @@ class PretrainedMixin(ModelMethods):
             variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
             push_to_hub: also upload the files.
             **kwargs: with `push_to_hub`, `repo_id` (by default the folder's name) and the other arguments of the
-                method `push_to_hub`. Transformers' `save_function` is accepted and not called.
+                method `push_to_hub`. Transformers' `save_function`, `save_peft_format` and `save_original_format` are
+                accepted and have no effect.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
@@ -317,7 +318,10 @@ class PretrainedMixin(ModelMethods):
             OSError: the folder is not writable.
             TypeError: an argument is unknown.
         """
-        kwargs.pop("save_function", None)
+        for name in ("save_function", "save_peft_format", "save_original_format"):
+            kwargs.pop(name, None)
+        if not push_to_hub:
+            kwargs.pop("token", None)
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(kwargs)}, or only with push_to_hub=True")
         if not is_main_process:
@@ -327,31 +331,36 @@ class PretrainedMixin(ModelMethods):
         files = self._save(folder, state_dict, safe_serialization, max_shard_size, variant)
         if push_to_hub:
             kwargs.setdefault("commit_message", "Upload model")
-            upload(folder, [CONFIG_NAME, *files.names], repo_id, replaced=files.replaced, **kwargs)
+            tags = self._all_tags(kwargs.pop("tags", ()))
+            upload(folder, [CONFIG_NAME, *files.names], repo_id, replaced=files.replaced, tags=tags, **kwargs)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
         commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
+        tags: Sequence[str] | str = (),
     ) -> str:
         """Upload config.json and the weights to a Hub repository; it is made if it is missing.
 
         Args:
             repo_id: "name" or "organization/name".
             commit_message: of the commit.
+            commit_description: of the commit.
             private: whether a new repository is private; the account's default if None.
             token: the token; True or None for the token that `hf auth login` stored.
             revision: the branch; made if it is missing.
             create_pr: open a pull request instead of committing.
             max_shard_size: the largest size of a file, as in `save_pretrained`.
             variant: the middle of the files' names, as in `save_pretrained`.
+            tags: tags that the model card gets, besides those of `add_model_tags`.
 
         Returns:
             The commit's URL.
@@ -367,11 +376,16 @@ class PretrainedMixin(ModelMethods):
                 repo_id,
                 replaced=files.replaced,
                 commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                tags=self._all_tags(tags),
                 private=private,
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
             )
+
+    def _all_tags(self, tags: Sequence[str] | str) -> list[str]:
+        return [*(self.model_tags or ()), *([tags] if isinstance(tags, str) else tags)]
 
     def _save(
         self,
