@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, ModelCard, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def upload(
     *,
     replaced: Sequence[str] = (),
     commit_message: str,
+    commit_description: str | None = None,
+    tags: Sequence[str] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -151,6 +154,8 @@ def upload(
         repo_id: "name" or "organization/name".
         replaced: patterns of files of the repository that the commit deletes.
         commit_message: of the commit.
+        commit_description: of the commit.
+        tags: tags to add to the repository's model card; it is made if it is missing.
         private: whether a new repository is private; the account's default if None.
         token: the token; True or None for the token that `hf auth login` stored.
         revision: the branch; made if it is missing.
@@ -163,12 +168,21 @@ def upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if tags:
+        try:
+            card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]  (it takes True too)
+        except EntryNotFoundError:
+            card = ModelCard("---\n{}\n---\n")
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
+        card.save(folder / CARD_NAME)
+        names = [*names, CARD_NAME]
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=list(names),
         delete_patterns=list(replaced),
         commit_message=commit_message,
+        commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
     )

@@ -25,7 +25,7 @@ from fastuper.models.model_methods import ModelMethods
 from fastuper.weights.dialects import describe
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import Stored, described, find_weights, iterate_weights, stored_tensors
-from fastuper.weights.transformers import Names, hub_name
+from fastuper.weights.transformers import Names, adapter_key_mapping, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
 
@@ -63,6 +63,27 @@ def rename_on_load(module: nn.Module, state_dict: MutableMapping[str, Any], pref
     for name, buffer in own.items():
         if names.is_computed(name):
             state_dict.setdefault(prefix + name, buffer)
+    # PEFT drops the tensors of an adapter whose module it has not found, without a word.
+    leaves = {name for name, part in module.named_modules() if not any(part.children())}
+    strays = [name for name in _names_in(state_dict, prefix) if name not in own and not leaves.isdisjoint(_above(name))]
+    if strays:
+        logger.warning(
+            "%d tensors have no place in the model, such as %s. If they are an adapter's, its target_modules must name "
+            "modules of this model: in a Swin query, key, value and dense, where Transformers 5 has q_proj, k_proj, "
+            "v_proj, o_proj, fc1 and fc2",
+            len(strays),
+            listed(strays, 1),
+        )
+
+
+def _names_in(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    return [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+
+
+def _above(name: str) -> list[str]:
+    """Return the paths of the modules above a tensor: "a.b" and "a" for "a.b.weight"."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def backbone_names(model: nn.Module) -> Names:
@@ -108,6 +129,16 @@ class PretrainedMixin(ModelMethods):
 
     config_class: ClassVar[Any]
     config: Any
+
+    @property
+    def adapter_key_mapping(self) -> dict[str, str]:
+        """The argument `key_mapping` with which PEFT loads an adapter that was trained on Transformers 5's model.
+
+        `PeftModel.from_pretrained` uses it by itself; `PeftModel.load_adapter` takes it as an argument.
+        """
+        return adapter_key_mapping(backbone_names(self))
+
+    _checkpoint_conversion_mapping = adapter_key_mapping  # the name by which PEFT reads it
 
     @classmethod
     def from_pretrained(
@@ -278,7 +309,8 @@ class PretrainedMixin(ModelMethods):
             variant: the middle of the files' names, "fp16" for `model.fp16.safetensors`.
             push_to_hub: also upload the files.
             **kwargs: with `push_to_hub`, `repo_id` (by default the folder's name) and the other arguments of the
-                method `push_to_hub`. Transformers' `save_function` is accepted and not called.
+                method `push_to_hub`. Transformers' `save_function`, `save_peft_format` and `save_original_format` are
+                accepted and have no effect.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
@@ -286,7 +318,10 @@ class PretrainedMixin(ModelMethods):
             OSError: the folder is not writable.
             TypeError: an argument is unknown.
         """
-        kwargs.pop("save_function", None)
+        for name in ("save_function", "save_peft_format", "save_original_format"):
+            kwargs.pop(name, None)
+        if not push_to_hub:
+            kwargs.pop("token", None)
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(kwargs)}, or only with push_to_hub=True")
         if not is_main_process:
@@ -296,31 +331,36 @@ class PretrainedMixin(ModelMethods):
         files = self._save(folder, state_dict, safe_serialization, max_shard_size, variant)
         if push_to_hub:
             kwargs.setdefault("commit_message", "Upload model")
-            upload(folder, [CONFIG_NAME, *files.names], repo_id, replaced=files.replaced, **kwargs)
+            tags = self._all_tags(kwargs.pop("tags", ()))
+            upload(folder, [CONFIG_NAME, *files.names], repo_id, replaced=files.replaced, tags=tags, **kwargs)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
         commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
+        tags: Sequence[str] | str = (),
     ) -> str:
         """Upload config.json and the weights to a Hub repository; it is made if it is missing.
 
         Args:
             repo_id: "name" or "organization/name".
             commit_message: of the commit.
+            commit_description: of the commit.
             private: whether a new repository is private; the account's default if None.
             token: the token; True or None for the token that `hf auth login` stored.
             revision: the branch; made if it is missing.
             create_pr: open a pull request instead of committing.
             max_shard_size: the largest size of a file, as in `save_pretrained`.
             variant: the middle of the files' names, as in `save_pretrained`.
+            tags: tags that the model card gets, besides those of `add_model_tags`.
 
         Returns:
             The commit's URL.
@@ -336,11 +376,16 @@ class PretrainedMixin(ModelMethods):
                 repo_id,
                 replaced=files.replaced,
                 commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                tags=self._all_tags(tags),
                 private=private,
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
             )
+
+    def _all_tags(self, tags: Sequence[str] | str) -> list[str]:
+        return [*(self.model_tags or ()), *([tags] if isinstance(tags, str) else tags)]
 
     def _save(
         self,

@@ -62,6 +62,17 @@ def hub_name(name: str, names: Names) -> str | None:
     return BACKBONE + _renamed(bare, names)
 
 
+def adapter_key_mapping(names: Names) -> dict[str, str]:
+    """Return {regular expression: replacement} from Transformers 5's names in memory to the Hub's.
+
+    It is the argument `key_mapping` of `peft.PeftModel.from_pretrained`, which replaces the first expression that is
+    found in a name. Adapters have the names of the modules in memory.
+    """
+    prefix = re.escape(BACKBONE + names.prefix)
+    mapping = {f"^{prefix}{pattern}": BACKBONE + replacement for pattern, replacement in names.renamed}
+    return {**mapping, f"^{prefix}": BACKBONE} if names.prefix else mapping
+
+
 def backbone_state_dict(state_dict: Mapping[str, T], model_type: str, names: Names) -> dict[str, T]:
     """Return the backbone's part of a checkpoint of its family, with the names of our backbone module.
 

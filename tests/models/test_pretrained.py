@@ -14,7 +14,7 @@ import types
 import accelerate
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -865,6 +865,7 @@ def test_push_to_hub(hub, tmp_path):
                     "model.safetensors.index.json",
                 ],
                 "commit_message": "Third try",
+                "commit_description": None,
                 "revision": "dev",
                 "create_pr": False,
             },
@@ -882,6 +883,30 @@ def test_push_a_pull_request(hub):
     assert hub.calls[-1][2]["create_pr"] is True
     assert "model.safetensors.index.json" in hub.files
     assert len(hub.files) > 3
+
+
+@pytest.mark.parametrize("card", [None, "---\nlicense: mit\ntags: [old, drone]\n---\nA card."])
+def test_the_model_card_gets_the_tags(hub, monkeypatch, tmp_path, card):
+    def load_card(repo_id, token):
+        assert (repo_id, token) == ("org/upernet", "hf_secret")
+        if card is None:
+            raise EntryNotFoundError("no README.md")
+        return ModelCard(card)
+
+    monkeypatch.setattr(ModelCard, "load", load_card)
+    model = tiny_model()
+    model.add_model_tags("drone")
+    model.add_model_tags(["drone", "roads"])
+    assert model.model_tags == ["drone", "roads"]
+    assert type(model).model_tags is None
+    model.push_to_hub("org/upernet", token="hf_secret", tags="night")
+    written = ModelCard(hub.files["README.md"].decode())
+    assert written.data.tags == [*(["old"] if card else []), "drone", "roads", "night"]
+    if card:
+        assert written.data.license == "mit"
+        assert written.text.strip() == "A card."
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="org/upernet", token="hf_secret")
+    assert ModelCard(hub.files["README.md"].decode()).data.tags[-1] == "roads"
 
 
 def test_save_pretrained_can_push(hub, tmp_path):
