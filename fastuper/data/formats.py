@@ -108,7 +108,9 @@ def identify(path: Path, start: bytes) -> Format:
     name = _NAMES.get(path.suffix.lower()) or next(iter(names), None)
     known = ", ".join(form.name for form in FORMATS)
     if name is None:
-        raise RefusedError(f"is not an image in a format that is read here ({known}); save it as PNG or JPEG")
+        raise RefusedError(
+            f"is not an image in a format that Pillow can read, of those read here ({known}); save it as PNG or JPEG"
+        )
     raise RefusedError(f"is {name}, which is not read here; save it as PNG or JPEG (formats: {known})")
 
 

@@ -29,17 +29,18 @@ def check_webp(file: BinaryIO, check_size: Callable[[int, int], None]) -> None:
 
 
 def check_jpeg2000(file: BinaryIO) -> None:
-    """Refuse JPEG 2000 pictures of fewer than 8 bits, which Pillow shifts, and of signed numbers."""
+    """Refuse JPEG 2000 pictures that Pillow misreads: few bits (too dark), colours of 16 bits (white becomes black)."""
     file.seek(0)
     start = file.read(_SEARCHED)
     at = start.find(_SMALLEST_START_OF_CODE)
     if at < 0 or len(start) < at + 44:
         raise RefusedError("is a JPEG 2000 picture behind a large header; save it as PNG or JPEG")
     (channels,) = struct.unpack_from(">H", start, at + 40)
-    depths = [start[at + 42 + 3 * index] for index in range(channels) if at + 42 + 3 * index < len(start)]
-    if any(depth >> 7 or not 8 <= depth + 1 <= 16 for depth in depths):
+    depths = sorted({start[at + 42 + 3 * index] for index in range(channels) if at + 42 + 3 * index < len(start)})
+    most = 16 if channels == 1 else 8
+    if any(depth >> 7 or not 8 <= depth + 1 <= most for depth in depths):
         bits = ", ".join(f"{'signed ' if depth >> 7 else ''}{(depth & 127) + 1}" for depth in depths)
-        raise RefusedError(f"is a JPEG 2000 picture of {bits} bits, which is not read here; save it with 8 or 16 bits")
+        raise RefusedError(f"is a JPEG 2000 picture of {bits} bits, which is not read here; save it with 8 bits")
 
 
 def check_bmp(file: BinaryIO, mode: str) -> None:

@@ -4,7 +4,8 @@ The command line, `UperNetImageProcessor`, `FolderDataset` and `as_samples` read
 therefore has the same pixels in all of them, whether it comes as a file or as an open PIL image.
 
 Files in the formats of `fastuper.data.formats` are read, others are refused by name. One limit, `max_pixels`, holds
-for all formats before anything is decoded; Pillow's own limit has no effect.
+for all formats before anything is decoded; Pillow's own limit has no effect. (The decoder of AVIF has a second limit
+of 268 megapixels. It alone holds for a damaged file whose header names a smaller picture than it contains.)
 
 A photo becomes 8-bit RGB:
 
@@ -23,7 +24,9 @@ A photo becomes 8-bit RGB:
 
 Transformers' `SegformerImageProcessor` (5.x) reads the same pixels from a file, bit for bit, with these exceptions: it
 clips 16-bit grey and 32-bit values at 255, which makes nearly every pixel white; it inverts no 16-bit TIFF whose 0 is
-white; it takes the palette of a TIFF for 16 bits also where it has 8.
+white; it takes the palette of a TIFF for 16 bits also where it has 8; it mixes up the pixels of uncompressed TIFF files
+of one or four channels that EXIF data turn. What Pillow is known to misread is refused by name: see `read_layout` in
+`fastuper.data.tiff`, and `fastuper.data.headers`.
 
 A label map becomes integers, the numbers stored in the file:
 

@@ -39,7 +39,6 @@ _TAGS = {
     "tiles": 324,
     "extra": 338,
     "format": 339,
-    "subsampling": 530,
 }
 _NAMES = {number: name for name, number in _TAGS.items()}
 _MOST_VALUES = 3 << 16  # of a tag whose values are read: a palette of 16 bits
@@ -65,7 +64,6 @@ _SEVERAL_CHANNELS = {  # (photometric, bits): meanings of the channels beside th
     (3, 8): ((0,), (2,)),
     (5, 8): ((), (0,), (0, 0)),
     (5, 16): ((),),
-    (6, 8): ((),),
     (8, 8): ((),),
 }
 _COLOURS = {0: "grey (0 is white)", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
@@ -219,8 +217,6 @@ def _is_checked(
             (bits == 8 and (channels, extra) in ((3, ()), (4, (2,))))
             or (bits in (8, 16) and packed and (channels, extra) in ((3, ()), (4, (0,)), (4, (2,))))
         )
-    if photometric == 6 and (packed or tags.get("subsampling", (2, 2)) != (1, 1)):
-        return False
     meanings = _SEVERAL_CHANNELS.get((photometric, bits), ())
     colours = {1: 1, 3: 1, 5: 4}.get(photometric, 3)
     return extra in meanings and (channels == colours + len(extra) or (photometric, channels, extra) == (2, 4, ()))

@@ -433,10 +433,10 @@ def test_netpbm_of_other_writers(tmp_path: Path) -> None:
 
 
 def test_netpbm_across_blocks_of_text(tmp_path: Path) -> None:
-    values = RANDOM.integers(0, 65536, (700, 701))
+    values = RANDOM.integers(0, 65536, (450, 451))
     (tmp_path / "large.pgm").write_bytes(image_files.netpbm(values, 2, 65535))
     np.testing.assert_array_equal(read_labels(tmp_path / "large.pgm"), values)
-    one_line = b"P2 701 700 65535 " + b" ".join(str(value).encode() for value in values.ravel().tolist())
+    one_line = b"P2 451 450 65535 " + b" ".join(str(value).encode() for value in values.ravel().tolist())
     (tmp_path / "line.pgm").write_bytes(one_line)
     np.testing.assert_array_equal(read_labels(tmp_path / "line.pgm"), values)
 
@@ -522,7 +522,7 @@ def test_tiff_of_tifffile(
     if extra:
         options["extrasamples"] = extra
     if compression:
-        options |= {"compression": compression, "predictor": predictor and kind not in ("f2", "f4", "f8")}
+        options |= {"compression": compression, "predictor": predictor and kind[0] != "f" and kind != "u8"}
     options |= {"tile": tile} if tile else {"rowsperstrip": rows}
     tifffile.imwrite(path, values, **options)
     np.testing.assert_array_equal(tifffile.imread(path), values)
@@ -622,7 +622,7 @@ def test_turned_tiff_and_png(orientation: int, compression: str | None, tmp_path
 @EXAMPLES
 @given(
     seed=seeds,
-    suffix=st.sampled_from((".png", ".tif", ".bmp", ".pgm", ".ppm", ".pbm", ".webp", ".jp2", ".gif")),
+    suffix=st.sampled_from((".png", ".tif", ".bmp", ".pgm", ".ppm", ".pbm", ".webp", ".jp2")),
     sixteen=st.booleans(),
     channels=st.sampled_from((1, 3, 4)),
     writer=st.sampled_from(("opencv", "imageio")),
@@ -631,9 +631,10 @@ def test_files_of_opencv_and_imageio(
     tmp_path: Path, seed: int, suffix: str, sixteen: bool, channels: int, writer: str
 ) -> None:
     random = np.random.default_rng(seed)
-    size = (int(random.integers(1, 40)), int(random.integers(1, 40)))
+    least = 64 if suffix == ".jp2" else 1  # OpenCV writes no smaller JPEG 2000
+    size = tuple(int(side) for side in random.integers(least, least + 40, 2))
     sixteen = sixteen and suffix in (".png", ".tif", ".pgm", ".jp2") and (channels == 1 or writer == "opencv")
-    if suffix in (".pgm", ".pbm", ".gif"):
+    if suffix in (".pgm", ".pbm"):
         channels = 1
     elif suffix == ".ppm" or (suffix in (".webp", ".jp2") and channels == 1):
         channels = 3
@@ -642,10 +643,10 @@ def test_files_of_opencv_and_imageio(
         values = values[..., 0]
     if suffix == ".pbm":
         values = values % 2 * np.uint8(255)
+    if suffix == ".webp":
+        values |= np.array([0, 0, 0, 1][:channels], np.uint8)  # OpenCV drops the colours of pixels whose alpha is 0
     path = tmp_path / f"picture{suffix}"
     if writer == "opencv":
-        if suffix == ".gif":
-            return
         swapped = values if channels == 1 else values[..., [2, 1, 0, 3][:channels]]
         options = {".webp": [cv2.IMWRITE_WEBP_QUALITY, 101], ".jp2": [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000]}
         assert cv2.imwrite(str(path), swapped, options.get(suffix, []))
@@ -658,7 +659,7 @@ def test_files_of_opencv_and_imageio(
     photo = grey(values, largest) if channels == 1 else values[..., :3] >> (8 if sixteen else 0)
     if suffix == ".pbm":
         labels = values // 255 if np.array_equal(read_labels(path), values // 255) else 1 - values // 255
-    exact(path, labels, photo, "class numbers; save label maps as PNG", *NOT_READ)
+    exact(path, labels, photo, "class numbers; save label maps as PNG", "save it with 8 bits", *NOT_READ)
 
 
 @pytest.mark.parametrize("count", [2, 3, 16, 256])
@@ -800,7 +801,7 @@ def test_open_images_are_the_same_everywhere(mode: str, tmp_path: Path) -> None:
     if mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         image.save(tmp_path / "image.png")
         np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "image.png")), sample)
-    if mode in ("CMYK", "YCbCr", "LAB", "RGBX"):
+    if mode in ("CMYK", "LAB", "RGBX"):
         image.save(tmp_path / "image.tif")
         np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "image.tif")), sample)
 
@@ -840,7 +841,7 @@ def test_a_photo_that_was_read_can_be_sent_to_another_process(tmp_path: Path) ->
 @pytest.mark.parametrize(("mode", "most"), [("RGBA", 5.2), ("LA", 6.2), ("P", 6.2), ("I;16", 8.4)])
 def test_memory_of_opening(mode: str, most: float, tmp_path: Path) -> None:
     """Pillow's RGB has 4 bytes a pixel. Beside it the decoder's picture is in memory, and of RGBA not even that."""
-    side = 3000
+    side = 2500
     image = Image.new(mode, (side, side))
     options = {}
     if mode == "P":
