@@ -240,8 +240,13 @@ def test_failed_writes_name_file_reason_and_space(error, reason, tmp_path):
 
 def test_an_interrupted_write_is_no_full_disk(tmp_path, monkeypatch):
     class Disk(io.FileIO):
+        writes = 0
+
         def write(self, data):
-            raise KeyboardInterrupt
+            self.writes += 1
+            if self.writes == 3:
+                raise KeyboardInterrupt
+            return super().write(data)
 
     monkeypatch.setattr("builtins.open", lambda path, mode: Disk(path, "w"))
     with pytest.raises(KeyboardInterrupt), named_failures(tmp_path, tmp_path, 1):
