@@ -98,7 +98,8 @@ def check_labels(
     if seen.reduced_before:
         notify(
             f"{dataset.files[0][1].parent}: holds label {dataset.ignore_index}, and this layout ignores 0 and makes "
-            "every other label one less; if the label maps were reduced before, and 0 is a class, use the layout folders"
+            "every other label one less; if the label maps were reduced before, and 0 is a class, use the layout "
+            "folders"
         )
     missing = sorted(expected - seen.classes)
     if len(missing) == 1 and seen.ignored:

@@ -104,11 +104,15 @@ def named_failures(folder: Path, final: Path, size: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not (isinstance(cause, OSError) and cause.errno):
-            cause = cause.__cause__ or cause.__context__
+        chain: list[BaseException] = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        for cause in chain:
+            if not isinstance(cause, Exception):  # Ctrl-C, which torch turned into an error of its own
+                raise cause from None
         number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
-        code = getattr(cause, "errno", None) or (int(number[1]) if number else None)
+        codes = (cause.errno for cause in chain if isinstance(cause, OSError) and cause.errno)
+        code = next(codes, int(number[1]) if number else None)
         why = os.strerror(code) if code else reason(error)
         files = [path for path in folder.iterdir() if not path.is_dir()] if folder.is_dir() else []
         newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)

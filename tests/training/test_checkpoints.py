@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -235,6 +236,21 @@ def test_failed_writes_name_file_reason_and_space(error, reason, tmp_path):
         named_failures(tmp_path / "temporary", tmp_path / "step-3", 1_500_000_000),
     ):
         raise error
+
+
+def test_an_interrupted_write_is_no_full_disk(tmp_path, monkeypatch):
+    class Disk(io.FileIO):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 3:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    monkeypatch.setattr("builtins.open", lambda path, mode: Disk(path, "w"))
+    with pytest.raises(KeyboardInterrupt), named_failures(tmp_path, tmp_path, 1):
+        fastuper.training.trainer.write_state(tmp_path, {"a": torch.zeros(1 << 16)})
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
