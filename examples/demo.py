@@ -92,6 +92,8 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    for earlier in OUTPUT.glob("scene_*"):  # the command never overwrites a file that its record does not name
+        earlier.unlink()
     photo, truth = scene(SEED)
     photo_path = OUTPUT / "scene.png"
     with atomic_path(photo_path) as temporary:

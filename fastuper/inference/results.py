@@ -95,7 +95,9 @@ class Results:
         self._owners: dict[str, str] = {}  # photos by the names of their files
         self._begun: set[str] = set()  # names of files that no line names yet
         self._pending: Any = None
-        self._file = os.open(self.folder / RESULTS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._file = os.open(
+            self.folder / RESULTS, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666
+        )
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise OSError(f"{name_of(self.folder / RESULTS)} is not a regular file; move it away")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -265,6 +266,15 @@ def test_shares() -> None:
     for labels in ([[0, 4]], [[-1, 0]], [[0.5]], [0], [[]]):
         with pytest.raises(ValueError, match=r"label"):
             class_shares(labels, 4)
+
+
+def test_shares_of_a_large_map_take_little_memory() -> None:
+    labels = np.zeros((4000, 4000), dtype=np.uint8)
+    labels[1000:] = 2
+    tracemalloc.start()
+    np.testing.assert_array_equal(class_shares(labels, 3), [0.25, 0, 0.75])
+    assert tracemalloc.get_traced_memory()[1] < 1.5 * labels.nbytes
+    tracemalloc.stop()
 
 
 def test_label_png_holds_the_labels_and_the_colours(tmp_path: Path) -> None:

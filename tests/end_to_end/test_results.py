@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.data.overlay import class_shares
 from fastuper.inference.results import RESULTS, content_of, identity, model_digest
 from tests.end_to_end.common import NAMES
-from tests.end_to_end.test_segment import copy_of, environment, file_names, read_labels, run, save, start
+from tests.end_to_end.test_segment import copy_of, file_names, read_labels, run, save, start
 
 
 def picture(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
@@ -201,27 +200,3 @@ def test_output_folders_that_cannot_be_used(model: Path, tmp_path: Path) -> None
     result = run(photo, "-m", model, "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr == f"fastuper: {tmp_path / 'out' / RESULTS}: Is a directory\n"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="descriptors are closed by a POSIX shell")
-@pytest.mark.parametrize(
-    ("how", "status"),
-    [(">&- 2>&- <&-", 0), ("> /dev/full", 1), pytest.param("| true", 0, marks=pytest.mark.exhaustive)]
-    + [
-        pytest.param(how, 0, marks=pytest.mark.exhaustive)
-        for how in ("2>&-", ">&-", "<&-", "2> /dev/full", "| head -c 1")
-    ],
-)
-def test_streams_that_are_closed_or_full(how: str, status: int, model: Path, output: Path, tmp_path: Path) -> None:
-    photos = [save(tmp_path / f"{name}.png", picture(seed)) for seed, name in enumerate("ab")]
-    command = f'set -o pipefail; "$0" -m fastuper segment "$@" {how}'
-    arguments = [*photos, "-m", model, "-o", output, "--device", "cpu"]
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable, *arguments], env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    complaints = done.stderr
-    assert done.returncode == status, complaints
-    expected = "fastuper: cannot write to standard output: No space left on device\n" if status else ""
-    assert complaints == expected
-    assert len(file_names(output)) == 4
-    assert len(lines(output)) == 2
