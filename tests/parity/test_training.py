@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,15 +76,29 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
         return {"pixel_values": images(1, 3, 64, 64, seed=index, dtype=torch.float32)[0], "labels": labels}
 
 
-def with_trainer(model: nn.Module, folder: Any, samples: Dataset[Any], **values: Any) -> transformers.Trainer:
-    given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "optim": "adamw_torch", **values}
+def with_trainer(
+    model: nn.Module,
+    folder: Any,
+    samples: Dataset[Any],
+    resume: str | None = None,
+    optimizers: Callable[[nn.Module], Any] = lambda model: (None, None),
+    **values: Any,
+) -> transformers.Trainer:
+    """Train with Transformers' Trainer, from a checkpoint if one is given.
+
+    `values` are training arguments; `optimizers` returns Trainer's argument of that name.
+    """
+    given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "optim": "adamw_torch"}
+    given |= {"save_strategy": "no", **values}
     arguments = transformers.TrainingArguments(
-        str(folder), report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, **given
+        str(folder), report_to=[], logging_steps=1, disable_tqdm=True, use_cpu=True, **given
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=samples, eval_dataset=samples)
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=samples, eval_dataset=samples, optimizers=optimizers(model)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pinned memory without an accelerator
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
