@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,16 +77,27 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
 
 
 def with_trainer(
-    model: nn.Module, folder: Any, samples: Dataset[Any], kind: Any = transformers.Trainer, **values: Any
+    model: nn.Module,
+    folder: Any,
+    samples: Dataset[Any],
+    kind: Any = transformers.Trainer,
+    resume: str | None = None,
+    optimizers: Callable[[nn.Module], Any] = lambda model: (None, None),
+    **values: Any,
 ) -> transformers.Trainer:
-    given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "optim": "adamw_torch", **values}
+    """Train with Transformers' Trainer, from a checkpoint if one is given.
+
+    `kind` is the class of the trainer, `values` are training arguments; `optimizers` returns Trainer's argument of that name.
+    """
+    given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "optim": "adamw_torch"}
+    given |= {"save_strategy": "no", **values}
     arguments = transformers.TrainingArguments(
-        str(folder), report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, **given
+        str(folder), report_to=[], logging_steps=1, disable_tqdm=True, use_cpu=True, **given
     )
-    trainer = kind(model, arguments, train_dataset=samples, eval_dataset=samples)
+    trainer = kind(model, arguments, train_dataset=samples, eval_dataset=samples, optimizers=optimizers(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pinned memory without an accelerator
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

@@ -362,10 +362,7 @@ class SwinLayer(Checkpointed):
         """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding."""
         window, shift = self.window_size, self.shift_size
         batch, height, width, _ = x.shape
-        rows, columns = (
-            (height + window - 1) // window,
-            (width + window - 1) // window,
-        )
+        rows, columns = (height + window - 1) // window, (width + window - 1) // window
         x = pad_to_multiple(x, window, window)
         mask = None
         if shift:
