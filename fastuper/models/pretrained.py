@@ -557,7 +557,7 @@ def _refuse_parts(model: nn.Module, stored: Mapping[str, Stored], files: list[st
     """
     own = _own_tensors(model)
     # Converted checkpoints may lack the counters of BatchNorm, which no result depends on.
-    counted = {name for name in own if not name.endswith("num_batches_tracked")}
+    counted = {name for name in own if name.startswith(PARTS) and not name.endswith("num_batches_tracked")}
     missing = counted & info["missing_keys"]
     lacking = Counter(map(_part, missing))
     whole = Counter(map(_part, counted))
@@ -568,6 +568,10 @@ def _refuse_parts(model: nn.Module, stored: Mapping[str, Stored], files: list[st
         f"{listed(sorted(missing), 2)}; unknown in the file are {len(info['unexpected_keys'])}, such as "
         f"{listed(sorted(info['unexpected_keys']), 2)}: {describe(info['unexpected_keys'] or stored, own)}"
     )
+
+
+PARTS = ("backbone.", "decode_head.", "auxiliary_head.")
+"""The parts that every checkpoint is compared in; a checkpoint may lack what a subclass of the model adds."""
 
 
 def _part(name: str) -> str:
