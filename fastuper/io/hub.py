@@ -170,7 +170,7 @@ def upload(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     if tags:
         try:
-            card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]  (it takes True too)
+            card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
         except EntryNotFoundError:
             card = ModelCard("---\n{}\n---\n")
         card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))

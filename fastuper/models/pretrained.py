@@ -563,7 +563,7 @@ def _refuse_parts(
     """
     own = _own_tensors(model)
     # Converted checkpoints may lack the counters of BatchNorm, which no result depends on.
-    counted = {name for name in own if not name.endswith("num_batches_tracked")}
+    counted = {name for name in own if name.startswith(PARTS) and not name.endswith("num_batches_tracked")}
     missing = counted & info["missing_keys"]
     lacking, whole = Counter(map(_part, missing)), Counter(map(_part, counted))
     only_heads = all(part != "backbone" and number == whole[part] for part, number in lacking.items())
@@ -583,6 +583,10 @@ def _refuse_parts(
 def _place(files: Sequence[str]) -> str:
     """Return the name of the only file, or the folder of several."""
     return files[0] if len(files) == 1 else f"{Path(files[0]).parent} ({len(files)} files)"
+
+
+PARTS = ("backbone.", "decode_head.", "auxiliary_head.")
+"""The parts that every checkpoint is compared in; a checkpoint may lack what a subclass of the model adds."""
 
 
 def _part(name: str) -> str:
