@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastuper_kernels.cpu import packs
+from fastuper_kernels.cpu import linear, packs
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -36,7 +36,8 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_packs() -> Iterator[None]:
-    """Start and end each module without packs."""
+    """Start and end each module without packs, and start it without shapes that `linear` has seen."""
     packs.clear()
+    linear._shapes.clear()
     yield
     packs.clear()

@@ -194,3 +194,25 @@ def test_shapes_that_do_not_fit_are_errors_of_pytorch(monkeypatch, way, shapes):
 
 def test_the_choice_has_these_ways():
     assert list(LINEAR.options) == WAYS
+
+
+def test_the_number_of_shapes_that_onednn_compiles_is_bounded(monkeypatch):
+    """A shape keeps its way; in deterministic mode the way does not depend on earlier calls."""
+    monkeypatch.setenv("FASTUPER_CHOICES", "linear=onednn")
+    monkeypatch.setattr(cpu, "MAX_SHAPES", 3)
+    monkeypatch.setattr(cpu, "_shapes", set())
+    seen = []
+    monkeypatch.setattr(cpu, "_by_onednn", lambda x, *others: seen.append(len(x)) or cpu.by_torch(x, *others))
+    weight = torch.randn(5, 4)
+    with torch.no_grad():
+        for rows in (1, 2, 3, 4, 5, 2, 4):
+            x = torch.randn(rows, 4)
+            assert error(linear(x, weight), x @ weight.T) < 1e-6
+        assert seen == [1, 2, 3, 2]
+        linear(torch.randn(5, 4).double(), weight.double())  # not a dtype of oneDNN
+        torch.use_deterministic_algorithms(True)
+        try:
+            linear(torch.randn(6, 4), weight)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert seen == [1, 2, 3, 2, 6]

@@ -134,7 +134,7 @@ def test_number_of_bands_is_bounded():
         for height in range(1, 60):
             model(feature_maps(1, [(2 * height, 9), (height, 5), (height, 3), (height, 2)]))
     for cache in (band.bilinear_chain, band.bilinear_taps, band.blocks_of, band._extents):
-        assert cache.cache_info().currsize <= 128
+        assert cache.cache_info().currsize <= band.MAX_KEPT
 
 
 def test_training_makes_no_packs():

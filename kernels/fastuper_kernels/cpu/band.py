@@ -21,6 +21,9 @@ from fastuper_kernels.dispatch.modes import is_eager
 # over these inputs has few products with zeros, and runs at full rate.
 BLOCK = 16
 
+# The most results of each function below that are kept; an image takes about ten.
+MAX_KEPT = 64
+
 
 class Block(NamedTuple):
     """Outputs [start, stop) of a band as a dense matrix (stop - start, last - first) over inputs [first, last)."""
@@ -239,7 +242,7 @@ def _cached(build: Callable[..., Any]) -> Callable[..., Any]:
         with torch.inference_mode(False), torch.no_grad():
             return build(*args, **kwargs)
 
-    kept = lru_cache(maxsize=128)(make)
+    kept = lru_cache(maxsize=MAX_KEPT)(make)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return kept(*args, **kwargs) if is_eager() else build(*args, **kwargs)

@@ -25,6 +25,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 # Each activation as oneDNN's operator takes it: (activation, algorithm).
 _ONEDNN = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
+# oneDNN compiles a primitive of about 0.4 MB for each shape of operands, and keeps 1024 of them. MKL compiles nothing.
+# So the first shapes of a process, those of a few sizes of images, go to oneDNN, and all later shapes to `F.linear`.
+MAX_SHAPES = 128
+_shapes: set[tuple[object, ...]] = set()
+
 
 def linear(
     x: torch.Tensor,
@@ -47,6 +52,8 @@ def linear(
         residual: (..., C_out), or a shape that broadcasts to it.
     """
     way = _way(x, weight, bias)
+    if way in ("onednn", "conv") and not _has_primitive(x, weight, bias, activation, residual):
+        way = "torch"
     if way == "onednn":
         return _by_onednn(x, weight, bias, activation, residual)
     if way == "conv":
@@ -92,6 +99,25 @@ def _way(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> st
         return "torch"
     way = LINEAR(str(dtype).removeprefix("torch."), partial(_candidates, dtype, ("torch", "conv", "onednn")))
     return "torch" if way == "float32" else way
+
+
+def _has_primitive(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+) -> bool:
+    """Return True if oneDNN may compile a primitive for operands of these shapes, or has done so."""
+    # In narrower dtypes `F.linear` has a primitive too. In deterministic mode earlier calls must not matter.
+    if x.dtype != torch.float32 or torch.are_deterministic_algorithms_enabled():
+        return True
+    key = (x.numel() // x.shape[-1], weight.shape, bias is None, activation, residual is None)
+    if key not in _shapes:
+        if len(_shapes) >= MAX_SHAPES:
+            return False
+        _shapes.add(key)
+    return True
 
 
 def _onednn_has(dtype: torch.dtype) -> bool:
