@@ -599,7 +599,7 @@ def _checked_statistic(name: str, value: Any) -> float | list[float]:
     """Return a mean or a standard deviation as one float, or as a list of one float per channel."""
     try:
         result = [float(item) for item in value] if np.ndim(value) == 1 else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         result = []
     if result == [] or not np.all(np.isfinite(result)):
         raise ValueError(f"{name} is {shown(value)}; give one finite number per channel, or one for all")

@@ -223,7 +223,7 @@ class Config:
             place = f"{pretrained_model_name_or_path}/{subfolder}" if subfolder else pretrained_model_name_or_path
             raise FileNotFoundError(f"{place} has no {CONFIG_NAME}; give a checkpoint's folder or Hub repository")
         values = read_json(path)
-        cls._check_model_type(path, values)
+        cls._check_file(path, values)
         try:
             config = cls.from_dict(values)
         except (AttributeError, TypeError, ValueError) as error:
@@ -234,7 +234,7 @@ class Config:
         return config
 
     @classmethod
-    def _check_model_type(cls, path: Path, values: Mapping[str, Any]) -> None:
+    def _check_file(cls, path: Path, values: Mapping[str, Any]) -> None:
         """Refuse the config.json of another kind of model, and of another library."""
         if "model_type" in values:
             if values["model_type"] != cls.model_type:
