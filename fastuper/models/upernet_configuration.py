@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,12 +117,13 @@ class UperNetConfig(Config):
         """Refuse the config.json of another kind of model, and one that has a folder outside its own read."""
         super()._check_file(path, values)
         named = values.get("backbone")
-        if isinstance(named, str) and not values.get("use_timm_backbone") and Path(named).is_dir():
-            if not Path(named).resolve().is_relative_to(path.parent.resolve()):
-                raise ValueError(
-                    f"{path} names the backbone {shown(named)}, a folder outside its own, which is not read; give the "
-                    "file a backbone_config, or pass config=UperNetConfig(backbone=...)"
-                )
+        if values.get("use_timm_backbone") or not isinstance(named, str):
+            return
+        if os.path.isdir(named) and not Path(named).resolve().is_relative_to(path.parent.resolve()):
+            raise ValueError(
+                f"{path} names the backbone {shown(named)}, a folder outside its own, which is not read; give the file "
+                "a backbone_config, or pass config=UperNetConfig(backbone=...)"
+            )
 
     def check(self) -> None:
         """Check all values, the backbone's too; see `Config.check`."""
