@@ -851,7 +851,7 @@ def _checked_statistic(name: str, value: Any) -> float | tuple[float, ...]:
     result: float | tuple[float, ...]
     try:
         result = tuple(float(item) for item in value) if np.ndim(value) == 1 else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         result = ()
     if result == () or not np.all(np.isfinite(result)):
         raise ValueError(f"{name} is {shown(value)}; give one finite number per channel, or one for all")

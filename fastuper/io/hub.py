@@ -52,7 +52,7 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
     """
     options = options or HubOptions()
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(source):  # `Path.is_dir` raises an error for names of great length
         path = folder / options.subfolder / filename
         if path.is_file():
             return path
@@ -60,7 +60,7 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
             kind = "folder" if path.is_dir() else "pipe or device" if path.exists() else "link that leads to no file"
             raise OSError(f"{path} is a {kind}, where a file is expected")
         return None
-    if folder.exists():
+    if os.path.exists(source):
         raise NotADirectoryError(f"{source} is a file; give the folder that holds config.json and the weights")
     try:
         return Path(

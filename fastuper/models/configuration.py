@@ -281,7 +281,7 @@ class Config(ConfigMethods):
             # The configuration of a whole model may hold one of this class, as a UPerNet's holds its backbone's.
             parts = (part for part in values.values() if isinstance(part, dict))
             values = next((part for part in parts if part.get("model_type") == cls.model_type), values)
-        cls._check_model_type(path, values)
+        cls._check_file(path, values)
         try:
             config = cls.from_dict(values)
         except (AttributeError, TypeError, ValueError) as error:
@@ -313,7 +313,7 @@ class Config(ConfigMethods):
         return read_json(_find_config(pretrained_model_name_or_path, options)), kwargs
 
     @classmethod
-    def _check_model_type(cls, path: Path, values: Mapping[str, Any]) -> None:
+    def _check_file(cls, path: Path, values: Mapping[str, Any]) -> None:
         """Refuse the config.json of another kind of model, and of another library."""
         if "model_type" in values:
             if values["model_type"] != cls.model_type:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fastuper.io.files import read_json
@@ -109,6 +111,19 @@ class UperNetConfig(Config):
         if backbone_config is None and backbone is None:
             backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
         self.backbone_config = backbone_config
+
+    @classmethod
+    def _check_file(cls, path: Path, values: Mapping[str, Any]) -> None:
+        """Refuse the config.json of another kind of model, and one that has a folder outside its own read."""
+        super()._check_file(path, values)
+        named = values.get("backbone")
+        if values.get("use_timm_backbone") or not isinstance(named, str):
+            return
+        if os.path.isdir(named) and not Path(named).resolve().is_relative_to(path.parent.resolve()):
+            raise ValueError(
+                f"{path} names the backbone {shown(named)}, a folder outside its own, which is not read; give the file "
+                "a backbone_config, or pass config=UperNetConfig(backbone=...)"
+            )
 
     def check(self) -> None:
         """Check all values, the backbone's too; see `Config.check`."""

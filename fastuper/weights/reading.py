@@ -168,11 +168,10 @@ def _shards_of(index: Path, source: str | os.PathLike[str], options: HubOptions 
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """Return True if a file of a folder is no link out of it, except into the blobs of the Hub's cache."""
-    place, folder = path.resolve().parent, folder.resolve()
-    if place == folder:
-        return True
-    return place.name == "blobs" and place.parent / "snapshots" in folder.parents
+    """Return True if a file of a folder is no link out of it, except into the Hub's cache."""
+    place = path.resolve().parent
+    # .../models--organization--name/blobs/<hash>
+    return place == folder.resolve() or (place.name == "blobs" and place.parent.name.startswith("models--"))
 
 
 def _check_file(path: Path) -> None:

@@ -72,7 +72,7 @@ def test_unusual_networks_are_within_the_bounds(config):
 def test_attributes_are_checked_when_a_model_is_built():
     config = UperNetConfig()
     config.hidden_size = 10**6
-    with pytest.raises(ValueError, match="hidden_size must be .* at most 16384, got 1000000"):
+    with pytest.raises(ValueError, match=r"hidden_size must be .* at most 16384, got 1000000"):
         UperNetForSemanticSegmentation(config)
     config = UperNetConfig()
     config.backbone_config.depths = [1, 10**6, 1, 1]
@@ -105,6 +105,7 @@ def test_attributes_are_checked_when_a_model_is_built():
         (lambda: UperNetImageProcessor(size=10**6), "height must be .* at most 16384, got 1000000"),
         (lambda: UperNetImageProcessor(rescale_factor=float("nan")), "rescale_factor must be .* got nan"),
         (lambda: UperNetImageProcessor(rescale_factor=[1]), "rescale_factor must be a number"),
+        (lambda: UperNetImageProcessor(image_mean=[2**2000] * 3), "image_mean is .*; give one finite number"),
         (lambda: UperNetImageProcessor(image_mean=[0.5] * 2000), "image_mean must be a list"),
         (lambda: UperNetImageProcessor(image_std=[0.5, -1, 0.5]), r"image_std\[1\] must be a number of at least 0"),
     ],
@@ -112,6 +113,24 @@ def test_attributes_are_checked_when_a_model_is_built():
 def test_values_that_contradict_each_other(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "swinv2", "embed_dim": 10**6}, "embed_dim must be at most 16384, got 1000000"),
+        ({"model_type": "swinv2", "num_heads": [0, 1, 1, 1]}, "Transformers cannot build a 'swinv2' backbone"),
+        ({"model_type": "dinov2", "num_hidden_layers": 10**6}, "num_hidden_layers must be at most 400"),
+        ({"model_type": "timm_backbone", "backbone": "nosuch"}, "has no model 'nosuch'"),
+        ({"model_type": "timm_backbone", "backbone": ["resnet18"]}, r"has no model \['resnet18'\]"),
+        ({"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": "x"}, "out_indices must be a list"),
+        ({"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [[]]}, "timm cannot build resnet18"),
+        ({"model_type": "timm_backbone", "backbone": "resnet18", "num_channels": 10**9}, "at most 1024"),
+    ],
+)
+def test_backbones_of_other_libraries(values, message):
+    with pytest.raises(ValueError, match=message):
+        UperNetForSemanticSegmentation(UperNetConfig(backbone_config=values, use_auxiliary_head=False))
 
 
 def test_a_model_larger_than_the_memory_is_not_built(monkeypatch):
@@ -124,7 +143,7 @@ def test_a_model_larger_than_the_memory_is_not_built(monkeypatch):
 
 def test_memory_that_cannot_be_reserved():
     config = UperNetConfig(hidden_size=16_384, pool_scales=[1] * 32)  # 5 TB for one convolution
-    with pytest.raises(RuntimeError, match="not enough memory|describes a model of"):
+    with pytest.raises(RuntimeError, match=r"not enough memory|describes a model of"):
         UperNetForSemanticSegmentation(config)
 
 

@@ -173,6 +173,19 @@ def test_the_config_of_another_library(tmp_path, content, message):
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+def test_a_backbone_outside_the_folder(model, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "inside").mkdir(parents=True)
+    for place in (tmp_path, folder / "inside"):
+        model[0].config.backbone_config.save_pretrained(place)
+    config = {"model_type": "upernet", "backbone": str(tmp_path)}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json names the backbone .*, a folder outside its own"):
+        UperNetConfig.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "backbone": str(folder / "inside")}))
+    assert UperNetConfig.from_pretrained(folder).backbone == str(folder / "inside")
+
+
 def test_quantised_weights_are_refused(load):
     with pytest.raises(CheckpointError, match=r"classifier\.weight holds no float16, .* quantised weights are not"):
         load(lambda t: {**t, "decode_head.classifier.weight": t["decode_head.classifier.weight"].to(torch.int8)})

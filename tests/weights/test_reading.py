@@ -9,6 +9,7 @@ import struct
 import sys
 import tempfile
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -263,4 +264,51 @@ def test_an_index_that_lists_a_missing_tensor(tmp_path):
     weight_map = {"a.weight": shard, "z.weight": shard}
     (tmp_path / "model.safetensors.index.json").write_text(write_shards(tmp_path, weight_map=weight_map))
     with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors lacks z\.weight, which its index"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["outside", "models--a--b/blobs"])
+def test_shards_that_are_links(tmp_path, place):
+    """An index may name links into the Hub's cache, and no other links out of its folder."""
+    target = tmp_path / place / "shard"
+    target.parent.mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, target)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model-00001-of-00001.safetensors").symlink_to(target)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    if place == "outside":
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors\.index\.json names .*, a link out of its folder"
+        ):
+            read_weights(folder)
+    else:
+        assert read_weights(folder)[0]["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (torch.zeros(1).expand(2**40), "sparse, quantised or without values"),
+        (torch.eye(3).to_sparse(), "sparse, quantised or without values"),
+        (torch.zeros(3, device="meta"), "sparse, quantised or without values"),
+    ],
+    ids=["huge", "sparse", "meta"],
+)
+def test_a_pickle_of_tensors_that_are_not_stored_whole(tmp_path, value, fault):
+    torch.save({"a": value}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: 'a' is {fault}"):
+        read_weights(tmp_path)
+
+
+def test_a_compressed_pickle_is_refused(tmp_path):
+    """A few kilobytes can hold gigabytes."""
+    torch.save({"a": torch.zeros(3)}, tmp_path / "stored")
+    with (
+        zipfile.ZipFile(tmp_path / "stored") as old,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name) + (bytes(2**20) if name.endswith("data.pkl") else b""))
+    with pytest.raises(CheckpointError, match=r"is compressed, and torch\.save compresses nothing"):
         read_weights(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastuper.io.messages import reason
+from fastuper.io.messages import reason, shown
 from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.outputs import BackboneOutput
 from fastuper.weights.transformers import Names
@@ -62,6 +62,8 @@ class TimmBackbone(nn.Module):
         # head. The levels are written to the configuration: a saved model is the same network in Transformers.
         if values.get("out_indices") in (None, [-1], (-1,)):
             values["out_indices"] = [-4, -3, -2, -1]
+        if not isinstance(values["out_indices"], list | tuple):
+            raise ValueError(f"out_indices must be a list of levels, got {shown(values['out_indices'])}")
         indices = tuple(values["out_indices"])
         # A model on the meta device takes its weights from a checkpoint.
         pretrained = bool(values.get("use_pretrained_backbone")) and torch.get_default_device().type != "meta"
@@ -78,6 +80,10 @@ class TimmBackbone(nn.Module):
                 raise ValueError(
                     f"timm's {values['backbone']} has no levels {list(indices)}; give other out_indices"
                 ) from None
+            except TypeError as error:
+                raise ValueError(
+                    f"timm cannot build {values['backbone']} of its configuration: {reason(error)}"
+                ) from error
         if values.get("freeze_batch_norm_2d"):
             timm.utils.model.freeze_batch_norm_2d(model)
         self.config = config
