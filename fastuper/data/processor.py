@@ -904,9 +904,9 @@ def _over_white(name: str, image: Image, layout: str | None) -> tuple[Image, str
         whole = array.dtype.kind != "f"
         if not whole and (array.min() < 0 or array.max() > 1):
             raise ValueError(f"{name} has values outside 0 to 1, where alpha has no meaning; drop alpha, or scale it")
-        white = 255 if whole else 1.0
-        alpha = array[3:] / white
-        blended = alpha * array[:3] + (1 - alpha) * white
+        most = 255 if whole else 1.0
+        alpha = array[3:] / most
+        blended = alpha * array[:3] + (1 - alpha) * most
         array = (np.round(blended) if whole else blended).astype(array.dtype)
     return array, "channels_first"
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, upload
@@ -40,11 +40,13 @@ class ConfigMethods(KnownToTransformers):
     # Other names of attributes: {other name: name}.
     attribute_map: ClassVar[Mapping[str, str]] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        attribute = type(self).attribute_map.get(name)
-        if attribute is not None:
-            return getattr(self, attribute)
-        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+    if not TYPE_CHECKING:  # a type checker would accept every name
+
+        def __getattr__(self, name: str) -> Any:
+            attribute = type(self).attribute_map.get(name)
+            if attribute is not None:
+                return getattr(self, attribute)
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "__class__" and callable(getattr(type(self), name, None)):

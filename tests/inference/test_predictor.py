@@ -63,6 +63,14 @@ def test_labels_of_another_size_and_of_one_class() -> None:
     np.testing.assert_array_equal(one([image])[0].numpy(), image[:, :, 0] > 128)
 
 
+def test_a_processor_that_keeps_the_aspect_ratio() -> None:
+    edges = UperNetImageProcessor(size={"shortest_edge": 32, "longest_edge": 40})
+    predictor = Predictor(Colours(), edges)
+    for size, expected in (((64, 70), (32, 35)), ((60, 300), (8, 40))):
+        (pixels,) = predictor.prepare(picture(*size), "photo", size).scales
+        assert pixels.shape == (3, *expected)
+
+
 @pytest.mark.parametrize("size", [(20, 9), (390, 70), (1, 1), (800, 40)])
 @pytest.mark.parametrize("rows", [1, 4, 500])
 def test_rows_that_arrive_bit_by_bit_are_resampled_as_a_whole(

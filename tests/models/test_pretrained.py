@@ -24,7 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastuper.io.hub
 import fastuper.models.pretrained
 import fastuper.weights.writing
-from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper import (
+    ConvNextConfig,
+    ResNetConfig,
+    SwinConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    UperNetImageProcessor,
+)
 from fastuper.models.pretrained import PretrainedMixin, rename_on_load
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
@@ -907,6 +914,23 @@ def test_the_model_card_gets_the_tags(hub, monkeypatch, tmp_path, card):
         assert written.text.strip() == "A card."
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="org/upernet", token="hf_secret")
     assert ModelCard(hub.files["README.md"].decode()).data.tags[-1] == "roads"
+
+
+def test_configurations_and_processors_are_pushed_too(hub, tmp_path):
+    config, processor = tiny_config(), UperNetImageProcessor()
+    for given, name in ((config, "config.json"), (processor, "preprocessor_config.json")):
+        assert given.push_to_hub("org/upernet", token="hf_secret", private=True).endswith("/commit/abc")
+        given.save_pretrained(tmp_path / "upernet-tiny")
+        assert hub.files == {name: (tmp_path / "upernet-tiny" / name).read_bytes()}
+        assert hub.calls[0] == ("create_repo", "hf_secret", "org/upernet", {"private": True, "exist_ok": True})
+        assert hub.calls[-1][2]["delete_patterns"] == []
+        given.save_pretrained(tmp_path / "upernet-tiny", push_to_hub=True, token="hf_secret")
+        assert hub.calls[-2][2] == "upernet-tiny"
+        hub.calls.clear()
+        with pytest.raises(TypeError, match="no argument repo_id, or only with push_to_hub=True"):
+            given.save_pretrained(tmp_path, repo_id="someone/upernet")
+        with pytest.raises(NotADirectoryError, match="is a file; save_pretrained writes a folder"):
+            given.save_pretrained(tmp_path / "upernet-tiny" / name)
 
 
 def test_save_pretrained_can_push(hub, tmp_path):

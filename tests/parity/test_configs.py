@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,3 +259,195 @@ def test_backbone_configurations_of_either_library(family, library, as_dictionar
     )
     logits, expected = outputs_of(ours, theirs)
     assert error(logits, expected) < 1e-10
+
+
+# ------------------------------------------------------------------------------- methods and constants of their classes
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "differences.md").read_text(encoding="utf-8")
+
+# Public names of their configurations that ours do not have; docs/differences.md has the reasons.
+LEFT_OUT = {
+    *("convert_rope_params_to_dict", "default_rope_type", "default_theta", "ignore_keys_at_rope_validation"),
+    *("nested_rope_parameter_keys", "rope_scaling", "standardize_rope_params", "validate_rope"),
+    *("allow_global_per_layer_attribute_access", "per_layer_attributes", "per_layer_config"),
+    *("serialize_explicit_per_layer_config", "get_mtp_config", "validate_layer_type", "validate_token_ids"),
+    *("base_model_fsdp_plan", "default_config_fields", "dict_dtype_to_str", "sub_configs_defaults"),
+    *("register_for_auto_class", "validate_output_attentions"),
+}
+LEFT_OUT_4 = {
+    *("dict_dtype_to_str", "register_for_auto_class"),
+    *("add_cross_attention", "cross_attention_hidden_size", "finetuning_task", "from_text_audio_configs"),
+    *("from_text_vision_configs", "has_no_defaults_at_init", "is_decoder", "prefix", "pruned_heads", "sep_token_id"),
+    *("tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "torchscript"),
+    "use_bfloat16",
+}
+
+
+def public(value: Any) -> set[str]:
+    # Not `dir(value)`: that of an object of ours asks its `__class__`, which is also a subclass of Transformers' class.
+    return {name for name in {*dir(type(value)), *vars(value)} if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_public_name_is_there_or_listed(name):
+    theirs, ours = getattr(transformers, name)(), getattr(fastuper, name)()
+    generation = set() if VERSION_5 else vars(transformers.GenerationConfig()).keys()
+    left_out = LEFT_OUT if VERSION_5 else LEFT_OUT_4
+    later_changed = ("transformers_version",) if VERSION_5 else ("transformers_version", "attribute_map")
+    assert public(theirs) - public(ours) - generation == left_out
+    assert [name for name in left_out if f"`{name}`" not in DOCUMENT] == []
+    for attribute in public(theirs) & public(ours):
+        value, expected = getattr(ours, attribute), getattr(theirs, attribute)
+        assert callable(value) == callable(expected), attribute
+        if not callable(value) and attribute not in ("backbone_config", "sub_configs", *later_changed):
+            assert as_list(value) == as_list(expected), attribute
+    assert ours.sub_configs.keys() >= theirs.sub_configs.keys()
+    assert ours.get_text_config() is ours
+    assert ours.is_custom_code()
+    assert not ours.is_remote_code()
+    assert isinstance(ours, transformers.PretrainedConfig)
+    assert type(ours) is getattr(fastuper, name)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_methods_of_transformers(name, tmp_path):
+    """The same calls of both classes."""
+    theirs, ours = getattr(transformers, name)(), getattr(fastuper, name)()
+    for config_ in (theirs, ours):
+        before = copy.deepcopy(config_)
+        config_.update({"initializer_range": 0.5, "num_labels": 3, "note": [1, 2]})
+        config_.update_from_string("initializer_range=0.25,output_hidden_states=true")
+        assert (config_.initializer_range, config_.num_labels, config_.note) == (0.25, 3, [1, 2])
+        assert config_.output_hidden_states is True
+        assert config_ != before
+        for wrong in ("initializer_range=x", "nothing=1", "output_hidden_states=2"):
+            with pytest.raises(ValueError, match=None if config_ is theirs else wrong.split("=")[0]):
+                config_.update_from_string(wrong)
+        assert {"initializer_range", "note", "id2label"} <= set(config_)
+        assert all(hasattr(config_, key) for key in config_)
+        assert "nothing" not in config_
+        for use_diff in (True, False):
+            config_.to_json_file(tmp_path / "c.json", use_diff=use_diff)
+            assert (tmp_path / "c.json").read_text(encoding="utf-8") == config_.to_json_string(use_diff=use_diff)
+            read = type(config_).from_json_file(tmp_path / "c.json")
+            assert read.to_dict() == config_.to_dict()
+        config_.save_pretrained(tmp_path)
+        values, unused = type(config_).get_config_dict(tmp_path, foo=1, cache_dir=None, token=None)
+        assert (values["note"], unused) == ([1, 2], {"foo": 1})
+        read, unused = type(config_).from_pretrained(tmp_path, return_unused_kwargs=True, foo=1, initializer_range=1.0)
+        assert (read.initializer_range, unused) == (1.0, {"foo": 1})
+        assert type(config_).from_pretrained(tmp_path / "config.json").note == [1, 2]  # the file itself
+        config_.validate() if hasattr(config_, "validate") else None
+    changed = {key: value for key, value in ours.to_diff_dict().items() if key != "backbone_config"}
+    expected = theirs.to_diff_dict()
+    only_ours = {"backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone"} if VERSION_5 else set()
+    assert changed.keys() - only_ours <= expected.keys()
+    assert expected.keys() - changed.keys() <= {
+        *("transformers_version", "backbone_config", "task_specific_params", "dtype", "torch_dtype"),
+        *("num_layers", "hidden_size"),
+    }
+
+
+def test_a_refused_update_changes_nothing():
+    given = fastuper.SwinConfig()
+    before = given.to_dict()
+    with pytest.raises(ValueError, match="num_labels"):
+        given.update({"embed_dim": 48, "num_labels": 0})
+    with pytest.raises(AttributeError, match="'update' is a method of SwinConfig"):
+        given.update({"embed_dim": 48, "update": 0})
+    assert given.to_dict() == before
+    given.update(given.to_dict())
+    assert given.to_dict() == before
+    given.update({"dtype": "bfloat16"})
+    assert given.dtype is torch.bfloat16
+    given.embed_dim = 0
+    with pytest.raises(ValueError, match="embed_dim"):
+        given.validate()
+
+
+def test_other_names_of_attributes():
+    for library in (fastuper, transformers):
+        swin, convnext = library.SwinConfig(), library.ConvNextConfig()
+        assert swin.num_hidden_layers == 4
+        swin.num_attention_heads = [1, 2, 4, 8]
+        assert swin.num_heads == [1, 2, 4, 8]
+        assert "num_attention_heads" not in swin.to_dict()
+        if VERSION_5 or library is fastuper:  # 4.x drops the argument
+            assert library.SwinConfig(num_attention_heads=[1, 2, 4, 8]).num_heads == [1, 2, 4, 8]
+            assert convnext.num_hidden_layers == 4
+    with pytest.raises(AttributeError, match="ResNetConfig has no 'num_hidden_layers'"):
+        fastuper.ResNetConfig().num_hidden_layers  # noqa: B018
+
+
+def test_a_backbones_configuration_is_found_in_a_whole_models(tmp_path):
+    config("convnext").save_pretrained(tmp_path)
+    theirs, ours = (library.ConvNextConfig.from_pretrained(tmp_path) for library in (transformers, fastuper))
+    assert ours.hidden_sizes == as_list(theirs.hidden_sizes)
+    with pytest.raises(ValueError, match="describes a 'upernet' model; SwinConfig reads 'swin'"):
+        fastuper.SwinConfig.from_pretrained(tmp_path)
+
+
+def test_stages_are_selected_by_their_methods():
+    given = fastuper.SwinConfig()
+    given.set_output_features_output_indices(out_features=["stage1", "stage3"], out_indices=None)
+    assert given.out_indices == [1, 3]
+    given.verify_out_features_out_indices()
+    given._out_indices = [1, 2]
+    with pytest.raises(ValueError, match="name different stages"):
+        given.verify_out_features_out_indices()
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Our classes in Transformers' Auto classes, until the end of the test."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    for mapping in (
+        configuration_auto.CONFIG_MAPPING,
+        modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    ):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+    transformers.AutoConfig.register("upernet", fastuper.UperNetConfig, exist_ok=True)
+    transformers.AutoModelForSemanticSegmentation.register(
+        fastuper.UperNetConfig, fastuper.UperNetForSemanticSegmentation, exist_ok=True
+    )
+
+
+def test_the_calls_of_the_official_training_scripts(registered, tmp_path):
+    """The calls on configuration, model and processor in run_semantic_segmentation.py and its _no_trainer twin."""
+    start = config("convnext", library=fastuper)
+    fastuper.UperNetForSemanticSegmentation(start).save_pretrained(tmp_path)
+    fastuper.UperNetImageProcessor(size={"shortest_edge": 64}).save_pretrained(tmp_path)
+    id2label = {0: "road", 1: "sky", 2: "tree"}
+    label2id = {name: str(number) for number, name in id2label.items()}
+    hub = {"cache_dir": None, "revision": "main", "token": None, "trust_remote_code": False}
+    for auto in (True, False):
+        read = transformers.AutoConfig if auto else fastuper.UperNetConfig
+        build = transformers.AutoModelForSemanticSegmentation if auto else fastuper.UperNetForSemanticSegmentation
+        given = read.from_pretrained(tmp_path, label2id=label2id, id2label=id2label, **hub)
+        assert type(given) is fastuper.UperNetConfig
+        assert (given.id2label, given.label2id) == (id2label, label2id)
+        model = build.from_pretrained(tmp_path, from_tf=False, config=given, ignore_mismatched_sizes=True, **hub)
+        assert type(model) is fastuper.UperNetForSemanticSegmentation
+        assert model.config.num_labels == 3
+        assert model.decode_head.classifier.out_channels == 3
+        given = read.from_pretrained(tmp_path, num_labels=3, id2label=id2label, label2id=label2id)
+        assert given.num_labels == 3
+    assert type(transformers.AutoModelForSemanticSegmentation.from_config(start)) is type(model)
+    processor = fastuper.UperNetImageProcessor.from_pretrained(tmp_path, do_reduce_labels=False, **hub)
+    assert "shortest_edge" in processor.size
+    assert (processor.size["shortest_edge"], processor.do_reduce_labels) == (64, False)
+    assert len(processor.image_mean) == len(processor.image_std) == 3
+    assert processor.save_pretrained(tmp_path / "out") == [str(tmp_path / "out" / "preprocessor_config.json")]
+
+
+def test_copies_and_pickles_with_transformers_loaded():
+    given = config("swin", library=fastuper)
+    for other in (copy.copy(given), copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        assert type(other) is fastuper.UperNetConfig
+        assert other == given
+        assert repr(other) == repr(given)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(given)
+    other.loss_ignore_index = 3
+    assert other != given

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bench.pairs import VERSION_5
 from fastuper.data.images import read_image
 from fastuper.data.processor import UperNetImageProcessor
 
@@ -485,3 +487,190 @@ def test_model_takes_the_batch():
     assert torch.equal(outputs.logits, again.logits)
     assert outputs.loss.isfinite()
     assert torch.equal(outputs.loss, again.loss)
+
+
+# ------------------------------------------------------------------------- options, methods and attributes of the class
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "differences.md").read_text(encoding="utf-8")
+BACKENDS = {transformers.SegformerImageProcessor, Segformer}
+# docs/differences.md has the reasons.
+LEFT_OUT = {
+    *("center_crop", "pad", "convert_to_rgb", "process_image", "fetch_images", "rescale_and_normalize"),
+    "register_for_auto_class",
+}
+
+
+def public(value):
+    return {name for name in dir(value) if not name.startswith("_")}
+
+
+def test_every_public_name_is_there_or_listed():
+    ours, seen = UperNetImageProcessor(), set()
+    for backend in BACKENDS:
+        theirs = backend()
+        missing = public(theirs) - public(ours)
+        assert missing <= LEFT_OUT
+        assert public(backend) - public(UperNetImageProcessor) <= LEFT_OUT
+        seen |= missing
+        for name in public(theirs) & public(ours) - {"backend", "valid_kwargs"}:
+            value, expected = getattr(ours, name), getattr(theirs, name)
+            assert callable(value) == callable(expected), name
+            if not callable(value):
+                assert (tuple(expected) if isinstance(expected, list) else expected) == (
+                    tuple(value) if isinstance(value, list) else value
+                ), name
+    assert seen == LEFT_OUT if VERSION_5 else seen <= LEFT_OUT
+    assert [name for name in LEFT_OUT if f"`{name}`" not in DOCUMENT] == []
+    assert Segformer().to_dict()["image_processor_type"] == ours.to_dict()["image_processor_type"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"shortest_edge": 32}},
+        {"size": 40, "image_mean": [0.1, 0.2, 0.3], "do_normalize": False},
+        {"size": (40, 50), "image_mean": 0.5, "image_std": 0.25},
+        {"do_resize": None, "do_reduce_labels": True, "resample": 0},
+    ],
+    ids=["defaults", "edge", "number", "pair", "none"],
+)
+def test_dictionaries_and_json(options, tmp_path):
+    ours = UperNetImageProcessor(**options)
+    for backend in BACKENDS:
+        theirs = backend(**options)
+        if VERSION_5:
+            assert ours.to_dict() == theirs.to_dict()
+            assert ours.to_json_string() == theirs.to_json_string()
+            assert repr(ours).split(" ", 1)[1] == repr(theirs).split(" ", 1)[1]
+        theirs.to_json_file(tmp_path / "theirs.json")
+        read = UperNetImageProcessor.from_json_file(tmp_path / "theirs.json")
+        assert {name: getattr(read, name) for name in options} == {name: getattr(ours, name) for name in options}
+        ours.to_json_file(tmp_path / "ours.json")
+        assert (tmp_path / "ours.json").read_text(encoding="utf-8") == ours.to_json_string()
+        assert backend.from_json_file(tmp_path / "ours.json").size == theirs.size
+        ours.save_pretrained(tmp_path)
+        expected, unused = backend.get_image_processor_dict(tmp_path, foo=1, cache_dir=None)
+        assert UperNetImageProcessor.get_image_processor_dict(tmp_path, foo=1, cache_dir=None) == (expected, {"foo": 1})
+        assert unused == {"foo": 1}
+
+
+SIZE_FORMS = [
+    *({"shortest_edge": 32}, {"shortest_edge": 33, "longest_edge": 40}, {"shortest_edge": 50, "longest_edge": 50}),
+    *({"max_height": 40, "max_width": 37}, {"max_height": 99, "max_width": 20}, {"height": 31, "width": 47}),
+    *(35, (31, 47), [47, 31], {"longest_edge": 40}, {"min_pixels": 5, "max_pixels": 900}),
+]
+
+
+@pytest.mark.skipif(not VERSION_5, reason="4.x knows only a height and a width")
+@pytest.mark.parametrize("size", SIZE_FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(60, 50), (50, 60), (50, 50), (33, 200)], ids=str)
+def test_forms_of_sizes(size, shape):
+    image, labels = random_image(0, (*shape, 3)), random_image(1, shape)
+    backends = {"pil": Segformer, "torchvision": transformers.SegformerImageProcessor}
+    for name, backend in backends.items():
+        try:
+            expected = backend(size=size)(Image.fromarray(image), labels.copy(), return_tensors="pt")
+        except ValueError:
+            with pytest.raises(ValueError, match="cannot be resized to the size"):
+                UperNetImageProcessor(size=size)(Image.fromarray(image), labels)
+            continue
+        ours = UperNetImageProcessor(size=size)
+        result = ours(Image.fromarray(image), labels, return_tensors="pt")
+        assert result["pixel_values"].shape == expected["pixel_values"].shape
+        assert result["pixel_values"].shape[2:] == ours.output_size(*shape)
+        if name == "pil":
+            assert_same(result, expected)
+        again = UperNetImageProcessor()(image, labels, size=backend(size=size).size, return_tensors="pt")  # a SizeDict
+        assert_same(again, result)
+        assert ours.size.shortest_edge == backend(size=size).size.shortest_edge
+        assert ours.size.height == backend(size=size).size.height
+
+
+@pytest.mark.skipif(not VERSION_5, reason="4.x knows only a height and a width")
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.integers(1, 400)] * 6))
+def test_sizes_are_rounded_as_in_transformers(numbers):
+    from transformers.image_transforms import get_size_with_aspect_ratio
+    from transformers.image_utils import get_image_size_for_max_height_width
+
+    height, width, edge, longest, most_high, most_wide = numbers
+    frame = {"max_height": most_high, "max_width": most_wide}
+    for size, expected in (
+        ({"shortest_edge": edge, "longest_edge": longest}, get_size_with_aspect_ratio((height, width), edge, longest)),
+        (frame, get_image_size_for_max_height_width((height, width), most_high, most_wide)),
+    ):
+        if min(expected) > 0:
+            assert UperNetImageProcessor(size=size).output_size(height, width) == tuple(expected)
+        else:
+            with pytest.raises(ValueError, match="would have no pixels"):
+                UperNetImageProcessor(size=size).output_size(height, width)
+
+
+@pytest.mark.skipif(not VERSION_5, reason="an argument of 5.x")
+@pytest.mark.parametrize("sizes", [None, [(17, 23), (4, 9)], [(8, 11), (5, 40)]], ids=["own", "list", "same"])
+def test_segmentation_scores(sizes):
+    generator = torch.Generator().manual_seed(0)
+    outputs = SimpleNamespace(logits=torch.randn(2, 5, 8, 11, generator=generator))
+    ours = UperNetImageProcessor().post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+    for backend in BACKENDS:
+        theirs = backend().post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+        assert len(ours) == len(theirs) == 2
+        for a, b in zip(ours, theirs, strict=True):
+            assert set(a) == set(b)
+            assert torch.equal(a.segmentation, b.segmentation)
+            torch.testing.assert_close(a["segmentation_scores"], b["segmentation_scores"])
+    plain = UperNetImageProcessor().post_process_semantic_segmentation(outputs, sizes)
+    assert all(torch.equal(a, b.segmentation) for a, b in zip(plain, ours, strict=True))
+    if sizes is not None:
+        by_tensor = UperNetImageProcessor().post_process_semantic_segmentation(outputs, torch.tensor(sizes), True)
+        assert all(torch.equal(a, b.segmentation) for a, b in zip(plain, by_tensor, strict=True))
+
+
+def test_scores_of_one_class():
+    outputs = SimpleNamespace(logits=torch.tensor([[[[-1.0, 1.0]]]]))
+    (only,) = UperNetImageProcessor().post_process_semantic_segmentation(outputs, return_segmentation_scores=True)
+    assert torch.equal(only.segmentation, torch.tensor([[0, 1]]))
+    assert torch.equal(only.segmentation_scores, torch.tensor([[[-1.0, 1.0]]]))
+
+
+@pytest.mark.skipif(not VERSION_5, reason="an option of 5.x")
+@pytest.mark.parametrize("kind", ["L", "RGBA", "P", "array 1", "array 4", "float 4", "array 3"])
+def test_conversion_to_rgb(kind):
+    pixels = random_image(0, (40, 50, int(kind[-1]) if kind[-1].isdigit() else 4))
+    image = pixels / 255 if kind.startswith("float") else pixels
+    if not kind[-1].isdigit():
+        image = Image.fromarray(pixels).convert(kind)
+    options = {"do_convert_rgb": True, "size": 32, "do_rescale": not kind.startswith("float")}
+    assert_both(image, options=options, return_tensors="pt")
+
+
+@pytest.mark.skipif(not VERSION_5, reason="4.x has other arguments")
+def test_steps_alone():
+    image, labels = random_image(0, (3, 40, 50)), random_image(1, (40, 50))
+    theirs, ours = Segformer(), UperNetImageProcessor()
+    size = theirs.size | {"height": 20, "width": 31}
+    np.testing.assert_array_equal(ours.resize(image, size), theirs.resize(image, size), strict=True)
+    np.testing.assert_array_equal(ours.resize(image, size, 0), theirs.resize(image, size, 0), strict=True)
+    np.testing.assert_array_equal(ours.rescale(image, 0.1), theirs.rescale(image, 0.1), strict=True)
+    for array in (image, image.astype(np.float32)):
+        values = (array, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+        np.testing.assert_array_equal(ours.normalize(*values), theirs.normalize(*values), strict=True)
+    np.testing.assert_array_equal(ours.reduce_label(labels), theirs.reduce_label(labels.copy()), strict=True)
+    with pytest.raises(ValueError, match="the image has 3 channels"):
+        ours.normalize(image, [0.5] * 4, [0.5] * 4)
+
+
+@pytest.mark.skipif(not VERSION_5, reason="4.x has no defaults of the class")
+def test_subclasses_and_options_of_the_call():
+    changes = {"size": {"height": 20, "width": 30}, "do_normalize": False, "image_mean": (0.5, 0.5, 0.5)}
+    image = random_image(0, (40, 50, 3))
+    results = []
+    for base in (Segformer, UperNetImageProcessor):
+        processor = type("Mine", (base,), changes)(return_tensors="np", default_to_square=False)
+        assert (processor.do_normalize, processor.image_mean) == (False, (0.5, 0.5, 0.5))
+        assert processor(image, size=25, default_to_square=False)["pixel_values"].shape == (1, 3, 25, 31)
+        assert processor.size == {"height": 20, "width": 30}
+        results.append(processor(image))
+        assert "return_tensors" in processor.to_dict()
+    assert_same(results[1], results[0])

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 import fastuper
 from bench.numerics import error
-from bench.pairs import images, pair
+from bench.pairs import VERSION_5, images, pair
 from tests.parity.models import FAMILIES, config, segmentation_labels
 
 STEPS = 20
@@ -75,12 +75,14 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
         return {"pixel_values": images(1, 3, 64, 64, seed=index, dtype=torch.float32)[0], "labels": labels}
 
 
-def with_trainer(model: nn.Module, folder: Any, samples: Dataset[Any], **values: Any) -> transformers.Trainer:
+def with_trainer(
+    model: nn.Module, folder: Any, samples: Dataset[Any], kind: Any = transformers.Trainer, **values: Any
+) -> transformers.Trainer:
     given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "optim": "adamw_torch", **values}
     arguments = transformers.TrainingArguments(
         str(folder), report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, **given
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=samples, eval_dataset=samples)
+    trainer = kind(model, arguments, train_dataset=samples, eval_dataset=samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pinned memory without an accelerator
         trainer.train()
@@ -204,3 +206,50 @@ def test_lora_on_the_whole_model():
     trained = {name for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
     assert trained
     assert all("lora_" in name for name in trained)
+
+
+class Uncounted(transformers.Trainer):
+    """A Trainer that counts no labels."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+def accumulated(library: Any, parts: int, ignore_index: int, counted: bool, folder: Any) -> tuple[float, float]:
+    """Return the loss that Trainer reports for a step of two images, and the length of the step."""
+    given = config("convnext", loss_ignore_index=ignore_index)
+    model = pair(given, dtype=torch.float32, train=True)[library is fastuper]
+    for norm in model.modules():  # frozen: two images together have other statistics than each alone
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.train = lambda mode=True: None
+            norm.training = False
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer = with_trainer(
+        model,
+        folder,
+        Samples(2, ignore_index=ignore_index),
+        kind=transformers.Trainer if counted else Uncounted,
+        per_device_train_batch_size=2 // parts,
+        gradient_accumulation_steps=parts,
+        max_steps=1,
+        optim="sgd",
+        max_grad_norm=1e9,
+    )
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    step = [old - new for old, new in zip(start, model.parameters(), strict=True)]
+    return loss, torch.cat([part.flatten() for part in step]).norm().item()
+
+
+@pytest.mark.parametrize("ignore_index", [255, -100])
+def test_gradient_accumulation(ignore_index, tmp_path):
+    """What docs/differences.md says of each version; the two images have other shares of ignored pixels."""
+    whole = accumulated(transformers, 1, ignore_index, True, tmp_path)
+    mean_of_means = accumulated(transformers, 2, ignore_index, False, tmp_path)
+    assert mean_of_means != pytest.approx(whole, rel=1e-3)
+    theirs = accumulated(transformers, 2, ignore_index, True, tmp_path)
+    times = 2 if VERSION_5 else 1  # 5.x passes the count, by which the model does not divide, and divides no more
+    assert theirs == pytest.approx([times * value for value in mean_of_means], rel=1e-3)
+    ours = accumulated(fastuper, 2, ignore_index, True, tmp_path)
+    assert ours == pytest.approx(whole if ignore_index == -100 else mean_of_means, rel=1e-4)
+    assert accumulated(fastuper, 2, ignore_index, False, tmp_path) == pytest.approx(mean_of_means, rel=1e-4)
