@@ -87,7 +87,8 @@ def with_trainer(
 ) -> transformers.Trainer:
     """Train with Transformers' Trainer, from a checkpoint if one is given.
 
-    `kind` is the class of the trainer, `values` are training arguments; `optimizers` returns Trainer's argument of that name.
+    `kind` is the class of the trainer, `values` are training arguments, and `optimizers` returns Trainer's argument of
+    that name.
     """
     given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "optim": "adamw_torch"}
     given |= {"save_strategy": "no", **values}
