@@ -160,7 +160,17 @@ def test_a_program_of_one_size(tmp_path):
             assert error(run(pixels)[0], model(pixels).logits) < 1e-5
 
 
-@pytest.mark.parametrize("export", ANY, ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "export",
+    [
+        jit,
+        legacy_onnx,
+        openvino_from_a_program,
+        pytest.param(new_onnx, marks=pytest.mark.exhaustive),
+        pytest.param(openvino_from_the_module, marks=pytest.mark.exhaustive),
+    ],
+    ids=lambda function: function.__name__,
+)
 def test_pyramid_pooling(export, tmp_path):
     run = export(Pooling(), torch.randn(1, 4, 9, 11), tmp_path)
     for size in [(9, 11), (7, 8), (13, 5), (1, 4), (6, 6)]:

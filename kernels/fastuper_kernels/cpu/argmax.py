@@ -39,7 +39,7 @@ def finite(logits: torch.Tensor) -> torch.Tensor:
     # Half of the largest number: the weights may add up to a little more than 1, and must not make infinities again.
     limit = torch.finfo(logits.dtype).max / 2
     # This is `nan_to_num`, which OpenVINO cannot convert.
-    return logits.where(logits.isfinite(), torch.where(logits < 0, -limit, limit).to(logits.dtype))
+    return logits.masked_fill(~logits.isfinite(), limit).masked_fill(logits == -torch.inf, -limit)
 
 
 def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.Tensor) -> None:
