@@ -122,13 +122,12 @@ def test_properties_of_the_model(family):
 
 def test_hooks_on_inner_modules_are_called():
     ours = pair(config("swin"))[1]
-    silent = {"backbone.encoder", "decode_head.fpn_convs", "decode_head.lateral_convs", "decode_head.psp_modules"}
     called = set()
     for name, module in ours.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.add(name))
     ours(images(1, 3, 64, 64), labels=segmentation_labels(1, 64, 64), output_attentions=True)
-    expected = {name for name, module in ours.named_modules() if not isinstance(module, nn.ModuleList | nn.ModuleDict)}
-    assert expected - silent - called == set()
+    lists = (nn.ModuleList, nn.ModuleDict)  # `psp_modules` is a subclass, and is called
+    assert {name for name, module in ours.named_modules() if type(module) not in lists} - called == set()
 
 
 def test_a_hook_may_change_what_a_module_returns():

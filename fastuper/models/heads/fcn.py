@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ class FCNHead(Checkpointed):
     Raises:
         ValueError: there is no such map, or the options do not fit its channels.
     """
+
+    classifier: Any  # a convolution, or a user's module
 
     def __init__(self, config: UperNetConfig, in_channels: Sequence[int], in_index: int = 2):
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ class UperNetHead(PyramidHead):
         config: `hidden_size`, `pool_scales` and `num_labels`.
         in_channels: channels of the backbone's feature maps, finest first.
     """
+
+    classifier: Any  # a convolution, or a user's module
 
     def __init__(self, config: UperNetConfig, in_channels: Sequence[int]):
         classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
