@@ -432,7 +432,6 @@ REFUSED = {
     "unknown_channels": (noise(8, 9, 7), {"do_normalize": False}, ValueError, "1, 3 or 4 channels.*input_data_format"),
     "mode_I": (Image.new("I", (5, 4)), {}, ValueError, "mode I, in which no value stands for white"),
     "mode_F": (Image.new("F", (5, 4)), {}, ValueError, "mode F, in which no value stands for white"),
-    "premultiplied": (Image.new("La", (5, 4)), {}, ValueError, "mode La, which Pillow cannot make RGB"),
     "above_255": (
         IMAGE.astype(np.int32) * 16,
         {},

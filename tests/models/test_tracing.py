@@ -337,8 +337,11 @@ def test_segment_exported():
     inputs = [(pixels[:2],) for (pixels,) in exported_images_for("resnet")]
     program = torch.export.export(model, inputs[0], dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},))
     for (pixels,) in inputs:
-        for ours, theirs in zip(program.module()(pixels), model(pixels), strict=True):
-            assert torch.equal(ours, theirs)
+        best = model.model(pixels).logits.topk(2, dim=1).values
+        decided = best[:, 0] - best[:, 1] > 1e-5 * best.abs().max()
+        assert decided.float().mean() > 0.99
+        for ours, theirs, clear in zip(program.module()(pixels), model(pixels), decided, strict=True):
+            assert torch.equal(ours[clear], theirs[clear])
 
 
 @pytest.mark.exhaustive

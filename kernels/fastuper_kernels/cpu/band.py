@@ -181,8 +181,9 @@ class Band:
 
         K may be symbolic. It is for bands with few outputs.
         """
-        index = self.first[:, None] + torch.arange(self.weights.shape[1], device=x.device)
-        parts = x.index_select(dim, index.clamp(max=self.size_in - 1).flatten())
+        first = self.first[:, None]
+        index = torch.where(self.weights != 0, first + torch.arange(self.weights.shape[1], device=x.device), first)
+        parts = x.index_select(dim, index.flatten())
         shape = [1] * (x.ndim + 1)
         shape[dim : dim + 2] = self.size_out, -1
         return (parts.unflatten(dim, (self.size_out, -1)) * self.weights.to(x.dtype).view(shape)).sum(dim + 1)

@@ -92,5 +92,7 @@ def check_sizes(sizes: Any) -> list[tuple[int, int]]:
 
 
 def _integer(value: Any) -> Any:
-    traced = isinstance(value, torch.SymInt) or (isinstance(value, torch.Tensor) and torch.jit.is_tracing())
+    if torch.compiler.is_compiling() or isinstance(value, torch.SymInt):  # `index` would fix the size in the graph
+        return value
+    traced = isinstance(value, torch.Tensor) and torch.jit.is_tracing()
     return value if traced else operator.index(value)
