@@ -35,7 +35,7 @@ from fastuper.data.images import (
 )
 from fastuper.data.sizes import SizeDict, checked_size, output_size
 from fastuper.io.arguments import take_arguments
-from fastuper.io.bounds import check_bounds
+from fastuper.io.bounds import check_bounds, plain
 from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file, upload
 from fastuper.io.messages import format_size, listed, shown
@@ -282,7 +282,7 @@ class UperNetImageProcessor:
         self.size = checked_size(own.size if size is None else size, bool(square))
         self.resample = _checked_resample(own.resample if resample is None else resample)
         self.do_rescale = flag("do_rescale", do_rescale)
-        rescale_factor = own.rescale_factor if rescale_factor is None else rescale_factor
+        rescale_factor = own.rescale_factor if rescale_factor is None else plain(rescale_factor)
         check_bounds({"rescale_factor": rescale_factor})
         self.rescale_factor = float(rescale_factor)
         self.do_normalize = flag("do_normalize", do_normalize)

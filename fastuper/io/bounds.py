@@ -6,7 +6,7 @@ can therefore not ask for more work or memory than a network needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -140,6 +140,17 @@ BOUNDS: dict[str, Bound] = {
     "image_std": Bound(kind=float, at_least=0, at_most=10**6, items=1024),
 }
 """The bound of each value by its name."""
+
+
+def plain(value: Any) -> Any:
+    """Return a number or an array of NumPy, or another library's list, as Python's own; other values as they are."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain(item) for item in value]
+    return value
 
 
 def check_bounds(values: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fastuper.io.bounds import BOUNDS, plain
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, upload
 from fastuper.models.known_to_transformers import KnownToTransformers
@@ -51,7 +52,8 @@ class ConfigMethods(KnownToTransformers):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "__class__" and callable(getattr(type(self), name, None)):
             raise AttributeError(f"{name!r} is a method of {type(self).__name__}, and no value")
-        super().__setattr__(type(self).attribute_map.get(name, name), value)
+        name = type(self).attribute_map.get(name, name)
+        super().__setattr__(name, plain(value) if name in BOUNDS else value)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the values: `"hidden_size" in config` asks for one."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastuper.io.arguments import take_arguments
-from fastuper.io.bounds import DEEPEST, check_bounds, check_foreign_bounds
+from fastuper.io.bounds import DEEPEST, check_bounds, check_foreign_bounds, plain
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, HubOptions, find_file
 from fastuper.io.messages import shown
@@ -376,7 +376,7 @@ class BackboneConfig(Config):
             raise ValueError(f"depths must be at most {DEEPEST} blocks in all, got {shown(self.depths)}")
 
     def _select(self, out_features: Sequence[str] | None, out_indices: Sequence[int] | None) -> None:
-        names = self.stage_names
+        names, out_features, out_indices = self.stage_names, plain(out_features), plain(out_indices)
         if not all(value is None or isinstance(value, list | tuple) for value in (out_features, out_indices)):
             raise ValueError(
                 f"out_features and out_indices are lists, got {shown(out_features)} and {shown(out_indices)}"
@@ -454,7 +454,7 @@ class ForeignBackboneConfig(Config):
 
     def __init__(self, model_type: str, **values: Any):
         self.model_type = model_type  # type: ignore[misc]
-        self.values = dict(values)
+        self.values = {name: plain(value) for name, value in values.items()}
         super().__init__()
         self.check()
 
@@ -541,4 +541,6 @@ def _to_json(value: Any) -> Any:
         return str(value).removeprefix("torch.")
     if isinstance(value, set | tuple):
         return list(value)
+    if hasattr(value, "tolist"):  # NumPy's numbers and arrays, and tensors
+        return value.tolist()
     raise TypeError(f"{value!r} cannot be written to {CONFIG_NAME}")

@@ -36,7 +36,7 @@ def describe(names: Iterable[str], own: Collection[str]) -> str:
     """
     names = list(names)
     if not names:
-        return "the file holds only a part of a checkpoint"
+        return "the file holds only a part of a checkpoint; pass output_loading_info=True to load it all the same"
     if any(f"backbone.{name}" in own for name in names):
         return "the names are a backbone's: put 'backbone.' before each"
     for count in (1, 2, 3):

@@ -60,15 +60,22 @@ def make_checkpoints(folder: Path) -> list[Path]:
     return made
 
 
-def warm_up(model: Path, photo: Path, base: Path) -> None:
-    """Run the command once in this process: what it imports and measures need not be repeated in each child."""
+def warm_up(models: list[Path], photo: Path, base: Path) -> None:
+    """Run the command once for each model: what it imports and compiles need not be repeated in each child."""
     transformers_model_types()
-    given, sys.argv = (
-        sys.argv,
-        ["fastuper", "segment", str(photo), "--model", str(model), "--output", str(base / "out")],
-    )
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None):
-        fastuper.cli.main()
+    given = sys.argv
+    for model in models:
+        sys.argv = [
+            "fastuper",
+            "segment",
+            str(photo),
+            "--model",
+            str(model),
+            "--output",
+            str(base / "out" / model.name),
+        ]
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None):
+            fastuper.cli.main()
     sys.argv = given
     gc.collect()
     gc.freeze()
@@ -137,7 +144,7 @@ def main(first: int, count: int) -> int:
     Image.new("RGB", (40, 30), (90, 120, 30)).save(photo)
     torch.manual_seed(0)
     checkpoints = make_checkpoints(base)
-    warm_up(checkpoints[0], photo, base)
+    warm_up(checkpoints, photo, base)
     faults, ends = 0, {0: 0, 1: 0, 2: 0}
     for seed in range(first, first + count):
         rng = random.Random(seed)

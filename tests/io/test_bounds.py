@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import UserList
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +19,7 @@ from fastuper.io.bounds import BOUNDS
 from fastuper.io.files import read_json
 from fastuper.models.backbones.registry import PRESETS
 from fastuper.models.configuration import Config, ForeignBackboneConfig
+from fastuper.models.memory import within_memory
 
 CLASSES = (UperNetConfig, ConvNextConfig, SwinConfig, ResNetConfig)
 PLACES = [(cls, name) for cls in CLASSES for name in BOUNDS if name in vars(cls()) and name != "hidden_act"]
@@ -34,7 +38,7 @@ def test_each_bound_belongs_to_a_configuration():
 
 
 @pytest.mark.parametrize(("cls", "name"), PLACES, ids=lambda value: value if isinstance(value, str) else value.__name__)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(value=NONSENSE)
 def test_nonsense_is_refused_by_name(cls, name, value):
     if BOUNDS[name].kind is str and isinstance(value, str):
@@ -68,6 +72,26 @@ def test_published_sizes_are_within_the_bounds(preset):
 )
 def test_unusual_networks_are_within_the_bounds(config):
     UperNetConfig(config, num_labels=21_841, pool_scales=(1,), auxiliary_num_convs=0, loss_ignore_index=-100).check()
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda: ConvNextConfig(depths=np.array([1] * 4), hidden_sizes=[np.int64(8)] * 4), {"depths": [1] * 4}),
+        (lambda: ConvNextConfig(layer_norm_eps=np.float32(0.5), image_size=np.int16(32)), {"layer_norm_eps": 0.5}),
+        (lambda: ConvNextConfig(out_indices=np.array([1, 2])), {"out_features": ["stage1", "stage2"]}),
+        (lambda: SwinConfig(image_size=UserList([8, 16]), qkv_bias=np.True_), {"image_size": [8, 16]}),
+        (lambda: UperNetConfig(num_labels=np.int64(5), pool_scales=range(1, 3)), {"pool_scales": [1, 2]}),
+        (lambda: UperNetConfig(id2label={np.int64(0): "a"}, label2id={"a": np.int64(0)}), {"label2id": {"a": 0}}),
+        (lambda: changed(UperNetConfig(), "hidden_size", np.uint16(64)), {"hidden_size": 64}),
+        (lambda: changed(UperNetConfig(), "other", np.arange(2)), {"other": [0, 1]}),
+        (lambda: ForeignBackboneConfig("swinv2", depths=[np.int64(1)]), {"depths": [1]}),
+        (lambda: UperNetImageProcessor(size=np.int64(8), rescale_factor=np.float32(0.5)), {"rescale_factor": 0.5}),
+    ],
+)
+def test_values_of_other_libraries_become_pythons(make, same):
+    saved = json.loads(make().to_json_string())
+    assert {name: saved[name] for name in same} == same
 
 
 def test_attributes_are_checked_when_a_model_is_built():
@@ -142,10 +166,10 @@ def test_a_model_larger_than_the_memory_is_not_built(monkeypatch):
         UperNetForSemanticSegmentation(UperNetConfig())
 
 
-def test_memory_that_cannot_be_reserved():
-    config = UperNetConfig(hidden_size=16_384, pool_scales=[1] * 32)  # 5 TB for one convolution
-    with pytest.raises(RuntimeError, match=r"not enough memory|describes a model of"):
-        UperNetForSemanticSegmentation(config)
+def test_memory_that_cannot_be_reserved(monkeypatch):
+    monkeypatch.setattr("fastuper.models.memory.memory_of", lambda _: math.inf)
+    with pytest.raises(RuntimeError, match=r"not enough memory for the model"):
+        within_memory(torch.empty)(2**50)  # more than the addresses of a process
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,24 @@ def test_the_default_stays_if_another_option_is_hardly_quicker(choice, monkeypat
     assert process(choice) == ("slow", False)  # a clean tie is kept
 
 
+def test_a_default_of_the_key(choice, monkeypatch, tmp_path):
+    """A heuristic that knows better for this key decides wherever nothing is measured, and is a winner's rival."""
+    candidates = Candidates()
+    monkeypatch.setattr(choices, "is_busy", lambda: True)
+    assert choice("busy", candidates, default="quick") == "quick"
+    assert choice("noisy", candidates, clock=lambda _: NOISE, default="quick") == "quick"
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert choice("deterministic", candidates, default="quick") == "quick"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (tmp_path / "choices.json").unlink()
+    assert choice("", candidates, clock=lambda _: CLEAN, default="quick") == "quick"
+    choice.forget()
+    assert choice("", candidates, clock=lambda _: WRONG, default="quick") == "quick"  # the default needs no second time
+    assert candidates.calls == 2
+
+
 def test_forced(choice, monkeypatch):
     candidates = Candidates()
     monkeypatch.setenv("FASTUPER_CHOICES", " linear=torch, walk = absent,")
@@ -513,7 +531,7 @@ def test_the_table(choice, monkeypatch):
     assert ("walk", "slow | quick | absent", "options") in rows
     assert ("walk", "slow", "if nothing is measured (it is older)") in rows
     (row,) = (row for row in rows if row[2].startswith("measured for float32"))
-    assert row[1] == "slow"  # in a new process, if it does not confirm the result
+    assert row[1] == "the default"  # in a new process, if it does not confirm the result
     assert "slow 2.01e+03 ms, quick 1e+03 ms; spread 1%, 6 rounds, 20" in row[2]
     assert row[2].endswith(", found once)")
     process(choice, key="float32")

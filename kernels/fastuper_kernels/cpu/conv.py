@@ -25,6 +25,14 @@ Strip = tuple[int, int, int]  # (start, stop, height)
 # with 128.
 TRAINED_CHANNELS = 256
 
+# Where nothing is measured: from this number of products (input channels * output channels * tiles) on, the products
+# that Winograd saves cost more than its transforms. One thread on AVX-512, and on AVX2: 2.6 and 1.8 of the direct time
+# for 256 -> 256 channels and 32 tiles, 1.06 and 0.84 for 512 -> 256 and 128, 0.65 and 0.61 for 2048 -> 512 and 32.
+WORTHWHILE = 1 << 24
+# The same for training, in tiles: the transforms of the weights take the same time for few tiles and for many.
+# 512 -> 512 channels: 4.9 and 3.1 for 32 tiles, 1.8 and 0.9 for 128; on AVX-512 0.83 for 512.
+TRAINED_TILES = 512
+
 
 def conv(
     x: torch.Tensor,
@@ -178,12 +186,14 @@ def _way(x: torch.Tensor, weight: torch.Tensor, trained: bool = False) -> str:
     if x.dtype != torch.float32 or min(channels, channels_out) < 128 or tiles < 32:
         return "direct"  # the transforms would cost more than the products that they save
     # Training transforms the weights three times a call. Only larger maps and batches save more than that costs.
-    tiles, largest = (tiles * x.shape[0], 512) if trained else (tiles, 128)
+    tiles, largest = (tiles * x.shape[0], TRAINED_TILES) if trained else (tiles, 128)
     size = min(largest, 1 << tiles.bit_length() - 1)
     key = f"{channels} -> {channels_out} channels, {size} tiles"
     if trained:
-        return CONV3X3(f"{key}, with gradients", partial(_trained_candidates, weight.shape, size))
-    return CONV3X3(key, partial(_candidates, weight.shape, size))
+        default = "winograd" if size >= TRAINED_TILES else "direct"
+        return CONV3X3(f"{key}, with gradients", partial(_trained_candidates, weight.shape, size), default=default)
+    default = "winograd" if channels * channels_out * size >= WORTHWHILE else "direct"
+    return CONV3X3(key, partial(_candidates, weight.shape, size), default=default)
 
 
 def _candidates(shape: torch.Size, tiles: int) -> dict[str, Callable[[], object]]:

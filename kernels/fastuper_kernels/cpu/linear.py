@@ -91,7 +91,9 @@ def _way(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> st
     if x.numel() == 0 or (bias is not None and bias.shape != weight.shape[:1]):
         return "torch"  # F.linear raises an error, or broadcasts the bias
     if dtype == torch.float16 and not _onednn_has(dtype):
-        way = LINEAR("float16 without instructions for it", partial(_candidates, dtype, ("torch", "float32")))
+        # F.linear then takes about ten times as long, too long to be measured on a slow processor.
+        candidates = partial(_candidates, dtype, ("torch", "float32"))
+        way = LINEAR("float16 without instructions for it", candidates, default="float32")
         return way if way == "float32" else "torch"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not _onednn_has(dtype):
         return "torch"

@@ -52,7 +52,8 @@ class Choice:
     Args:
         name: the name in `FASTUPER_CHOICES`, in the cache file and in the printed table.
         options: the names of the ways.
-        default: the option if nothing may be measured: in deterministic mode, on several ranks, while tracing.
+        default: the option if nothing is measured, for keys that are called without a default of their own. Nothing may
+            be measured in deterministic mode, on several ranks and while tracing; nothing is on a busy machine.
         reason: the measurement or heuristic behind the default, in a few words.
 
     Raises:
@@ -70,7 +71,7 @@ class Choice:
             raise ValueError(f"there is a choice {self.name!r} already")
         CHOICES[self.name] = self
 
-    def __call__(self, key: str, candidates: Candidates, clock: Clock | None = None) -> str:
+    def __call__(self, key: str, candidates: Candidates, clock: Clock | None = None, default: str | None = None) -> str:
         """Return the option to take.
 
         Args:
@@ -79,51 +80,45 @@ class Choice:
                 a millisecond. It is called only for a measurement, and must draw no global random numbers.
             clock: returns the seconds of several calls of each candidate, or None if the machine is busy; if None, this
                 is `clock_turns`, within the process's `SECONDS_A_PROCESS`.
+            default: the option if nothing is measured, where a heuristic knows better for this key than the choice's
+                default.
 
         Raises:
             ValueError: `FASTUPER_CHOICES` names an unknown choice or option.
         """
         if os.environ.get(FORCED) and self.name in (given := forced()):
             return given[self.name]
+        default = default or self.default
         if not may_measure():
-            return self.default
+            return default
         state = (key, torch.get_num_threads())
         if (decided := self._decided.get(state)) is not None:
             return decided
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # a CUDA graph
-            return self.default
-        return self._decide(state, candidates, clock)
+            return default
+        return self._decide(state, default, candidates, clock)
 
-    def _decide(self, state: tuple[str, int], candidates: Candidates, clock: Clock | None) -> str:
+    def _decide(self, state: tuple[str, int], default: str, candidates: Candidates, clock: Clock | None) -> str:
         with _lock:  # two measurements at once would disturb each other
             if state not in self._decided:
                 entry = f"{self.name} | {state[0]} | {machine()} | {state[1]} threads"
-                self._decided[state] = self._option(entry, candidates, clock)
+                self._decided[state] = self._option(entry, default, candidates, clock)
             return self._decided[state]
 
-    def _option(self, entry: str, candidates: Candidates, clock: Clock | None) -> str:
+    def _option(self, entry: str, default: str, candidates: Candidates, clock: Clock | None) -> str:
         """Return the option for this process: the file's, if it is trusted; else that of a measurement."""
         path = cache_file()
         kept = result_of(read_json(path), entry, self)
-        if kept is not None and not kept.is_due(self):
-            return kept.option or self.default
-        otherwise = kept.option if kept is not None and kept.option and kept.is_trusted(self) else self.default
+        if kept is not None and not kept.is_due():
+            return kept.option or default
+        otherwise = kept.option if kept is not None and kept.option and kept.is_trusted() else default
         with contextlib.nullcontext(True) if path is None else lock(path.with_suffix(".lock")) as free:
             # While another process measures, this process neither waits nor measures.
             if not free or (clock is None and not _may_spend()):
                 return otherwise
-            verdict = self._measure(candidates, clock)
-            write_cache(entry, _next(kept, verdict, self))
+            verdict = _measured(default, candidates, clock)
+            write_cache(entry, _next(kept, verdict, default))
         return otherwise if verdict is None else verdict.option
-
-    def _measure(self, candidates: Candidates, clock: Clock | None) -> Verdict | None:
-        """Return the verdict on a measurement; None if it was not clean."""
-        start = time.perf_counter()
-        with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
-            times = (clock or clock_turns)(candidates())
-        if clock is None:
-            _spent[0] += time.perf_counter() - start
-        return None if times is None else judge(times, self.default)
 
     def forget(self) -> None:
         """Drop this process's results: the next call reads the file, or measures again."""
@@ -137,13 +132,13 @@ LINEAR = Choice(
     "linear",
     options=("torch", "conv", "onednn", "float32"),
     default="onednn",
-    reason="one call of oneDNN with the activation in it was the fastest on AVX-512",
+    reason="one call of oneDNN with the activation in it; float32 for float16 without instructions for it",
 )
 CONV3X3 = Choice(
     "conv3x3",
     options=("winograd", "direct"),
     default="winograd",
-    reason="24 products instead of 72 are faster from 128 channels and 32 tiles on",
+    reason="24 products instead of 72; direct for small products, whose transforms cost more than that saves",
 )
 CONV = Choice(
     "conv",
@@ -171,6 +166,16 @@ def may_measure() -> bool:
         return False
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+
+
+def _measured(default: str, candidates: Candidates, clock: Clock | None) -> Verdict | None:
+    """Return the verdict on a measurement; None if it was not clean."""
+    start = time.perf_counter()
+    with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
+        times = (clock or clock_turns)(candidates())
+    if clock is None:
+        _spent[0] += time.perf_counter() - start
+    return None if times is None else judge(times, default)
 
 
 def _may_spend() -> bool:
@@ -244,7 +249,7 @@ class Result:
     Attributes:
         option: the option; None if no measurement was clean.
         date: seconds since 1970, when it was measured.
-        times: how often the option was found, at most 2; without an option, the number of measurements.
+        times: 2 if the option was found twice or is the default, else 1; without an option, the number of measurements.
         verdict: the measurement; None without an option.
     """
 
@@ -253,16 +258,16 @@ class Result:
     times: int
     verdict: Verdict | None = None
 
-    def is_trusted(self, choice: Choice) -> bool:
+    def is_trusted(self) -> bool:
         """Return True if the option is the default, or was found twice."""
-        return self.option is not None and (self.option == choice.default or self.times >= 2)
+        return self.option is not None and self.times >= 2
 
-    def is_due(self, choice: Choice) -> bool:
+    def is_due(self) -> bool:
         """Return True if a process should measure again. A date in the future is a wrong date."""
         age = time.time() - self.date
         if self.option is None:
             return self.times < TRIES or not 0 <= age < PAUSE
-        return not self.is_trusted(choice) or not 0 <= age < AGE
+        return not self.is_trusted() or not 0 <= age < AGE
 
     def __str__(self) -> str:
         day = time.strftime("%Y-%m-%d", time.gmtime(self.date))
@@ -273,13 +278,13 @@ class Result:
         return f"{times}; spread {self.verdict.spread:.0%}, {self.verdict.rounds} rounds, {day}{trust}"
 
 
-def _next(kept: Result | None, verdict: Verdict | None, choice: Choice) -> Result:
+def _next(kept: Result | None, verdict: Verdict | None, default: str) -> Result:
     """Return the result to keep after a measurement that followed the result `kept`."""
     now = time.time()
     if verdict is not None:
         again = kept is not None and kept.option == verdict.option
-        return Result(verdict.option, now, 2 if again else 1, verdict)
-    if kept is not None and kept.is_trusted(choice):  # it stays, and is measured again after a pause
+        return Result(verdict.option, now, 2 if again or verdict.option == default else 1, verdict)
+    if kept is not None and kept.is_trusted():  # it stays, and is measured again after a pause
         return replace(kept, date=now - AGE + PAUSE)
     return Result(None, now, 1 if kept is None or kept.option is not None else min(kept.times, TRIES) + 1)
 
@@ -339,8 +344,8 @@ def rows(wanted: Iterable[Choice] | None = None) -> Iterator[tuple[str, str, str
             if parts[0] == name and machine() in entry and entry.isprintable():
                 result = result_of(entries, entry, choice)
                 if result is not None:
-                    option = result.option if result.is_trusted(choice) else None
-                    yield name, option or choice.default, f"measured for {parts[1]}, {parts[-1]} ({result})"
+                    option = result.option if result.is_trusted() else None
+                    yield name, option or "the default", f"measured for {parts[1]}, {parts[-1]} ({result})"
 
 
 def show(wanted: Iterable[Choice] | None = None) -> None:
