@@ -1,8 +1,8 @@
 """The formats of image files that are read, and the names of others.
 
 A file's first bytes determine its format. Pillow can open some fifty formats: some of its readers start programs
-(EPS), decode pictures before their size is known (ICO, ICNS, IPTC), or accept files of any content (TGA). Only the
-formats in `FORMATS` are opened. Others are refused by name, without reading further.
+(EPS), or decode pictures before their size is known (ICO, ICNS, IPTC). Only the formats in `FORMATS` are opened. Others
+are refused by name, without reading further. TGA files have no first bytes of their own, so their ending counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Format(NamedTuple):
     Attributes:
         name: Pillow's name.
         suffixes: the usual endings of such files, in lower case.
-        starts: the first bytes of such files.
+        starts: the first bytes of such files ("." is any byte); empty if the ending determines the format.
         keeps_numbers: files may hold one channel of exact numbers, and so a label map.
     """
 
@@ -42,10 +42,11 @@ FORMATS = (
     Format("GIF", (".gif",), (b"GIF87a", b"GIF89a"), True),
     Format("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), tuple(b"P%d" % kind for kind in range(1, 7)), True),
     Format("JPEG2000", (".jp2", ".j2k"), (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"), False),
+    Format("TGA", (".tga",), (), True),
 )
 """The formats that are read."""
 
-OTHER_PHOTOS = (".heic", ".heif", ".jxl", ".tga")
+OTHER_PHOTOS = (".heic", ".heif", ".jxl")
 """Endings of photos in formats that are not read: in a folder of photos they are reported, not left out."""
 
 _ISO_MEDIA = b"....ftyp"
@@ -89,7 +90,7 @@ _OTHERS = (
 )
 """Names of formats that are not read, with their first bytes ("." is any byte); the first that fits counts."""
 
-_NAMES = {".tga": "TGA", ".pcd": "PCD", ".dib": "DIB", ".im": "IM", ".spider": "SPIDER", ".dcm": "DICOM"}
+_NAMES = {".pcd": "PCD", ".dib": "DIB", ".im": "IM", ".spider": "SPIDER", ".dcm": "DICOM"}
 """Formats without first bytes of their own, by their endings."""
 
 
@@ -104,6 +105,9 @@ def identify(path: Path, start: bytes) -> Format:
             return form
     if _fits(start, _ISO_MEDIA) and {b"avif", b"avis"} & _brands(start):
         return next(form for form in FORMATS if form.name == "AVIF")
+    for form in FORMATS:
+        if not form.starts and path.suffix.lower() in form.suffixes:
+            return form
     names = [name for name, patterns in _OTHERS if any(_fits(start, pattern) for pattern in patterns)]
     name = _NAMES.get(path.suffix.lower()) or next(iter(names), None)
     known = ", ".join(form.name for form in FORMATS)

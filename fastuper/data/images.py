@@ -41,6 +41,7 @@ A label map becomes integers, the numbers stored in the file:
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_UNSUPPORTED = re.compile("unsupported|not supported|cannot handle", re.IGNORECASE)  # in Pillow's messages
 _pillow_limit = threading.Lock()
 
 
@@ -94,7 +96,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     """Read a photo as 8-bit RGB, upright, by the rule in this module's docstring.
 
     Args:
-        path: the file. Its content determines the format, its name does not.
+        path: the file. Its content determines the format; its name only of TGA.
         max_pixels: the limit on width x height.
 
     Returns:
@@ -111,7 +113,7 @@ def read_labels(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -
     """Read a label map, upright, by the rule in this module's docstring.
 
     Args:
-        path: the file. Its content determines the format, its name does not.
+        path: the file. Its content determines the format; its name only of TGA.
         max_pixels: the limit on width x height.
 
     Returns:
@@ -239,9 +241,9 @@ def _read(path: Path, max_pixels: int, decode: Callable[[BinaryIO, Format, Calla
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error
             if isinstance(error, OSError) and error.errno is not None:
                 raise ImageError(f"{path}: {_system_reason(error)}") from None
-            raise ImageError(
-                f"{path}: cannot be decoded ({reason(error)}); the file is truncated or damaged"
-            ) from error
+            text = reason(error)
+            rest = "save it as PNG" if _UNSUPPORTED.search(text) else "the file is truncated or damaged"
+            raise ImageError(f"{path}: cannot be decoded ({text}); {rest}") from error
 
 
 def _system_reason(error: OSError | ValueError) -> str:
@@ -269,7 +271,7 @@ def _photo(file: BinaryIO, form: Format, check_size: Callable[[int, int], None],
 def _labels(file: BinaryIO, form: Format, check_size: Callable[[int, int], None]) -> NDArray[np.integer]:
     """Decode a label map, upright."""
     if not form.keeps_numbers:
-        raise RefusedError(f"is a {form.name}, whose compression changes class numbers; save label maps as PNG")
+        raise RefusedError(f"is {form.name}, whose compression changes class numbers; save label maps as PNG")
     if form.name == "PPM":
         values = netpbm.read(file, check_size).values
         one_channel("RGB" if values.ndim == 3 else "L")

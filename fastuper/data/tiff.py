@@ -39,6 +39,7 @@ _TAGS = {
     "tiles": 324,
     "extra": 338,
     "format": 339,
+    "subsampling": 530,
 }
 _NAMES = {number: name for name, number in _TAGS.items()}
 _MOST_VALUES = 3 << 16  # of a tag whose values are read: a palette of 16 bits
@@ -66,6 +67,7 @@ _SEVERAL_CHANNELS = {  # (photometric, bits): meanings of the channels beside th
     (5, 16): ((),),
     (8, 8): ((),),
 }
+_AS_JPEG = ((1, 1, ()), (2, 3, ()), (2, 4, (0,)), (2, 4, (2,)), (5, 4, ()), (6, 3, ()))  # photometric, channels, extra
 _COLOURS = {0: "grey (0 is white)", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
 _KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
 
@@ -199,9 +201,11 @@ def _is_checked(
     if compression in _FAX:
         return (bits, kind, channels) == (1, 1, 1) and photometric in (0, 1)
     if compression == _JPEG:
-        return (bits, kind, planar) == (8, 1, False) and (photometric, channels) in ((1, 1), (2, 3), (6, 3))
+        return (bits, kind, planar) == (8, 1, False) and (photometric, channels, extra) in _AS_JPEG
     if not (compression == 1 or packed):
         return False
+    if photometric == 6:
+        return (bits, kind, channels, planar, tags.get("subsampling")) == (8, 1, 3, False, (1, 1))
     if kind == 3:  # refused later, since no float stands for white
         return (bits, channels) == (32, 1) and photometric in (0, 1)
     if kind == 2:

@@ -107,5 +107,37 @@ def bmp(values: np.ndarray, bits: int, palette: Sequence[Sequence[int]], *, top_
     return b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + header + colours + pixels
 
 
-def tga(size: tuple[int, int]) -> bytes:
-    return struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, size[1], size[0], 24, 0) + bytes(3 * size[0] * size[1])
+def bmp_of_bit_fields(pixels: np.ndarray, masks: np.ndarray, size: int) -> bytes:
+    """Return a BMP of 32-bit pixels (H, W), the masks of red, green, blue and alpha, and a header of `size` bytes."""
+    height, width = pixels.shape
+    header = struct.pack("<IiiHHIIiiII", size, width, height, 1, 32, 3, 0, 0, 0, 0, 0) + masks.astype("<u4").tobytes()
+    header = header[:52] if size == 40 else header.ljust(size, b"\0")  # alpha's mask is in the larger headers
+    start = 14 + len(header)
+    content = pixels[::-1].astype("<u4").tobytes()
+    return b"BM" + struct.pack("<IHHI", start + len(content), 0, 0, start) + header + content
+
+
+def tga(
+    values: np.ndarray,
+    palette: Sequence[Sequence[int]] = (),
+    *,
+    packed: bool = False,
+    top_down: bool = False,
+    mirrored: bool = False,
+) -> bytes:
+    """Return a TGA of values (H, W) or (H, W, C); `packed`: run lengths, each a single pixel."""
+    height, width = values.shape[:2]
+    pixels = values.reshape(height, width, -1)[:: 1 if top_down else -1, :: -1 if mirrored else 1].astype(np.uint8)
+    channels = pixels.shape[2]
+    if channels > 2:
+        pixels = pixels[..., [2, 1, 0, 3][:channels]]
+    if packed:
+        pixels = np.concatenate([np.full((height, width, 1), 0x80, np.uint8), pixels], -1)
+    kind = (1 if palette else 2 if channels > 2 else 3) + 8 * packed
+    flags = 0x20 * top_down + 0x10 * mirrored + (8 if channels in (2, 4) else 0)
+    colours = b"".join(bytes([blue, green, red]) for red, green, blue in palette)
+    header = struct.pack(
+        "<BBBHHBHHHH", 0, bool(palette), kind, 0, len(palette), 24 * bool(palette), 0, 0, width, height
+    )
+    footer = bytes(26)  # Pillow looks for one, and fails at a file that is shorter
+    return header + bytes([8 * channels, flags]) + colours + pixels.tobytes() + footer

@@ -172,9 +172,30 @@ def test_other_formats_are_refused_by_name_and_not_opened(
 
 
 def test_formats_without_first_bytes_are_named_by_their_ending(tmp_path: Path) -> None:
-    path = tmp_path / "photo.tga"
-    path.write_bytes(image_files.tga((4, 4)))
-    assert "is TGA, which is not read here; save it as PNG" in str(attempt(read_image, path))
+    path = tmp_path / "photo.pcd"
+    path.write_bytes(bytes(4096))
+    assert "is PCD, which is not read here; save it as PNG" in str(attempt(read_image, path))
+
+
+@pytest.mark.parametrize("channels", [0, 1, 2, 3, 4])
+def test_tga(channels: int, tmp_path: Path) -> None:
+    """No channels: a palette. A TGA with another ending is refused: nothing in it says what it is."""
+    path = tmp_path / "picture.TGA"
+    for size, packed, top_down, mirrored in itertools.product(SIZES, *[(False, True)] * 3):
+        count = 200
+        palette = RANDOM.integers(0, 256, (count, 3)) if channels == 0 else np.empty((0, 3), int)
+        values = RANDOM.integers(0, count, (*size, channels) if channels > 1 else size)
+        path.write_bytes(image_files.tga(values, palette.tolist(), packed=packed, top_down=top_down, mirrored=mirrored))
+        if channels > 1:
+            exact(path, None, np.repeat(values[..., :1], 3, -1) if channels == 2 else values[..., :3])
+        else:
+            exact(path, values, grey(values, 255) if channels else palette[values])
+    path.write_bytes(path.read_bytes()[:20])
+    assert "truncated or damaged" in str(attempt(read_image, path))
+    path.write_text("a text about photos, longer than the header of a file\n")
+    assert "truncated or damaged" in str(attempt(read_image, path))
+    (tmp_path / "picture.jpg").write_bytes(image_files.tga(np.zeros((4, 4, 3))))
+    assert "not read here" in str(attempt(read_image, tmp_path / "picture.jpg"))
 
 
 def test_a_missing_reader_of_pillow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,9 +213,7 @@ def test_formats_that_change_numbers_hold_no_label_maps(name: str, tmp_path: Pat
     )
     if name == "JPEG2000":
         picture("L").save(path, format=name)
-    assert attempt(read_labels, path) == (
-        f"is a {name}, whose compression changes class numbers; save label maps as PNG"
-    )
+    assert attempt(read_labels, path) == (f"is {name}, whose compression changes class numbers; save label maps as PNG")
 
 
 # The limit
@@ -458,6 +477,20 @@ def test_bmp_palettes(bits: int, tmp_path: Path) -> None:
             exact(path, values, np.array(palette)[values], "a palette of few greys, which is misread; save it as PNG")
 
 
+@pytest.mark.parametrize("size", [40, 56, 108, 124])
+def test_bmp_bit_fields(size: int, tmp_path: Path) -> None:
+    """Every order of four bytes, with every size of header."""
+    path = tmp_path / "picture.bmp"
+    values = RANDOM.integers(0, 256, (5, 9, 4)).astype(np.uint32)
+    for shifts in itertools.permutations((0, 8, 16, 24)):
+        pixels = sum(values[..., index] << shift for index, shift in enumerate(shifts))
+        masks = np.left_shift(np.uint32(255), np.array(shifts, np.uint32))
+        path.write_bytes(image_files.bmp_of_bit_fields(np.asarray(pixels), masks, size))
+        exact(path, None, values[..., :3], "Unsupported BMP bitfields layout); save it as PNG")
+        if shifts == (16, 8, 0, 24):
+            assert not isinstance(attempt(read_image, path), str)
+
+
 COMPRESSIONS = (None, "zlib")  # others need imagecodecs
 KINDS = ("u1", "u2", "u4", "i1", "i2", "i4", "f2", "f4", "f8", "u8")
 NOT_READ = ("which is not read here; save it as PNG, or as TIFF", "in which no value stands for white", "32-bit floats")
@@ -581,6 +614,13 @@ def test_tiff_of_other_kinds(tmp_path: Path) -> None:
     lines = [np.packbits(line.astype(np.uint8)).tobytes() for line in digits.reshape(13, -1)]
     path.write_bytes(image_files.tiff([b"".join(lines)], (13, 20), {258: [12], 262: [1]}))
     exact(path, values, np.asarray(grey(values, 4095)))
+    for mode, options in [
+        *(("YCbCr", {"compression": name}) for name in (None, "tiff_lzw", "tiff_deflate", "packbits", "jpeg")),
+        *((mode, {"compression": "jpeg"}) for mode in ("RGBA", "CMYK")),
+    ]:
+        image = Image.linear_gradient("L").convert("RGB").convert(mode)
+        image.save(path, **options)
+        np.testing.assert_allclose(np.asarray(read_image(path)), np.asarray(image.convert("RGB")), atol=4)
     for suffix, options in (("zlib", {"compression": "jpeg"}), ("fax", {"compression": "group4"})):
         image = picture("L" if suffix == "zlib" else "1")
         image.save(path, **options)

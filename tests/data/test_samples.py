@@ -527,7 +527,7 @@ def test_label_files_that_are_none(tmp_path: Path) -> None:
     for name, reason in {
         "rgb.png": r"has the 3 channels R, G, B, but a label map has one channel; .* save it as",
         "alpha.png": "has the 2 channels L, A",
-        "grey.jpg": "is a JPEG, whose compression changes class numbers; save label maps as PNG",
+        "grey.jpg": "is JPEG, whose compression changes class numbers; save label maps as PNG",
         "floats.tif": "holds 32-bit floats",
         "cut.png": "truncated or damaged",
         "empty.png": "the file is empty",

@@ -70,8 +70,10 @@ def jit(module: nn.Module, x: torch.Tensor, folder: Path) -> Runner:
 
 
 def legacy_onnx(module: nn.Module, x: torch.Tensor, folder: Path) -> Runner:
-    axes = {"x": {2: "height", 3: "width"}}
-    torch.onnx.export(module, (x,), folder / "a.onnx", dynamo=False, input_names=["x"], dynamic_axes=axes)
+    options = {"input_names": ["x"], "dynamic_axes": {"x": {2: "height", 3: "width"}}}
+    # The oldest version of the operators: ONNX has attention from 14 on.
+    oldest = 14 if any("SwinSelfAttention" in type(part).__name__ for part in module.modules()) else 11
+    torch.onnx.export(module, (x,), folder / "a.onnx", dynamo=False, opset_version=oldest, **options)
     return by_onnx(folder / "a.onnx")
 
 
@@ -100,7 +102,8 @@ def openvino_from_a_program(module: nn.Module, x: torch.Tensor, folder: Path) ->
 ANY = [jit, legacy_onnx, new_onnx, openvino_from_the_module, openvino_from_a_program]
 ONE = [legacy_onnx_of_one_size, openvino_from_the_module_of_one_size]
 # A program of symbolic sizes takes half a minute; test_pyramid_pooling makes one of a single operation.
-FAST = [("convnext", legacy_onnx), ("swin", jit), ("resnet", openvino_from_the_module)]
+# tests/models/test_jit_trace.py traces every family.
+FAST = [("convnext", legacy_onnx), ("resnet", openvino_from_the_module)]
 
 
 def id_of(export: Callable[..., Runner], family: str) -> str:
@@ -145,7 +148,7 @@ def test_any_size(family, export, tmp_path):
     model = whole(family)
     with torch.no_grad():
         run = export(LogitsAndLabels(model).eval(), pixels_of(*SIZES[0]), tmp_path)
-        for size in SIZES[:3] if (family, export) in FAST else SIZES:  # OpenVINO compiles for each new size
+        for size in SIZES[1:2] if (family, export) in FAST else SIZES:  # OpenVINO compiles for each new size
             check(run, model, *size)
 
 
@@ -173,12 +176,13 @@ def test_a_program_of_one_size(tmp_path):
 )
 def test_pyramid_pooling(export, tmp_path):
     run = export(Pooling(), torch.randn(1, 4, 9, 11), tmp_path)
-    for size in [(9, 11), (7, 8), (13, 5), (1, 4), (6, 6)]:
+    for size in [(13, 5), (1, 4)]:
         x = torch.randn(1, 4, *size)
         result = run(x)
         assert error(result if isinstance(result, torch.Tensor) else result[0], Pooling()(x)) < 1e-6, size
 
 
+@pytest.mark.exhaustive
 def test_pooling_rounds_nothing_to_bfloat16():
     """With its default precision, which may be bfloat16, OpenVINO pools in float32: there is no matrix product."""
     x = torch.randn(1, 4, 9, 11)

@@ -186,7 +186,9 @@ class Band:
         parts = x.index_select(dim, index.flatten())
         shape = [1] * (x.ndim + 1)
         shape[dim : dim + 2] = self.size_out, -1
-        return (parts.unflatten(dim, (self.size_out, -1)) * self.weights.to(x.dtype).view(shape)).sum(dim + 1)
+        # `unflatten` is not in the ONNX operators before version 13.
+        parts = parts.reshape(*x.shape[:dim], self.size_out, -1, *x.shape[dim + 1 :])
+        return (parts * self.weights.to(x.dtype).view(shape)).sum(dim + 1)
 
     def blocks(self, dtype: torch.dtype, size: int = BLOCK) -> list[Block]:
         """Return the band as dense matrices of `size` output positions each. Their memory is linear in `size_out`."""

@@ -65,7 +65,7 @@ def _traced(x: torch.Tensor, scale: int) -> torch.Tensor:
 def grids(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
     """Return the cells (B, sum of s * s, C) of `pyramid_pool` as a view (B, C, s, s) for each scale s."""
     parts = cells.transpose(1, 2).split([scale * scale for scale in scales], dim=2)
-    return [part.unflatten(2, (scale, scale)) for part, scale in zip(parts, scales, strict=True)]
+    return [part.view(*part.shape[:2], scale, scale) for part, scale in zip(parts, scales, strict=True)]
 
 
 def reference(x: torch.Tensor, scales: Sequence[int]) -> torch.Tensor:
