@@ -160,7 +160,8 @@ class Trainer:
 
     def _check_labels(self, train_samples: SampleDataset) -> None:
         """Check the label maps of training and validation; see `fastuper.data.label_check`."""
-        names, known = class_names(self.model), set()
+        names = class_names(self.model)
+        known: set[int] = set()
         if isinstance(train_samples, FolderDataset):
             known = check_labels(train_samples, names, training=True, notify=self.monitor.say).classes
         if isinstance(self.validation_data, FolderDataset):
