@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
@@ -27,15 +28,35 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LayoutName = Literal["auto", "ade20k", "cityscapes", "folders"]
 """The values of `fastuper.data.folders.Layout`, whose file imports torch."""
 
+
+def not_empty(text: str) -> str:
+    """Return the value of an option; an empty one, as of a variable that is unset, ends the command with status 2."""
+    if not text:
+        raise typer.BadParameter("it is empty; is a variable unset?")
+    return text
+
+
+def folder(text: str) -> Path:
+    """Return the folder that an option names; `Path("")` would be the current folder."""
+    return Path(not_empty(text))
+
+
 ModelOption = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="FOLDER|HUB_ID", help="Checkpoint: a folder, or the id of a Hub repository."),
+    typer.Option(
+        "--model",
+        "-m",
+        parser=not_empty,
+        metavar="FOLDER|HUB_ID",
+        help="Checkpoint: a folder, or the id of a Hub repository.",
+    ),
 ]
 OptionalModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
+        parser=not_empty,
         metavar="FOLDER|HUB_ID",
         help="Checkpoint: a folder, or the id of a Hub repository.",
         show_default="the demo model of the package, which only knows generated street scenes",

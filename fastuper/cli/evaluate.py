@@ -13,6 +13,7 @@ from fastuper.cli.common import (
     DtypeOption,
     LayoutOption,
     ModelOption,
+    folder,
     leave,
     load_model,
     make_folder,
@@ -28,7 +29,7 @@ from fastuper.io.messages import about, one_line
 def evaluate_model(
     *,
     model: ModelOption,
-    data: Annotated[Path, typer.Option("--data", "-d", metavar="FOLDER", help="Folder of the dataset.")],
+    data: Annotated[Path, typer.Option("--data", "-d", parser=folder, metavar="FOLDER", help="Folder of the dataset.")],
     split: Annotated[
         str | None,
         typer.Option(
@@ -45,6 +46,7 @@ def evaluate_model(
         typer.Option(
             "--output",
             "-o",
+            parser=folder,
             metavar="FOLDER",
             help="Folder for metrics.json, classes.csv and confusion.png.",
             show_default="writes no files",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastuper.cli.common import EXPECTED_ERRORS, LayoutOption, leave
+from fastuper.cli.common import EXPECTED_ERRORS, LayoutOption, folder, leave, not_empty
 from fastuper.cli.options import expand_dataclasses
 from fastuper.io.messages import one_line, reason
 from fastuper.training.config import TrainingConfig, TrainingError
@@ -24,6 +24,7 @@ def train_model(
         typer.Option(
             "--data",
             "-d",
+            parser=folder,
             metavar="FOLDER",
             help="images/ and labels/, each with or without training/ and validation/ inside; or the folder of ADE20K "
             "or Cityscapes. classes.txt inside names the classes, one a line.",
@@ -31,13 +32,16 @@ def train_model(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="RUN", help="Folder of the run; a run that it holds is resumed."),
+        typer.Option(
+            "--output", "-o", parser=folder, metavar="RUN", help="Folder of the run; a run that it holds is resumed."
+        ),
     ],
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "-m",
+            parser=not_empty,
             metavar="FOLDER|HUB_ID",
             help="UPerNet checkpoint to start from. If the number of classes differs, the classifier is reinitialised. "
             "If only the names differ, its weights are kept.",
@@ -46,6 +50,7 @@ def train_model(
     backbone: Annotated[
         str | None,
         typer.Option(
+            parser=not_empty,
             metavar="NAME|FOLDER|HUB_ID",
             help="Without --model: backbone of a new UPerNet. These names have random weights: convnext- and swin- "
             "with tiny, small, base, large; resnet- with 18, 34, 50, 101. A checkpoint's folder, a Hub id and "

@@ -6,7 +6,7 @@ runs. Data in which 255 is really a border or an unlabelled region has other cla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,8 +61,9 @@ def check_labels(
     id2label: Mapping[int, str],
     *,
     training: bool,
+    known: Collection[int] = (),
     notify: Callable[[str], None] = lambda message: None,
-) -> None:
+) -> LabelsSeen:
     """Check that label maps hold classes that a model can be trained or measured on.
 
     Label maps are read in a fixed random order, until all classes are found, or two classes in `ENOUGH` label maps. So
@@ -74,8 +75,12 @@ def check_labels(
         training: whether a model is trained on the dataset. Then a label map that cannot be read is an error, and so is
             data with one class: nothing can be learned from it. To measure on data of one class is possible, but not if
             there are two classes and other pixels are ignored, as in masks of 0 and 255.
+        known: classes that the label maps of another split hold: it is no fault if they are in none of these.
         notify: called with a line about a class that is in no label map while pixels are ignored, and with one about
             labels that may have been reduced before.
+
+    Returns:
+        What the label maps hold that were read.
 
     Raises:
         DataError: the data is refused.
@@ -92,8 +97,10 @@ def check_labels(
         if seen.classes >= expected or (len(seen.classes) >= 2 and seen.maps >= ENOUGH):
             break
     if not seen.maps:
-        return  # none can be read, and the evaluation reports each
-    if len(seen.classes) < 2 and (training or not seen.classes or (len(expected) == 2 and seen.ignored)):
+        return seen  # none can be read, and the evaluation reports each
+    missing = sorted(expected - seen.classes - set(known))
+    looks_like_masks = bool(missing) and len(expected) == 2 and seen.ignored
+    if len(seen.classes) < 2 and (training or not seen.classes or looks_like_masks):
         raise DataError(one_class(dataset, seen, id2label))
     if seen.reduced_before:
         notify(
@@ -101,7 +108,6 @@ def check_labels(
             "every other label one less; if the label maps were reduced before, and 0 is a class, use the layout "
             "folders"
         )
-    missing = sorted(expected - seen.classes)
     if len(missing) == 1 and seen.ignored:
         first = "the" if seen.maps == len(dataset) else f"{seen.maps}"
         notify(
@@ -109,25 +115,26 @@ def check_labels(
             f"{dataset.ignore_index} are ignored: if that is the class's value in the files, renumber it, or give "
             "another --ignore-index (ignore_index)"
         )
+    return seen
 
 
 def one_class(dataset: FolderDataset, seen: LabelsSeen, id2label: Mapping[int, str] | None = None) -> str:
     """Return the message about label maps that hold one class or none."""
-    labels = dataset.files[0][1].parent
+    labels, maps = dataset.files[0][1].parent, "the label map" if seen.maps == 1 else f"the {seen.maps} label maps"
     ignored = f"{dataset.ignore_index}{' and 0' if dataset.reduce_labels else ''}"
     if not seen.classes:
         return (
-            f"{labels}: all pixels of the {seen.maps} label maps are ignored (label {ignored}); renumber the label "
+            f"{labels}: all pixels of {maps} are ignored (label {ignored}); renumber the label "
             "maps from 0, or give another --ignore-index (ignore_index)"
         )
     only, names = min(seen.classes), id2label or {}
     named = f"{only} ({names[only]})" if only in names else f"{only}"
     if not seen.ignored:
-        return f"{labels}: all labels of the {seen.maps} label maps are {named}; add label maps with other classes"
+        return f"{labels}: all labels of {maps} are {named}; add label maps with other classes"
     other = 0 if only else 1
     target = f"{other} ({names[other]})" if other in names else f"{other}"
     return (
-        f"{labels}: all labels of the {seen.maps} label maps are {named} or ignored ({ignored}); if "
+        f"{labels}: all labels of {maps} are {named} or ignored ({ignored}); if "
         f"{dataset.ignore_index} is a class, as in masks of 0 and 255, renumber it to {target}; if it is not, add "
         "label maps with other classes"
     )

@@ -129,7 +129,8 @@ class RunLock:
         """
         found = _read(self.path)
         try:
-            age = fresh.stat().st_mtime - self.path.stat().st_mtime
+            # A copy may have kept a time from a clock that was ahead.
+            age = abs(fresh.stat().st_mtime - self.path.stat().st_mtime)
         except FileNotFoundError:
             return
         writer = _process(found)

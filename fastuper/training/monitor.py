@@ -35,6 +35,7 @@ class Monitor:
         self.run, self.batch_size, self.is_active = run, batch_size, is_active
         self._writer: SummaryWriter | None = None
         self._bar = tqdm(disable=True)
+        self._steps = 0
         self._clock = 0.0
 
     def say(self, message: str) -> None:
@@ -46,15 +47,19 @@ class Monitor:
     def open(self, step: int, steps: int) -> Iterator[None]:
         """Show the progress bar and open TensorBoard's file while the block runs.
 
+        Without a terminal there is no bar; then `log_losses` prints a line each time.
+
         Args:
             step: the number of steps that are done; events of later steps are removed from TensorBoard's curves.
             steps: the number of all steps.
         """
+        self._steps = steps
         with contextlib.ExitStack() as stack:
             if self.is_active:
                 self._writer = stack.enter_context(self._open_writer(step + 1))
+            disable = None if self.is_active else True  # None: where stderr is no terminal
             self._bar = stack.enter_context(
-                tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True, disable=not self.is_active)
+                tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True, disable=disable)
             )
             self.restart_clock()
             yield
@@ -104,6 +109,10 @@ class Monitor:
         shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.2e}"}
         if best_miou is not None:
             shown["best mIoU"] = f"{best_miou:.4f}"
+        if self._bar.disable:
+            left = tqdm.format_interval((self._steps - step) * self.batch_size / values["images_per_second"])
+            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {step} of {self._steps}: {figures}, about {left} left")
         self._bar.set_postfix(shown, refresh=False)
 
     def log_validation(self, step: int, confusion: ConfusionMatrix) -> None:

@@ -150,16 +150,22 @@ class Trainer:
         self._watched = None if isinstance(train_samples, FolderDataset) else 0
         self._classes: set[int] = set()
         self._needs_validation = False  # whether the checkpoint that training resumes from is not validated yet
-        names = class_names(model)
-        for samples, training in ((train_samples, True), (self.validation_data, False)):
-            if isinstance(samples, FolderDataset):
-                check_labels(samples, names, training=training, notify=self.monitor.say)
+        self._check_labels(train_samples)
         weakref.finalize(self, self.run.lock.release)  # if the trainer is never used
         try:
             self._open_run(restart)
         except BaseException:
             self.run.lock.release()
             raise
+
+    def _check_labels(self, train_samples: SampleDataset) -> None:
+        """Check the label maps of training and validation; see `fastuper.data.label_check`."""
+        names = class_names(self.model)
+        known: set[int] = set()
+        if isinstance(train_samples, FolderDataset):
+            known = check_labels(train_samples, names, training=True, notify=self.monitor.say).classes
+        if isinstance(self.validation_data, FolderDataset):
+            check_labels(self.validation_data, names, training=False, known=known, notify=self.monitor.say)
 
     def train(self) -> None:
         """Do the remaining steps.

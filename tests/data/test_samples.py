@@ -287,8 +287,19 @@ def test_labels_that_may_be_reduced_twice_are_reported(tmp_path: Path) -> None:
         check_labels(dataset, names, training=True, notify=said.append)
         assert len(said) == lines
     pair(tmp_path, values=np.array([0, 255, 0, 255, 0, 255, 0, 255]))
-    with pytest.raises(DataError, match=r"all pixels of the 1 label maps are ignored \(label 255 and 0\)"):
+    with pytest.raises(DataError, match=r"all pixels of the label map are ignored \(label 255 and 0\)"):
         check_labels(dataset, names, training=False)
+
+
+def test_a_class_that_another_split_holds_may_be_missing(tmp_path: Path) -> None:
+    names = {0: "a", 1: "b"}
+    pair(tmp_path, values=np.array([0, 255, 0, 255, 0, 255, 0, 255]))
+    dataset = FolderDataset(tmp_path / "images", tmp_path / "labels", id2label=names)
+    said: list[str] = []
+    seen = check_labels(dataset, names, training=False, known={0, 1}, notify=said.append)
+    assert (seen.classes, seen.ignored, said) == ({0}, True, [])
+    with pytest.raises(DataError, match="if 255 is a class, as in masks of 0 and 255, renumber it to 1"):
+        check_labels(dataset, names, training=False, known={0})
 
 
 # Links, names, and what cannot be read

@@ -298,6 +298,10 @@ def test_impossible_options(model: Path, folder: Path, tmp_path: Path, monkeypat
     one_line(run("-m", model, "-d", folder, "--stride", 9), 2, "--stride 9: give a --window")
     one_line(run("-m", model, "-d", folder, "--window", 8, "--stride", 9), 2, "--stride 9")
     one_line(run("-m", tmp_path, "-d", folder), 2, "cannot load the model")
+    for given in (("", folder, "out"), (model, "", "out"), (model, folder, "")):
+        result = run(*(part for pair in zip(("-m", "-d", "-o"), given, strict=True) for part in pair))
+        assert result.exit_code == 2
+        assert "it is empty; is a variable unset?" in result.stderr
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     one_line(run("-m", model, "-d", folder, "-o", tmp_path / "out"), 2, "pip install 'fastuper[train]'")
     assert not (tmp_path / "out").exists()

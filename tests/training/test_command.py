@@ -62,7 +62,7 @@ def test_from_folder_to_checkpoint(data, tmp_path):
     assert f"trained model: {output}/last; best model: {output}/best" in text
     assert len(losses(output)) == 3
     assert any("mIoU" in line for line in read_log(output))
-    assert re.search(r"\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d+", text), repr(text)  # with the remaining time
+    assert re.search(r"step 2 of 3: loss \d\.\d{4}, .*about \d\d:\d\d left", text), repr(text)
     pixel_values = torch.rand(1, 3, 64, 64)
     for name in ("last", "best"):
         ours = UperNetForSemanticSegmentation.from_pretrained(output / name)
@@ -310,6 +310,15 @@ def test_masks_that_are_not_numbered_are_refused(values, message, named, names, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("option", ["--data", "--output", "--model", "--backbone"])
+def test_empty_names_are_refused(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text = fastuper_train("data", "run", option, "")
+    assert code == 2
+    assert re.search(f"{option}.*: it is empty; is a variable unset", text)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("tiny_backbone")
 def test_data_that_has_few_objects_or_a_rare_class_is_trained_on(data, tmp_path):
     """Most label maps have background and border only, as in many datasets of one kind of object."""
@@ -324,6 +333,9 @@ def test_data_that_has_few_objects_or_a_rare_class_is_trained_on(data, tmp_path)
     Image.fromarray(label).save(rare)
     code, text = fastuper_train(data, tmp_path / "run")
     assert code == 0, text
+    # There is no terminal, so that there are lines and no progress bar.
+    assert re.findall(r"^step (\d) of 3: loss \d\.\d{4}, lr \d\.\d\de-\d\d", text, re.MULTILINE) == ["1", "2", "3"]
+    assert "\r" not in text
     assert "class 2 (road) is in none of the label maps, and pixels of label 255 are ignored" in text
 
 

@@ -74,16 +74,17 @@ def test_lock_of_a_killed_process_is_taken_over(how, tmp_path, other):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("clock", [-1, 1], ids=["old", "copied from a clock that was ahead"])
 @pytest.mark.parametrize("content", ["another host", "", "[1]", '{"process": ["a", "b", "c"]}', "{"])
-def test_lock_that_tells_no_process_here_goes_by_its_age(content, tmp_path):
+def test_lock_that_tells_no_process_here_goes_by_its_age(content, clock, tmp_path):
     path = tmp_path / "lock.json"
     path.write_text(content)
     if content == "another host":
         write(path, Process("ffffffff", 1, "00000000"))
     with pytest.raises(TrainingError, match=r"its lock is free after 120 s|does not name a process; if no training"):
         RunLock(path).acquire()
-    old = time.time() - STALE - 1
-    os.utime(path, (old, old))
+    touched = time.time() + clock * (STALE + 5)
+    os.utime(path, (touched, touched))
     lock = RunLock(path)
     lock.acquire()
     lock.release()
