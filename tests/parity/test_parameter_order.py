@@ -125,8 +125,17 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> float
     return loss.item()
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS)
-@pytest.mark.parametrize("variant", ["convnext", "resnet-basic", *([] if VERSION_5 else ["swin"])])
+FAST_STEPS = [("convnext", "adamw-fused"), ("resnet-basic", "sgd-momentum"), ("swin", "adamw")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "make"),
+    [
+        pytest.param(variant, make, marks=[pytest.mark.exhaustive] * ((variant, make) not in FAST_STEPS))
+        for variant in ["convnext", "resnet-basic", *([] if VERSION_5 else ["swin"])]
+        for make in OPTIMIZERS
+    ],
+)
 def test_the_state_of_transformers_optimizer(variant, make):
     """The step after loading it is Transformers' step, in float64."""
     theirs, ours = pair(small(variant), train=True)

@@ -67,6 +67,24 @@ def test_tuples_in_place_of_outputs(where, with_labels, hidden_states):
         assert [x.shape for x in output[-1]] == [x.shape for x in expected[-1]]
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("family", ["convnext", "swin", "resnet-basic"])
+def test_gradients_of_hidden_states(family, training):
+    """`retain_grad()` works: the hidden states are the tensors that are read on, as in Transformers."""
+    gradients = []
+    for model in pair(config(family), train=training):
+        output = model(images(2, 3, 32, 32), output_hidden_states=True)
+        for state in output.hidden_states:
+            state.retain_grad()
+        output.logits.square().sum().backward()
+        gradients.append([state.grad for state in output.hidden_states])
+    if family == "swin" and not VERSION_5:  # (B, L, C) in Transformers 4
+        assert [g is None for g in gradients[1]] == [True, False, False, False, False]
+        return
+    assert [g is None for g in gradients[1]] == [g is None for g in gradients[0]]
+    assert all(error(ours, theirs) < 1e-8 for theirs, ours in zip(*gradients, strict=True) if ours is not None)
+
+
 def test_the_configurations_flags():
     ours = pair(config("swin"))[1]
     ours.config.output_hidden_states = ours.config.output_attentions = True

@@ -18,7 +18,8 @@ from bench.pairs import VERSION_5, images, pair
 from tests.parity.models import config, segmentation_labels
 
 FAMILIES = ["convnext", "swin", "resnet-basic"]
-MODES = [False, pytest.param(True, marks=pytest.mark.exhaustive)]
+exhaustive = pytest.mark.exhaustive
+MODES = [False, pytest.param(True, marks=exhaustive)]
 
 
 def models(family: str, dtype: torch.dtype = torch.float64, **head: Any) -> tuple[Any, Any]:
@@ -82,7 +83,7 @@ def test_hooks_on_each_module(family, training):
         assert counts == {name: 1, f"{name} before": 1}, name
 
 
-@pytest.mark.exhaustive
+@exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_backward_hooks_on_each_module(family):
     """Of a module that returns a map or a tuple, PyTorch calls them once."""
@@ -115,7 +116,7 @@ class Another(nn.Module):
 
 
 @pytest.mark.parametrize("training", MODES, ids=["inference", "training"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["convnext", "swin", pytest.param("resnet-basic", marks=exhaustive)])
 def test_each_module_replaced_by_one_of_another_class(family, training):
     ours = models(family)[1]
     statistics = copy.deepcopy(ours.state_dict())
@@ -247,7 +248,13 @@ CLASSIFIERS = {
 }
 
 
-@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[exhaustive] * (kind in ("narrower", "3x3", "5x5", "transposed")))
+        for kind in CLASSIFIERS
+    ],
+)
 def test_replaced_classifiers(kind):
     """Labels of all their classes are accepted, whatever `config.num_labels` is."""
     theirs, ours = models("convnext")
@@ -298,10 +305,17 @@ STEMS = {
     "overlapping": (3, lambda old: nn.Conv2d(3, 16, 7, 4, 3)),
     "layers": (6, lambda old: nn.Sequential(nn.Conv2d(6, 8, 2, 2), nn.GELU(), nn.Conv2d(8, 16, 2, 2))),
 }
+FAST_STEMS = [("convnext", "layers"), ("swin", "stride-2"), ("resnet-basic", "overlapping")]
 
 
-@pytest.mark.parametrize("kind", STEMS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, marks=[exhaustive] * (kind != "four-channels" and (family, kind) not in FAST_STEMS))
+        for family in FAMILIES
+        for kind in STEMS
+    ],
+)
 def test_replaced_stems(family, kind):
     """The stem that is there decides the number of channels, not the configuration."""
     theirs, ours = models(family)

@@ -42,3 +42,19 @@ def test_the_index_names_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or f"]({page.name})" in index, f"docs/README.md does not name {page.name}"
+
+
+def test_rows_of_differences_name_tests_that_exist():
+    """Each row of the tables about the model, training, and loading and saving."""
+    sources = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    sections = re.split(r"^## ", (ROOT / "docs/differences.md").read_text(), flags=re.MULTILINE)
+    tables = [section for section in sections if section.startswith(("The model", "Training", "Loading"))]
+    rows = re.findall(r"^\| [^|\n]+ \|[^|\n]+\|[^|\n]+\|$", "\n".join(tables), re.MULTILINE)
+    assert len(rows) > 40
+    for row in rows:
+        if not row.startswith("| backbone |"):  # the head of a table
+            tests = re.findall(r"`(test_\w+)`", row)
+            files = re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)`", row)
+            assert tests or files, row
+            assert all(f"def {name}(" in sources for name in tests), row
+            assert all(any(ROOT.glob(f"tests/**/{name}")) for name in files), row

@@ -189,7 +189,9 @@ class ConvNextEncoder(Encoder):
             for i in range(config.num_stages)
         )
 
-    def steps(self, x: torch.Tensor, output_attentions: bool = False) -> Iterator[tuple[torch.Tensor, None]]:
+    def steps(
+        self, x: torch.Tensor, output_attentions: bool = False, output_hidden_states: bool = False
+    ) -> Iterator[tuple[torch.Tensor, None]]:
         """Yield the map (B, C, H, W) of the stem, which is x, and of each stage; a ConvNeXt has no attentions."""
         yield x, None
         for stage in self.stages:

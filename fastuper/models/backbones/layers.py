@@ -170,8 +170,8 @@ def check_channels(pixel_values: torch.Tensor, stem: nn.Module) -> None:
 class Encoder(nn.Module):
     """Base of the encoders of our backbones: the stages, one after another.
 
-    A subclass has `steps(x, *args)`, which yields the map (B, C, H, W) and the attention weights (None without
-    attention) of the stem, whose result is x, and of each stage.
+    A subclass has `steps(x, output_attentions, output_hidden_states)`, which yields the map (B, C, H, W) and the
+    attention weights (None without attention) of the stem, whose result is x, and of each stage.
     """
 
     steps: Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor | None]]]
@@ -186,7 +186,7 @@ class Encoder(nn.Module):
             output_attentions: True to return the attention weights too.
             output_hidden_states: True to return the maps of the stem and of every stage too.
         """
-        maps, attentions = zip(*self.steps(x, output_attentions), strict=True)
+        maps, attentions = zip(*self.steps(x, output_attentions, output_hidden_states), strict=True)
         weights = tuple(w for w in attentions if w is not None)
         return EncoderOutput(maps[-1], maps if output_hidden_states else None, weights or None)
 
@@ -225,7 +225,11 @@ class Backbone(nn.Module):
         return dict(zip(self.stage_names, self.num_features, strict=True))
 
     def encode(
-        self, encoder: nn.Module, x: torch.Tensor, output_attentions: bool = False
+        self,
+        encoder: nn.Module,
+        x: torch.Tensor,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor | None]]:
         """Return the map and the attention weights of the stem and of each stage; see `Encoder`.
 
@@ -235,9 +239,10 @@ class Backbone(nn.Module):
             encoder: the backbone's encoder, or a module that a user put in its place.
             x: the stem's result.
             output_attentions: True to compute the attention weights.
+            output_hidden_states: True if the maps are returned to the caller too.
         """
         if isinstance(encoder, Encoder) and is_untouched(encoder):
-            return encoder.steps(x, output_attentions)
+            return encoder.steps(x, output_attentions, output_hidden_states)
         output = encoder(x, output_attentions=output_attentions, output_hidden_states=True)
         attentions = output.attentions or [None] * (len(output.hidden_states) - 1)
         return zip(output.hidden_states, [None, *attentions], strict=True)

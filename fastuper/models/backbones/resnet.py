@@ -169,11 +169,18 @@ class ResNetEncoder(Encoder):
             for i, depth in enumerate(config.depths)
         )
 
-    def steps(self, x: torch.Tensor, output_attentions: bool = False) -> Iterator[tuple[torch.Tensor, None]]:
-        """Yield the map (B, C, H, W) of the stem, which is x, and of each stage; a ResNet has no attentions."""
+    def steps(
+        self, x: torch.Tensor, output_attentions: bool = False, output_hidden_states: bool = False
+    ) -> Iterator[tuple[torch.Tensor, None]]:
+        """Yield the map (B, C, H, W) of the stem, which is x, and of each stage; a ResNet has no attentions.
+
+        With `output_hidden_states`, maps are contiguous, as in Transformers: callers may reshape them. The next stage
+        reads these maps, so that they get gradients.
+        """
+        x = x.contiguous() if output_hidden_states else x
         yield x, None
         for stage in self.stages:
-            x = stage(x)
+            x = stage(channels_last(x)).contiguous() if output_hidden_states else stage(x)
             yield x, None
 
 
@@ -196,12 +203,12 @@ class ResNetBackbone(Backbone):
             ValueError: the image does not have the channels that the stem takes.
         """
         feature_maps, hidden_states = [], []
-        steps = self.encode(self.encoder, self.embedder(pixel_values))
+        steps = self.encode(self.encoder, self.embedder(pixel_values), output_hidden_states=output_hidden_states)
         for name, (x, _) in zip(self.stage_names, steps, strict=True):
             if name in self.out_features:
-                feature_maps.append(x)
-            if output_hidden_states:  # contiguous, as in Transformers: callers may reshape them
-                hidden_states.append(x.contiguous())
+                feature_maps.append(channels_last(x) if output_hidden_states else x)
+            if output_hidden_states:  # otherwise a map is freed when the next stage has read it
+                hidden_states.append(x)
         return BackboneOutput(tuple(feature_maps), tuple(hidden_states) if output_hidden_states else None)
 
     def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -416,13 +416,14 @@ class SwinEncoder(Encoder):
         )
 
     def steps(
-        self, x: torch.Tensor, output_attentions: bool = False
+        self, x: torch.Tensor, output_attentions: bool = False, output_hidden_states: bool = False
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield the map (B, C, H, W) of the stem and of each stage, with the attention weights of its last block.
 
         Args:
             x: the stem's map, (B, H, W, C).
             output_attentions: True to compute the weights; they are None otherwise, and for the stem.
+            output_hidden_states: has no effect.
         """
         yield x.permute(0, 3, 1, 2), None
         for stage in self.layers:
@@ -455,11 +456,12 @@ class SwinBackbone(Backbone):
         feature_maps, hidden_states, attentions = [], [], []
         steps = self.encode(self.encoder, self.embeddings(pixel_values), output_attentions)
         for name, (x, weights) in zip(self.stage_names, steps, strict=True):
+            if output_hidden_states:  # otherwise a map is freed when the next stage has read it
+                x = x.contiguous()  # the norm reads it, so that it gets gradients, as in Transformers
+                hidden_states.append(x)
             if name in self.out_features:
                 normed = self.hidden_states_norms[name](x.permute(0, 2, 3, 1))
                 feature_maps.append(normed.permute(0, 3, 1, 2))
-            if output_hidden_states:  # otherwise a map is freed when the next stage has read it
-                hidden_states.append(x.contiguous())
             if weights is not None:
                 attentions.append(weights)
         return BackboneOutput(
