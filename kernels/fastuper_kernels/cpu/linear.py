@@ -27,7 +27,7 @@ _ONEDNN = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "
 
 # oneDNN compiles a primitive of about 0.4 MB for each shape of operands, and keeps 1024 of them. MKL compiles nothing.
 # So the first shapes of a process, those of a few sizes of images, go to oneDNN, and all later shapes to `F.linear`.
-MAX_SHAPES = 128
+MAX_SHAPES = 256
 _shapes: set[tuple[object, ...]] = set()
 
 

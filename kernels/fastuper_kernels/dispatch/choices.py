@@ -151,7 +151,7 @@ CONV = Choice(
 LIMITS = (
     "linear: float32 is for float16 operands on a processor without float16 instructions. conv and onednn are for",
     "  float32, and for bfloat16 and float16 if oneDNN computes in these, with contiguous weights. Else torch runs.",
-    "  In float32 conv and onednn take the first 128 shapes of operands of a process; torch runs for later shapes.",
+    "  In float32 conv and onednn take the first 256 shapes of operands of a process; torch runs for later shapes.",
 )
 
 
