@@ -164,6 +164,7 @@ LEFT_OUT = {
     "pointing",  # never read there
     "input_resolution",  # of Swin: never read there
     "chunk_size_feed_forward",  # of Swin 4.x: never read there
+    "pruned_heads",  # of Swin 4.x: `prune_heads` is left out
     "is_causal",  # of Swin 5.x
 }
 
