@@ -180,7 +180,11 @@ def test_public_attributes_of_the_modules(family):
         for name, value in vars(module).items():
             if name.startswith("_") or name in LEFT_OUT or isinstance(value, nn.Module):
                 continue
-            if type(module).__module__.startswith("torch") or "activation" in path or path.endswith(".act"):
+            if (
+                type(module).__module__.startswith("torch")
+                or "activation" in path
+                or path.endswith((".act", ".intermediate_act_fn"))
+            ):
                 continue
             if value is None:  # an optional module or parameter
                 continue
