@@ -185,6 +185,8 @@ def test_trainer_resumes_a_run_of_transformers(tmp_path, optim):
     resumed = with_trainer(ours, tmp_path, Samples(8), resume=str(tmp_path / "checkpoint-2"), **values)
     losses, wanted = ({e["step"]: e["loss"] for e in t.state.log_history if "loss" in e} for t in (resumed, expected))
     assert losses.keys() == wanted.keys() == {1, 2, 3, 4}
-    assert [losses[i] for i in (3, 4)] == pytest.approx([wanted[i] for i in (3, 4)], rel=1e-4)
+    assert [losses[i] for i in (3, 4)] == pytest.approx([wanted[i] for i in (3, 4)], rel=1e-5)
     for p, other in zip(ours.decode_head.parameters(), theirs.decode_head.parameters(), strict=True):
-        assert error(p, other) < 1e-2  # in float32, AdamW moves weights with small gradients by other steps
+        assert error(p, other) < 1e-3  # in float32, AdamW moves weights with small gradients by other steps
+    # Without the optimizer's averages this is 5e-4.
+    assert error(ours.decode_head.classifier.weight, theirs.decode_head.classifier.weight) < 1e-5
