@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class Monitor:
         """Print a line above the progress bar."""
         if self.is_active:
             tqdm.write(message)
+            sys.stdout.flush()  # in a log, lines and errors have their order
 
     @contextlib.contextmanager
     def open(self, step: int, steps: int) -> Iterator[None]:
