@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastuper.io.files import file_digest, flush
 from fastuper.io.messages import name_of
 from fastuper.io.version import __version__
 
@@ -214,7 +215,7 @@ class Results:
         """
         outputs = {name: _flushed_content(self.folder / name) for name in names}
         if names and os.name != "nt":  # Windows cannot open folders
-            _flush_folder(self.folder)
+            flush(self.folder)
         start = self._append(
             {
                 "photo": photo,
@@ -365,7 +366,7 @@ def content_of(path: str | os.PathLike[str]) -> Content:
     if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would wait for a writer
         raise OSError(f"{name_of(path)} is not a regular file")
     with open(path, "rb") as file:
-        return _content(file)
+        return Content(*file_digest(file))
 
 
 def model_digest(model: UperNetForSemanticSegmentation, processor: UperNetImageProcessor) -> str:
@@ -389,27 +390,11 @@ def model_digest(model: UperNetForSemanticSegmentation, processor: UperNetImageP
     return hashlib.sha256(described.encode("ascii")).hexdigest()
 
 
-def _content(file: Any) -> Content:
-    sha, size = hashlib.sha256(), 0
-    while piece := file.read(1 << 20):
-        sha.update(piece)
-        size += len(piece)
-    return Content(size, sha.hexdigest())
-
-
 def _flushed_content(path: Path) -> Content:
     """Flush a file to the disk, and return its content."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
-        return _content(file)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return Content(*file_digest(file))
 
 
 def _parsed(text: bytes, start: int) -> _Line | None:

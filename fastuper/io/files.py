@@ -1,17 +1,18 @@
-"""Atomic folders, and JSON objects read from files.
+"""Atomic folders, files flushed and hashed, and JSON objects read from files.
 
 The atomic write of a single file, `atomic_path`, is in `fastuper_kernels.dispatch.files`: both packages use it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastuper.io.messages import shown
 from fastuper_kernels.dispatch.files import temporary_beside
@@ -80,14 +81,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
-            _flush(file)
+            flush(file)
         os.rename(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
@@ -96,3 +97,12 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_digest(file: BinaryIO) -> tuple[int, str]:
+    """Return the number of bytes from a file's position to its end, and their SHA-256."""
+    sha, size = hashlib.sha256(), 0
+    while block := file.read(1 << 20):
+        sha.update(block)
+        size += len(block)
+    return size, sha.hexdigest()

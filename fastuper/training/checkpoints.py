@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastuper.io.files import read_json
+from fastuper.io.files import file_digest, read_json
 from fastuper.io.messages import listed, reason
 from fastuper.training.config import TrainingError
 
@@ -82,11 +81,8 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file)[1]
 
 
 @contextlib.contextmanager
