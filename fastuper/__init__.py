@@ -1,6 +1,7 @@
-"""UPerNet for semantic segmentation: the public names of the package, each imported when it is first used.
+"""UPerNet: the public names of the package, each imported when it is first used.
 
-The networks are those of Hugging Face Transformers' `UperNetForSemanticSegmentation`, computed faster.
+The networks for semantic segmentation are those of Hugging Face Transformers' `UperNetForSemanticSegmentation`,
+computed faster. Those for Unified Perceptual Parsing are the official code's (CSAILVision/unifiedparsing).
 """
 
 from fastuper.io.version import __version__ as __version__
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from fastuper.models.backbones.convnext import ConvNextConfig
     from fastuper.models.backbones.resnet import ResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
+    from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.models.upernet_configuration import UperNetConfig
 
@@ -20,6 +22,7 @@ __all__ = [
     "ConvNextConfig",
     "ResNetConfig",
     "SwinConfig",
+    "UnifiedPerceptualParsingConfig",
     "UperNetConfig",
     "UperNetForSemanticSegmentation",
     "UperNetImageProcessor",
@@ -33,6 +36,7 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
             "ConvNextConfig": "fastuper.models.backbones.convnext",
             "ResNetConfig": "fastuper.models.backbones.resnet",
             "SwinConfig": "fastuper.models.backbones.swin",
+            "UnifiedPerceptualParsingConfig": "fastuper.models.parsing_configuration",
             "UperNetConfig": "fastuper.models.upernet_configuration",
             "UperNetForSemanticSegmentation": "fastuper.models.upernet",
             "UperNetImageProcessor": "fastuper.data.processor",
