@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
     from fastuper.models.backbones.convnext import ConvNextConfig
     from fastuper.models.backbones.resnet import ResNetConfig
+    from fastuper.models.backbones.resnet_deep_stem import DeepStemResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.models.upernet_configuration import UperNetConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchFeature",
     "ConvNextConfig",
+    "DeepStemResNetConfig",
     "ResNetConfig",
     "SwinConfig",
     "UperNetConfig",
@@ -31,6 +33,7 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
         {
             "BatchFeature": "fastuper.data.processor",
             "ConvNextConfig": "fastuper.models.backbones.convnext",
+            "DeepStemResNetConfig": "fastuper.models.backbones.resnet_deep_stem",
             "ResNetConfig": "fastuper.models.backbones.resnet",
             "SwinConfig": "fastuper.models.backbones.swin",
             "UperNetConfig": "fastuper.models.upernet_configuration",
