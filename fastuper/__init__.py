@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
     from fastuper.models.backbones.convnext import ConvNextConfig
     from fastuper.models.backbones.resnet import ResNetConfig
+    from fastuper.models.backbones.resnet_deep_stem import DeepStemResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
     from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchFeature",
     "ConvNextConfig",
+    "DeepStemResNetConfig",
     "ResNetConfig",
     "SwinConfig",
     "UnifiedPerceptualParsingConfig",
@@ -34,6 +36,7 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
         {
             "BatchFeature": "fastuper.data.processor",
             "ConvNextConfig": "fastuper.models.backbones.convnext",
+            "DeepStemResNetConfig": "fastuper.models.backbones.resnet_deep_stem",
             "ResNetConfig": "fastuper.models.backbones.resnet",
             "SwinConfig": "fastuper.models.backbones.swin",
             "UnifiedPerceptualParsingConfig": "fastuper.models.parsing_configuration",

@@ -110,6 +110,7 @@ BOUNDS: dict[str, Bound] = {
     "num_stages": _whole(1, STAGES),
     "depths": _whole(1, DEEPEST, items=STAGES),
     "hidden_sizes": _whole(1, WIDEST, items=STAGES),
+    "stem_widths": _whole(1, WIDEST, items=3),
     "embedding_size": _whole(1, WIDEST),
     "embed_dim": _whole(1, WIDEST),
     "num_heads": _whole(1, WIDEST, items=STAGES),
