@@ -66,7 +66,7 @@ class ParsingMetrics:
             if task != "part"
         }
         self._slices = dict(config.part_slices)
-        channels = max((channels.stop for channels in self._slices.values()), default=0)
+        channels = max((channels.stop for channels in self._slices.values()), default=1)
         self.part_counts = torch.zeros((3, channels), dtype=torch.int64, device=device)
         # The channel of a part in an object, and the place of a channel's object among the objects that have parts.
         shape = tuple(len(self.labels.get(task, ())) for task in ("object", "part"))
