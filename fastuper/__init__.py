@@ -1,6 +1,7 @@
-"""UPerNet for semantic segmentation: the public names of the package, each imported when it is first used.
+"""UPerNet: the public names of the package, each imported when it is first used.
 
-The networks are those of Hugging Face Transformers' `UperNetForSemanticSegmentation`, computed faster.
+The networks for semantic segmentation are those of Hugging Face Transformers' `UperNetForSemanticSegmentation`,
+computed faster. Those for Unified Perceptual Parsing are the official code's (CSAILVision/unifiedparsing).
 """
 
 from fastuper.io.version import __version__ as __version__
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from fastuper.models.backbones.resnet import ResNetConfig
     from fastuper.models.backbones.resnet_deep_stem import DeepStemResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
+    from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.models.upernet_configuration import UperNetConfig
 
@@ -22,6 +24,7 @@ __all__ = [
     "DeepStemResNetConfig",
     "ResNetConfig",
     "SwinConfig",
+    "UnifiedPerceptualParsingConfig",
     "UperNetConfig",
     "UperNetForSemanticSegmentation",
     "UperNetImageProcessor",
@@ -36,6 +39,7 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
             "DeepStemResNetConfig": "fastuper.models.backbones.resnet_deep_stem",
             "ResNetConfig": "fastuper.models.backbones.resnet",
             "SwinConfig": "fastuper.models.backbones.swin",
+            "UnifiedPerceptualParsingConfig": "fastuper.models.parsing_configuration",
             "UperNetConfig": "fastuper.models.upernet_configuration",
             "UperNetForSemanticSegmentation": "fastuper.models.upernet",
             "UperNetImageProcessor": "fastuper.data.processor",
