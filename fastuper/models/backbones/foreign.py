@@ -17,6 +17,7 @@ from fastuper.models.outputs import BackboneOutput
 from fastuper.weights.transformers import Names
 
 TIMM = "timm_backbone"  # the model type of all of timm's models, in Transformers too
+CUSTOM = "custom"  # the model type of a user's module
 
 # Transformers' windowed backbones, such as MaskFormer's Swin, name their computed buffer as Swin does.
 NAMES = Names(computed=("relative_position_index",))
