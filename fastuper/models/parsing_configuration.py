@@ -87,9 +87,7 @@ class UnifiedPerceptualParsingConfig(PyramidConfig):
                     )
                 object_parts = default_object_parts()
         if "part" in given and "object" not in given:
-            raise ValueError(
-                "labels has names of parts, but none of the objects that they belong to; give 'object' too"
-            )
+            raise ValueError("labels has names of parts, but none of objects, which parts belong to; give 'object' too")
         needed = {*self.tasks, *given, *(("object", "part") if object_parts or "part" in self.tasks else ())}
         self.labels = {**{task: _official(task) for task in needed}, **given}
         self.object_parts = object_parts
