@@ -45,6 +45,9 @@ def test_signature():
         ("logits", ordinary, "required"),
         ("sizes", ordinary, "required"),
         ("dtype", "keyword-only", torch.int64),
+        ("first", "keyword-only", 0),
+        ("groups", "keyword-only", None),
+        ("slices", "keyword-only", None),
     ]
 
 

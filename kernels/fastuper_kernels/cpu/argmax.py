@@ -1,27 +1,80 @@
-"""`upsample_argmax` by PyTorch's operators, block by block: the resampled logits are never held whole."""
+"""`upsample_argmax` by PyTorch's operators, tile by tile: the resampled logits are never held whole."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
-from fastuper_kernels.cpu.band import bilinear_chain, blocks_of
+from fastuper_kernels.cpu.band import Block, bilinear_chain, blocks_of
 from fastuper_kernels.dispatch.modes import is_eager, is_ordinary, without_autocast
 
-# Rows and columns of labels per block, and bytes of resampled logits at a time: they stay in a core's own cache.
+# Rows and columns of labels per tile, and bytes of resampled logits at a time: they stay in a core's own cache.
 ROWS, COLUMNS = 64, 64
 BLOCK_BYTES = 2 << 20
 
 
-def argmax(logits: torch.Tensor, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
+def argmax(logits: torch.Tensor, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, first: int = 0) -> torch.Tensor:
     """Return `upsample_argmax` of checked, ordinary logits (B, classes, H, W), on any device, without gradients."""
-    logits = finite(logits)
+    logits = finite(logits[:, first:])
     labels = logits.new_empty((len(logits), *sizes[-1]), dtype=dtype)
     with torch.no_grad(), without_autocast(logits):
         for image, result in zip(logits, labels, strict=True):
-            _label(image, sizes, result)
+            _label(image, sizes, result, first)
     return labels
+
+
+def vote(maps: Sequence[torch.Tensor], size: tuple[int, int], dtype: torch.dtype, first: int = 0) -> torch.Tensor:
+    """Return the best class from `first` on of the mean of several maps' probabilities, of ordinary logits.
+
+    Each map of logits (B, classes, h, w) is resampled to `size`; its softmax over all classes has the probabilities.
+    """
+    maps = [finite(logits) for logits in maps]
+    labels = maps[0].new_empty((len(maps[0]), *size), dtype=dtype)
+    with torch.no_grad(), without_autocast(labels):
+        for *images, result in zip(*maps, labels, strict=True):
+            for tile in zip(*(tiles(image, [size]) for image in images), strict=True):
+                for rows, parts in _strips(tile):
+                    votes = torch.stack([part.softmax(-1) for part in parts]).sum(0)
+                    result[rows, tile[0].columns] = votes[..., first:].argmax(-1) + first
+    return labels
+
+
+def argmax_in_slices(
+    maps: Sequence[torch.Tensor],
+    sizes: Sequence[tuple[int, int]],
+    groups: torch.Tensor,
+    slices: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return `upsample_argmax` with groups, of checked, ordinary logits, on any device, without gradients.
+
+    Several maps vote: the label has the largest mean of the probabilities, by the softmax over the pixel's slice.
+    Logits are resampled only in tiles that read them.
+    """
+    maps = [finite(logits) for logits in maps]
+    labels = maps[0].new_zeros((len(maps[0]), *sizes[-1]), dtype=dtype)
+    with torch.no_grad(), without_autocast(labels):
+        for *images, group, result in zip(*maps, groups, labels, strict=True):
+            for tile in zip(*(tiles(image, sizes) for image in images), strict=True):
+                place = tile[0].rows, tile[0].columns
+                _label_in_slices(tile, group[place].long(), slices, result[place])
+    return labels
+
+
+def slice_table(slices: Sequence[tuple[int, int]], groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the channels of each group's slice, (*groups, longest slice), padded, and a mask of what is no padding.
+
+    An empty slice counts as channel 0, so that a result exists. Groups beyond the slices have empty ones.
+    """
+    slices = [*slices, (0, 0)]
+    start = torch.tensor([first if first < last else 0 for first, last in slices], device=groups.device)
+    length = torch.tensor([max(last - first, 1) for first, last in slices], device=groups.device)
+    place = torch.arange(max(last - first for first, last in slices) or 1, device=groups.device)
+    table, valid = start[:, None] + place.minimum(length[:, None] - 1), place < length[:, None]
+    groups = groups.long().clamp(max=len(slices) - 1)
+    return table[groups], valid[groups]
 
 
 def finite(logits: torch.Tensor) -> torch.Tensor:
@@ -42,32 +95,91 @@ def finite(logits: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(~logits.isfinite(), limit).masked_fill(logits == -torch.inf, -limit)
 
 
-def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.Tensor) -> None:
-    """Write the labels (height, width) of one image (classes, H, W)."""
-    classes, h, w = image.shape
-    # The classes are last: PyTorch's argmax over neighbouring values is several times faster than over distant values.
-    x = image.permute(1, 2, 0).contiguous()
-    if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()
-    rows = blocks_of(bilinear_chain, ((h, *(size[0] for size in sizes)),), x.dtype, x.device, size=ROWS)
-    columns = blocks_of(bilinear_chain, ((w, *(size[1] for size in sizes)),), x.dtype, x.device, size=COLUMNS)
-    all_classes = torch.arange(classes, device=x.device)
+class Tile(NamedTuple):
+    """Some rows and columns of labels, and what they read of a map of logits (H, W, classes)."""
+
+    row_block: Block
+    column_block: Block
+    source: torch.Tensor
+
+    @property
+    def rows(self) -> slice:
+        """The tile's rows."""
+        return slice(self.row_block.start, self.row_block.stop)
+
+    @property
+    def columns(self) -> slice:
+        """The tile's columns."""
+        return slice(self.column_block.start, self.column_block.stop)
+
+    def of(self, classes: torch.Tensor) -> Tile:
+        """Return the tile with some of the classes."""
+        return self._replace(source=self.source.index_select(2, classes))
+
+    def strips(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield a few rows at a time and their resampled logits, (rows, columns, classes)."""
+        lines, _, classes = self.source.shape
+        # The resampling runs first along the columns of the few input rows, then along the rows.
+        wide = torch.bmm(self.column_block.matrix.expand(lines, -1, -1), self.source).flatten(1)
+        step = max(1, BLOCK_BYTES // (wide.shape[1] * wide.element_size()))
+        start, stop, matrix = self.row_block.start, self.row_block.stop, self.row_block.matrix
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            yield slice(first, last), (matrix[first - start : last - start] @ wide).view(last - first, -1, classes)
+
+
+def tiles(image: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Tile]:
+    """Yield the tiles of the label map of one image (classes, H, W)."""
+    _, h, w = image.shape
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    rows = blocks_of(bilinear_chain, ((h, *(size[0] for size in sizes)),), dtype, image.device, size=ROWS)
+    columns = blocks_of(bilinear_chain, ((w, *(size[1] for size in sizes)),), dtype, image.device, size=COLUMNS)
     for block in rows:
-        lines = x[block.first : block.last]
+        # The classes are last: PyTorch's argmax over neighbours is several times faster than over distant values.
+        lines = image[:, block.first : block.last].permute(1, 2, 0).to(dtype).contiguous()
         for part in columns:
-            # The resampling runs first along the columns of the few input rows, then along the rows.
-            source = lines[:, part.first : part.last]
-            # On a GPU the host would have to wait for the number of rivals.
-            rivals = _rivals(source) if x.device.type == "cpu" else all_classes
-            if len(rivals) < classes:
-                source = source.index_select(2, rivals)
-            wide = torch.bmm(part.matrix.expand(len(lines), -1, -1), source).flatten(1)
-            step = max(1, BLOCK_BYTES // (wide.shape[1] * wide.element_size()))
-            for start in range(block.start, block.stop, step):
-                stop = min(start + step, block.stop)
-                full = block.matrix[start - block.start : stop - block.start] @ wide
-                best = full.view(stop - start, -1, len(rivals)).argmax(dim=-1)
-                labels[start:stop, part.start : part.stop] = rivals[best]
+            yield Tile(block, part, lines[:, part.first : part.last])
+
+
+def _strips(same: Sequence[Tile]) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Yield a few rows at a time and their resampled logits in the same tile of each map."""
+    for strips in zip(*(tile.strips() for tile in same), strict=True):
+        yield strips[0][0], [strip for _, strip in strips]
+
+
+def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.Tensor, first: int) -> None:
+    """Write the labels (height, width) of one image (classes, H, W), whose classes count from `first`."""
+    all_classes = torch.arange(len(image), device=image.device)
+    for tile in tiles(image, sizes):
+        # On a GPU the host would have to wait for the number of rivals.
+        rivals = _rivals(tile.source) if image.device.type == "cpu" else all_classes
+        for rows, full in (tile.of(rivals) if len(rivals) < len(image) else tile).strips():
+            labels[rows, tile.columns] = (rivals + first)[full.argmax(dim=-1)]
+
+
+def _label_in_slices(
+    same: Sequence[Tile], groups: torch.Tensor, slices: Sequence[tuple[int, int]], labels: torch.Tensor
+) -> None:
+    """Write the labels of the same tile of each map, from the groups (rows, columns) of its pixels."""
+    wanted = [last > first for first, last in slices]
+    if groups.device.type == "cpu":  # On a GPU the host would have to wait for the groups.
+        counts = torch.bincount(groups.flatten(), minlength=len(slices)).tolist()
+        wanted = [has and count > 0 for has, count in zip(wanted, counts, strict=False)]
+    if not any(wanted):
+        return
+    # The wanted classes in one row, and the place of each group's slice in it.
+    classes, places = [], []
+    for want, (first, last) in zip(wanted, slices, strict=True):
+        places.append((len(classes), len(classes) + (last - first if want else 0)))
+        classes += range(first, last) if want else ()
+    chosen = torch.tensor(classes, device=groups.device)
+    table, valid = slice_table(places, groups)
+    start = same[0].rows.start
+    for rows, parts in _strips([tile.of(chosen) for tile in same]):
+        inside = slice(rows.start - start, rows.stop - start)
+        own = [part.gather(-1, table[inside]).masked_fill(~valid[inside], -torch.inf) for part in parts]
+        votes = own[0] if len(own) == 1 else torch.stack([part.softmax(-1) for part in own]).sum(0)
+        labels[inside] = votes.argmax(-1)
 
 
 def _rivals(source: torch.Tensor) -> torch.Tensor:
