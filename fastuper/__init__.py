@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastuper.models.backbones.resnet import ResNetConfig
     from fastuper.models.backbones.resnet_deep_stem import DeepStemResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
+    from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
     from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.models.upernet_configuration import UperNetConfig
@@ -27,6 +28,7 @@ __all__ = [
     "UnifiedPerceptualParsingConfig",
     "UperNetConfig",
     "UperNetForSemanticSegmentation",
+    "UperNetForUnifiedPerceptualParsing",
     "UperNetImageProcessor",
 ]
 
@@ -42,6 +44,7 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
             "UnifiedPerceptualParsingConfig": "fastuper.models.parsing_configuration",
             "UperNetConfig": "fastuper.models.upernet_configuration",
             "UperNetForSemanticSegmentation": "fastuper.models.upernet",
+            "UperNetForUnifiedPerceptualParsing": "fastuper.models.parsing",
             "UperNetImageProcessor": "fastuper.data.processor",
         },
     )

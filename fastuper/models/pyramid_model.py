@@ -143,6 +143,21 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
         initialize_tensor(module, name, tensor, std=self.config.initializer_range)
 
 
+def check_finite(logits: Sequence[torch.Tensor], pixel_values: Sequence[torch.Tensor]) -> None:
+    """Refuse logits that are not finite; a compiler leaves the check out. The host waits here for a GPU.
+
+    Raises:
+        ValueError: some are not; the message says whether pixels or weights are the cause.
+    """
+    if torch.compiler.is_compiling() or all(x.isfinite().all() for x in logits):
+        return
+    if not all(x.isfinite().all() for x in pixel_values):
+        cause = "pixel_values contain NaN or infinity"
+    else:
+        cause = f"weights are not finite, or they overflow {logits[0].dtype}"
+    raise ValueError(f"the logits are not finite, and labels would have no meaning: {cause}")
+
+
 def _has_checkpointed_blocks(backbone: nn.Module) -> bool:
     """Return True if a backbone is ours, or has blocks of ours inside."""
     return isinstance(backbone, Backbone) or any(isinstance(part, Checkpointed) for part in backbone.modules())

@@ -19,7 +19,7 @@ from fastuper.models.inputs import TargetSizes, check_labels, check_pixels, chec
 from fastuper.models.memory import within_memory
 from fastuper.models.norms import warn_once
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
-from fastuper.models.pyramid_model import PyramidModel
+from fastuper.models.pyramid_model import PyramidModel, check_finite
 from fastuper.models.untouched import is_exactly, is_hooked_inside, is_untouched
 from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config, upernet_config_from
 from fastuper.weights.errors import CheckpointError
@@ -178,13 +178,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
                 upsample_argmax(image, _steps(size, target), dtype=dtype)[0]
                 for image, target in zip(logits.split(1), targets, strict=True)
             ]
-        # This is the last step: the host waits here for a GPU, and all other work is launched by then.
-        if not torch.compiler.is_compiling() and not logits.isfinite().all():
-            if not pixel_values.isfinite().all():
-                cause = "pixel_values contain NaN or infinity"
-            else:
-                cause = f"weights are not finite, or they overflow {logits.dtype}"
-            raise ValueError(f"the logits are not finite, and labels would have no meaning: {cause}")
+        check_finite([logits], [pixel_values])  # the last step: all work is launched before the host waits for a GPU
         return labels
 
     def capture(self, pixel_values: torch.Tensor, target_size: tuple[int, int] | None = None) -> CapturedFunction:
