@@ -184,7 +184,8 @@ def pool(x: torch.Tensor, scales: Sequence[int], pooling: str) -> torch.Tensor:
     pixels = 16 if x.dtype == torch.float32 or pooling == "precise_roi" else 64
     pool_kernel[grid](
         nhwc(x), out, height, width,
-        C=channels, CELLS=cells, SCALES=tuple(scales), PRECISE=pooling == "precise_roi", BCELL=64, BP=pixels, BC=32, num_warps=4,
+        C=channels, CELLS=cells, SCALES=tuple(scales), PRECISE=pooling == "precise_roi",
+        BCELL=64, BP=pixels, BC=32, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -210,7 +211,8 @@ def pool_backward(grad: torch.Tensor, scales: Sequence[int], pooling: str, heigh
     grid = (triton.cdiv(channels, 32), triton.cdiv(height * width, 64), batch)
     pool_backward_kernel[grid](
         grad.contiguous(), out, height, width,
-        C=channels, CELLS=cells, SCALES=tuple(scales), PRECISE=pooling == "precise_roi", BCELL=64, BP=64, BC=32, num_warps=4,
+        C=channels, CELLS=cells, SCALES=tuple(scales), PRECISE=pooling == "precise_roi",
+        BCELL=64, BP=64, BC=32, num_warps=4,
     )  # fmt: skip
     return from_nhwc(out)
 
