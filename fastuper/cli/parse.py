@@ -207,9 +207,9 @@ class _Parse(PhotoCommand):
 
     def write(
         self, job: Job, photo: Image.Image, result: Parsing, paths: Mapping[str, Path]
-    ) -> tuple[list[dict[str, Any]], list[str]]:
+    ) -> tuple[list[dict[str, Any]], str]:
         maps = {task: getattr(result, field).cpu().numpy() for task, field in _MAPS.items() if task in self.tasks}
-        found = {
+        report = {
             "photo": job.identity,
             "width": photo.width,
             "height": photo.height,
@@ -221,16 +221,18 @@ class _Parse(PhotoCommand):
         with atomic_path(paths["_parsing.jpg"]) as temporary:
             parsing_picture(photo, result.scene, maps, self.labels).save(temporary, format="JPEG", quality=90)
         with atomic_path(paths["_parsing.json"]) as temporary:
-            Path(temporary).write_text(json.dumps(found, indent=1) + "\n", encoding="ascii")
+            Path(temporary).write_text(json.dumps(report, indent=1) + "\n", encoding="ascii")
 
-        texts = []
+        lines = []
         if result.scene is not None:
-            names = dict(enumerate(self.labels["scene"]))
-            texts += [f"scene: {class_name(names, index)} {format_share(value)}" for index, value in result.scene[:1]]
-        shares = {}
-        for task, labels in maps.items():
+            index, probability = result.scene[0]
+            name = class_name(dict(enumerate(self.labels["scene"])), index)
+            lines.append(f"  scene: {name} {format_share(probability)}")
+        shares: list[dict[str, Any]] = []
+        if maps:  # the objects, unless they were not asked for
+            task = next(iter(maps))
             names = dict(enumerate(self.labels[task])) | ({0: NOTHING[task]} if task in NOTHING else {})
-            shares[task], classes = shares_of(labels, names)
-            if len(shares) == 1:
-                texts += classes
-        return shares.get("object", []), texts
+            classes, columns = shares_of(maps[task], names)
+            shares = classes if task == "object" else []
+            lines.append(columns)
+        return shares, "\n".join(lines)

@@ -55,9 +55,9 @@ def parsing_picture(
 ) -> Image.Image:
     """Return one picture with a named panel for each task, in rows.
 
-    The first panel is the photo beside its most probable scenes. The others are the photo under the colours of their
-    label map, beside a legend with the names and shares of the classes, largest first. What has no object, part or
-    material is darkened.
+    The first panel is the photo beside its most probable scenes. The others are the photo in grey under the colours of
+    their label map, beside a legend with the names and shares of the classes, largest first. What has no object, part
+    or material is darkened.
 
     Args:
         photo: the photo, RGB.
@@ -70,6 +70,7 @@ def parsing_picture(
         ValueError: there is nothing to show, a map has another size than the photo, or a label has no name.
     """
     plain = resized(photo, LONGEST, SHORTEST)
+    grey = photo.convert("L").convert("RGB")  # the photo's own colours would change those of the classes
     font_size = max(14, round(max(plain.size) / 48))
     panels: dict[str, tuple[Image.Image, list[LegendLine]]] = {}
     if scene is not None:
@@ -85,7 +86,7 @@ def parsing_picture(
         names = dict(enumerate(labels[task])) | ({0: NOTHING[task]} if task in NOTHING else {})
         palette = task_palette(task, len(names))
         shares = class_shares(layer, len(names))
-        shown = blend(photo, layer, palette, max_side=LONGEST, min_side=SHORTEST)
+        shown = blend(grey, layer, palette, max_side=LONGEST, min_side=SHORTEST)
         panels[task] = (shown, class_lines(shares, names, palette, font_size, shown.height))
     if not panels:
         raise ValueError("there is nothing to show: no scene and no label map")
