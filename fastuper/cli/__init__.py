@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from fastuper.cli.evaluate import evaluate_model
+from fastuper.cli.parse import parse_photos
 from fastuper.cli.segment import segment_photos
 from fastuper.cli.streams import Streams
 from fastuper.cli.train import train_model
@@ -20,6 +21,7 @@ from fastuper.io.version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("segment")(segment_photos)
+app.command("parse")(parse_photos)
 app.command("train")(train_model)
 app.command("evaluate")(evaluate_model)
 

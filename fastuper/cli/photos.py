@@ -100,7 +100,7 @@ class PhotoCommand(ABC):
     @abstractmethod
     def write(
         self, job: Job, photo: Image.Image, result: Any, paths: Mapping[str, Path]
-    ) -> tuple[list[dict[str, Any]], list[str]]:
+    ) -> tuple[list[dict[str, Any]], str]:
         """Write the files of a photo.
 
         Args:
@@ -110,7 +110,7 @@ class PhotoCommand(ABC):
             paths: the file for each ending in `written`.
 
         Returns:
-            The classes that occur with their shares, for the record; and short texts, which are printed.
+            The classes that occur with their shares, for the record; and what to print below the photo's line.
         """
 
 
@@ -160,13 +160,13 @@ def run_on_photos(
         raise typer.Exit(1)
 
 
-def shares_of(labels: NDArray[np.integer], id2label: Mapping[int, str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the classes of a label map, largest first: for the record, and as texts."""
+def shares_of(labels: NDArray[np.integer], id2label: Mapping[int, str]) -> tuple[list[dict[str, Any]], str]:
+    """Return the classes of a label map, largest first: for the record, and in columns of text."""
     shares = class_shares(labels, len(id2label))
     present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
     return (
         [{"class": index, "name": id2label[index], "share": float(shares[index])} for index in present],
-        [f"{class_name(id2label, index)} {format_share(shares[index])}" for index in present],
+        in_columns([f"{class_name(id2label, index)} {format_share(shares[index])}" for index in present]),
     )
 
 
@@ -290,13 +290,13 @@ class _Run:
         before = self.results.owner(names[0])
         self.results.begin(names)
         paths = {ending: self.results.folder / name for ending, name in job.names.items()}
-        shares, texts = self.command.write(job, photo, result, paths)
+        shares, text = self.command.write(job, photo, result, paths)
         size = (photo.height, photo.width)
         self.results.add(job.identity, job.content, self.command.maker, size=size, names=names, shares=shares)
         listed = ", ".join(map(printable, names))
         if before not in (None, job.identity):
             listed += f" (those of {name_of(before)} are replaced)"
-        return f"{name_of(job.photo)} ({photo.width} x {photo.height}) -> {listed}\n{in_columns(texts)}"
+        return f"{name_of(job.photo)} ({photo.width} x {photo.height}) -> {listed}\n{text}"
 
     def _fail(self, job: Job, error: Exception) -> None:
         """Remove a photo's unfinished files, and record why it failed."""

@@ -93,7 +93,7 @@ class _Segment(PhotoCommand):
 
     def write(
         self, job: Job, photo: Image.Image, result: torch.Tensor, paths: Mapping[str, Path]
-    ) -> tuple[list[dict[str, Any]], list[str]]:
+    ) -> tuple[list[dict[str, Any]], str]:
         labels = result.cpu().numpy()
         save_label_png(labels, self.palette, paths["_labels.png"])
         with atomic_path(paths["_overlay.jpg"]) as temporary:
