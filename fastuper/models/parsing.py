@@ -49,8 +49,11 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
 
     config_class = UnifiedPerceptualParsingConfig
     config: UnifiedPerceptualParsingConfig
-    _config_from = staticmethod(parsing_config_from)
     accepts_loss_kwargs = False  # `transformers.Trainer` then averages the losses of the batches of a step
+
+    @classmethod
+    def _config_from(cls, config: Any) -> UnifiedPerceptualParsingConfig:
+        return parsing_config_from(config)
 
     @within_memory
     def __init__(self, config: UnifiedPerceptualParsingConfig | Mapping[str, Any], backbone: nn.Module | None = None):
@@ -244,7 +247,8 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
             background: 1 to leave out class 0 of objects and materials.
             dtypes: the dtype of each task's label map.
         """
-        config, maps = self.config, {}
+        config = self.config
+        maps: dict[str, torch.Tensor] = {}
         for task, scales in logits.items():
             if task == "part":
                 slices, parts = config.part_slices, config.object_parts
