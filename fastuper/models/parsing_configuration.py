@@ -19,9 +19,6 @@ POOLINGS = ("precise_roi", "adaptive")
 LOSS_WEIGHTS = {"scene": 0.25, "object": 1.0, "part": 0.5, "material": 1.0, "texture": 1.0}
 """The weights of the tasks' losses: the official code's, which has no texture loss, and 1 for textures."""
 
-WITH_BACKGROUND = ("object", "part", "material")
-"""The tasks whose class 0 means that a pixel has no label."""
-
 WEIGHT = Bound(kind=float, at_least=0, at_most=1000)
 
 
