@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from fastuper.cli.convert import convert_checkpoint
 from fastuper.cli.evaluate import evaluate_model
 from fastuper.cli.segment import segment_photos
 from fastuper.cli.streams import Streams
@@ -22,6 +23,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.command("segment")(segment_photos)
 app.command("train")(train_model)
 app.command("evaluate")(evaluate_model)
+app.command("convert")(convert_checkpoint)
 
 
 def _print_version(wanted: bool) -> None:
