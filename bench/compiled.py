@@ -170,11 +170,13 @@ def cases() -> list[Case]:
     def back(taps: int) -> Callable[[torch.dtype], Any]:
         return lambda dtype: transposed(torch.empty(1, 128, 128, 512, dtype=dtype, device="meta"), (64, 64), taps)
 
-    def pool(dtype: torch.dtype) -> Any:
-        pyramid_pool.pool(meta(1, 768, 16, 16, dtype=dtype), [1, 2, 3, 6])
+    def pool(channels: int, pooling: str) -> Callable[[torch.dtype], Any]:
+        return lambda dtype: pyramid_pool.pool(meta(1, channels, 16, 16, dtype=dtype), [1, 2, 3, 6], pooling)
 
-    def pool_back(dtype: torch.dtype) -> Any:
-        pyramid_pool.pool_backward(meta(1, 50, 768, dtype=dtype), [1, 2, 3, 6], 16, 16)
+    def pool_back(channels: int, pooling: str) -> Callable[[torch.dtype], Any]:
+        return lambda dtype: pyramid_pool.pool_backward(
+            meta(1, 50, channels, dtype=dtype), [1, 2, 3, 6], pooling, 16, 16
+        )
 
     def fold(dtype: torch.dtype) -> Any:
         fold_norm.fold(*(meta(512, dtype=dtype) for _ in range(4)), 1e-5)
@@ -202,8 +204,10 @@ def cases() -> list[Case]:
         Case("sum of the taps", "", sum_of_taps),
         Case("sum of the taps, backward", "", back(3)),
         Case("upsample_add, backward", "", back(1)),
-        Case("pyramid_pool", "", pool),
-        Case("pyramid_pool, backward", "", pool_back),
+        Case("pyramid_pool", "", pool(768, "adaptive")),
+        Case("pyramid_pool, backward", "", pool_back(768, "adaptive")),
+        Case("pyramid_pool, precise RoI", "", pool(2048, "precise_roi")),
+        Case("pyramid_pool, precise RoI, backward", "", pool_back(2048, "precise_roi")),
         Case("fold_norm", "", fold),
         Case("upsample_argmax", "", argmax([512], [512])),
         Case("upsample_argmax, two sizes", "", argmax([512, 683], [512, 1024])),
@@ -217,7 +221,7 @@ def cases() -> list[Case]:
 
 def is_ieee(row: dict[str, Any]) -> bool:
     """Return True if a kernel multiplies in full float32, which tensor cores do not support."""
-    return row["dtype"] == "fp32" and row["kernel"] == "pool_kernel"
+    return row["kernel"] == "pool_kernel" and (row["dtype"] == "fp32" or "precise RoI" in row["operation"])
 
 
 def row_of(target: str, kernel: str, case: Case, dtype: str, compiled: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""UPerNet for semantic segmentation: the public names of the package, each imported when it is first used.
+"""UPerNet: the public names of the package, each imported when it is first used.
 
-The networks are those of Hugging Face Transformers' `UperNetForSemanticSegmentation`, computed faster.
+The networks for semantic segmentation are those of Hugging Face Transformers' `UperNetForSemanticSegmentation`,
+computed faster. Those for Unified Perceptual Parsing are the official code's (CSAILVision/unifiedparsing).
 """
 
 from fastuper.io.version import __version__ as __version__
@@ -11,17 +12,23 @@ if TYPE_CHECKING:
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
     from fastuper.models.backbones.convnext import ConvNextConfig
     from fastuper.models.backbones.resnet import ResNetConfig
+    from fastuper.models.backbones.resnet_deep_stem import DeepStemResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
+    from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
+    from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.models.upernet_configuration import UperNetConfig
 
 __all__ = [
     "BatchFeature",
     "ConvNextConfig",
+    "DeepStemResNetConfig",
     "ResNetConfig",
     "SwinConfig",
+    "UnifiedPerceptualParsingConfig",
     "UperNetConfig",
     "UperNetForSemanticSegmentation",
+    "UperNetForUnifiedPerceptualParsing",
     "UperNetImageProcessor",
 ]
 
@@ -31,10 +38,13 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
         {
             "BatchFeature": "fastuper.data.processor",
             "ConvNextConfig": "fastuper.models.backbones.convnext",
+            "DeepStemResNetConfig": "fastuper.models.backbones.resnet_deep_stem",
             "ResNetConfig": "fastuper.models.backbones.resnet",
             "SwinConfig": "fastuper.models.backbones.swin",
+            "UnifiedPerceptualParsingConfig": "fastuper.models.parsing_configuration",
             "UperNetConfig": "fastuper.models.upernet_configuration",
             "UperNetForSemanticSegmentation": "fastuper.models.upernet",
+            "UperNetForUnifiedPerceptualParsing": "fastuper.models.parsing",
             "UperNetImageProcessor": "fastuper.data.processor",
         },
     )

@@ -53,7 +53,8 @@ def train_model(
             parser=not_empty,
             metavar="NAME|FOLDER|HUB_ID",
             help="Without --model: backbone of a new UPerNet. These names have random weights: convnext- and swin- "
-            "with tiny, small, base, large; resnet- with 18, 34, 50, 101. A checkpoint's folder, a Hub id and "
+            "with tiny, small, base, large; resnet- with 18, 34, 50, 101, 50-deep-stem, "
+            "101-deep-stem. A checkpoint's folder, a Hub id and "
             "timm/NAME have pretrained weights.",
             show_default="convnext-tiny",
         ),

@@ -36,6 +36,7 @@ LINKED = {
     "out_features": LEVELS,
     "out_indices": LEVELS,
     "torch_dtype": ("dtype",),
+    "stem_widths": ("stem_widths", "embedding_size"),
 }
 
 

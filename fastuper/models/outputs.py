@@ -253,3 +253,57 @@ class SemanticSegmenterOutput(ModelOutput, serialized_name="fastuper.SemanticSeg
     logits: torch.Tensor | None = DeferrableField()  # type: ignore[assignment]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class ParsingOutput(ModelOutput, serialized_name="fastuper.ParsingOutput"):
+    """The output of `UperNetForUnifiedPerceptualParsing`; what was not asked for is None.
+
+    Attributes:
+        loss: scalar, if labels were given: the weighted sum of the tasks' losses.
+        scene: logits (B, classes).
+        object: logits (B, classes, H, W) at the size of the first feature map.
+        part: logits (B, channels, H, W) of the parts of all objects; `config.part_slices` has the channels of each.
+        material: logits (B, classes, H, W).
+        texture: logits (B, classes, H, W).
+        scene_loss: scalar, without its weight, if the task has labels.
+        object_loss: as `scene_loss`.
+        part_loss: as `scene_loss`.
+        material_loss: as `scene_loss`.
+        texture_loss: as `scene_loss`.
+        hidden_states: see `BackboneOutput`.
+        attentions: see `BackboneOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    scene: torch.Tensor | None = None
+    object: torch.Tensor | None = None
+    part: torch.Tensor | None = None
+    material: torch.Tensor | None = None
+    texture: torch.Tensor | None = None
+    scene_loss: torch.Tensor | None = None
+    object_loss: torch.Tensor | None = None
+    part_loss: torch.Tensor | None = None
+    material_loss: torch.Tensor | None = None
+    texture_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Parsing:
+    """The parsing of one image; a task that was not asked for is None.
+
+    Attributes:
+        scene: (scene, probability), the most probable first.
+        objects: (H, W), the object of each pixel.
+        parts: (H, W), the part of each pixel; 0 where the object has no parts, and for its other parts.
+        materials: (H, W), the material of each pixel.
+        textures: (H, W), the texture of each pixel.
+    """
+
+    scene: list[tuple[int, float]] | None = None
+    objects: torch.Tensor | None = None
+    parts: torch.Tensor | None = None
+    materials: torch.Tensor | None = None
+    textures: torch.Tensor | None = None

@@ -120,7 +120,8 @@ def _names_on_disk(model: nn.Module) -> dict[str, str]:
 class PretrainedMixin(ModelMethods):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`, as `transformers.PreTrainedModel` has them.
 
-    The class that inherits it is built by `cls(config)`, and has the attributes below and the method `initialize`.
+    The class that inherits it is built by `cls(config)`, or by `cls(config, backbone=module)` with a user's module. It
+    has the attributes below and the method `initialize`.
 
     Attributes:
         config_class: a class with `from_pretrained` and `from_dict`; its objects have `to_dict` and `save_pretrained`.
@@ -164,14 +165,15 @@ class PretrainedMixin(ModelMethods):
         use_safetensors: bool | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
+        backbone: nn.Module | str | None = None,
         **config_overrides: Any,
     ) -> Model:
         """Load a checkpoint from a folder or a Hub repository, in evaluation mode.
 
         A checkpoint may lack the auxiliary head, which only training needs. With `ignore_mismatched_sizes=True` it may
-        also lack the head, a classifier or the norms of the backbone's outputs (`hidden_states_norms`). They are newly
-        initialised. Warnings list them and the checkpoint's unused tensors. A checkpoint that lacks other tensors is
-        refused: its names or its configuration are not the model's.
+        also lack the head, a classifier, the head of a task, or the norms of the backbone's outputs
+        (`hidden_states_norms`). They are newly initialised. Warnings list them and the checkpoint's unused tensors. A
+        checkpoint that lacks other tensors is refused: its names or its configuration are not the model's.
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a Hub repository; None with `config` and `state_dict`.
@@ -198,6 +200,8 @@ class PretrainedMixin(ModelMethods):
                 the number of classes differs), and heads that the checkpoint lacks, instead of raising an error.
             output_loading_info: also return which tensors were missing, unexpected or of another shape; any tensors may
                 then be missing, and are newly initialised.
+            backbone: the module that is the backbone of a model of `over`: the weights are copied into it. A text is
+                the attribute `backbone` of the configuration.
             **config_overrides: attributes of the configuration to change, such as `loss_ignore_index=0`. Arguments of
                 Transformers without an effect here (`low_cpu_mem_usage`, `attn_implementation="sdpa"`) are accepted.
 
@@ -220,6 +224,9 @@ class PretrainedMixin(ModelMethods):
             raise ValueError("without a folder or repository, from_pretrained needs both config= and state_dict=")
         options = HubOptions(token, cache_dir, subfolder or "", revision, local_files_only, force_download)
         options = take_arguments(cls.__name__, config_overrides, options)
+        module = backbone if isinstance(backbone, nn.Module) else None
+        if backbone is not None and module is None:
+            config_overrides["backbone"] = backbone
         target = _device(device, device_map)
         wanted_dtype = _wanted_dtype(dtype, torch_dtype)
         if config is None:
@@ -237,7 +244,7 @@ class PretrainedMixin(ModelMethods):
         # Tensors made in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():
             with torch.device("meta"):
-                model = cls(config)
+                model = cls(config) if module is None else cls(config, backbone=module)
             # The files' headers are compared with the model before memory is allocated for it.
             places, info = _compare(model, stored, files)
             if info["mismatched_keys"] and not ignore_mismatched_sizes:
@@ -556,7 +563,8 @@ def _refuse_parts(
 ) -> None:
     """Refuse a checkpoint that lacks more than the auxiliary head, which only training needs.
 
-    With `new_heads` it may also lack the head, a classifier or the norms of the backbone's outputs, each as a whole.
+    With `new_heads` it may also lack the head, a classifier, the head of a task or the norms of the backbone's outputs,
+    each as a whole.
 
     Raises:
         CheckpointError: the message counts the missing tensors, and says whose names the checkpoint has.
@@ -593,7 +601,8 @@ def _part(name: str) -> str:
     """Return the part of a model that a tensor belongs to; a checkpoint has all its tensors, or none."""
     first, _, rest = name.partition(".")
     inner = rest.partition(".")[0]
-    return f"{first}.{inner}" if inner in ("classifier", "hidden_states_norms") else first
+    alone = inner in ("classifier", "hidden_states_norms") or inner.endswith("_head")  # the head of one task
+    return f"{first}.{inner}" if alone else first
 
 
 def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], places: Mapping[str, str]) -> set[str]:

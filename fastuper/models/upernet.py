@@ -11,18 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.models.backbones import Backbone, build_backbone
-from fastuper.models.backbones.layers import initialize_tensor
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.cuda_graph import CapturedFunction
-from fastuper.models.gradient_checkpointing import GradientCheckpointingMixin, checkpointed
 from fastuper.models.heads.fcn import FCNHead
 from fastuper.models.heads.upernet import UperNetHead
 from fastuper.models.inputs import TargetSizes, check_labels, check_pixels, check_target_sizes
 from fastuper.models.memory import within_memory
-from fastuper.models.model_methods import children_first, own_tensors
 from fastuper.models.norms import warn_once
 from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
-from fastuper.models.pretrained import PretrainedMixin, rename_on_load
+from fastuper.models.pyramid_model import PyramidModel, check_finite
 from fastuper.models.untouched import is_exactly, is_hooked_inside, is_untouched
 from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config, upernet_config_from
 from fastuper.weights.errors import CheckpointError
@@ -35,7 +32,7 @@ from fastuper_kernels.ops.upsample_argmax import label_dtype
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 
-class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin):
+class UperNetForSemanticSegmentation(PyramidModel):
     """UPerNet over a ConvNeXt, Swin or ResNet backbone (or one of timm's or Transformers').
 
     The same network as `transformers.UperNetForSemanticSegmentation`: its configurations, checkpoints, outputs and
@@ -52,6 +49,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
 
     Args:
         config: a `UperNetConfig`, of this library or of Transformers.
+        backbone: a module that is the backbone, if the configuration is that of a model of `over`; otherwise None.
 
     Attributes:
         backbone: its `forward(pixel_values)` returns `feature_maps`.
@@ -60,22 +58,18 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
     """
 
     config_class = UperNetConfig
+    _config_from = staticmethod(upernet_config_from)
 
     @within_memory
-    def __init__(self, config: UperNetConfig | Any):
+    def __init__(self, config: UperNetConfig | Any, backbone: nn.Module | None = None):
         super().__init__()
         given = upernet_config_from(config)
         self.config = _with_backbone_config(given)
-        self.backbone = build_backbone(self.config.backbone_config)
+        self.backbone = build_backbone(self.config.backbone_config, backbone)
         channels = self.backbone.channels
         self.decode_head = UperNetHead(self.config, channels)
         self.auxiliary_head = FCNHead(self.config, channels) if self.config.use_auxiliary_head else None
-        self.register_load_state_dict_pre_hook(rename_on_load)
-        self.name_or_path = self.config.name_or_path
-        self.post_init()
-        if getattr(self.config, "gradient_checkpointing", False):  # an option of old configurations
-            self.gradient_checkpointing_enable()
-            del self.config.gradient_checkpointing
+        self._complete()
         if given.use_pretrained_backbone:
             self._load_backbone(given)
 
@@ -184,13 +178,7 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
                 upsample_argmax(image, _steps(size, target), dtype=dtype)[0]
                 for image, target in zip(logits.split(1), targets, strict=True)
             ]
-        # This is the last step: the host waits here for a GPU, and all other work is launched by then.
-        if not torch.compiler.is_compiling() and not logits.isfinite().all():
-            if not pixel_values.isfinite().all():
-                cause = "pixel_values contain NaN or infinity"
-            else:
-                cause = f"weights are not finite, or they overflow {logits.dtype}"
-            raise ValueError(f"the logits are not finite, and labels would have no meaning: {cause}")
+        check_finite([logits], [pixel_values])  # the last step: all work is launched before the host waits for a GPU
         return labels
 
     def capture(self, pixel_values: torch.Tensor, target_size: tuple[int, int] | None = None) -> CapturedFunction:
@@ -221,21 +209,6 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         """Return the logits at the size of the finest feature map."""
         maps, _, _ = self._features(pixel_values, False, False)
         return self.decode_head(maps)
-
-    def _features(self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool) -> Any:
-        """Return the backbone's feature maps, hidden states and attentions."""
-        call = partial(
-            # A backbone of Transformers drops unknown arguments in this method.
-            getattr(self.backbone, "forward_with_filtered_kwargs", self.backbone),
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-        )
-        if self.gradient_checkpointing and self.training and not isinstance(self.backbone, Backbone):
-            # The backbone is recomputed as a whole, because the blocks of another library are not `Checkpointed`.
-            output = checkpointed(call, self.backbone, pixel_values)
-        else:
-            output = call(pixel_values)
-        return output.feature_maps, output.hidden_states, output.attentions
 
     def _classes(self) -> dict[str, int]:
         """Return the number of classes of each head, by its name; without a head whose number only its logits show."""
@@ -269,47 +242,6 @@ class UperNetForSemanticSegmentation(GradientCheckpointingMixin, PretrainedMixin
         count = torch.as_tensor(num_items_in_batch, device=total.device)
         loss = total / (count + (count == 0))  # 0 if all pixels are ignored, as without the argument
         return loss if is_autocast(total.device.type) else loss.to(coarse.dtype)
-
-    @torch.no_grad()
-    def initialize(self, names: set[str] | None = None, *, keep_unknown: bool = False) -> None:
-        """Fill parameters and buffers with the initial values that Transformers gives them.
-
-        Args:
-            names: full names of the tensors to fill; all tensors if None. A backbone of another library initialises
-                itself when it is built: its tensors do not change.
-            keep_unknown: True to leave the tensors of a module for which no initial value is defined as they are.
-
-        Raises:
-            NotImplementedError: no initial value is defined for a module, and `keep_unknown` is False.
-        """
-        backbone = set(self.backbone.modules())
-        for path, module in children_first(self):
-            prefix = f"{path}." if path else ""
-            own = own_tensors(module)
-            chosen = [(name, tensor) for name, tensor in own if names is None or prefix + name in names]
-            try:
-                if module in backbone:
-                    for name, tensor in chosen if isinstance(self.backbone, Backbone) else ():
-                        self.backbone.initialize_tensor(module, name, tensor)
-                elif names is None or names.issuperset(
-                    prefix + name for name, _ in own or [*module.named_parameters(), *module.named_buffers()]
-                ):
-                    self._init_weights(module)
-                else:
-                    for name, tensor in chosen:
-                        initialize_tensor(module, name, tensor, std=self.config.initializer_range)
-            except NotImplementedError:
-                if not keep_unknown:
-                    raise
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Fill the parameters and buffers of one module outside the backbone; a subclass overrides it for its own.
-
-        Raises:
-            NotImplementedError: no initial value is defined for a module of this class.
-        """
-        for name, tensor in own_tensors(module):
-            initialize_tensor(module, name, tensor, std=self.config.initializer_range)
 
     def _load_backbone(self, config: UperNetConfig) -> None:
         """Load the weights of the backbone that a configuration names, usually a classifier's weights."""

@@ -1,30 +1,22 @@
-"""`UperNetConfig`, and conversions of Transformers' configurations and of dictionaries to our classes."""
+"""`UperNetConfig`, and conversions of Transformers' configurations and of dictionaries to it."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, find_file
 from fastuper.io.messages import shown
-from fastuper.models.backbones.foreign import TIMM, transformers_model_types
-from fastuper.models.backbones.registry import FAMILIES
+from fastuper.models.backbones.foreign import TIMM
 from fastuper.models.backbones.resnet import ResNetConfig
-from fastuper.models.configuration import (
-    BackboneConfig,
-    Config,
-    ForeignBackboneConfig,
-    as_list,
-    overridden,
-)
+from fastuper.models.configuration import BackboneConfig, ForeignBackboneConfig, as_list, overridden
+from fastuper.models.pyramid_configuration import PyramidConfig, as_dict, backbone_config_from
 
 
-class UperNetConfig(Config):
+class UperNetConfig(PyramidConfig):
     """UPerNet (https://arxiv.org/abs/1807.10221): a backbone, the head over its feature maps, an auxiliary head.
 
     Arguments and defaults equal Transformers 4.56's, except two defaults with which Transformers cannot build a model:
@@ -57,7 +49,6 @@ class UperNetConfig(Config):
     """
 
     model_type = "upernet"
-    sub_configs = {"backbone_config": Config}  # noqa: RUF012
 
     def __init__(
         self,
@@ -125,44 +116,10 @@ class UperNetConfig(Config):
                 "a backbone_config, or pass config=UperNetConfig(backbone=...)"
             )
 
-    def check(self) -> None:
-        """Check all values, the backbone's too; see `Config.check`."""
-        super().check()
-        backbone = getattr(self, "_backbone_config", None)  # the constructor sets it last
-        if backbone is not None:
-            backbone.check()
-
     @property
-    def backbone_config(self) -> Any:
-        """The backbone's configuration, in a class of ours and with all the stages that the heads need.
-
-        Our configurations, Transformers' and dictionaries may be assigned; each assignment makes a copy.
-        """
-        return self._backbone_config
-
-    @backbone_config.setter
-    def backbone_config(self, config: Any) -> None:
-        self._backbone_config = config = None if config is None else backbone_config_from(config)
+    def _reads_all_stages(self) -> bool:
         # The auxiliary head reads the third map: with one stage alone Transformers fails with an IndexError.
-        if (
-            isinstance(config, BackboneConfig)
-            and self.use_auxiliary_head
-            and config.out_features == config.stage_names[-1:]
-        ):
-            config.out_features = config.stage_names[1:]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all values, in types that JSON supports."""
-        values = super().to_dict()
-        values["backbone_config"] = None if self.backbone_config is None else self.backbone_config.to_dict()
-        return values
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return the values that define the network: all but those that every configuration has by default."""
-        values = super().to_diff_dict()
-        if self.backbone_config is not None:
-            values["backbone_config"] = self.backbone_config.to_diff_dict()
-        return values
+        return self.use_auxiliary_head
 
 
 def upernet_config_from(config: Any) -> UperNetConfig:
@@ -175,38 +132,10 @@ def upernet_config_from(config: Any) -> UperNetConfig:
     if isinstance(config, UperNetConfig):
         config.check()  # attributes may have been set since the configuration was made
         return config
-    values = _as_dict(config)
+    values = as_dict(config)
     if values is None or values.get("model_type", "upernet") != "upernet":
         raise TypeError(f"expected a UperNetConfig, ours or Transformers', got {type(config).__name__}")
     return UperNetConfig.from_dict(values)
-
-
-def backbone_config_from(config: Any) -> BackboneConfig | ForeignBackboneConfig:
-    """Return a copy of a backbone's configuration, in a class of ours.
-
-    Args:
-        config: our configuration, Transformers', or a dictionary with "model_type".
-
-    Raises:
-        TypeError: `config` is neither a configuration nor a dictionary.
-        ValueError: no family of ours and no backbone of an installed Transformers has its `model_type`; the message
-            lists the known types.
-    """
-    if isinstance(config, BackboneConfig | ForeignBackboneConfig):
-        return copy.deepcopy(config)
-    values = _as_dict(config)
-    if values is None:
-        raise TypeError(f"expected a backbone's configuration or its dictionary, got {type(config).__name__}")
-    model_type = values.pop("model_type", None)
-    if not isinstance(model_type, str):
-        raise ValueError(f"the backbone's model_type must be a text, got {shown(model_type)}")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type].config(**values)
-    if model_type == TIMM or model_type in transformers_model_types():
-        return ForeignBackboneConfig(model_type, **values)
-    known = [*sorted(FAMILIES), TIMM]
-    hint = "" if find_spec("transformers") else "; with Transformers installed, those of its AutoBackbone"
-    raise ValueError(f"backbone type {shown(model_type)} is not known; known are {', '.join(known)}{hint}")
 
 
 def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBackboneConfig:
@@ -228,9 +157,3 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
     if isinstance(saved, BackboneConfig):
         return type(saved).from_dict(saved.to_dict(), **overrides)
     return ForeignBackboneConfig(saved.model_type, **overridden(saved.values, overrides))
-
-
-def _as_dict(config: Any) -> dict[str, Any] | None:
-    if isinstance(config, Mapping):
-        return dict(config)
-    return config.to_dict() if hasattr(config, "to_dict") else None

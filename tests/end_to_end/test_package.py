@@ -35,7 +35,8 @@ def test_wheel_has_two_packages_and_no_other_file(wheel: Path) -> None:
     assert roots == {"fastuper", "fastuper_kernels", f"fastuper-{wheel.name.split('-')[1]}.dist-info"}
     model = [f"fastuper/scenes/model/{name}.json" for name in ("config", "preprocessor_config")]
     model.append("fastuper/scenes/model/model.safetensors")
-    for file in ("fastuper/py.typed", "fastuper_kernels/py.typed", "fastuper/data/ade20k.json", *model):
+    tables = [f"fastuper/data/{name}.json" for name in ("ade20k", "parsing_labels")]
+    for file in ("fastuper/py.typed", "fastuper_kernels/py.typed", *tables, *model):
         assert file in names
     tracked = {
         str(path.relative_to(root))

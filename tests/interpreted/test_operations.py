@@ -203,7 +203,14 @@ def test_pyramid_pool(dtype: torch.dtype, data: Any) -> None:
     draw = data.draw
     x = random(draw(st.integers(0, 2)), draw(st.integers(1, 40)), draw(sizes), draw(sizes), seed=draw(seeds))
     scales = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
-    check(ops.pyramid_pool, (laid_out(x, draw(layouts)), scales), {}, dtype)
+    pooling = draw(st.sampled_from(["adaptive", "precise_roi"]))
+    check(ops.pyramid_pool, (laid_out(x, draw(layouts)), scales), {"pooling": pooling}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+@pytest.mark.parametrize("size", [(1, 1), (9, 7)], ids=str)
+def test_precise_roi_pooling(size: tuple[int, int], dtype: torch.dtype) -> None:
+    check(ops.pyramid_pool, (random(1, 5, *size, seed=1), [1, 2, 3, 6]), {"pooling": "precise_roi"}, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -217,7 +224,8 @@ def test_pool_conv_bn_relu(dtype: torch.dtype, data: Any) -> None:
     weights = [random(channels_out, channels, 1, 1, seed=seed + i) / channels**0.5 for i, _ in enumerate(scales)]
     scale = [random(channels_out, seed=seed + 10 + i) for i, _ in enumerate(scales)]
     shift = [random(channels_out, seed=seed + 20 + i) for i, _ in enumerate(scales)]
-    check(ops.pool_conv_bn_relu, (x, scales, weights, scale, shift), {}, dtype, grads=dtype == torch.float32)
+    options = {"pooling": draw(st.sampled_from(["adaptive", "precise_roi"])), "relu": draw(st.booleans())}
+    check(ops.pool_conv_bn_relu, (x, scales, weights, scale, shift), options, dtype, grads=dtype == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -494,11 +502,22 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
             (tensor(1, 6, 9, 5), [2, 3], 4, 6),
         ),
         "upsample_add_backward": lambda: (fastuper.upsample_add_backward, (tensor(1, 5, 4, 6), 2, 3)),
-        "pyramid_pool_backward": lambda: (fastuper.pyramid_pool_backward, (tensor(1, 5, 4), [1, 2], 4, 6)),
-        "pyramid_pool": lambda: (fastuper.pyramid_pool, (tensor(1, 5, 4, 6), [1, 2])),
+        "pyramid_pool_backward": lambda: (
+            fastuper.pyramid_pool_backward,
+            (tensor(1, 5, 4), [1, 2], "precise_roi", 4, 6),
+        ),
+        "pyramid_pool": lambda: (fastuper.pyramid_pool, (tensor(1, 5, 4, 6), [1, 2], "precise_roi")),
         "pool_conv_bn_relu": lambda: (
             fastuper.pool_conv_bn_relu,
-            (tensor(1, 5, 4, 6), [1, 2], [tensor(3, 5, 1, 1)] * 2, [tensor(3)] * 2, [tensor(3)] * 2),
+            (
+                tensor(1, 5, 4, 6),
+                [1, 2],
+                [tensor(3, 5, 1, 1)] * 2,
+                [tensor(3)] * 2,
+                [tensor(3)] * 2,
+                "precise_roi",
+                False,
+            ),
         ),
         "upsample_add": lambda: (fastuper.upsample_add, (tensor(1, 5, 2, 3), tensor(1, 5, 4, 6))),
         "upsample_argmax": lambda: (
@@ -544,6 +563,7 @@ def _twice() -> dict[str, tuple[Any, list[torch.Tensor]]]:
             [x, point],
         ),
         "pyramid_pool": (lambda a, **way: ops.pyramid_pool(a, [1, 2], **way), [x]),
+        "precise_roi": (lambda a, **way: ops.pyramid_pool(a, [1, 3], pooling="precise_roi", **way), [x]),
         "upsample_add": (lambda a, b, **way: ops.upsample_add(a, b, **way), [coarse, x]),
         "upsample_cross_entropy": (
             lambda a, **way: ops.upsample_cross_entropy(a, labels, weight=vector.abs(), label_smoothing=0.1, **way),

@@ -13,7 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper import (
+    ConvNextConfig,
+    ResNetConfig,
+    SwinConfig,
+    UnifiedPerceptualParsingConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 from fastuper.data import UperNetImageProcessor
 from fastuper.io.bounds import BOUNDS
 from fastuper.io.files import read_json
@@ -21,7 +28,7 @@ from fastuper.models.backbones.registry import PRESETS
 from fastuper.models.configuration import Config, ForeignBackboneConfig
 from fastuper.models.memory import within_memory
 
-CLASSES = (UperNetConfig, ConvNextConfig, SwinConfig, ResNetConfig)
+CLASSES = (UperNetConfig, UnifiedPerceptualParsingConfig, ConvNextConfig, SwinConfig, ResNetConfig)
 PLACES = [(cls, name) for cls in CLASSES for name in BOUNDS if name in vars(cls()) and name != "hidden_act"]
 SIZES = {"height", "width", "shortest_edge", "longest_edge", "max_height", "max_width"}
 PROCESSOR = {*SIZES, "rescale_factor", "image_mean", "image_std"}

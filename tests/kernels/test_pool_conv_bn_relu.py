@@ -29,7 +29,9 @@ reference = importlib.import_module("fastuper_kernels.ops.pool_conv_bn_relu").re
 
 def test_signature():
     names = ("x", "scales", "weights", "scale", "shift")
-    assert parameters_of(pool_conv_bn_relu) == [(name, "positional or keyword", "required") for name in names]
+    operands = [(name, "positional or keyword", "required") for name in names]
+    options = [("pooling", "keyword-only", "adaptive"), ("relu", "keyword-only", True)]
+    assert parameters_of(pool_conv_bn_relu) == operands + options
 
 
 def operands(batch, channels, out, size, scales, seed=0, dtype=torch.float64):
@@ -48,10 +50,22 @@ def operands(batch, channels, out, size, scales, seed=0, dtype=torch.float64):
     size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
     scales=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     layout=st.sampled_from(LAYOUTS),
+    pooling=st.sampled_from(["adaptive", "precise_roi"]),
+    relu=st.booleans(),
 )
-def test_any_shapes(batch, channels, out, size, scales, layout):
+def test_any_shapes(batch, channels, out, size, scales, layout, pooling, relu):
     x, *others = operands(batch, channels, out, size, scales)
-    check_every_way(pool_conv_bn_relu, reference, (laid_out(x, layout), *others))
+    options = {"pooling": pooling, "relu": relu}
+    check_every_way(pool_conv_bn_relu, reference, (laid_out(x, layout), *others), options)
+
+
+def test_the_definition_by_pytorch():
+    x, scales, weights, scale, shift = operands(2, 3, 4, (5, 7), (1, 2, 3))
+    branches = []
+    for s, weight, a, b in zip(scales, weights, scale, shift, strict=True):
+        y = torch.conv2d(torch.nn.functional.adaptive_avg_pool2d(x, s), weight) * a[:, None, None] + b[:, None, None]
+        branches.append(y.relu().flatten(2).transpose(1, 2))
+    same(reference(x, scales, weights, scale, shift), torch.cat(branches, dim=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastuper_kernels import pyramid_pool
+from fastuper_kernels.ops.pyramid_pool import grids
 from tests.kernels.common import (
     DTYPES,
     LAYOUTS,
@@ -24,13 +25,19 @@ from tests.kernels.common import (
     random,
     same,
 )
+from tests.kernels.test_band import precise_pooled
 
 reference = importlib.import_module("fastuper_kernels.ops.pyramid_pool").reference
+POOLINGS = ["adaptive", "precise_roi"]
 
 
 def test_signature():
     ordinary = "positional or keyword"
-    assert parameters_of(pyramid_pool) == [("x", ordinary, "required"), ("scales", ordinary, "required")]
+    assert parameters_of(pyramid_pool) == [
+        ("x", ordinary, "required"),
+        ("scales", ordinary, "required"),
+        ("pooling", "keyword-only", "adaptive"),
+    ]
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -40,9 +47,21 @@ def test_signature():
     size=st.tuples(st.integers(1, 13), st.integers(1, 13)),
     scales=st.lists(st.integers(1, 15), min_size=1, max_size=4),
     layout=st.sampled_from(LAYOUTS),
+    pooling=st.sampled_from(POOLINGS),
 )
-def test_any_shapes(batch, channels, size, scales, layout):
-    check_every_way(pyramid_pool, reference, (laid_out(random(batch, channels, *size), layout), scales))
+def test_any_shapes(batch, channels, size, scales, layout, pooling):
+    x = laid_out(random(batch, channels, *size), layout)
+    check_every_way(pyramid_pool, reference, (x, scales), {"pooling": pooling})
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (6, 6), (13, 7)], ids=str)
+def test_precise_roi_pooling_by_its_integral(size):
+    """Each cell is the mean of the bilinear interpolation, which Simpson's rule integrates exactly piece by piece."""
+    x, scales = random(2, 3, *size), (1, 2, 3, 6)
+    for cells, scale in zip(grids(pyramid_pool(x, scales, pooling="precise_roi"), scales), scales, strict=True):
+        columns = torch.stack([precise_pooled(row[None, :, None], scale)[0, :, 0] for row in x.flatten(0, 1)])
+        rows = torch.stack([precise_pooled(part.T[None, :, None], scale)[0, :, 0] for part in columns])
+        same(cells, rows.transpose(1, 2).view(2, 3, scale, scale))
 
 
 def test_the_order_of_the_cells():
@@ -53,10 +72,11 @@ def test_the_order_of_the_cells():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("size", [(16, 16), (33, 17)], ids=str)
-def test_accuracy(size, dtype):
+def test_accuracy(size, dtype, pooling):
     def make(seed):
-        return (random(2, 32, *size, seed=seed, dtype=dtype) + 1, (1, 2, 3, 6)), {}
+        return (random(2, 32, *size, seed=seed, dtype=dtype) + 1, (1, 2, 3, 6)), {"pooling": pooling}
 
     check_accuracy(pyramid_pool, reference, make, dtype)
 
@@ -90,42 +110,47 @@ def test_autocast(given, dtype):
     assert x.grad.dtype == x.dtype
 
 
-def test_gradients():
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradients(pooling):
     x = random(2, 2, 5, 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: pyramid_pool(x, (1, 3, 7)), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: pyramid_pool(x, (1, 3, 7)), (x,))
+    assert torch.autograd.gradcheck(lambda x: pyramid_pool(x, (1, 3, 7), pooling=pooling), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: pyramid_pool(x, (1, 3, 7), pooling=pooling), (x,))
 
 
-def test_compiled():
+@pytest.mark.parametrize("pooling", ["adaptive", pytest.param("precise_roi", marks=pytest.mark.exhaustive)])
+def test_compiled(pooling):
     torch._dynamo.reset()
     compiled = torch.compile(pyramid_pool, fullgraph=True, backend="aot_eager", dynamic=True)
     for height in (5, 12, 14):
         x = random(2, 3, height, 7).requires_grad_()
-        y = compiled(x, (1, 2, 3))
-        same(y, reference(x, (1, 2, 3)))
-        same(*(torch.autograd.grad(result.square().sum(), x)[0] for result in (y, reference(x, (1, 2, 3)))))
+        y, expected = compiled(x, (1, 2, 3), pooling=pooling), reference(x, (1, 2, 3), pooling=pooling)
+        same(y, expected)
+        same(*(torch.autograd.grad(result.square().sum(), x)[0] for result in (y, expected)))
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_traced_by_make_fx(mode):
+def test_traced_by_make_fx(mode, pooling):
     x = random(2, 3, 5, 7)
-    graph = make_fx(lambda x: pyramid_pool(x, (1, 2, 3)), tracing_mode=mode)(x)
-    same(graph(x), reference(x, (1, 2, 3)))
+    graph = make_fx(lambda x: pyramid_pool(x, (1, 2, 3), pooling=pooling), tracing_mode=mode)(x)
+    same(graph(x), reference(x, (1, 2, 3), pooling=pooling))
 
 
-def test_forward_mode_differentiation_and_maps():
-    x, tangent = random(2, 3, 5, 7), random(2, 3, 5, 7, seed=1)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_forward_mode_differentiation_and_maps(pooling):
+    x, tangent, way = random(2, 3, 5, 7), random(2, 3, 5, 7, seed=1), {"pooling": pooling}
     with forward_ad.dual_level(), torch.no_grad():
-        y = pyramid_pool(forward_ad.make_dual(x, tangent), (1, 2))
-        same(forward_ad.unpack_dual(y).tangent, reference(tangent, (1, 2)))
-    same(torch.func.vmap(lambda x: pyramid_pool(x[None], (1, 2))[0])(x), reference(x, (1, 2)))
+        y = pyramid_pool(forward_ad.make_dual(x, tangent), (1, 2), **way)
+        same(forward_ad.unpack_dual(y).tangent, reference(tangent, (1, 2), **way))
+    same(torch.func.vmap(lambda x: pyramid_pool(x[None], (1, 2), **way)[0])(x), reference(x, (1, 2), **way))
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("device", ["meta", "fake"])
-def test_tensors_without_values(device):
+def test_tensors_without_values(device, pooling):
     x = random(2, 3, 5, 7)
     x = x.to("meta") if device == "meta" else torch._subclasses.FakeTensorMode().from_tensor(x)
-    assert pyramid_pool(x, (1, 2)).shape == (2, 5, 3)
+    assert pyramid_pool(x, (1, 2), pooling=pooling).shape == (2, 5, 3)
 
 
 def test_an_empty_batch():
@@ -143,6 +168,11 @@ def test_no_tensor_grows_faster_than_the_map():
 def test_scales_below_one(scales):
     with pytest.raises(ValueError, match="scales must be one or more positive numbers, got"):
         pyramid_pool(torch.zeros(1, 3, 4, 4), scales)
+
+
+def test_an_unknown_pooling():
+    with pytest.raises(ValueError, match="pooling must be one of adaptive, precise_roi, got 'max'"):
+        pyramid_pool(torch.zeros(1, 3, 4, 4), [1], pooling="max")
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 3, 0, 4), (1, 3, 4, 0), (4,)], ids=str)

@@ -13,7 +13,8 @@ import fastuper
 from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig
 from fastuper.models.backbones.registry import FAMILIES
 from fastuper.models.configuration import as_dtype
-from fastuper.models.upernet_configuration import backbone_config_from, upernet_config_from
+from fastuper.models.pyramid_configuration import backbone_config_from
+from fastuper.models.upernet_configuration import upernet_config_from
 
 REFUSED = {
     "stages-that-disagree": (

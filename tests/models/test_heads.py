@@ -96,7 +96,7 @@ class SeveralResults(PyramidHead):
 
     def forward(self, feature_maps):
         pooled = self.psp_forward(feature_maps)
-        levels = self.top_down(feature_maps[:-1], pooled).levels
+        levels = self.smooth(self.top_down(feature_maps[:-1], pooled))
         return pooled, levels[0], self.fuse(levels)
 
 

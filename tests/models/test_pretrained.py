@@ -26,6 +26,7 @@ import fastuper.models.pretrained
 import fastuper.weights.writing
 from fastuper import (
     ConvNextConfig,
+    DeepStemResNetConfig,
     ResNetConfig,
     SwinConfig,
     UperNetConfig,
@@ -47,6 +48,10 @@ BACKBONES = {
     "convnext": (lambda: ConvNextConfig(hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1], out_features=STAGES), 8),
     "resnet": (
         lambda: ResNetConfig(embedding_size=4, hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1], out_features=STAGES),
+        8,
+    ),
+    "resnet-deep-stem": (
+        lambda: DeepStemResNetConfig([4, 2, 4], hidden_sizes=[4, 6, 8, 10], depths=[1] * 4, out_features=STAGES),
         8,
     ),
     "swin": (

@@ -220,7 +220,7 @@ def test_each_preset_is_its_familys(name):
     assert PRESETS[name]() == other  # no call shares a list with another
 
 
-@pytest.mark.parametrize("family", ["convnext", "resnet", "swin"])
+@pytest.mark.parametrize("family", ["convnext", "resnet", "resnet_deep_stem", "swin"])
 def test_layer_depths_are_the_published_ones(family):
     with torch.device("meta"):
         backbone = build_backbone(next(iter(FAMILIES[family].presets.values()))())
@@ -235,4 +235,4 @@ def test_layer_depths_are_the_published_ones(family):
             expected = 7
         assert depths(name) == expected, name
         found.add(expected)
-    assert found == {3, 4, 5, 6, 7} | ({0} if family != "resnet" else set())
+    assert found == {3, 4, 5, 6, 7} | ({0} if not family.startswith("resnet") else set())

@@ -63,14 +63,14 @@ def images_for(family):
 
 def exported_images_for(family):
     """Return images that share one graph; if PyTorch needs it, their pooled sides are all odd or all even."""
-    if family == "resnet" and pooling_asks():
+    if family.startswith("resnet") and pooling_asks():
         return [image_inputs(*size) for size in [(2, 96, 128), (3, 99, 103), (2, 72, 204), (4, 131, 67)]]
     return images_for(family)
 
 
 def parities(family):
     """Return the number of extra graphs for a ResNet, if PyTorch's max pooling needs one for odd and for even sides."""
-    return 3 if family == "resnet" and pooling_asks() else 0
+    return 3 if family.startswith("resnet") and pooling_asks() else 0
 
 
 def image_inputs(batch, height, width):

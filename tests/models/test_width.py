@@ -229,10 +229,11 @@ def test_memory_of_strips_does_not_grow_with_the_map(monkeypatch):
     def run(factor):
         maps = feature_maps(1, [(factor * h, w) for h, w in SIZES])
         with torch.no_grad():
-            levels, above = model.top_down(maps[1:-1], model.psp_forward(maps))
-            strips.tail(model, maps[0], above, levels)
+            merged = model.top_down(maps[1:-1], model.psp_forward(maps))
+            arguments = (model, maps[0], merged[0], model.smooth(merged), model.outputs())
+            strips.tail(*arguments)
             logits = 4 * 5 * factor * SIZES[0][0] * SIZES[0][1]
-            return peak(lambda: strips.tail(model, maps[0], above, levels)) - logits
+            return peak(lambda: strips.tail(*arguments)) - logits
 
     monkeypatch.setattr(strips, "STRIP_BYTES", 4 * HIDDEN * SIZES[0][1] * 16)
     small, large = run(4), run(16)
@@ -269,7 +270,7 @@ def test_strips_give_the_same_logits(dtype, sizes, hidden_size, monkeypatch):
         written = max(error(other, truth) for other in (as_written(model, maps), others))
         whole = model(maps)
         monkeypatch.setattr(strips, "STRIP_BYTES", 0)
-        assert strips.apply_to(model, maps)
+        assert strips.apply_to(model, maps, model.outputs())
         result = model(maps)
     assert result.dtype == whole.dtype == dtype
     eps = torch.finfo(dtype).eps
@@ -286,7 +287,7 @@ def test_strips_of_any_height(rows, monkeypatch):
     with torch.no_grad():
         expected = model(maps)
         monkeypatch.setattr(strips, "STRIP_BYTES", 4 * HIDDEN * 10 * rows)
-        assert strips.apply_to(model, maps)
+        assert strips.apply_to(model, maps, model.outputs())
         assert error(model(maps), expected) < 1e-6
 
 

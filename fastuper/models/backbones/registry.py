@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from torch import nn
+
 from fastuper.models.backbones import foreign
 from fastuper.models.backbones.layers import Backbone
 from fastuper.models.configuration import BackboneConfig, ForeignBackboneConfig
@@ -55,8 +57,9 @@ class Family:
                 f"backbone {self.model_type!r}: {self.config.__name__}.model_type is {self.config.model_type!r}; "
                 "both must be the same name"
             )
-        if self.model_type == foreign.TIMM:
-            raise ValueError(f"model_type {foreign.TIMM!r} is reserved for the models of timm; choose another name")
+        if self.model_type in (foreign.TIMM, foreign.CUSTOM):
+            owner = "the models of timm" if self.model_type == foreign.TIMM else "users' modules"
+            raise ValueError(f"model_type {self.model_type!r} is reserved for {owner}; choose another name")
         for name, preset in self.presets.items():
             if not callable(preset):
                 raise TypeError(f"preset {name!r} must be a function that returns a configuration, got {preset!r}")
@@ -124,21 +127,31 @@ def unregister(model_type: str) -> None:
         del PRESETS[name]
 
 
-def build_backbone(config: BackboneConfig | ForeignBackboneConfig | None) -> Any:
+def build_backbone(config: BackboneConfig | ForeignBackboneConfig | None, module: nn.Module | None = None) -> Any:
     """Build a backbone with random weights: a network of a registered family, or one of timm or Transformers.
+
+    Args:
+        config: its configuration.
+        module: a user's module, if the configuration is that of `foreign.custom_config`.
 
     Returns:
         A module with the attribute `channels`, the channels of each returned map. Its
         `forward(pixel_values, output_hidden_states, output_attentions)` returns a `BackboneOutput`.
 
     Raises:
-        ValueError: `config` is None, or the family of its `model_type` is not registered.
+        ValueError: `config` is None, or the family of its `model_type` is not registered; or `module` is given, and the
+            configuration describes another backbone.
         ImportError: the backbone's library is not installed; the message names the extra.
     """
     if config is None:
         raise ValueError("the configuration has no backbone_config")
+    if module is not None and config.model_type != foreign.CUSTOM:
+        raise ValueError(
+            f"the configuration describes a {config.model_type!r} backbone, which is built from it: leave out the "
+            "module, or build the model with over(module)"
+        )
     if isinstance(config, ForeignBackboneConfig):
-        return foreign.build(config)
+        return foreign.build(config, module)
     if config.model_type not in FAMILIES:
         raise ValueError(f"no backbone {config.model_type!r} is registered; there are {', '.join(sorted(FAMILIES))}")
     network: Callable[[BackboneConfig], Backbone] = FAMILIES[config.model_type].network

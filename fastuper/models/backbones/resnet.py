@@ -106,9 +106,13 @@ class ResNetEmbeddings(nn.Module):
 
     def __init__(self, config: ResNetConfig):
         super().__init__()
-        self.embedder = ResNetConvLayer(config.num_channels, config.embedding_size, 7, 2, config.hidden_act)
+        self.embedder = self.stem(config)
         self.pooler = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.num_channels = config.num_channels
+
+    def stem(self, config: ResNetConfig) -> nn.Module:
+        """Return the convolution before the pooling."""
+        return ResNetConvLayer(config.num_channels, config.embedding_size, 7, 2, config.hidden_act)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed an image (B, C, H, W) of any size.
@@ -116,7 +120,8 @@ class ResNetEmbeddings(nn.Module):
         Raises:
             ValueError: the image does not have the channels that the convolution takes.
         """
-        check_channels(pixel_values, getattr(self.embedder, "convolution", self.embedder))
+        first = self.embedder[0] if isinstance(self.embedder, nn.Sequential) else self.embedder
+        check_channels(pixel_values, getattr(first, "convolution", first))
         return self.pooler(self.embedder(channels_last(pixel_values)))
 
 
@@ -188,10 +193,11 @@ class ResNetBackbone(Backbone):
     """ResNet; it returns the maps of the stages in `config.out_features`."""
 
     config: ResNetConfig
+    embeddings: ClassVar[type[ResNetEmbeddings]] = ResNetEmbeddings
 
     def __init__(self, config: ResNetConfig):
         super().__init__(config, [config.embedding_size, *config.hidden_sizes])
-        self.embedder = ResNetEmbeddings(config)
+        self.embedder = self.embeddings(config)
         self.encoder = ResNetEncoder(config)
 
     def forward(

@@ -93,6 +93,14 @@ def channels_of_maps(module: Any) -> int | None:
     return module.conv.in_channels if is_fusible(module) else None
 
 
+def classify(classifier: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, classes, H, W) of a map (B, C, H, W) by a convolution, or by a user's module."""
+    if is_supported_conv(classifier):
+        return conv_bn_relu(x, classifier.weight, shift=classifier.bias, relu=False)
+    result: torch.Tensor = classifier(x)
+    return result
+
+
 def convolve_levels(module: Any, levels: Sequence[torch.Tensor], align_corners: bool = False) -> torch.Tensor:
     """Return a module's result for levels (B, C_l, H_l, W_l), concatenated at the size of the first.
 

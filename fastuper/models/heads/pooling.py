@@ -1,4 +1,4 @@
-"""Pyramid pooling (https://arxiv.org/abs/1612.01105): averages of a map over grids, each with a convolution."""
+"""Pyramid pooling (https://arxiv.org/abs/1612.01105): means of a map over grids, each with a convolution."""
 
 from __future__ import annotations
 
@@ -9,28 +9,66 @@ import torch
 from torch import nn
 
 from fastuper.models.heads.conv_module import ConvModule, is_fusible, resample
-from fastuper.models.norms import fold
+from fastuper.models.norms import batch_norm, fold
 from fastuper.models.untouched import is_exactly
-from fastuper_kernels import pool_conv_bn_relu, pyramid_pool
+from fastuper_kernels import conv_bn_relu, pool_conv_bn_relu, pyramid_pool
 from fastuper_kernels.ops.pyramid_pool import grids
 
 
+class PreciseRoIPool2d(nn.Module):
+    """Precise RoI pooling (https://arxiv.org/abs/1807.11590) of a whole map into s x s cells.
+
+    Args:
+        output_size: s.
+    """
+
+    def __init__(self, output_size: int):
+        super().__init__()
+        self.output_size = output_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to (B, C, s, s); see `pyramid_pool`."""
+        (cells,) = grids(pyramid_pool(x, [self.output_size], pooling="precise_roi"), [self.output_size])
+        return cells
+
+    def extra_repr(self) -> str:
+        """Return the size, for the module's text."""
+        return f"output_size={self.output_size}"
+
+
+# The ways to pool, by the name of the configuration.
+POOLS: dict[str, type[nn.Module]] = {"adaptive": nn.AdaptiveAvgPool2d, "precise_roi": PreciseRoIPool2d}
+
+
 class PoolingBranch(nn.Sequential):
-    """The average over s x s cells, and a 1x1 `ConvModule`.
+    """The means over s x s cells, and a 1x1 `ConvModule`.
 
     Args:
         scale: s.
         dim_in: channels of the map.
         dim: channels of the result.
+        pooling: a key of `POOLS`.
+        resample_first: True to resample the means to the map's size before the convolution.
+
+    Attributes:
+        align_corners: of this resampling (bilinear).
     """
 
-    def __init__(self, scale: int, dim_in: int, dim: int):
-        super().__init__(nn.AdaptiveAvgPool2d(scale), ConvModule(dim_in, dim, 1))
+    def __init__(
+        self, scale: int, dim_in: int, dim: int, pooling: str = "adaptive", resample_first: bool = False
+    ) -> None:
+        super().__init__(POOLS[pooling](scale), ConvModule(dim_in, dim, 1))
+        self.resample_first, self.align_corners = resample_first, False
 
     @property
     def layers(self) -> list[nn.Module]:
         """Both modules; Transformers' name of the list."""
         return list(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to (B, dim, s, s), or with `resample_first` to (B, dim, H, W)."""
+        cells = self[0](x)
+        return self[1](resample(cells, x, self.align_corners) if self.resample_first else cells)
 
 
 class PyramidPooling(nn.ModuleList):
@@ -40,18 +78,40 @@ class PyramidPooling(nn.ModuleList):
         scales: s of each branch.
         dim_in: channels of the map.
         dim: channels of each branch's result.
+        pooling: "adaptive" or "precise_roi", the kind of cells; see `pyramid_pool`.
+        resample_first: True to resample the means to the map's size before each branch's convolution, as the official
+            code of Unified Perceptual Parsing does; False to resample the results, as PSPNet does.
 
     Attributes:
         pool_scales: the scales.
         in_channels: channels of the map.
         channels: channels of each branch's result.
-        align_corners: of the resampling (bilinear) to the map's size.
+
+    Raises:
+        ValueError: there is no such pooling.
     """
 
-    def __init__(self, scales: Sequence[int], dim_in: int, dim: int):
-        super().__init__(PoolingBranch(scale, dim_in, dim) for scale in scales)
+    def __init__(
+        self, scales: Sequence[int], dim_in: int, dim: int, pooling: str = "adaptive", resample_first: bool = False
+    ) -> None:
+        if pooling not in POOLS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLS)}, got {pooling!r}")
+        super().__init__(PoolingBranch(scale, dim_in, dim, pooling, resample_first) for scale in scales)
         self.pool_scales, self.in_channels, self.channels = scales, dim_in, dim
+        self.pooling, self.resample_first = pooling, resample_first
         self.align_corners = False
+
+    @property
+    def align_corners(self) -> bool:
+        """Of the resampling (bilinear) to the map's size, in the branches too."""
+        return self._align_corners
+
+    @align_corners.setter
+    def align_corners(self, value: bool) -> None:
+        self._align_corners = value
+        for branch in self:
+            if isinstance(branch, PoolingBranch):
+                branch.align_corners = value
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -60,30 +120,74 @@ class PyramidPooling(nn.ModuleList):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return each branch's result for a map (B, C, H, W), resampled to its size: (B, dim, H, W)."""
+        if self.resample_first:
+            return self._resampled_first(x)
         return [resample(cells, x, self.align_corners) for cells in self.cells(x)]
 
     def cells(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return each branch's result for a map (B, C, H, W) at its own size: (B, dim, s, s)."""
+        """Return each branch's result for a map (B, C, H, W) at its own size: (B, dim, s, s); not resampled first."""
+        if not self._is_fusible():
+            return [branch(x) for branch in self]
+        if self._is_foldable():
+            return self._convolved(x, relu=True)
+        return [module(grid) for module, grid in zip(self._modules_1x1(), self._means(x), strict=True)]
+
+    def _resampled_first(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return each branch's result (B, dim, H, W) of its means, resampled to x's size before its convolution.
+
+        A 1x1 convolution and a BatchNorm in evaluation commute with the resampling. So they run on the cells, and only
+        the ReLU runs at x's size; in training BatchNorm too, because it takes the statistics of the resampled map.
+        """
+        if not self._is_fusible():
+            return [branch(x) for branch in self]
+        if self._is_foldable():
+            return [resample(cells, x, self.align_corners).relu() for cells in self._convolved(x, relu=False)]
+        results = []
+        for module, grid in zip(self._modules_1x1(), self._means(x), strict=True):
+            y = resample(conv_bn_relu(grid, module.conv.weight, relu=False), x, self.align_corners)
+            results.append(module.activation(batch_norm(module.batch_norm, y)))
+        return results
+
+    def _is_fusible(self) -> bool:
+        """Return True if `_means` and the 1x1 convolutions compute what the branches, called one by one, would."""
         branches: list[Any] = list(self)
-        if not branches or not all(is_pooling_branch(branch) for branch in branches):
-            return [branch(x) for branch in branches]
-        scales, modules = [branch[0].output_size for branch in branches], [branch[1] for branch in branches]
-        widths = {module.conv.out_channels for module in modules}
-        if not all(module.is_foldable() for module in modules) or len(widths) > 1:
-            means = grids(pyramid_pool(x, scales), scales)
-            return [module(grid) for module, grid in zip(modules, means, strict=True)]
-        norms = [fold(module.batch_norm) for module in modules]
+        return (
+            len(branches) > 0
+            and all(is_pooling_branch(branch) for branch in branches)
+            and all(type(branch[0]) is POOLS[self.pooling] for branch in branches)
+        )
+
+    def _is_foldable(self) -> bool:
+        modules = self._modules_1x1()
+        return all(module.is_foldable() for module in modules) and len({m.conv.out_channels for m in modules}) == 1
+
+    def _modules_1x1(self) -> list[Any]:
+        branches: list[Any] = list(self)
+        return [branch[1] for branch in branches]
+
+    def _scales(self) -> list[int]:
+        branches: list[Any] = list(self)
+        return [branch[0].output_size for branch in branches]
+
+    def _means(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the means (B, C, s, s) of each branch."""
+        scales = self._scales()
+        return grids(pyramid_pool(x, scales, pooling=self.pooling), scales)
+
+    def _convolved(self, x: torch.Tensor, relu: bool) -> list[torch.Tensor]:
+        """Return each branch's convolved and normalised means (B, dim, s, s)."""
+        modules, scales = self._modules_1x1(), self._scales()
         weights = [module.conv.weight for module in modules]
-        cells = pool_conv_bn_relu(x, scales, weights, [scale for scale, _ in norms], [shift for _, shift in norms])
-        return grids(cells, scales)
+        scale, shift = zip(*(fold(module.batch_norm) for module in modules), strict=True)
+        return grids(pool_conv_bn_relu(x, scales, weights, scale, shift, pooling=self.pooling, relu=relu), scales)
 
 
 def is_pooling_branch(branch: Any) -> bool:
-    """Return True if a branch is an untouched average pooling over s x s cells and a fusible 1x1 ConvModule."""
+    """Return True if a branch is an untouched pooling over s x s cells and a fusible 1x1 ConvModule."""
     return (
         is_exactly(branch, PoolingBranch)
         and len(branch) == 2
-        and is_exactly(branch[0], nn.AdaptiveAvgPool2d)
+        and any(is_exactly(branch[0], kind) for kind in POOLS.values())
         and isinstance(branch[0].output_size, int)
         and is_fusible(branch[1], (1, 1))
     )

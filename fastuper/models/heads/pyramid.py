@@ -8,7 +8,7 @@ in the textbook network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,18 +20,6 @@ from fastuper.models.untouched import is_exactly
 from fastuper_kernels import upsample_add
 
 
-class Pyramid(NamedTuple):
-    """The result of the top-down path.
-
-    Attributes:
-        levels: (B, hidden_size, H_l, W_l), finest first, each but the coarsest after its 3x3 convolution.
-        merged: the finest level before its 3x3 convolution.
-    """
-
-    levels: list[torch.Tensor]
-    merged: torch.Tensor
-
-
 class PyramidHead(Checkpointed):
     """Base of the heads over a feature pyramid (https://arxiv.org/abs/1807.10221); parameters are named as on the Hub.
 
@@ -39,6 +27,9 @@ class PyramidHead(Checkpointed):
         in_channels: channels of the backbone's feature maps, finest first.
         dim: channels of every level, the configuration's `hidden_size`.
         pool_scales: the pyramid pooling averages the coarsest map over s x s cells, for each s in this list.
+        pool_channels: channels of each branch of the pyramid pooling; None for `dim`.
+        pooling: the kind of cells, see `PyramidPooling`.
+        resample_first: the order of the pooling's steps, see `PyramidPooling`.
         classifiers: modules of the subclass, by name. They are registered first, as in Transformers: the state of an
             optimizer belongs to parameters by their order.
 
@@ -49,7 +40,17 @@ class PyramidHead(Checkpointed):
         align_corners: of the resampling (bilinear) of levels; True excludes the fused convolutions.
     """
 
-    def __init__(self, in_channels: Sequence[int], dim: int, pool_scales: Sequence[int], **classifiers: nn.Module):
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        dim: int,
+        pool_scales: Sequence[int],
+        *,
+        pool_channels: int | None = None,
+        pooling: str = "adaptive",
+        resample_first: bool = False,
+        **classifiers: nn.Module,
+    ):
         super().__init__()
         self.in_channels = list(in_channels)
         self.channels = dim
@@ -58,8 +59,9 @@ class PyramidHead(Checkpointed):
         for name, classifier in classifiers.items():
             self.add_module(name, classifier)
         *lower, top = self.in_channels
-        self.psp_modules = PyramidPooling(pool_scales, top, dim)
-        self.bottleneck = ConvModule(top + len(pool_scales) * dim, dim, 3)
+        width = dim if pool_channels is None else pool_channels
+        self.psp_modules = PyramidPooling(pool_scales, top, width, pooling, resample_first)
+        self.bottleneck = ConvModule(top + len(pool_scales) * width, dim, 3)
         self.lateral_convs = nn.ModuleList(ConvModule(channels, dim, 1) for channels in lower)
         self.fpn_convs = nn.ModuleList(ConvModule(dim, dim, 3) for _ in lower)
         self.fpn_bottleneck = ConvModule(len(self.in_channels) * dim, dim, 3)
@@ -92,12 +94,14 @@ class PyramidHead(Checkpointed):
             (B, hidden_size, H, W), H and W being the last map's.
         """
         x, pooling = feature_maps[-1], self.psp_modules
+        if isinstance(pooling, PyramidPooling) and pooling.resample_first:
+            return self.bottleneck(torch.cat([x, *pooling(x)], dim=1))
         # An untouched pooling is not called: `convolve_levels` resamples its cells without maps at full size.
         fused = is_exactly(pooling, PyramidPooling) and pooling.align_corners == self.align_corners
         return convolve_levels(self.bottleneck, [x, *(pooling.cells(x) if fused else pooling(x))], self.align_corners)
 
-    def top_down(self, maps: Sequence[torch.Tensor], pooled: torch.Tensor) -> Pyramid:
-        """Add each level, upsampled, to the next finer one, and smooth the sums by 3x3 convolutions.
+    def top_down(self, maps: Sequence[torch.Tensor], pooled: torch.Tensor) -> list[torch.Tensor]:
+        """Add each level, upsampled, to the next finer one.
 
         [1/4, 1/8, 1/16] and the pooled 1/32 -> [1/4, 1/8, 1/16, 1/32]
 
@@ -105,14 +109,21 @@ class PyramidHead(Checkpointed):
             maps: (B, C_l, H_l, W_l), finest first, the coarsest excluded. Finer maps may be left out, and their levels
                 are then missing.
             pooled: the coarsest level, from `psp_forward`.
+
+        Returns:
+            (B, hidden_size, H_l, W_l) for each level, finest first, before its 3x3 convolution.
         """
-        left_out = len(self.lateral_convs) - len(maps)
-        laterals, convs = self.lateral_convs[left_out:], self.fpn_convs[left_out:]
-        merged, levels = pooled, [pooled]
-        for x, lateral, conv in reversed(list(zip(maps, laterals, convs, strict=True))):
-            merged = add_lateral(lateral, x, merged, self.align_corners)
-            levels.insert(0, conv(merged))
-        return Pyramid(levels, merged)
+        merged = [pooled]
+        laterals = self.lateral_convs[len(self.lateral_convs) - len(maps) :]
+        for x, lateral in reversed(list(zip(maps, laterals, strict=True))):
+            merged.insert(0, add_lateral(lateral, x, merged[0], self.align_corners))
+        return merged
+
+    def smooth(self, merged: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Convolve each level from `top_down` but the coarsest (3x3). Returns the levels, of the same shapes."""
+        *finer, coarsest = merged
+        convs = self.fpn_convs[len(self.fpn_convs) - len(finer) :]
+        return [*(conv(x) for conv, x in zip(convs, finer, strict=True)), coarsest]
 
     def fuse(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
         """Convolve all levels, concatenated at the size of the finest. Returns (B, hidden_size, H, W)."""

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from fastuper.models.heads import strips
+from fastuper.models.heads.conv_module import classify
 from fastuper.models.heads.pyramid import PyramidHead
-from fastuper.models.untouched import is_supported_conv
-from fastuper_kernels import conv_bn_relu
 
 if TYPE_CHECKING:
     from fastuper.models.upernet_configuration import UperNetConfig
@@ -42,15 +41,16 @@ class UperNetHead(PyramidHead):
             ValueError: the number of maps, or of their channels, does not fit the modules that read them.
         """
         self.check(feature_maps)
-        if strips.apply_to(self, feature_maps):
-            return strips.run(self, feature_maps)
         pooled = self.psp_forward(feature_maps)
-        levels = self.top_down(feature_maps[:-1], pooled).levels
+        if strips.apply_to(self, feature_maps, self.outputs()):
+            return strips.run(self, feature_maps, pooled, self.outputs())["logits"]
+        levels = self.smooth(self.top_down(feature_maps[:-1], pooled))
         return self.classify(self.fuse(levels))
+
+    def outputs(self) -> dict[str, strips.Output]:
+        """Return what the head computes at the finest level, for the executor in strips."""
+        return {"logits": strips.Output("fused", (), self.classifier)}
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, num_labels, H, W) of the fused levels (B, hidden_size, H, W)."""
-        conv = self.classifier
-        if is_supported_conv(conv):
-            return conv_bn_relu(x, conv.weight, shift=conv.bias, relu=False)
-        return conv(x)
+        return classify(self.classifier, x)

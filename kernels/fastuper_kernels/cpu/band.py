@@ -113,12 +113,12 @@ class Band:
         Output i of s is the mean over [i n / s, (i + 1) n / s) of the linear interpolation of the n inputs. Input j has
         the coordinate j, and the interpolation falls to zero beyond the ends.
         """
-        edges = torch.arange(size_out + 1, device=device).double() * (size_in / size_out)
+        edges = (torch.arange(size_out + 1, device=device) * size_in).double() / size_out
         low, high = edges[:-1], edges[1:]
         first = low.floor()
         j = first[:, None] + torch.arange(size_in // size_out + 3, device=device)
         weights = (_hat_integral(high[:, None] - j) - _hat_integral(low[:, None] - j)) / (high - low)[:, None]
-        return Band(first.long().clamp(max=size_in - 1), weights * (j < size_in), size_in)
+        return Band(first.long(), weights * (j < size_in), size_in)
 
     # Algebra ---------------------------------------------------------------------------------------------------------
 
@@ -263,10 +263,17 @@ def bilinear_chain(sizes: tuple[int, ...]) -> Band:
     return band
 
 
+# The ways to pool one axis of a map into cells.
+POOLINGS: dict[str, Callable[..., Band]] = {
+    "adaptive": Band.adaptive_avg_pool,
+    "precise_roi": Band.precise_roi_pool,
+}
+
+
 @_cached
-def pool_matrix(size: int, scale: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the matrix (scale, size) of adaptive average pooling; dense, as it has few outputs."""
-    return Band.adaptive_avg_pool(size, scale, device=device).dense().to(dtype)
+def pool_matrix(pooling: str, size: int, scale: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the matrix (scale, size) of one of `POOLINGS`; dense, as it has few outputs."""
+    return POOLINGS[pooling](size, scale, device=device).dense().to(dtype)
 
 
 def bilinear_tap(size_in: int, size_out: int, offset: int) -> Band:

@@ -19,12 +19,14 @@ def pool_conv_bn_relu(
     weights: Sequence[torch.Tensor],
     scale: Sequence[torch.Tensor],
     shift: Sequence[torch.Tensor],
+    pooling: str,
+    relu: bool,
 ) -> torch.Tensor:
     """The operator of `fastuper_kernels.ops.pool_conv_bn_relu`."""
-    cells = _by_scale(pyramid_pool(x, scales), scales)
+    cells = _by_scale(pyramid_pool(x, scales, pooling), scales)
     taps = [taps_of(weight) for weight in weights]
     multipliers, offsets = (torch.stack(list(vectors)).float() for vectors in (scale, shift))
-    return products_of(cells, taps, multipliers, offsets, relu=True).squeeze(2)
+    return products_of(cells, taps, multipliers, offsets, relu=relu).squeeze(2)
 
 
 @pool_conv_bn_relu.register_fake
@@ -34,6 +36,8 @@ def _(
     weights: Sequence[torch.Tensor],
     scale: Sequence[torch.Tensor],
     shift: Sequence[torch.Tensor],
+    pooling: str,
+    relu: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], sum(s * s for s in scales), weights[0].shape[0])
 
@@ -44,17 +48,18 @@ def _by_scale(cells: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, ctx.scales, weights, scale, shift = inputs
-    ctx.save_for_backward(x, output, *weights, *scale, *shift)
+    x, ctx.scales, weights, scale, shift, ctx.pooling, ctx.relu = inputs
+    ctx.save_for_backward(x, output if ctx.relu else None, *weights, *scale, *shift)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     x, y, *rest = ctx.saved_tensors
     n, scales = len(ctx.scales), ctx.scales
     weights, scale, shift = rest[:n], rest[n : 2 * n], rest[2 * n :]
-    cells = _by_scale(pyramid_pool(x, scales), scales)
+    cells = _by_scale(pyramid_pool(x, scales, ctx.pooling), scales)
     grads: list[list[Any]] = [[], [], [], []]
-    for cell, part, weight, a, b in zip(cells, _by_scale(grad * (y > 0), scales), weights, scale, shift, strict=True):
+    parts = _by_scale(grad * (y > 0) if ctx.relu else grad, scales)
+    for cell, part, weight, a, b in zip(cells, parts, weights, scale, shift, strict=True):
         matrix, part = weight.flatten(1), part.flatten(0, 1)
         positions = cell.flatten(0, 1)
         grads[2].append(((positions @ matrix.T).float() * part).sum(0).to(a.dtype))
@@ -62,8 +67,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         part = (part * a).to(x.dtype)
         grads[0].append((part @ matrix).view_as(cell))
         grads[1].append((part.T @ positions).view_as(weight))
-    to_map = pyramid_pool_backward(torch.cat(grads[0], dim=1), scales, *x.shape[2:])
-    return to_map, None, *grads[1:]
+    to_map = pyramid_pool_backward(torch.cat(grads[0], dim=1), scales, ctx.pooling, *x.shape[2:])
+    return to_map, None, *grads[1:], None, None
 
 
 pool_conv_bn_relu.register_autograd(_backward, setup_context=_save)

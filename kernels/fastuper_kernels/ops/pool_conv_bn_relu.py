@@ -11,6 +11,7 @@ from fastuper_kernels.dispatch.backend import takes_triton
 from fastuper_kernels.dispatch.modes import autocast, check_dtypes
 from fastuper_kernels.ops.conv_bn_relu import conv_bn_relu
 from fastuper_kernels.ops.pyramid_pool import grids, pyramid_pool
+from fastuper_kernels.ops.pyramid_pool import reference as pool_reference
 
 
 def pool_conv_bn_relu(
@@ -20,6 +21,8 @@ def pool_conv_bn_relu(
     scale: Sequence[torch.Tensor],
     shift: Sequence[torch.Tensor],
     *,
+    pooling: str = "adaptive",
+    relu: bool = True,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Return `relu(conv1x1(means of x over s x s cells) * scale + shift)` for each branch.
@@ -30,6 +33,8 @@ def pool_conv_bn_relu(
         weights: for each branch (C_out, C, 1, 1).
         scale: for each branch (C_out,): with `shift` a BatchNorm in evaluation.
         shift: for each branch (C_out,).
+        pooling: "adaptive" or "precise_roi", the kind of cells; see `pyramid_pool`.
+        relu: False leaves the ReLU out.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
@@ -37,7 +42,7 @@ def pool_conv_bn_relu(
 
     Raises:
         ValueError: scales, weights, scale and shift differ in length, shapes do not fit, x and the weights have several
-            dtypes, or the backend cannot take the operands.
+            dtypes, there is no such pooling, or the backend cannot take the operands.
     """
     if not len(scales) == len(weights) == len(scale) == len(shift):
         counts = (len(scales), len(weights), len(scale), len(shift))
@@ -51,10 +56,11 @@ def pool_conv_bn_relu(
 
         weights = autocast(*weights)
         check_dtypes(x=x, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
-        return kernel(x, list(scales), list(weights), list(scale), list(shift))
-    means = grids(pyramid_pool(x, scales, backend=backend), scales)
+        return kernel(x, list(scales), list(weights), list(scale), list(shift), pooling, relu)
+    means = grids(pyramid_pool(x, scales, pooling=pooling, backend=backend), scales)
     maps = [
-        conv_bn_relu(grid, *branch, backend=backend) for grid, *branch in zip(means, weights, scale, shift, strict=True)
+        conv_bn_relu(grid, *branch, relu=relu, backend=backend)
+        for grid, *branch in zip(means, weights, scale, shift, strict=True)
     ]
     return torch.cat([y.flatten(2).transpose(1, 2) for y in maps], dim=1)
 
@@ -65,10 +71,14 @@ def reference(
     weights: Sequence[torch.Tensor],
     scale: Sequence[torch.Tensor],
     shift: Sequence[torch.Tensor],
+    *,
+    pooling: str = "adaptive",
+    relu: bool = True,
 ) -> torch.Tensor:
     """The definition of `pool_conv_bn_relu`."""
     branches = []
-    for s, weight, a, b in zip(scales, weights, scale, shift, strict=True):
-        y = F.conv2d(F.adaptive_avg_pool2d(x, s), weight) * a[:, None, None] + b[:, None, None]
-        branches.append(F.relu(y).to(x.dtype).flatten(2).transpose(1, 2))
+    means = grids(pool_reference(x, scales, pooling=pooling), scales)
+    for cells, weight, a, b in zip(means, weights, scale, shift, strict=True):
+        y = F.conv2d(cells, weight) * a[:, None, None] + b[:, None, None]
+        branches.append((F.relu(y) if relu else y).to(x.dtype).flatten(2).transpose(1, 2))
     return torch.cat(branches, dim=1)
