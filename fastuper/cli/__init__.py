@@ -14,6 +14,7 @@ import typer
 
 from fastuper.cli.convert import convert_checkpoint
 from fastuper.cli.evaluate import evaluate_model
+from fastuper.cli.parse import parse_photos
 from fastuper.cli.segment import segment_photos
 from fastuper.cli.streams import Streams
 from fastuper.cli.train import train_model
@@ -21,6 +22,7 @@ from fastuper.io.version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("segment")(segment_photos)
+app.command("parse")(parse_photos)
 app.command("train")(train_model)
 app.command("evaluate")(evaluate_model)
 app.command("convert")(convert_checkpoint)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastuper.data.parsing_labels import WITH_BACKGROUND, known_tasks
 from fastuper.models.backbones import build_backbone
 from fastuper.models.heads.parsing import ParsingHead
 from fastuper.models.inputs import TargetSizes, check_pixels, check_target_sizes
@@ -16,9 +17,7 @@ from fastuper.models.label_maps import class_map, part_map
 from fastuper.models.memory import within_memory
 from fastuper.models.outputs import Parsing, ParsingOutput, known_to_transformers
 from fastuper.models.parsing_configuration import (
-    WITH_BACKGROUND,
     UnifiedPerceptualParsingConfig,
-    known_tasks,
     parsing_config_from,
 )
 from fastuper.models.parsing_loss import check_parsing_labels, parsing_losses
@@ -49,8 +48,11 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
 
     config_class = UnifiedPerceptualParsingConfig
     config: UnifiedPerceptualParsingConfig
-    _config_from = staticmethod(parsing_config_from)
     accepts_loss_kwargs = False  # `transformers.Trainer` then averages the losses of the batches of a step
+
+    @classmethod
+    def _config_from(cls, config: Any) -> UnifiedPerceptualParsingConfig:
+        return parsing_config_from(config)
 
     @within_memory
     def __init__(self, config: UnifiedPerceptualParsingConfig | Mapping[str, Any], backbone: nn.Module | None = None):
@@ -244,7 +246,8 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
             background: 1 to leave out class 0 of objects and materials.
             dtypes: the dtype of each task's label map.
         """
-        config, maps = self.config, {}
+        config = self.config
+        maps: dict[str, torch.Tensor] = {}
         for task, scales in logits.items():
             if task == "part":
                 slices, parts = config.part_slices, config.object_parts

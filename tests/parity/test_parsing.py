@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastuper import DeepStemResNetConfig, UnifiedPerceptualParsingConfig, UperNetForUnifiedPerceptualParsing
+from fastuper import (
+    DeepStemResNetConfig,
+    UnifiedPerceptualParsingConfig,
+    UperNetForUnifiedPerceptualParsing,
+    UperNetImageProcessor,
+)
+from fastuper.data.parsing_labels import default_labels, default_object_parts
 from fastuper.weights.official import load_parsing
 from tests.parity import parsing_reference as reference
 
 COUNTS = {"scene": 5, "object": 8, "part": 9, "material": 4, "texture": 6}
 OBJECT_PARTS = {2: (1, 3), 3: (5,), 6: (2, 4, 7, 8)}  # objects 1, 4, 5 and 7 have no parts, part 6 has no object
 CHANNELS = (8, 12, 16, 20)
-STEM = (4, 6, 8)
+STEM = (4, 6, 10)
 BLOCKS = (2, 1, 1, 1)
 WEIGHTS = {**reference.LOSS_WEIGHTS, "texture": 1.0}
 POOLINGS = [("precise_roi", True), ("precise_roi", False), ("adaptive", True), ("adaptive", False)]
 
 
 def model_and_states(
-    pooling: str = "precise_roi", resample_first: bool = True, pool_channels: int = 10, seed: int = 0
+    pooling: str = "precise_roi", resample_first: bool = True, pool_channels: int = 10, shipped: bool = False
 ) -> tuple[UperNetForUnifiedPerceptualParsing, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return a model in float64, and the official encoder, the official decoder and the texture head in it."""
+    """Return a model in float64, and the official encoder, the official decoder and the texture head in it.
+
+    Args:
+        pooling: as in the configuration.
+        resample_first: as in the configuration.
+        pool_channels: as in the configuration; `hidden_size` is 16.
+        shipped: the model has the classes that the package ships.
+    """
+    labels = {task: [f"{task} {index}" for index in range(count)] for task, count in COUNTS.items()}
+    object_parts = OBJECT_PARTS
+    if shipped:
+        labels, object_parts = default_labels(), default_object_parts()
     config = UnifiedPerceptualParsingConfig(
         backbone_config=DeepStemResNetConfig(
             stem_widths=STEM,
@@ -37,23 +55,25 @@ def model_and_states(
         pool_channels=pool_channels,
         pooling=pooling,
         resample_first=resample_first,
-        labels={task: [f"{task} {index}" for index in range(count)] for task, count in COUNTS.items()},
-        object_parts=OBJECT_PARTS,
+        labels=labels,
+        object_parts=object_parts,
         texture_channels=7,
     )
-    generator = torch.Generator().manual_seed(seed)
-    part_channels = sum(1 + len(parts) for parts in OBJECT_PARTS.values())
+    generator = torch.Generator().manual_seed(0)
+    counts = {task: len(names) for task, names in labels.items()}
+    counts["part"] = sum(1 + len(parts) for parts in object_parts.values())
+    textures = counts.pop("texture")
     encoder, decoder = reference.official_state(
         generator,
         hidden_size=16,
         pool_channels=pool_channels,
         channels=CHANNELS,
-        classes={**{task: COUNTS[task] for task in ("scene", "object", "material")}, "part": part_channels},
+        classes=counts,
         blocks=BLOCKS,
         stem_widths=STEM,
         temporary=True,
     )
-    texture = reference.texture_state(generator, channels=CHANNELS[0], texture_channels=7, classes=COUNTS["texture"])
+    texture = reference.texture_state(generator, channels=CHANNELS[0], texture_channels=7, classes=textures)
     model = UperNetForUnifiedPerceptualParsing(config).double().eval()
     load_parsing(model, encoder, decoder)
     model.decode_head.texture_head.load_state_dict(texture, strict=False)  # without BatchNorm's count of batches
@@ -66,26 +86,26 @@ def assert_close(found: Tensor, expected: Tensor, name: Any = "") -> None:
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max(), name
 
 
-def random_labels(size: tuple[int, int], texture_map: bool, seed: int = 0) -> dict[str, Tensor]:
+def random_labels(
+    size: tuple[int, int],
+    *,
+    texture_map: bool = False,
+    counts: Mapping[str, int] = COUNTS,
+    object_parts: reference.ObjectParts = OBJECT_PARTS,
+) -> dict[str, Tensor]:
     """Return labels of two images. In the second image, no part of object 2 is labelled and the scene is not."""
-    generator = torch.Generator().manual_seed(seed)
     shape = (2, *size)
-
-    def draw(count: int, shape: Sequence[int] = shape) -> Tensor:
-        return torch.randint(count, tuple(shape), generator=generator)
-
-    objects, parts = draw(COUNTS["object"]), torch.zeros(shape, dtype=torch.int64)
-    for number, own in OBJECT_PARTS.items():
+    objects, parts = torch.randint(counts["object"], shape), torch.zeros(shape, dtype=torch.int64)
+    for number, own in object_parts.items():
         inside = objects == number
-        parts[inside] = torch.tensor([0, *own])[draw(1 + len(own))][inside]
+        parts[inside] = torch.tensor([0, *own])[torch.randint(1 + len(own), (int(inside.sum()),))]
     parts[1][objects[1] == 2] = 0
-    textures = draw(1 + COUNTS["texture"]) - 1 if texture_map else torch.tensor([4, -1])
     return {
         "scene": torch.tensor([3, -1]),
         "object": objects,
         "part": parts,
-        "material": draw(COUNTS["material"]),
-        "texture": textures,
+        "material": torch.randint(counts["material"], shape),
+        "texture": torch.randint(-1, counts["texture"], shape) if texture_map else torch.tensor([4, -1]),
     }
 
 
@@ -124,9 +144,9 @@ def test_logits_from_pixels(size: tuple[int, int]) -> None:
 def test_losses_and_gradients(pooling: str, resample_first: bool, training: bool) -> None:
     """Labels at the size of the logits (the official loss) without BatchNorm's statistics; else at the photo's."""
     model, *states = model_and_states(pooling, resample_first)
-    for tensor in (tensors := [tensor for state in states for tensor in state.values()]):
-        if tensor.is_floating_point():
-            tensor.requires_grad_()
+    tensors = [tensor for state in states for name, tensor in state.items() if name.endswith((".weight", ".bias"))]
+    for tensor in tensors:
+        tensor.requires_grad_()
     encoder, decoder, texture = states
     pixels = torch.randn(2, 3, 50, 71, dtype=torch.float64, requires_grad=True)
     labels = random_labels((50, 71) if training else (13, 18), texture_map=training)
@@ -183,7 +203,7 @@ UNLABELLED = {
 def test_empty_targets_give_zero(empty: tuple[str, ...]) -> None:
     model, encoder, decoder, texture = model_and_states()
     pixels = torch.randn(2, 3, 40, 46, dtype=torch.float64)
-    labels = {**random_labels((10, 12), texture_map=False), **{task: UNLABELLED[task] for task in empty}}
+    labels = {**random_labels((10, 12)), **{task: UNLABELLED[task] for task in empty}}
     output = model(pixels, labels=labels)
     output.loss.backward()
     logits = reference.reference_decoder(decoder, reference.reference_encoder(encoder, pixels), texture=texture)
@@ -197,6 +217,17 @@ def test_empty_targets_give_zero(empty: tuple[str, ...]) -> None:
         assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+def with_many_classes(
+    model: UperNetForUnifiedPerceptualParsing, encoder: dict[str, Tensor], decoder: dict[str, Tensor], pixels: Tensor
+) -> None:
+    """Take the mean of each class's logits from its bias, in the model too, so that many classes win somewhere."""
+    logits = reference.reference_decoder(decoder, reference.reference_encoder(encoder, pixels))
+    for task in ("object", "part", "material"):
+        decoder[f"{task}_head.1.bias"] -= logits[task].mean((0, 2, 3))
+        decoder[f"{task}_head.1.bias"][0] += 1  # class 0 wins somewhere
+    load_parsing(model, encoder, decoder)
+
+
 @pytest.mark.parametrize("mask_background", [False, True])
 @pytest.mark.parametrize("sides", [[(61, 45)], [(40, 32), (61, 45), (90, 70)]])
 def test_label_maps(sides: list[tuple[int, int]], mask_background: bool) -> None:
@@ -204,9 +235,9 @@ def test_label_maps(sides: list[tuple[int, int]], mask_background: bool) -> None
     model, encoder, decoder, texture = model_and_states()
     pixels = [torch.randn(2, 3, *size, dtype=torch.float64) for size in sides]
     sizes = [(75, 58), (33, 20)]
-    logits = [
-        reference.reference_decoder(decoder, reference.reference_encoder(encoder, x), texture=texture) for x in pixels
-    ]
+    with_many_classes(model, encoder, decoder, pixels[0])
+    maps = [reference.reference_encoder(encoder, x) for x in pixels]
+    logits = [reference.reference_decoder(decoder, x, texture=texture) for x in maps]
     expected = reference.reference_labels(logits, sizes, OBJECT_PARTS, mask_background=mask_background)
     found = model.parse(pixels if len(pixels) > 1 else pixels[0], sizes, mask_background=mask_background, top=3)
     occurring = {task: set() for task in ("object", "part", "material", "texture")}
@@ -221,3 +252,56 @@ def test_label_maps(sides: list[tuple[int, int]], mask_background: bool) -> None
     assert all(len(numbers) > 2 for numbers in occurring.values()), occurring
     assert (0 in occurring["object"]) != mask_background
     assert (0 in occurring["material"]) != mask_background
+
+
+def test_shipped_tables() -> None:
+    """336 objects, of which 77 have parts: the sum of their losses, its gradient, and the label maps."""
+    model, encoder, decoder, texture = model_and_states(shipped=True)
+    counts = {task: len(names) for task, names in default_labels().items()}
+    object_parts = default_object_parts()
+    pixels = torch.randn(2, 3, 96, 128, dtype=torch.float64, requires_grad=True)
+    labels = random_labels((24, 32), counts=counts, object_parts=object_parts)
+    output = model(pixels, labels=labels)
+    logits = reference.reference_decoder(decoder, reference.reference_encoder(encoder, pixels), texture=texture)
+    loss, terms = reference.reference_loss(logits, labels, object_parts, WEIGHTS)
+    for task, term in terms.items():
+        assert_close(output[f"{task}_loss"], term, task)
+    (found,), (expected,) = torch.autograd.grad(output.loss, pixels), torch.autograd.grad(loss, pixels)
+    assert_close(found, expected)
+
+    with_many_classes(model, encoder, decoder, pixels.detach())
+    logits = reference.reference_decoder(
+        decoder, reference.reference_encoder(encoder, pixels.detach()), texture=texture
+    )
+    sizes = [(96, 128), (50, 60)]
+    for ours, theirs in zip(
+        model.parse(pixels.detach(), sizes), reference.reference_labels([logits], sizes, object_parts), strict=True
+    ):
+        assert torch.equal(ours.objects, theirs["object"])
+        assert torch.equal(ours.parts, theirs["part"])
+        assert len(ours.objects.unique()) > 30
+        assert len(ours.parts.unique()) > 10
+
+
+def test_a_photo_at_several_sizes() -> None:
+    """The official demo: a photo is prepared at several sizes, and their probabilities are averaged."""
+    model, encoder, decoder, texture = model_and_states()
+    photo = np.random.default_rng(0).integers(0, 256, (60, 83, 3), dtype=np.uint8)
+    shorts = (30, 45, 70)
+    pixels = []
+    for short in shorts:
+        processor = UperNetImageProcessor.for_parsing(size={"shortest_edge": short, "longest_edge": 90})
+        pixels.append(processor(images=photo, return_tensors="pt").pixel_values.double())
+    prepared = [torch.from_numpy(reference.reference_input(photo, short, 90)).double()[None] for short in shorts]
+    assert [tuple(x.shape[2:]) for x in prepared] == [(32, 48), (48, 64), (72, 96)]
+    with_many_classes(model, encoder, decoder, prepared[0])
+    maps = [reference.reference_encoder(encoder, x) for x in prepared]
+    logits = [reference.reference_decoder(decoder, x, texture=texture) for x in maps]
+    size = (photo.shape[0], photo.shape[1])
+    (expected,) = reference.reference_labels(logits, [size], OBJECT_PARTS)
+    (found,) = model.parse(pixels, [size])
+    assert torch.equal(found.objects, expected["object"])
+    assert torch.equal(found.parts, expected["part"])
+    assert torch.equal(found.materials, expected["material"])
+    assert torch.equal(found.textures, expected["texture"])
+    assert found.scene[0][0] == int(expected["scene"].argmax())
