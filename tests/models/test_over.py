@@ -288,15 +288,24 @@ def forgotten():
 
 
 @pytest.mark.usefixtures("forgotten")
-@pytest.mark.parametrize("cls", [Parsing, pytest.param(Segmentation, marks=pytest.mark.exhaustive)])
-def test_compile(cls):
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (Parsing, {"tasks": ["scene"]}),  # tests/models/test_parsing_head.py traces the other tasks
+        pytest.param(Parsing, {}, marks=pytest.mark.exhaustive),
+        pytest.param(Segmentation, {}, marks=pytest.mark.exhaustive),
+    ],
+    ids=["scene", "parsing", "segmentation"],
+)
+def test_compile(cls, options):
     network = over(cls).eval()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     with torch.no_grad():
-        for name, x in network(images(1)).items():
-            torch.testing.assert_close(compiled(images(1))[name], x, rtol=1e-4, atol=1e-5)
+        for name, x in network(images(1), **options).items():
+            torch.testing.assert_close(compiled(images(1), **options)[name], x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_export_with_dynamic_sizes():
     network, sizes = over(Parsing).eval(), dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
     with torch.no_grad():
