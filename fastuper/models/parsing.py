@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastuper.data.parsing_labels import WITH_BACKGROUND
+from fastuper.data.parsing_labels import WITH_BACKGROUND, known_tasks
 from fastuper.models.backbones import build_backbone
 from fastuper.models.heads.parsing import ParsingHead
 from fastuper.models.inputs import TargetSizes, check_pixels, check_target_sizes
@@ -17,7 +17,6 @@ from fastuper.models.memory import within_memory
 from fastuper.models.outputs import Parsing, ParsingOutput, known_to_transformers
 from fastuper.models.parsing_configuration import (
     UnifiedPerceptualParsingConfig,
-    known_tasks,
     parsing_config_from,
 )
 from fastuper.models.parsing_loss import check_parsing_labels, parsing_losses
