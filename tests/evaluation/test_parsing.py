@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from fastuper.evaluation import ParsingMetrics
+from fastuper.models.outputs import Parsing
 from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
 from tests.parity.parsing_reference import reference_metrics
 
@@ -37,8 +37,8 @@ def maps(generator: np.random.Generator, size: tuple[int, int], objects: list[in
     return found
 
 
-def as_parsing(found: dict[str, Any]) -> Any:
-    return SimpleNamespace(
+def as_parsing(found: dict[str, Any]) -> Parsing:
+    return Parsing(
         scene=None if "scene" not in found else [(found["scene"], 0.6), (0, 0.4)],
         objects=found.get("object"),
         parts=found.get("part"),

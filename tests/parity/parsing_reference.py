@@ -352,6 +352,10 @@ def reference_labels(
         object_parts: the parts of each object.
         mask_background: class 0 of objects and materials cannot win.
     """
+
+    def mean(scales: Sequence[Tensor]) -> Tensor:
+        return torch.stack([scale.softmax(0) for scale in scales]).mean(0)
+
     results = []
     for image, size in enumerate(sizes):
         full = {

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastuper import DeepStemResNetConfig, UnifiedPerceptualParsingConfig, UperNetForUnifiedPerceptualParsing
+from fastuper import (
+    DeepStemResNetConfig,
+    UnifiedPerceptualParsingConfig,
+    UperNetForUnifiedPerceptualParsing,
+    UperNetImageProcessor,
+)
 from fastuper.data.parsing_labels import default_labels, default_object_parts
 from fastuper.weights.official import load_parsing
 from tests.parity import parsing_reference as reference
@@ -211,6 +217,17 @@ def test_empty_targets_give_zero(empty: tuple[str, ...]) -> None:
         assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+def with_many_classes(
+    model: UperNetForUnifiedPerceptualParsing, encoder: dict[str, Tensor], decoder: dict[str, Tensor], pixels: Tensor
+) -> None:
+    """Take the mean of each class's logits from its bias, in the model too, so that many classes win somewhere."""
+    logits = reference.reference_decoder(decoder, reference.reference_encoder(encoder, pixels))
+    for task in ("object", "part", "material"):
+        decoder[f"{task}_head.1.bias"] -= logits[task].mean((0, 2, 3))
+        decoder[f"{task}_head.1.bias"][0] += 1  # class 0 wins somewhere
+    load_parsing(model, encoder, decoder)
+
+
 @pytest.mark.parametrize("mask_background", [False, True])
 @pytest.mark.parametrize("sides", [[(61, 45)], [(40, 32), (61, 45), (90, 70)]])
 def test_label_maps(sides: list[tuple[int, int]], mask_background: bool) -> None:
@@ -218,18 +235,10 @@ def test_label_maps(sides: list[tuple[int, int]], mask_background: bool) -> None
     model, encoder, decoder, texture = model_and_states()
     pixels = [torch.randn(2, 3, *size, dtype=torch.float64) for size in sides]
     sizes = [(75, 58), (33, 20)]
-
-    def logits() -> list[dict[str, Tensor]]:
-        maps = [reference.reference_encoder(encoder, x) for x in pixels]
-        return [reference.reference_decoder(decoder, x, texture=texture) for x in maps]
-
-    # Without the mean of their logits, all classes have a chance to win.
-    for task, values in logits()[0].items():
-        if task in ("object", "part", "material"):
-            decoder[f"{task}_head.1.bias"] -= values.mean((0, 2, 3))
-            decoder[f"{task}_head.1.bias"][0] += 1  # so that class 0 wins somewhere
-    load_parsing(model, encoder, decoder)
-    expected = reference.reference_labels(logits(), sizes, OBJECT_PARTS, mask_background=mask_background)
+    with_many_classes(model, encoder, decoder, pixels[0])
+    maps = [reference.reference_encoder(encoder, x) for x in pixels]
+    logits = [reference.reference_decoder(decoder, x, texture=texture) for x in maps]
+    expected = reference.reference_labels(logits, sizes, OBJECT_PARTS, mask_background=mask_background)
     found = model.parse(pixels if len(pixels) > 1 else pixels[0], sizes, mask_background=mask_background, top=3)
     occurring = {task: set() for task in ("object", "part", "material", "texture")}
     for ours, theirs in zip(found, expected, strict=True):
@@ -260,9 +269,7 @@ def test_shipped_tables() -> None:
     (found,), (expected,) = torch.autograd.grad(output.loss, pixels), torch.autograd.grad(loss, pixels)
     assert_close(found, expected)
 
-    # Without the mean of their logits, many objects win somewhere.
-    decoder["object_head.1.bias"] -= logits["object"].detach().mean((0, 2, 3))
-    load_parsing(model, encoder, decoder)
+    with_many_classes(model, encoder, decoder, pixels.detach())
     logits = reference.reference_decoder(
         decoder, reference.reference_encoder(encoder, pixels.detach()), texture=texture
     )
@@ -274,3 +281,27 @@ def test_shipped_tables() -> None:
         assert torch.equal(ours.parts, theirs["part"])
         assert len(ours.objects.unique()) > 30
         assert len(ours.parts.unique()) > 10
+
+
+def test_a_photo_at_several_sizes() -> None:
+    """The official demo: a photo is prepared at several sizes, and their probabilities are averaged."""
+    model, encoder, decoder, texture = model_and_states()
+    photo = np.random.default_rng(0).integers(0, 256, (60, 83, 3), dtype=np.uint8)
+    shorts = (30, 45, 70)
+    pixels = []
+    for short in shorts:
+        processor = UperNetImageProcessor.for_parsing(size={"shortest_edge": short, "longest_edge": 90})
+        pixels.append(processor(images=photo, return_tensors="pt").pixel_values.double())
+    prepared = [torch.from_numpy(reference.reference_input(photo, short, 90)).double()[None] for short in shorts]
+    assert [tuple(x.shape[2:]) for x in prepared] == [(32, 48), (48, 64), (72, 96)]
+    with_many_classes(model, encoder, decoder, prepared[0])
+    maps = [reference.reference_encoder(encoder, x) for x in prepared]
+    logits = [reference.reference_decoder(decoder, x, texture=texture) for x in maps]
+    size = (photo.shape[0], photo.shape[1])
+    (expected,) = reference.reference_labels(logits, [size], OBJECT_PARTS)
+    (found,) = model.parse(pixels, [size])
+    assert torch.equal(found.objects, expected["object"])
+    assert torch.equal(found.parts, expected["part"])
+    assert torch.equal(found.materials, expected["material"])
+    assert torch.equal(found.textures, expected["texture"])
+    assert found.scene[0][0] == int(expected["scene"].argmax())
