@@ -184,6 +184,11 @@ def cases() -> list[Case]:
     def argmax(heights: list[int], widths: list[int]) -> Callable[[torch.dtype], Any]:
         return lambda dtype: upsample_argmax.argmax(meta(1, 150, 128, 128, dtype=dtype), heights, widths, torch.int64)
 
+    def in_slices(dtype: torch.dtype) -> Any:
+        groups = torch.empty(1, 512, 512, dtype=torch.int64, device="meta")
+        logits = meta(1, 427, 128, 128, dtype=dtype)
+        upsample_argmax.argmax_in_slices(logits, [512], [512], groups, [0, 2, 26], [2, 26, 41], torch.int64)
+
     def loss(heights: list[int], widths: list[int], weighted: bool) -> Callable[[torch.dtype], Any]:
         def launch(dtype: torch.dtype) -> Any:
             logits = meta(1, 150, 128, 128, dtype=dtype)
@@ -206,6 +211,7 @@ def cases() -> list[Case]:
         Case("fold_norm", "", fold),
         Case("upsample_argmax", "", argmax([512], [512])),
         Case("upsample_argmax, two sizes", "", argmax([512, 683], [512, 1024])),
+        Case("upsample_argmax, in slices", "", in_slices),
         Case("upsample_cross_entropy", "", loss([512], [512], False)),
         Case("upsample_cross_entropy, two sizes", "", loss([512, 683], [512, 1024], False)),
         Case("upsample_cross_entropy, weights and smoothing", "", loss([512], [512], True)),

@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
+from fastuper.cli.convert import convert_checkpoint
 from fastuper.cli.evaluate import evaluate_model
+from fastuper.cli.parse import parse_photos
 from fastuper.cli.segment import segment_photos
 from fastuper.cli.streams import Streams
 from fastuper.cli.train import train_model
@@ -20,8 +22,10 @@ from fastuper.io.version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("segment")(segment_photos)
+app.command("parse")(parse_photos)
 app.command("train")(train_model)
 app.command("evaluate")(evaluate_model)
+app.command("convert")(convert_checkpoint)
 
 
 def _print_version(wanted: bool) -> None:
@@ -36,7 +40,7 @@ def _commands(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """UPerNet for semantic segmentation: the class of every pixel of a photo."""
+    """UPerNet: the class of every pixel of a photo; or its scene, objects, parts, materials and textures."""
 
 
 def main() -> None:

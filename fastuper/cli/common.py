@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -17,12 +17,19 @@ if TYPE_CHECKING:
     import torch
 
     from fastuper.data.processor import UperNetImageProcessor
+    from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
     from fastuper.models.upernet import UperNetForSemanticSegmentation
 
 # torch, and modules that import it, are imported inside functions, so that `--help` answers at once.
 
 EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 """Errors that bad input or a full machine can cause: a file, its values, torch out of memory, a full disk."""
+
+KINDS = {
+    "upernet": ("semantic segmentation", "segment"),
+    "unified_perceptual_parsing": ("Unified Perceptual Parsing", "parse"),
+}
+"""What a model is for, and the command that runs it on photos, by the `model_type` in config.json."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LayoutName = Literal["auto", "ade20k", "cityscapes", "folders"]
@@ -76,19 +83,14 @@ LayoutOption = Annotated[
 def load_model(
     model: str | None, device: str, dtype: Dtype
 ) -> tuple[UperNetForSemanticSegmentation, UperNetImageProcessor]:
-    """Load a checkpoint's network, in evaluation mode, and its image processor.
+    """Load a checkpoint for semantic segmentation, in evaluation mode, and its image processor.
 
     Without `model` the demo model of the package is loaded, and a line on stderr says so. If loading fails, the
     command ends with status 2.
     """
-    from safetensors import SafetensorError
-
-    from fastuper.data.processor import UperNetImageProcessor
-    from fastuper.io.hub import find_file
     from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.scenes.dataset import MODEL
 
-    chosen = choose_device(device)
     if model is None:
         typer.echo(
             "no --model: using the demo model, which only knows generated street scenes; for photos, give --model a "
@@ -98,8 +100,36 @@ def load_model(
         model = str(MODEL)
         if dtype == "auto":
             dtype = "float32"  # the weights are stored in bfloat16 to be small
+    return _load(UperNetForSemanticSegmentation, model, device, dtype)
+
+
+def load_parsing_model(
+    model: str, device: str, dtype: Dtype
+) -> tuple[UperNetForUnifiedPerceptualParsing, UperNetImageProcessor]:
+    """Load a checkpoint for Unified Perceptual Parsing, in evaluation mode, and its image processor.
+
+    If loading fails, the command ends with status 2.
+    """
+    from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
+
+    return _load(UperNetForUnifiedPerceptualParsing, model, device, dtype)
+
+
+def _load(network_class: Any, model: str, device: str, dtype: Dtype) -> tuple[Any, UperNetImageProcessor]:
+    from safetensors import SafetensorError
+
+    from fastuper.data.processor import UperNetImageProcessor
+    from fastuper.io.files import read_json
+    from fastuper.io.hub import find_file
+
+    chosen = choose_device(device)
     try:
-        network = UperNetForSemanticSegmentation.from_pretrained(model, dtype=dtype, device=chosen).eval()
+        config = find_file(model, "config.json")
+        kind = read_json(config).get("model_type") if config else None
+        for model_type, (task, command) in KINDS.items():
+            if kind == model_type != network_class.config_class.model_type:
+                raise ValueError(f"it is a model for {task}; use it with `fastuper {command}`")
+        network = network_class.from_pretrained(model, dtype=dtype, device=chosen).eval()
         if find_file(model, "preprocessor_config.json"):
             processor = UperNetImageProcessor.from_pretrained(model)
         else:

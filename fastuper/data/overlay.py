@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,9 +17,10 @@ from fastuper_kernels.dispatch.files import atomic_path
 OVERLAY_SIDE = 4096
 """The longest side of an overlay's photo. Larger photos are shrunk for the overlay; label maps keep their size."""
 
+_TINY = 96  # the longer side up to which tiny photos are enlarged
 _STRIP_LABELS = 1 << 20  # labels that are counted at a time
-_WHITE = (255, 255, 255)
-_INK = (32, 33, 36)
+WHITE = (255, 255, 255)
+INK = (32, 33, 36)
 _FAINT = (128, 132, 138)
 
 
@@ -32,7 +34,7 @@ def class_shares(labels: ArrayLike, num_classes: int) -> NDArray[np.float64]:
     Raises:
         ValueError: a label is out of range, or the map is empty.
     """
-    labels = _checked_labels(labels, num_classes)
+    labels = checked_labels(labels, num_classes)
     counts = np.zeros(num_classes, dtype=np.int64)
     # bincount copies its argument as int64: 8 bytes a label.
     rows = max(1, _STRIP_LABELS // labels.shape[1])
@@ -58,7 +60,7 @@ def save_label_png(labels: ArrayLike, palette: ArrayLike, path: str | os.PathLik
     palette = np.asarray(palette, dtype=np.uint8)
     if len(palette) > 65536:
         raise ValueError(f"{len(palette):,} classes do not fit in a 16-bit PNG (65,536 at most)")
-    labels = _checked_labels(labels, len(palette))
+    labels = checked_labels(labels, len(palette))
     if len(palette) > 256:
         image = Image.fromarray(labels.astype(np.uint16, copy=False))
     else:
@@ -68,7 +70,12 @@ def save_label_png(labels: ArrayLike, palette: ArrayLike, path: str | os.PathLik
         image.save(temporary, format="PNG")
 
 
-def _checked_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.integer]:
+def checked_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.integer]:
+    """Return a label map as an array, (H, W).
+
+    Raises:
+        ValueError: it is not a map of integers in [0, num_classes), or it is empty.
+    """
     array = np.asarray(labels)
     if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"a label map is (H, W) integers and not empty, got {array.dtype} of shape {array.shape}")
@@ -105,16 +112,16 @@ def overlay(
         ValueError: the sizes differ, or a label has no colour.
     """
     palette = np.asarray(palette, dtype=np.uint8)
-    labels = _checked_labels(labels, len(palette))
+    labels = checked_labels(labels, len(palette))
     if (photo.height, photo.width) != labels.shape:
         raise ValueError(f"the photo is {(photo.height, photo.width)} (height, width), its label map {labels.shape}")
     shares = class_shares(labels, len(palette))
     blended = blend(photo, labels, palette, alpha, max_side=max_side)
     font_size = max(13, round(max(blended.size) / 60))
-    panel = _legend(shares, id2label, palette, font_size, blended.height)
-    picture = Image.new("RGB", (blended.width + panel.width, max(blended.height, panel.height)), _WHITE)
+    legend = draw_legend(class_lines(shares, id2label, palette, font_size, blended.height), font_size)
+    picture = Image.new("RGB", (blended.width + legend.width, max(blended.height, legend.height)), WHITE)
     picture.paste(blended, (0, (picture.height - blended.height) // 2))
-    picture.paste(panel, (blended.width, (picture.height - panel.height) // 2))
+    picture.paste(legend, (blended.width, (picture.height - legend.height) // 2))
     return picture
 
 
@@ -122,63 +129,94 @@ def blend(
     photo: Image.Image, labels: ArrayLike, palette: ArrayLike, alpha: float = 0.55, *, max_side: int = OVERLAY_SIDE
 ) -> Image.Image:
     """Return the photo under the class colours, without a legend; for the arguments see `overlay`."""
+    return tinted(resized(photo, max_side, _TINY), labels, palette, alpha)
+
+
+def tinted(shown: Image.Image, labels: ArrayLike, palette: ArrayLike, alpha: float = 0.55) -> Image.Image:
+    """Return a picture, of any size, under the class colours of a label map; for the arguments see `overlay`."""
     palette = np.asarray(palette, dtype=np.uint8)
     labels = np.asarray(labels)
-    size = _shown_size(photo.size, max_side)
-    if size != photo.size:
-        enlarged = size > photo.size
-        rows = np.arange(size[1]) * photo.height // size[1]
-        columns = np.arange(size[0]) * photo.width // size[0]
+    if labels.shape != (shown.height, shown.width):
+        rows = np.arange(shown.height) * labels.shape[0] // shown.height
+        columns = np.arange(shown.width) * labels.shape[1] // shown.width
         labels = labels[rows[:, None], columns]
-        photo = photo.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
-    return Image.blend(photo, Image.fromarray(palette[labels]), alpha)
+    return Image.blend(shown, Image.fromarray(palette[labels]), alpha)
 
 
-def _shown_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    width, height = size
-    longest = max(size)
+def resized(photo: Image.Image, max_side: int, min_side: int) -> Image.Image:
+    """Return a photo as it is shown.
+
+    Args:
+        photo: the photo.
+        max_side: a photo whose longer side exceeds this number of pixels is shrunk to it.
+        min_side: a smaller photo is enlarged by the largest whole factor that keeps its longer side within this number.
+    """
+    width, height = photo.size
+    longest = max(photo.size)
     if longest > max_side:
-        return max(1, round(width * max_side / longest)), max(1, round(height * max_side / longest))
-    factor = max(1, 96 // longest)
-    return width * factor, height * factor
+        size = max(1, round(width * max_side / longest)), max(1, round(height * max_side / longest))
+        return photo.resize(size, Image.Resampling.BOX)
+    factor = max(1, min_side // longest)
+    return photo if factor == 1 else photo.resize((width * factor, height * factor), Image.Resampling.NEAREST)
 
 
-def _legend(
+class LegendLine(NamedTuple):
+    """A line of a legend: a class's name and share, and its colour; None if it has no colour."""
+
+    name: str
+    share: float
+    colour: tuple[int, ...] | None
+
+
+def class_lines(
     shares: NDArray[np.float64], id2label: Mapping[int, str], palette: NDArray[np.uint8], font_size: int, height: int
-) -> Image.Image:
-    """Draw the legend beside a photo of this height: 4 to 12 lines, as they fit; the last line sums up the rest."""
-    font = ImageFont.load_default(size=font_size)
-    line = round(font_size * 1.6)
-    margin = round(font_size * 1.1)
+) -> list[LegendLine]:
+    """Return the lines of the classes that occur: 4 to 12, as they fit the height; the last sums up the rest."""
     present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
-    most = min(12, max(4, (height - 2 * margin) // line))
+    most = min(12, max(4, (height - 2 * _margin(font_size)) // _line_height(font_size)))
     shown = present if len(present) <= most else present[: most - 1]
     others = present[len(shown) :]
-
-    lines: list[tuple[str, float, tuple[int, ...] | None]] = [
-        (_legend_name(id2label, index), float(shares[index]), tuple(palette[index].tolist())) for index in shown
+    lines = [
+        LegendLine(legend_name(id2label, index), float(shares[index]), tuple(palette[index].tolist()))
+        for index in shown
     ]
-    if others:
-        lines.append((f"{len(others)} others", float(shares[others].sum()), None))
+    return lines + [LegendLine(f"{len(others)} others", float(shares[others].sum()), None)] * bool(others)
+
+
+def draw_legend(lines: Sequence[LegendLine], font_size: int) -> Image.Image:
+    """Draw a legend. If no line has a colour, there is no room for colours."""
+    font = ImageFont.load_default(size=font_size)
+    line, margin = _line_height(font_size), _margin(font_size)
     names = [_shortened(name, font, 14 * font_size) for name, _, _ in lines]
     percents = [format_share(share) for _, share, _ in lines]
+    coloured = any(colour for _, _, colour in lines)
     swatch = round(font_size * 1.1)
-    name_left = margin + swatch + round(font_size * 0.6)
+    name_left = margin + (swatch + round(font_size * 0.6) if coloured else 0)
     name_width = max(font.getlength(name) for name in names)
     right = round(name_left + name_width + font_size * 1.5 + max(font.getlength(percent) for percent in percents))
 
-    panel = Image.new("RGB", (right + margin, len(lines) * line + 2 * margin), _WHITE)
+    panel = Image.new("RGB", (right + margin, len(lines) * line + 2 * margin), WHITE)
     draw = ImageDraw.Draw(panel)
     for position, (name, percent, (_, _, colour)) in enumerate(zip(names, percents, lines, strict=True)):
         middle = margin + position * line + line // 2
-        box = (margin, middle - swatch // 2, margin + swatch, middle - swatch // 2 + swatch)
-        draw.rounded_rectangle(box, radius=swatch // 5, fill=colour, outline=_FAINT)
-        draw.text((name_left, middle), name, font=font, fill=_INK if colour else _FAINT, anchor="lm")
-        draw.text((right, middle), percent, font=font, fill=_INK if colour else _FAINT, anchor="rm")
+        ink = INK if colour or not coloured else _FAINT
+        if coloured:
+            box = (margin, middle - swatch // 2, margin + swatch, middle - swatch // 2 + swatch)
+            draw.rounded_rectangle(box, radius=swatch // 5, fill=colour, outline=_FAINT)
+        draw.text((name_left, middle), name, font=font, fill=ink, anchor="lm")
+        draw.text((right, middle), percent, font=font, fill=ink, anchor="rm")
     return panel
 
 
-def _legend_name(id2label: Mapping[int, str], index: int) -> str:
+def _line_height(font_size: int) -> int:
+    return round(font_size * 1.6)
+
+
+def _margin(font_size: int) -> int:
+    return round(font_size * 1.1)
+
+
+def legend_name(id2label: Mapping[int, str], index: int) -> str:
     """Return a class's name in ASCII, the characters of Pillow's built-in font; `class N` if no letter is left."""
     decomposed = unicodedata.normalize("NFKD", class_name(id2label, index))
     name = "".join(letter for letter in decomposed if not unicodedata.combining(letter))

@@ -18,6 +18,9 @@ from fastuper.io.messages import shown
 TASKS = ("scene", "object", "part", "material", "texture")
 """The tasks of Unified Perceptual Parsing, in the order of every table, configuration and output."""
 
+WITH_BACKGROUND = ("object", "part", "material")
+"""The tasks whose class 0 means that a pixel has no label."""
+
 
 @lru_cache(maxsize=1)
 def _tables() -> tuple[dict[str, list[str]], dict[int, tuple[int, ...]]]:

@@ -23,6 +23,7 @@ import PIL.Image
 import torch
 from torch.nn import functional as F
 
+from fastuper.data.bilinear import interpolate
 from fastuper.data.images import (
     ImageError,
     as_grey,
@@ -66,8 +67,20 @@ MORE_OPTIONS = (
     "device",
     "data_format",
     "input_data_format",
+    "size_divisor",
+    "antialias",
+    "do_flip_channel_order",
 )
-FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_reduce_labels", "do_convert_rgb", "default_to_square")
+FLAGS = (
+    "do_resize",
+    "do_rescale",
+    "do_normalize",
+    "do_reduce_labels",
+    "do_convert_rgb",
+    "default_to_square",
+    "antialias",
+    "do_flip_channel_order",
+)
 LAYOUTS = (None, "channels_first", "channels_last")
 # Options of Transformers' class without an effect there or here; the others must be empty or False.
 NO_EFFECT = ("disable_grouping", "image_seq_length")
@@ -86,9 +99,12 @@ READ_TYPES = (
     "UperNetImageProcessor",
 )
 WRITTEN_TYPE = "SegformerImageProcessor"
+# The type of a file with options that Transformers' class lacks: it would ignore them, and give other pixels.
+OWN_TYPE = "UperNetImageProcessor"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CAFFE_MEAN_BGR = (102.9801, 115.9465, 122.7717)
 
 # The number of rows of 8-bit pixels that are looked up in a table at a time.
 ROWS = 64
@@ -115,6 +131,9 @@ class UperNetImageProcessorKwargs(TypedDict, total=False):
     device: torch.device | str | int | None
     data_format: str | None
     input_data_format: str | None
+    size_divisor: int | None
+    antialias: bool | None
+    do_flip_channel_order: bool | None
 
 
 class BatchFeature(UserDict[str, Any]):
@@ -197,6 +216,8 @@ class UperNetImageProcessor:
     - Segmentation maps may hold labels outside 0 to 255 (int32) and may be given as files, and `do_reduce_labels`
       does not change the caller's array. Boolean maps become 0 and 1.
     - The old name `reduce_labels`, which Transformers ignores today, means `do_reduce_labels`.
+    - `size_divisor`, `antialias` and `do_flip_channel_order` are options that Transformers' class lacks. A file with
+      one of them names `UperNetImageProcessor`, which Transformers refuses.
 
     Args:
         do_resize: resize images and maps to `size`.
@@ -218,6 +239,13 @@ class UperNetImageProcessor:
         device: for calls that do not say it.
         data_format: for calls that do not say it.
         input_data_format: for calls that do not say it.
+        size_divisor: round both sides up to a multiple of this number; the image is stretched, not padded. Before that,
+            the size of `shortest_edge` is truncated as in Unified Perceptual Parsing, see
+            `fastuper.data.sizes.output_size`.
+        antialias: False to interpolate between four pixels, also where an image shrinks, as OpenCV's `INTER_LINEAR`
+            does; `resample` must then be bilinear. Otherwise Pillow resizes.
+        do_flip_channel_order: True to reverse the three channels of the result, RGB to BGR; `image_mean` and
+            `image_std` are in the result's order.
         **ignored: arguments of Transformers' classes, at the values that do nothing.
 
     Each option is an attribute. A subclass may define class attributes, which replace the defaults.
@@ -268,6 +296,9 @@ class UperNetImageProcessor:
         device: torch.device | str | int | None = None,
         data_format: str | None = None,
         input_data_format: str | None = None,
+        size_divisor: int | None = None,
+        antialias: bool | None = None,
+        do_flip_channel_order: bool | None = None,
         **ignored: Any,
     ) -> None:
         _check_overrides(type(self).__name__, ignored, ())
@@ -296,6 +327,13 @@ class UperNetImageProcessor:
         self.device = device
         self.data_format = _checked_choice("data_format", data_format, LAYOUTS)
         self.input_data_format = _checked_choice("input_data_format", input_data_format, LAYOUTS)
+        if size_divisor is not None:
+            check_bounds({"size_divisor": size_divisor})
+        self.size_divisor = size_divisor
+        self.antialias = antialias
+        if antialias is False and self.resample != PIL.Image.Resampling.BILINEAR:
+            raise ValueError(f"antialias=False is bilinear, and resample is {self.resample}; leave out one of them")
+        self.do_flip_channel_order = do_flip_channel_order
         # Unknown keys of the configuration file: `save_pretrained` writes them again.
         self.extra: dict[str, Any] = {}
         if self.do_normalize:
@@ -303,6 +341,30 @@ class UperNetImageProcessor:
                 raise ValueError(f"image_std is {self.image_std}; a zero in it would divide by zero")
             if _length(self.image_mean) and _length(self.image_std) not in (None, _length(self.image_mean)):
                 raise ValueError(f"image_mean {self.image_mean} and image_std {self.image_std} differ in length")
+
+    @classmethod
+    def for_parsing(cls, **options: Any) -> UperNetImageProcessor:
+        """Return the preprocessing of Unified Perceptual Parsing's official code (CSAILVision/unifiedparsing).
+
+        The shorter side becomes 450 and the longer at most 1000; both are rounded up to a multiple of 8. The pixels are
+        OpenCV's, 0 to 255, in the order BGR, less Caffe's means.
+
+        Args:
+            **options: constructor arguments, in place of these.
+
+        Raises:
+            TypeError, ValueError: an option is of a wrong type or out of range; the message names it.
+        """
+        official: dict[str, Any] = {
+            "size": {"shortest_edge": 450, "longest_edge": 1000},
+            "size_divisor": 8,
+            "antialias": False,
+            "do_flip_channel_order": True,
+            "do_rescale": False,
+            "image_mean": CAFFE_MEAN_BGR,
+            "image_std": (1.0, 1.0, 1.0),
+        }
+        return cls(**{**official, **options})
 
     @classmethod
     def from_pretrained(
@@ -409,11 +471,16 @@ class UperNetImageProcessor:
         return cls.from_dict(read_json(Path(json_file)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `preprocessor_config.json`; Transformers loads it as `SegformerImageProcessor`."""
+        """Return the content of `preprocessor_config.json`.
+
+        Transformers loads it as `SegformerImageProcessor`, unless an option is set that this class lacks.
+        """
         more = {name: getattr(self, name) for name in MORE_OPTIONS if vars(self).get(name) is not None}
         if "device" in more:
             more["device"] = str(more["device"])
-        options = {**self.extra, **self._options(OPTIONS), **more, "image_processor_type": WRITTEN_TYPE}
+        own = self.size_divisor is not None or self.antialias is False or self.do_flip_channel_order
+        kind = OWN_TYPE if own else WRITTEN_TYPE
+        options = {**self.extra, **self._options(OPTIONS), **more, "image_processor_type": kind}
         return {**options, "size": dict(options["size"])}
 
     def to_json_string(self) -> str:
@@ -609,7 +676,9 @@ class UperNetImageProcessor:
         Raises:
             ValueError: `size` does not say, or a side would have no pixels.
         """
-        return output_size(checked_size(self.size), height, width) if self.do_resize else (height, width)
+        if not self.do_resize:
+            return height, width
+        return output_size(checked_size(self.size), height, width, self.size_divisor)
 
     def resize(
         self, image: np.ndarray, size: Mapping[str, int], resample: int | None = None, **ignored: Any
@@ -750,6 +819,10 @@ class UperNetImageProcessor:
             pixels = _pil_channels_first(image)
         else:
             pixels = image
+        if self.do_flip_channel_order:
+            if len(pixels) != 3:
+                raise ValueError(f"{name} has {len(pixels)} channels; do_flip_channel_order reverses three, RGB to BGR")
+            pixels = pixels[::-1]
         if not (self.do_rescale or self.do_normalize):
             return np.array(pixels, order="C")
         if pixels.dtype != np.uint8:
@@ -780,6 +853,11 @@ class UperNetImageProcessor:
     def _resize(self, name: str, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
         """Resize to (C, height, width) in 8 bits: uint8, or float32 for an image with values from 0 to 1."""
         size = self._pillow_size(name, image)
+        if self.antialias is False:
+            array = _pil_channels_first(image) if isinstance(image, PIL.Image.Image) else image
+            levels, fractions = _eight_bits(name, array)
+            resized = interpolate(levels, size[1], size[0])
+            return _rescale(resized, 1 / 255) if fractions else resized
         resample = PIL.Image.Resampling(self.resample)
         if isinstance(image, PIL.Image.Image):
             return _pil_channels_first(image.resize(size, resample))
@@ -797,7 +875,7 @@ class UperNetImageProcessor:
         """Return the (width, height) to which an image is resized."""
         height, width = _height_width(image)
         try:
-            height, width = output_size(self.size, height, width)
+            height, width = output_size(self.size, height, width, self.size_divisor)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         return width, height

@@ -58,8 +58,16 @@ def checked_size(size: Any, square: bool = True) -> SizeDict:
     return result
 
 
-def output_size(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
-    """Return the (height, width) to which an image is resized, rounded as in Transformers.
+def output_size(size: Mapping[str, int], height: int, width: int, divisor: int | None = None) -> tuple[int, int]:
+    """Return the (height, width) to which an image is resized.
+
+    Args:
+        size: one of the forms of `HELP`.
+        height: of the image.
+        width: of the image.
+        divisor: None to round as Transformers does. Otherwise the rule of Unified Perceptual Parsing's official code:
+            with "shortest_edge", one factor for both sides, `min(shortest_edge / short, longest_edge / long)`, and
+            both products truncated. Each side, of every form, is then rounded up to a multiple of `divisor`.
 
     Raises:
         ValueError: the size does not say, or a side would have no pixels.
@@ -69,6 +77,12 @@ def output_size(size: Mapping[str, int], height: int, width: int) -> tuple[int, 
         result = size["height"], size["width"]
     elif "max_height" in size:
         scale = min(size["max_height"] / height, size["max_width"] / width)
+        result = int(height * scale), int(width * scale)
+    elif "shortest_edge" in size and divisor is not None:
+        # In floating point, as there: 600 / 900 * 900 may be just below 600.
+        scale = size["shortest_edge"] / short
+        if size.get("longest_edge") is not None:
+            scale = min(scale, size["longest_edge"] / long)
         result = int(height * scale), int(width * scale)
     elif "shortest_edge" in size:
         edge = size["shortest_edge"]
@@ -83,6 +97,8 @@ def output_size(size: Mapping[str, int], height: int, width: int) -> tuple[int, 
         result = (edge, other) if height <= width else (other, edge)
     else:
         raise ValueError(f"images cannot be resized to the size {dict(size)}; give {HELP}")
+    if divisor is not None:
+        result = -(-result[0] // divisor) * divisor, -(-result[1] // divisor) * divisor
     if min(result) < 1:
         raise ValueError(f"{height} x {width} (height x width) would have no pixels at the size {dict(size)}")
     return result

@@ -1,4 +1,4 @@
-"""Evaluation of a model on a dataset: the confusion matrix, its measures and reports."""
+"""Evaluation of a model on a dataset: the confusion matrix, its measures and reports; the measures of parsing."""
 
 from fastuper_kernels.dispatch.lazy import lazy_names
 
@@ -6,9 +6,11 @@ TYPE_CHECKING = False  # type checkers take the name for `typing.TYPE_CHECKING`,
 if TYPE_CHECKING:
     from fastuper.evaluation.confusion import ConfusionMatrix
     from fastuper.evaluation.loop import check_classes, class_names, evaluate
+    from fastuper.evaluation.parsing import ParsingMetrics
 
 __all__ = [
     "ConfusionMatrix",
+    "ParsingMetrics",
     "check_classes",
     "class_names",
     "evaluate",
@@ -19,6 +21,7 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
         __name__,
         {
             "ConfusionMatrix": "fastuper.evaluation.confusion",
+            "ParsingMetrics": "fastuper.evaluation.parsing",
             "check_classes": "fastuper.evaluation.loop",
             "class_names": "fastuper.evaluation.loop",
             "evaluate": "fastuper.evaluation.loop",

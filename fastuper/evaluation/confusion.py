@@ -66,7 +66,7 @@ class ConfusionMatrix:
         Raises:
             ValueError: the shapes differ, or values are out of range. Then no pixel of this call is counted.
         """
-        predictions, labels = (_tensor(x).to(self.matrix.device) for x in (predictions, labels))
+        predictions, labels = (as_tensor(x).to(self.matrix.device) for x in (predictions, labels))
         if predictions.shape != labels.shape:
             raise ValueError(
                 f"predictions are {tuple(predictions.shape)}, labels {tuple(labels.shape)}: they must agree"
@@ -153,7 +153,8 @@ class ConfusionMatrix:
         report.save_picture(self, path)
 
 
-def _tensor(values: torch.Tensor | NDArray[np.integer]) -> torch.Tensor:
+def as_tensor(values: torch.Tensor | NDArray[np.integer]) -> torch.Tensor:
+    """Return an array of integers as a tensor of its own memory, and a tensor itself."""
     if isinstance(values, torch.Tensor):
         return values
     # The array is copied: PyTorch takes no negative strides and warns of read-only arrays. It has few operations for

@@ -24,16 +24,16 @@ def to_dict(matrix: ConfusionMatrix) -> dict[str, Any]:
     """Return the means, a list of the classes, and the matrix, as JSON types; NaN becomes None."""
     columns = zip(matrix.iou.tolist(), matrix.accuracy.tolist(), matrix.pixels.tolist(), strict=True)
     return {
-        "mean_iou": _json_number(matrix.mean_iou),
-        "mean_accuracy": _json_number(matrix.mean_accuracy),
-        "pixel_accuracy": _json_number(matrix.pixel_accuracy),
+        "mean_iou": json_number(matrix.mean_iou),
+        "mean_accuracy": json_number(matrix.mean_accuracy),
+        "pixel_accuracy": json_number(matrix.pixel_accuracy),
         "pixels": int(matrix.pixels.sum()),
         "classes": [
             {
                 "id": index,
                 "name": class_name(matrix.id2label, index),
-                "iou": _json_number(iou),
-                "accuracy": _json_number(accuracy),
+                "iou": json_number(iou),
+                "accuracy": json_number(accuracy),
                 "pixels": pixels,
             }
             for index, (iou, accuracy, pixels) in enumerate(columns)
@@ -167,7 +167,8 @@ def figure(matrix: ConfusionMatrix) -> Any:
     return drawn
 
 
-def _json_number(value: float) -> float | None:
+def json_number(value: float) -> float | None:
+    """Return the number, None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value
 
 

@@ -3,17 +3,19 @@
 A line is appended, and flushed to the disk, after the photo's files are in place. Its fields:
 
 - photo: the photo's path, absolute, with links to folders resolved.
+- command: the command that wrote the line, "segment" or "parse".
 - bytes, sha256: the size and the SHA-256 of the photo's file; null if it could not be read.
 - width, height: the photo's size in pixels, upright; null if it failed.
 - model: the SHA-256 of weights, configuration and image processor (`model_digest`).
 - options: everything else that changes the result.
 - version: the version of this library.
 - outputs: the size and the SHA-256 of each file that was written, by its name in the folder; {} if the photo failed.
-- shares: the classes that occur, by descending share: class number, name, and share of the pixels; [] if it failed.
+- shares: the classes that occur, by descending share: class number, name, and share of the pixels; [] if it failed. Of
+  "parse", the classes of objects; [] if no objects were asked for.
 - error: the reason why the photo failed, or null.
 
 Each line says all about its photo, in any order with other lines: files of several processes can be concatenated. If a
-photo has several lines, the last line without an error counts.
+photo has several lines of a command, the last line without an error counts.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ except ImportError:  # Windows: two runs at once in one folder are not kept apar
 
 if TYPE_CHECKING:
     from fastuper.data.processor import UperNetImageProcessor
-    from fastuper.models.upernet import UperNetForSemanticSegmentation
+    from fastuper.models.model_methods import ModelMethods
 
 RESULTS = "results.jsonl"
 PENDING = ".results.pending"
@@ -58,7 +60,7 @@ class Content(NamedTuple):
 
 
 class Maker(NamedTuple):
-    """What makes label maps.
+    """What makes results.
 
     Attributes:
         model: `model_digest` of the model and its image processor.
@@ -72,6 +74,7 @@ class Maker(NamedTuple):
 class _Line(NamedTuple):
     """A line of a photo that has results; `start` is its place in the file."""
 
+    command: str
     photo: str
     start: int
     content: Content
@@ -84,15 +87,17 @@ class Results:
 
     Args:
         folder: the folder, which exists.
+        command: the command that runs. The results of other commands stay as they are.
         notify: is called with a message: for each damaged line, and if another run has to end first.
 
     Raises:
         OSError: `results.jsonl` cannot be read and written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], notify: Callable[[str], None]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], command: str, notify: Callable[[str], None]) -> None:
         self.folder = Path(folder)
-        self._lines: dict[str, _Line] = {}  # by photo
+        self.command = command
+        self._lines: dict[str, _Line] = {}  # of this command, by photo
         self._owners: dict[str, str] = {}  # photos by the names of their files
         self._begun: set[str] = set()  # names of files that no line names yet
         self._pending: Any = None
@@ -134,16 +139,23 @@ class Results:
 
         Args:
             photos: the photos, from `identity`.
-            endings: the end of each name.
+            endings: the end of each name, of all files that the command can write.
             avoid: paths that are no results: the photos of this run.
         """
         self._find_moved(photos)
         folder = os.path.realpath(self.folder)
+
+        def usable(names: Sequence[str]) -> bool:
+            return not any(os.path.join(folder, name) in avoid for name in names) and all(
+                name in self._owners or not os.path.lexists(self.folder / name) for name in names
+            )
+
         known = {}
         for photo in photos:
             outputs = self._lines[photo].outputs if photo in self._lines else {}
-            names = [next((name for name in outputs if name.endswith(ending)), "") for ending in endings]
-            if all(names) and not any(os.path.join(folder, name) in avoid for name in names):
+            stems = [name.removesuffix(ending) for name in outputs for ending in endings if name.endswith(ending)]
+            names = [f"{stem}{ending}" for stem in stems[:1] for ending in endings]
+            if names and usable(names):
                 known[photo] = names
         # In lower case: on some file systems A.png and a.png are one file.
         taken = {name.casefold() for names in known.values() for name in names}
@@ -153,10 +165,7 @@ class Results:
             while photo not in known:
                 numbers[stem.casefold()] += 1
                 names = _numbered(stem, numbers[stem.casefold()], endings)
-                free = (name in self._owners or not os.path.lexists(self.folder / name) for name in names)
-                if not any(name.casefold() in taken or os.path.join(folder, name) in avoid for name in names) and all(
-                    free
-                ):
+                if usable(names) and not any(name.casefold() in taken for name in names):
                     known[photo] = names
                     taken.update(name.casefold() for name in names)
         return [known[photo] for photo in photos]
@@ -201,6 +210,8 @@ class Results:
     ) -> None:
         """Append a photo's line; its files, `names`, are flushed to the disk first.
 
+        Files of earlier results that these results replace, and that are not among the names, are removed.
+
         Args:
             photo: the photo, from `identity`.
             content: the content of the photo's file; None if it could not be read.
@@ -219,6 +230,7 @@ class Results:
         start = self._append(
             {
                 "photo": photo,
+                "command": self.command,
                 "bytes": content and content.bytes,
                 "sha256": content and content.sha256,
                 "width": size and size[1],
@@ -232,7 +244,9 @@ class Results:
             }
         )
         if content is not None and error is None:
-            self._remember(_Line(photo, start, content, maker, outputs))
+            for name in self._remember(_Line(self.command, photo, start, content, maker, outputs)):
+                with suppress(OSError):  # the file stays, and no line names it
+                    (self.folder / name).unlink(missing_ok=True)
         self._begun.difference_update(names)
 
     def drop(self, names: Sequence[str]) -> None:
@@ -283,13 +297,20 @@ class Results:
             )
             notify(f"{name_of(self.folder / RESULTS)}: line {damaged[0]} {what}")
 
-    def _remember(self, line: _Line) -> None:
-        for name in line.outputs:
-            owner = self._owners.get(name, line.photo)
-            if owner != line.photo:  # the photo was moved, or its file was replaced by another photo's
-                self._lines.pop(owner, None)
-            self._owners[name] = line.photo
+    def _remember(self, line: _Line) -> list[str]:
+        """Let a line replace earlier lines; return the names of their files that no line names now."""
+        if line.command != self.command:
+            self._owners.update(dict.fromkeys(line.outputs, line.photo))
+            return []
+        # The photo has new results, or it was moved, or its file was replaced by another photo's.
+        replaced = {line.photo, *(self._owners[name] for name in line.outputs if name in self._owners)}
+        earlier = [self._lines.pop(photo) for photo in replaced if photo in self._lines]
+        stale = [name for old in earlier for name in old.outputs if name not in line.outputs]
+        for name in stale:
+            self._owners.pop(name, None)
+        self._owners.update(dict.fromkeys(line.outputs, line.photo))
         self._lines[line.photo] = line
+        return stale
 
     def _find_moved(self, photos: Sequence[str]) -> None:
         """Append the lines of photos that were moved once more, with their new paths."""
@@ -369,7 +390,7 @@ def content_of(path: str | os.PathLike[str]) -> Content:
         return Content(*file_digest(file))
 
 
-def model_digest(model: UperNetForSemanticSegmentation, processor: UperNetImageProcessor) -> str:
+def model_digest(model: ModelMethods, processor: UperNetImageProcessor) -> str:
     """Return the SHA-256 of a model's weights and configuration and of its image processor.
 
     It does not depend on the place or the format of the checkpoint. The dtype that the weights were loaded in counts.
@@ -405,15 +426,15 @@ def _parsed(text: bytes, start: int) -> _Line | None:
     """
     try:
         record = json.loads(text)
-        if not isinstance(record["photo"], str):
-            raise ValueError("the photo has no name")
+        if not (isinstance(record["photo"], str) and isinstance(record["command"], str)):
+            raise ValueError("the photo or the command has no name")
         if record["error"] is not None:
             return None
         outputs = {name: _typed_content(output) for name, output in record["outputs"].items()}
         if not all(map(_is_file_name, outputs)):
             raise ValueError("an output is outside the folder")
         maker = Maker(record["model"], record["options"])
-        return _Line(record["photo"], start, _typed_content(record), maker, outputs)
+        return _Line(record["command"], record["photo"], start, _typed_content(record), maker, outputs)
     except (RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError("not a line") from error
 

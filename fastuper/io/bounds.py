@@ -137,6 +137,7 @@ BOUNDS: dict[str, Bound] = {
     "width": _whole(1, WIDEST),
     "shortest_edge": _whole(1, WIDEST),
     "longest_edge": _whole(1, WIDEST),
+    "size_divisor": _whole(1, WIDEST),
     "max_height": _whole(1, WIDEST),
     "max_width": _whole(1, WIDEST),
     "rescale_factor": Bound(kind=float, more_than=0, at_most=10**6),

@@ -7,6 +7,7 @@ largest mean of their probabilities.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch.nn import functional as F
@@ -48,7 +49,7 @@ def class_map(
         raise ValueError(f"first must be one of the {logits[0].shape[1]} classes, got {first}")
     if is_eager() and is_ordinary(*logits):
         return vote(logits, size, dtype, first)
-    votes = torch.stack([_resampled(scale, size).softmax(1) for scale in logits]).sum(0)
+    votes = reduce(torch.add, (_resampled(scale, size).softmax(1) for scale in logits))
     return (votes[:, first:].argmax(1) + first).to(dtype)
 
 
@@ -107,8 +108,8 @@ def _positions(
     check_groups(objects, spans, 0, logits[0], size)
     if is_eager() and is_ordinary(*logits, objects):
         return argmax_in_slices(logits, [size], objects, spans, dtype)
-    votes = [in_slices(_resampled(scale, size), objects, spans).softmax(1) for scale in logits]
-    return torch.stack(votes).sum(0).argmax(1).to(dtype)
+    votes = reduce(torch.add, (in_slices(_resampled(scale, size), objects, spans).softmax(1) for scale in logits))
+    return votes.argmax(1).to(dtype)
 
 
 def _named(positions: torch.Tensor, objects: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,6 @@ POOLINGS = ("precise_roi", "adaptive")
 LOSS_WEIGHTS = {"scene": 0.25, "object": 1.0, "part": 0.5, "material": 1.0, "texture": 1.0}
 """The weights of the tasks' losses: the official code's, which has no texture loss, and 1 for textures."""
 
-WITH_BACKGROUND = ("object", "part", "material")
-"""The tasks whose class 0 means that a pixel has no label."""
-
 WEIGHT = Bound(kind=float, at_least=0, at_most=1000)
 
 
@@ -164,7 +161,7 @@ class UnifiedPerceptualParsingConfig(PyramidConfig):
         return len(self.labels[task])
 
     @property
-    def id2label(self) -> dict[int, str]:  # type: ignore[override]
+    def id2label(self) -> dict[int, str]:
         """The names of the objects by their numbers; of the first of `tasks` where there are no objects."""
         task = "object" if "object" in self.tasks else self.tasks[0]
         return dict(enumerate(self.labels[task]))
@@ -175,7 +172,7 @@ class UnifiedPerceptualParsingConfig(PyramidConfig):
             raise ValueError("the names of this model's classes are in labels, by task: give labels= and no id2label")
 
     @property
-    def label2id(self) -> dict[str, int]:  # type: ignore[override]
+    def label2id(self) -> dict[str, int]:
         """The numbers of the names in `id2label`."""
         return {name: number for number, name in self.id2label.items()}
 

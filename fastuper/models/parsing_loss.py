@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fastuper.data.parsing_labels import WITH_BACKGROUND
 from fastuper.io.messages import listed, shown
-from fastuper.models.parsing_configuration import WITH_BACKGROUND, UnifiedPerceptualParsingConfig
+from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
 from fastuper_kernels import upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager
 

@@ -10,11 +10,15 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
+from fastuper.data.bilinear import interpolate
 from fastuper.data.processor import BatchFeature, UperNetImageProcessor
 
 MEAN = np.array([0.485, 0.456, 0.406])
@@ -587,3 +591,137 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_the_old_name_of_do_reduce_labels_overrides_too(tmp_path):
     UperNetImageProcessor().save_pretrained(tmp_path)
     assert UperNetImageProcessor.from_pretrained(tmp_path, reduce_labels=True).do_reduce_labels
+
+
+# The preprocessing of Unified Perceptual Parsing ---------------------------------------------------------------------
+
+
+def official(image, short=450, longest=1000, multiple=8):
+    """The official code's steps: cv2's bilinear filter, BGR, levels from 0 to 255, Caffe's means."""
+    height, width = image.shape[:2]
+    scale = min(short / float(min(height, width)), longest / float(max(height, width)))
+    height, width = (((int(side * scale) - 1) // multiple + 1) * multiple for side in (height, width))
+    image = cv2.resize(np.ascontiguousarray(image[:, :, ::-1]), (width, height)).astype(np.float32)
+    return image.transpose(2, 0, 1) - np.array([102.9801, 115.9465, 122.7717], np.float32)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [
+        (512, 683, (456, 600)),
+        (683, 512, (600, 456)),
+        (300, 900, (336, 1000)),  # the longer side is capped
+        (225, 331, (456, 664)),  # enlarged
+        (900, 1200, (456, 600)),  # both sides become exactly half: cv2 takes the mean
+        (456, 608, (456, 600)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["array", "PIL", "file"])
+def test_parsing_has_the_official_pixels(height, width, size, kind, tmp_path):
+    image = noise(height, width, 3)
+    given = {"array": image, "PIL": Image.fromarray(image), "file": tmp_path / "a.png"}[kind]
+    if kind == "file":
+        Image.fromarray(image).save(given)
+    processor = UperNetImageProcessor.for_parsing()
+    values = only(processor(given))
+    assert values.shape == (3, *size)
+    assert processor.output_size(height, width) == size
+    np.testing.assert_array_equal(values, official(image), strict=True)
+
+
+@pytest.mark.parametrize("short", [300, 400, 500, 600])
+def test_the_scales_of_the_official_demo(short):
+    image = noise(333, 500, 3)
+    values = only(UperNetImageProcessor.for_parsing()(image, size={"shortest_edge": short, "longest_edge": 1000}))
+    np.testing.assert_array_equal(values, official(image, short), strict=True)
+
+
+@given(*[st.integers(1, 70)] * 4, st.sampled_from([1, 3, 5]))
+@example(40, 60, 20, 30, 3)
+@example(20, 60, 20, 31, 1)
+@example(1, 1, 7, 9, 3)
+def test_interpolation_is_opencvs(height, width, rows, columns, channels):
+    image = noise(height, width, channels)
+    expected = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR).reshape(rows, columns, channels)
+    np.testing.assert_array_equal(interpolate(np.moveaxis(image, -1, 0), rows, columns), np.moveaxis(expected, -1, 0))
+
+
+@given(st.integers(30, 3000), st.integers(30, 3000), st.integers(100, 800), st.integers(100, 1500), st.integers(1, 64))
+@example(333, 500, 600, 1000, 1)
+def test_sizes_are_truncated_and_rounded_up(height, width, short, longest, multiple):
+    size = {"shortest_edge": short, "longest_edge": longest}
+    scale = min(short / float(min(height, width)), longest / float(max(height, width)))
+    expected = tuple(((int(side * scale) - 1) // multiple + 1) * multiple for side in (height, width))
+    processor = UperNetImageProcessor(size=size, size_divisor=multiple)
+    if min(expected) < 1:
+        with pytest.raises(ValueError, match="would have no pixels"):
+            processor.output_size(height, width)
+    else:
+        assert processor.output_size(height, width) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ({"height": 30, "width": 41}, (32, 48)),
+        ({"shortest_edge": 33}, (40, 56)),  # 33 x 49.5, truncated to 49
+        ({"max_height": 50, "max_width": 50}, (40, 56)),  # 33 x 50
+    ],
+)
+def test_every_form_of_size_is_rounded_up(size, expected):
+    assert UperNetImageProcessor(size=size, size_divisor=8).output_size(100, 150) == expected
+
+
+def test_label_maps_of_parsing():
+    """Maps of ids above 255 take the nearest label, at the image's size; channels play no part."""
+    labels = np.arange(40 * 60).reshape(40, 60) % 336
+    processor = UperNetImageProcessor.for_parsing(size={"shortest_edge": 20, "longest_edge": 100})
+    result = processor(noise(40, 60, 3), labels)
+    expected = Image.fromarray(labels.astype(np.int32)).resize((32, 24), Image.Resampling.NEAREST)
+    assert result["pixel_values"][0].shape == (3, 24, 32)
+    np.testing.assert_array_equal(result["labels"][0], np.asarray(expected))
+
+
+def test_fractions_and_flips():
+    """Without rescaling, an image of fractions keeps its range; the channels are reversed without resizing too."""
+    image = noise(12, 18, 3)
+    options = {"do_rescale": False, "do_normalize": False}
+    resized = only(UperNetImageProcessor(size=(7, 9), antialias=False, **options)(image / 255))
+    np.testing.assert_allclose(resized, np.moveaxis(cv2.resize(image, (9, 7)), -1, 0) / 255, atol=1e-6)
+    flipped = only(UperNetImageProcessor(do_resize=False, do_flip_channel_order=True, **options)(image))
+    np.testing.assert_array_equal(flipped, np.moveaxis(image[:, :, ::-1], -1, 0), strict=True)
+    floats = UperNetImageProcessor(do_resize=False, do_flip_channel_order=True)
+    np.testing.assert_allclose(only(floats(image)), only(floats(image.astype(np.float64))), rtol=1e-6)
+
+
+def test_the_file_of_parsing(tmp_path):
+    """Transformers' class lacks the options, so that the file must not name it."""
+    processor = UperNetImageProcessor.for_parsing(do_reduce_labels=True)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == (
+        "UperNetImageProcessor"
+    )
+    assert UperNetImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+    for option in ({"size_divisor": 4}, {"antialias": False}, {"do_flip_channel_order": True}):
+        assert UperNetImageProcessor(**option).to_dict()["image_processor_type"] == "UperNetImageProcessor"
+    without = UperNetImageProcessor(antialias=True, do_flip_channel_order=False).to_dict()
+    assert without["image_processor_type"] == "SegformerImageProcessor"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size_divisor": 0}, "size_divisor must be a whole number of at least 1"),
+        ({"size_divisor": 1.5}, "size_divisor must be a whole number of at least 1"),
+        ({"antialias": False, "resample": 3}, "antialias=False is bilinear, and resample is 3; leave out one of them"),
+    ],
+)
+def test_wrong_options_of_parsing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        UperNetImageProcessor(**options)
+
+
+def test_channels_of_other_numbers_are_not_flipped():
+    processor = UperNetImageProcessor(do_flip_channel_order=True, image_mean=[0.5], image_std=[0.5])
+    with pytest.raises(ValueError, match=r"images\[0\] has 1 channels; do_flip_channel_order reverses three"):
+        processor(noise(8, 8, 1))

@@ -34,14 +34,16 @@ class Folder:
         path.write_bytes(name.encode() if content is None else content)
         return identity(path)
 
-    def open(self) -> Results:
-        return Results(self.output, self.said.append)
+    def open(self, command: str = "segment") -> Results:
+        return Results(self.output, command, self.said.append)
 
-    def run(self, *photos: str, maker: Maker = MAKER) -> tuple[list[list[str]], list[str]]:
+    def run(
+        self, *photos: str, maker: Maker = MAKER, command: str = "segment", endings: tuple[str, ...] = ENDINGS
+    ) -> tuple[list[list[str]], list[str]]:
         """Make the results of photos that have none; return the names of all, and the photos that were made."""
         made = []
-        with self.open() as results:
-            names = results.choose_names(photos, ENDINGS, {os.path.realpath(photo) for photo in photos})
+        with self.open(command) as results:
+            names = results.choose_names(photos, endings, {os.path.realpath(photo) for photo in photos})
             for photo, own in zip(photos, names, strict=True):
                 content = content_of(photo)
                 if not results.has(photo, content, maker):
@@ -201,6 +203,38 @@ def test_names_that_are_not_text(folder: Folder) -> None:
     assert folder.run(photo)[1] == []
 
 
+def test_commands_in_one_folder_keep_their_own_results(folder: Folder) -> None:
+    one, two = folder.photo("1/a.png"), folder.photo("2/a.png")
+    parse = {"command": "parse", "endings": ("_objects.png", "_parsing.json")}
+    segmented = folder.run(one, two)
+    parsed = folder.run(two, one, **parse)
+    assert parsed[0] == [["a_objects.png", "a_parsing.json"], ["a-2_objects.png", "a-2_parsing.json"]]
+    assert folder.run(one, two) == (segmented[0], [])
+    assert folder.run(one, two, **parse) == (parsed[0][::-1], [])
+    moved = folder.photo("3/a.png", Path(two).read_bytes())
+    Path(two).unlink()
+    assert folder.run(moved, **parse) == (parsed[0][:1], [])
+    assert folder.run(moved) == (segmented[0][1:], [])
+    assert len(folder.files()) == 8
+    assert [line["command"] for line in folder.lines()] == ["segment"] * 2 + ["parse"] * 3 + ["segment"]
+
+
+def test_files_that_new_results_lack_are_removed(folder: Folder) -> None:
+    one, two = folder.photo("1/a.png"), folder.photo("2/a.png")
+    folder.run(one, two)
+    with folder.open() as results:
+        names = results.choose_names([two], ENDINGS)[0]
+        write(results, two, names[:1], Maker("model", {"tasks": ["scene"]}))
+    assert folder.files() == ["a-2_labels.png", "a_labels.png", "a_overlay.jpg"]
+    assert folder.run(two) == ([["a-2_labels.png", "a-2_overlay.jpg"]], [two])
+    with folder.open() as results:
+        write(results, two, ["a_labels.png"])  # those of the first photo are replaced, the overlay too
+    assert folder.files() == ["a_labels.png"]
+    (folder.output / "a_overlay.jpg").write_text("mine")
+    assert folder.run(two)[0] == [["a-2_labels.png", "a-2_overlay.jpg"]]
+    assert (folder.output / "a_overlay.jpg").read_text() == "mine"
+
+
 # Damage
 
 
@@ -231,12 +265,13 @@ DAMAGE = [
     b"null\n",
     b"[1, 2]\n",
     b"{}\n",
-    b'{"photo": 3, "error": null}\n',
-    b'{"photo": "x", "error": null, "outputs": [], "bytes": 1, "sha256": "x", "model": "m", "options": {}}\n',
+    b'{"photo": 3, "error": null, "command": "segment"}\n',
+    b'{"photo": "x", "error": null, "outputs": [], "bytes": 1, "sha256": "x", '
+    b'"model": "m", "options": {}, "command": "segment"}\n',
     b'{"photo": "x", "error": null, "outputs": {"../up": {"bytes": 1, "sha256": ""}}, "bytes": 1, "sha256": "x", '
-    b'"model": "m", "options": {}}\n',
+    b'"model": "m", "options": {}, "command": "segment"}\n',
     b'{"photo": "x", "error": null, "outputs": {"results.jsonl": {"bytes": 1, "sha256": ""}}, "bytes": 1, '
-    b'"sha256": "x", "model": "m", "options": {}}\n',
+    b'"sha256": "x", "model": "m", "options": {}, "command": "segment"}\n',
 ]
 
 

@@ -25,6 +25,7 @@ from fastuper_kernels import (
     upsampled_conv3x3,
 )
 from fastuper_kernels.gpu.configs import CONV_CONFIGS
+from fastuper_kernels.ops.upsample_argmax import in_slices
 from tests.kernels.common import LAYOUTS, error, gradients, laid_out, name_of, random
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -267,16 +268,51 @@ def test_upsample_argmax(dtype: torch.dtype, data: Any) -> None:
     logits = laid_out(logits, draw(layouts)).to(DEVICE, dtype)
     chain = draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=2))
     kind = draw(st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8]))
-    labels = ops.upsample_argmax(logits, chain, dtype=kind, backend="triton")
+    first = draw(st.integers(0, classes - 1))
+    labels = ops.upsample_argmax(logits, chain, dtype=kind, first=first, backend="triton")
+    full = resampled(logits, chain)
+    assert labels.dtype == kind
+    assert labels.shape == (len(logits), *chain[-1])
+    assert (labels.long() >= first).all()
+    is_best(full[:, first:], labels.long() - first, logits)
+
+
+def resampled(logits: torch.Tensor, chain: list[tuple[int, int]]) -> torch.Tensor:
     full = logits.double()
     for size in chain:
         full = torch.nn.functional.interpolate(full, size=size, mode="bilinear", align_corners=False)
-    assert labels.dtype == kind
-    assert labels.shape == (len(logits), *chain[-1])
-    chosen = full.gather(1, labels.long()[:, None])[:, 0]
+    return full
+
+
+def is_best(full: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Check that the labels are the best of the resampled logits, or below it by no more than rounding."""
     if len(logits):
         slack = 8 * torch.finfo(torch.float32).eps * logits.abs().max().double()
-        assert (full.amax(1) - chosen <= slack).all()
+        assert (full.amax(1) - full.gather(1, labels[:, None])[:, 0] <= slack).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_upsample_argmax_in_slices(dtype: torch.dtype, data: Any) -> None:
+    draw = data.draw
+    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any))
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    slices = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    logits = random(draw(st.integers(0, 2)), ends[-1], draw(sizes), draw(sizes), seed=draw(seeds))
+    logits = laid_out(logits, draw(layouts)).to(DEVICE, dtype)
+    chain = draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=2))
+    # Two groups have no slice.
+    groups = random(len(logits), *chain[-1], seed=9).mul(1e3).long().abs().remainder(len(slices) + 2)
+    groups = groups.to(DEVICE, draw(st.sampled_from([torch.int64, torch.uint16, torch.uint8])))
+    kind = draw(st.sampled_from([torch.int64, torch.uint16, torch.uint8]))
+    labels = ops.upsample_argmax(logits, chain, dtype=kind, groups=groups, slices=slices, backend="triton")
+    assert labels.dtype == kind
+    assert labels.shape == groups.shape
+    for group, length in enumerate(lengths):
+        assert (labels.long()[groups.long() == group] < max(length, 1)).all()
+    assert not labels.long()[groups.long() >= len(slices)].any()
+    is_best(in_slices(resampled(logits, chain), groups, slices), labels.long(), logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -395,6 +431,9 @@ def test_argmax_of_infinity_and_nan() -> None:
     logits = torch.tensor([[0.0, nan, -inf], [1.0, 2.0, -inf], [0.5, inf, 3.0]], device=DEVICE)[None, :, None, :]
     labels = ops.upsample_argmax(logits, [(1, 3)], backend="triton")
     assert labels.tolist() == ops.upsample_argmax(logits, [(1, 3)], backend="torch").tolist() == [[[1, 0, 2]]]
+    own = {"groups": torch.tensor([[[0, 1, 1]]], device=DEVICE), "slices": [(0, 2), (1, 3)]}
+    labels = ops.upsample_argmax(logits, [(1, 3)], **own, backend="triton")
+    assert labels.tolist() == ops.upsample_argmax(logits, [(1, 3)], **own, backend="torch").tolist() == [[[1, 1, 1]]]
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -409,8 +448,10 @@ def test_argmax_through_a_size_that_shrinks() -> None:
     """Each label reads many logits: PyTorch's operators run."""
     logits = random(1, 5, 40, 30, seed=3).float().to(DEVICE)
     chain = [(2, 3), (9, 7)]
-    labels = ops.upsample_argmax(logits, chain, backend="triton")
-    assert torch.equal(labels, ops.upsample_argmax(logits, chain, backend="torch"))
+    groups = torch.arange(63, device=DEVICE).reshape(1, 9, 7) % 3
+    for own in ({}, {"first": 2}, {"groups": groups, "slices": [(0, 3), (3, 5)]}):
+        labels = ops.upsample_argmax(logits, chain, **own, backend="triton")
+        assert torch.equal(labels, ops.upsample_argmax(logits, chain, **own, backend="torch"))
 
 
 def test_ties_go_to_the_first_class() -> None:
@@ -481,7 +522,11 @@ def _opchecks() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
         "upsample_add": lambda: (fastuper.upsample_add, (tensor(1, 5, 2, 3), tensor(1, 5, 4, 6))),
         "upsample_argmax": lambda: (
             fastuper.upsample_argmax,
-            (tensor(1, 5, 2, 3, grad=False), [4], [6], torch.int64),
+            (tensor(1, 5, 2, 3, grad=False), [4], [6], torch.int64, 2),
+        ),
+        "upsample_argmax_in_slices": lambda: (
+            fastuper.upsample_argmax_in_slices,
+            (tensor(1, 5, 2, 3, grad=False), [3], [4], labels, [0, 2], [2, 5], torch.int64),
         ),
         "upsample_cross_entropy": lambda: (
             fastuper.upsample_cross_entropy,

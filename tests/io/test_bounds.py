@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastuper import (
     ConvNextConfig,
+    DeepStemResNetConfig,
     ResNetConfig,
     SwinConfig,
     UnifiedPerceptualParsingConfig,
@@ -28,10 +29,17 @@ from fastuper.models.backbones.registry import PRESETS
 from fastuper.models.configuration import Config, ForeignBackboneConfig
 from fastuper.models.memory import within_memory
 
-CLASSES = (UperNetConfig, UnifiedPerceptualParsingConfig, ConvNextConfig, SwinConfig, ResNetConfig)
+CLASSES = (
+    UperNetConfig,
+    UnifiedPerceptualParsingConfig,
+    ConvNextConfig,
+    SwinConfig,
+    ResNetConfig,
+    DeepStemResNetConfig,
+)
 PLACES = [(cls, name) for cls in CLASSES for name in BOUNDS if name in vars(cls()) and name != "hidden_act"]
 SIZES = {"height", "width", "shortest_edge", "longest_edge", "max_height", "max_width"}
-PROCESSOR = {*SIZES, "rescale_factor", "image_mean", "image_std"}
+PROCESSOR = {*SIZES, "size_divisor", "rescale_factor", "image_mean", "image_std"}
 FOREIGN = {"num_hidden_layers", "num_attention_heads", "intermediate_size"}
 
 NONSENSE = st.one_of(

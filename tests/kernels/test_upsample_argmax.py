@@ -284,3 +284,142 @@ def test_logits_must_be_maps(shape):
 def test_logits_of_integers():
     with pytest.raises(ValueError, match=r"floating-point numbers, got .* of torch.int64"):
         upsample_argmax(torch.zeros(1, 3, 2, 2, dtype=torch.int64), [(4, 4)])
+
+
+# Classes that compete -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    classes=st.integers(2, 6),
+    first=st.integers(0, 5),
+    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    sizes=st.lists(sizes_of, min_size=1, max_size=2),
+    way=st.sampled_from(["eager", "traced"]),
+)
+def test_the_first_class_that_competes(classes, first, size, sizes, way):
+    first = min(first, classes - 1)
+    logits = random(2, classes, *size)
+    logits[:, :first] += 9
+    run = upsample_argmax if way == "eager" else lambda *args, **kwargs: traced(upsample_argmax, *args, **kwargs)
+    labels = run(logits, sizes, first=first)
+    assert labels.min() >= first
+    check(logits[:, first:], sizes, labels - first)
+
+
+LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(0, 2),
+    lengths=LENGTHS,
+    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    sizes=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 15)), min_size=1, max_size=2),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    integer=st.sampled_from([torch.int64, torch.uint16, torch.uint8]),
+    way=st.sampled_from(["eager", "traced"]),
+)
+def test_groups_compete_in_their_slices(batch, lengths, size, sizes, dtype, integer, way):
+    slices = slices_of(lengths)
+    logits = random(batch, slices[-1][1], *size).to(dtype)
+    groups = mixed_groups(len(slices) + 2, (batch, *sizes[-1])).to(integer)  # two groups have no slice
+    run = upsample_argmax if way == "eager" else lambda *args, **kwargs: traced(upsample_argmax, *args, **kwargs)
+    labels = run(logits, sizes, groups=groups, slices=slices, dtype=integer)
+    assert labels.dtype == integer
+    check_slices(logits, sizes, groups, slices, labels)
+
+
+def slices_of(lengths: list[int]) -> list[tuple[int, int]]:
+    ends = np.cumsum(lengths).tolist()
+    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+def mixed_groups(count: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randint(count, shape, generator=torch.Generator().manual_seed(3))
+
+
+def check_slices(logits, sizes, groups, slices, labels):
+    """Check each group's pixels against the best class of its slice; 0 where the group has none."""
+    known = torch.zeros_like(groups, dtype=torch.bool)
+    for group, (start, stop) in enumerate(slices):
+        mask = groups.long() == group
+        if start < stop and len(logits):
+            alone = upsample_argmax(logits[:, start:stop].double(), sizes)
+            check(logits[:, start:stop], sizes, torch.where(mask, labels.long(), alone))
+            known |= mask
+    assert not labels[~known].any()
+
+
+@pytest.mark.parametrize("limit", [1, 10**9], ids=["one-row", "all-rows"])
+def test_groups_in_many_tiles(limit, monkeypatch):
+    monkeypatch.setattr(argmax, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(argmax, "ROWS", 8)
+    monkeypatch.setattr(argmax, "COLUMNS", 16)
+    slices = slices_of([3, 0, 7, 2])
+    groups = mixed_groups(5, (2, 1, 2)).repeat_interleave(23, 1).repeat_interleave(20, 2)[:, :, :39]
+    logits = random(2, 12, 6, 8).float()
+    labels = upsample_argmax(logits, [(23, 39)], groups=groups, slices=slices)
+    check_slices(logits, [(23, 39)], groups, slices, labels)
+
+
+def test_only_groups_that_occur_are_resampled(monkeypatch):
+    """Tiles without a group that has classes are not resampled at all, and other tiles only in that group's slice."""
+    resampled = []
+    strips = argmax.Tile.strips
+    monkeypatch.setattr(
+        argmax.Tile, "strips", lambda tile: resampled.append((tile.rows.start, tile.source.shape[2])) or strips(tile)
+    )
+    groups = torch.full((1, 200, 64), 9)
+    groups[:, 70:80] = 1
+    groups[:, 150:] = 2
+    upsample_argmax(random(1, 50, 50, 16), [(200, 64)], groups=groups, slices=[(0, 30), (30, 45), (50, 50)])
+    assert resampled == [(64, 15)]
+
+
+def test_infinite_logits_in_slices():
+    """NaN and infinity are the best of their slice only, and -inf loses to every number."""
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([0.0, nan, 1.0, -inf, -5.0, inf])[None, :, None, None]
+    groups = torch.tensor([[[0, 1, 2, 3]]])
+    slices = [(0, 3), (2, 4), (3, 5), (3, 6)]
+    assert upsample_argmax(logits, [(1, 4)], groups=groups, slices=slices).tolist() == [[[1, 0, 1, 2]]]
+
+
+def test_ties_in_slices_go_to_the_first_class():
+    logits = torch.zeros(1, 7, 2, 2)
+    logits[:, [2, 3, 5, 6]] = 1.0
+    labels = upsample_argmax(logits, [(1, 5)], groups=torch.tensor([[[0, 1, 0, 1, 2]]]), slices=[(0, 4), (4, 7)])
+    assert labels.tolist() == [[[2, 1, 2, 1, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"first": 5}, "first must be one of the 5 classes, got 5"),
+        ({"first": -1}, "first must be one of the 5 classes, got -1"),
+        ({"slices": [(0, 5)]}, "groups and slices go together"),
+        ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64)}, "groups and slices go together"),
+        ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": [(0, 5)], "first": 1}, "without first"),
+        (
+            {"groups": torch.zeros(1, 3, 4, dtype=torch.int64), "slices": [(0, 5)]},
+            r"shape \(1, 4, 3\), got \(1, 3, 4\)",
+        ),
+        ({"groups": torch.zeros(1, 4, 3), "slices": [(0, 5)]}, "groups must be integers"),
+        ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": []}, "slices must be"),
+        ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": [(0, 6)]}, "within 5 classes"),
+        ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": [(3, 2)]}, "within 5 classes"),
+    ],
+)
+def test_wrong_first_classes_groups_and_slices(own, message):
+    with pytest.raises(ValueError, match=message):
+        upsample_argmax(torch.zeros(1, 5, 2, 2), [(4, 3)], **own)
+
+
+def test_a_dtype_need_only_hold_the_positions_in_slices():
+    groups = torch.zeros(1, 1, 1, dtype=torch.uint8)
+    logits = torch.arange(300.0).reshape(1, 300, 1, 1)
+    labels = upsample_argmax(logits, [(1, 1)], groups=groups, slices=[(44, 300)], dtype=torch.uint8)
+    assert labels.item() == 255
+    with pytest.raises(ValueError, match="uint8 does not hold the labels of 257 classes"):
+        upsample_argmax(logits, [(1, 1)], groups=groups, slices=[(43, 300)], dtype=torch.uint8)

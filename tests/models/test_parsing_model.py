@@ -515,6 +515,7 @@ def outputs_agree(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("forgotten")
 def test_compile(network):
     compiled = torch.compile(network, fullgraph=True, backend="eager", dynamic=True)
@@ -523,6 +524,7 @@ def test_compile(network):
             outputs_agree(compiled(images(2, height, width)), network(images(2, height, width)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("forgotten")
 def test_compiled_loss(network):
     compiled = torch.compile(network, fullgraph=True, backend="eager")
@@ -533,6 +535,7 @@ def test_compiled_loss(network):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_export(network):
     auto = torch.export.Dim.AUTO
     with torch.no_grad():
@@ -545,6 +548,7 @@ def test_export(network):
             )
 
 
+@pytest.mark.exhaustive
 def test_its_class_is_known_to_transformers(network):
     transformers = pytest.importorskip("transformers")
     assert isinstance(network, transformers.PreTrainedModel)

@@ -92,7 +92,7 @@ def official_state(
             encoder |= conv(f"{name}.conv1", f"{name}.bn1", planes, inputs, 1)
             encoder |= conv(f"{name}.conv2", f"{name}.bn2", planes, planes, 3)
             encoder |= conv(f"{name}.conv3", f"{name}.bn3", outputs, planes, 1)
-            if block == 0:
+            if block == 0 and (number > 1 or inputs != outputs):  # the stride, or the channels, change
                 encoder |= conv(f"{name}.downsample.0", f"{name}.downsample.1", outputs, inputs, 1)
             inputs = outputs
 
@@ -352,24 +352,29 @@ def reference_labels(
         object_parts: the parts of each object.
         mask_background: class 0 of objects and materials cannot win.
     """
+
+    def mean(scales: Sequence[Tensor]) -> Tensor:
+        return torch.stack([scale.softmax(0) for scale in scales]).mean(0)
+
     results = []
     for image, size in enumerate(sizes):
-
-        def mean(task: str, channels: slice = slice(None), image: int = image, size: Any = size) -> Tensor:
-            full = [bilinear(scale[task][image : image + 1], size)[:, channels].softmax(1) for scale in logits]
-            return torch.stack(full).mean(0)[0]
-
+        full = {
+            task: [bilinear(scale[task][image : image + 1], size)[0] for scale in logits]
+            for task in logits[0]
+            if task != "scene"
+        }
         result: dict[str, Any] = {}
         if "scene" in logits[0]:
-            result["scene"] = torch.stack([scale["scene"][image].softmax(0) for scale in logits]).mean(0)
+            result["scene"] = mean([scale["scene"][image] for scale in logits])
         for task in ("object", "material", "texture"):
-            if task in logits[0]:
+            if task in full:
                 first = int(mask_background and task != "texture")
-                result[task] = mean(task)[first:].argmax(0) + first
-        if "part" in logits[0]:
+                result[task] = mean(full[task])[first:].argmax(0) + first
+        if "part" in full:
             result["part"] = torch.zeros(size, dtype=torch.int64)
             for number, channels in slices(object_parts).items():
-                parts = torch.tensor([0, *object_parts[number]])[mean("part", channels).argmax(0)]
+                positions = mean([scale[channels] for scale in full["part"]]).argmax(0)
+                parts = torch.tensor([0, *object_parts[number]])[positions]
                 inside = result["object"] == number
                 result["part"][inside] = parts[inside]
         results.append(result)

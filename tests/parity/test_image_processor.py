@@ -367,6 +367,13 @@ def test_other_backend_is_within_one_level():
             assert levels.mean() < 0.16
 
 
+@pytest.mark.parametrize("option", [{"size_divisor": 8}, {"antialias": False}, {"do_flip_channel_order": True}])
+def test_auto_refuses_options_that_transformers_lacks(option, tmp_path):
+    UperNetImageProcessor(**option).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Unrecognized image processor"):
+        transformers.AutoImageProcessor.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("limit", [1, 30_000, 1 << 26])

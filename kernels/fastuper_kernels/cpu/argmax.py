@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ def vote(maps: Sequence[torch.Tensor], size: tuple[int, int], dtype: torch.dtype
         for *images, result in zip(*maps, labels, strict=True):
             for tile in zip(*(tiles(image, [size]) for image in images), strict=True):
                 for rows, parts in _strips(tile):
-                    votes = torch.stack([part.softmax(-1) for part in parts]).sum(0)
+                    votes = reduce(torch.add, (part.softmax(-1) for part in parts))
                     result[rows, tile[0].columns] = votes[..., first:].argmax(-1) + first
     return labels
 
@@ -168,7 +169,8 @@ def _label_in_slices(
     if not any(wanted):
         return
     # The wanted classes in one row, and the place of each group's slice in it.
-    classes, places = [], []
+    classes: list[int] = []
+    places = []
     for want, (first, last) in zip(wanted, slices, strict=True):
         places.append((len(classes), len(classes) + (last - first if want else 0)))
         classes += range(first, last) if want else ()
@@ -178,7 +180,7 @@ def _label_in_slices(
     for rows, parts in _strips([tile.of(chosen) for tile in same]):
         inside = slice(rows.start - start, rows.stop - start)
         own = [part.gather(-1, table[inside]).masked_fill(~valid[inside], -torch.inf) for part in parts]
-        votes = own[0] if len(own) == 1 else torch.stack([part.softmax(-1) for part in own]).sum(0)
+        votes = own[0] if len(own) == 1 else reduce(torch.add, (part.softmax(-1) for part in own))
         labels[inside] = votes.argmax(-1)
 
 
