@@ -40,7 +40,7 @@ def _commands(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """UPerNet for semantic segmentation: the class of every pixel of a photo."""
+    """UPerNet: the class of every pixel of a photo; or its scene, objects, parts, materials and textures."""
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from fastuper import (
     UperNetImageProcessor,
 )
 from fastuper.data.parsing_labels import default_labels, default_object_parts
+from fastuper.models.heads.parsing import ParsingHead
 from fastuper.weights.official import load_parsing
 from tests.parity import parsing_reference as reference
 
@@ -305,3 +306,48 @@ def test_a_photo_at_several_sizes() -> None:
     assert torch.equal(found.materials, expected["material"])
     assert torch.equal(found.textures, expected["texture"])
     assert found.scene[0][0] == int(expected["scene"].argmax())
+
+
+@pytest.mark.parametrize(("hidden_size", "parameters"), [(512, 50_546_818), (256, 20_885_122)])
+def test_the_official_decoders_have_as_many_parameters(hidden_size: int, parameters: int) -> None:
+    """The decoders `upernet` and `upernet_lite`; textures are not in them."""
+    config = UnifiedPerceptualParsingConfig(hidden_size=hidden_size, tasks=("scene", "object", "part", "material"))
+    with torch.device("meta"):
+        head = ParsingHead(config, [256, 512, 1024, 2048])
+    assert sum(parameter.numel() for parameter in head.parameters()) == parameters
+
+
+@pytest.mark.exhaustive
+def test_the_official_network_at_full_width() -> None:
+    """ResNet-50 and 512 channels: logits in float64, and the errors of float32 by the rule of accuracy."""
+    labels, object_parts = default_labels(), default_object_parts()
+    counts = {task: len(names) for task, names in labels.items() if task != "texture"}
+    counts["part"] = sum(1 + len(parts) for parts in object_parts.values())
+    encoder, decoder = reference.official_state(
+        torch.Generator().manual_seed(0),
+        hidden_size=512,
+        pool_channels=512,
+        channels=(256, 512, 1024, 2048),
+        classes=counts,
+        blocks=(3, 4, 6, 3),
+        stem_widths=(64, 64, 128),
+    )
+    model = UperNetForUnifiedPerceptualParsing.from_official(encoder=encoder, decoder=decoder)
+    assert model.dtype == torch.float32
+    pixels = torch.randn(1, 3, 137, 190, dtype=torch.float64)
+    with torch.no_grad():
+        logits = reference.reference_decoder(decoder, reference.reference_encoder(encoder, pixels))
+        (expected,) = reference.reference_labels([logits], [(137, 190)], object_parts)
+        fast, (parsing,) = model(pixels.float()), model.parse(pixels.float())
+        single = [{name: tensor.float() for name, tensor in state.items()} for state in (encoder, decoder)]
+        textbook = reference.reference_decoder(single[1], reference.reference_encoder(single[0], pixels.float()))
+        exact = model.double()
+        load_parsing(exact, encoder, decoder)
+        found = exact(pixels)
+    for task, values in logits.items():
+        assert_close(found[task], values, task)
+        ours, theirs = ((x[task].double() - values).square().mean().sqrt() for x in (fast, textbook))
+        assert ours <= 1.25 * theirs, (task, ours / theirs)
+    assert (parsing.objects == expected["object"]).double().mean() > 0.999
+    assert (parsing.parts == expected["part"]).double().mean() > 0.999
+    assert (parsing.materials == expected["material"]).double().mean() > 0.999
