@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastuper.cli.common import EXPECTED_ERRORS, folder, leave, make_folder
-from fastuper.io.messages import about, name_of
+from fastuper.io.messages import about, name_of, one_line
 
 if TYPE_CHECKING:
     from fastuper.data.processor import UperNetImageProcessor
@@ -94,7 +94,8 @@ def convert_checkpoint(
     try:
         converted = _dialect_of(source).convert(source, Options(pooling, texture_head))
     except (*EXPECTED_ERRORS, TypeError) as error:
-        leave(f"cannot convert {about(source, error)}")
+        # Most messages name a file of the folder already.
+        leave(f"cannot convert {one_line(error) if str(source) in str(error) else about(source, error)}")
     for line in converted.report:
         typer.echo(line)
 
@@ -156,8 +157,8 @@ def _foreign(source: Path) -> str:
                 return f"it is a checkpoint of {library}"
     for path in sorted(source.iterdir()):
         if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-            library = library_of(stored_tensors({path: set()}))
-            return f"{path.name} is a checkpoint of {library[0] if library else 'an unknown library'}"
+            found = library_of(stored_tensors({path: set()}))
+            return f"{path.name} is a checkpoint of {found[0] if found else 'an unknown library'}"
     return "it has no checkpoint: no encoder_*.pth and decoder_*.pth"
 
 

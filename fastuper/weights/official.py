@@ -240,7 +240,7 @@ def _check_kind(state: State, part: str) -> None:
 
 def _check_depths(state: State, backbone: Any) -> None:
     """Refuse an encoder for a backbone of another family, or of another number of blocks."""
-    config = getattr(backbone, "config", None)
+    config: Any = getattr(backbone, "config", None)
     if getattr(config, "model_type", None) != "resnet_deep_stem":
         kind = getattr(config, "model_type", None) or type(backbone).__name__
         raise CheckpointError(
@@ -411,9 +411,10 @@ def read_official(
         _check_kind(state, part)
     if labels is None:
         return OfficialCheckpoint(*states, notes=tuple(notes))
-    is_path = isinstance(labels, (str, os.PathLike))
-    place, content = (os.fspath(labels), read_json(Path(labels))) if is_path else ("labels", labels)
-    names, parts = _read_labels(place, content, states[1])
+    if isinstance(labels, (str, os.PathLike)):
+        names, parts = _read_labels(os.fspath(labels), read_json(Path(labels)), states[1])
+    else:
+        names, parts = _read_labels("labels", labels, states[1])
     return OfficialCheckpoint(*states, names, parts, tuple(notes))
 
 

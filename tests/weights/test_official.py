@@ -21,7 +21,7 @@ from fastuper import (
     UperNetForUnifiedPerceptualParsing,
 )
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.official import TEMPORARY, load_parsing
+from fastuper.weights.official import TEMPORARY, decoder_name, encoder_name, load_parsing
 from tests.parity.parsing_reference import State, official_state, reference_decoder, reference_encoder
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -86,6 +86,36 @@ def test_logits_are_the_official_ones(temporary):
     counted = [sum(not name.endswith(TEMPORARY) for name in state) for state in (encoder, decoder)]
     assert report.loaded == {"encoder": counted[0], "decoder": counted[1]}
     assert "kept the values of decode_head.texture_head" in str(report)
+
+
+def test_names_and_shapes_of_the_official_network():
+    """The default configuration has the tensors of the official ResNet-50, as its code builds them."""
+    with torch.device("meta"):
+        model = UperNetForUnifiedPerceptualParsing(UnifiedPerceptualParsingConfig())
+    encoder = {encoder_name(name): x.shape for name, x in model.backbone.state_dict().items()}
+    decoder = {decoder_name(name): x.shape for name, x in model.decode_head.state_dict().items()}
+    texture = decoder.pop(None)
+    assert texture is not None
+    assert (len(encoder), len(decoder)) == (330, 104)  # 495 and 152 with the three sums of each BatchNorm
+    assert encoder["conv3.weight"] == (128, 64, 3, 3)
+    assert encoder["layer3.0.downsample.0.weight"] == (1024, 512, 1, 1)
+    assert encoder["layer4.2.bn3.running_var"] == (2048,)
+    for name, shape in {
+        "ppm_conv.3.0.weight": (512, 2048, 1, 1),
+        "ppm_last_conv.0.weight": (512, 4096, 3, 3),
+        "fpn_in.2.0.weight": (512, 1024, 1, 1),
+        "fpn_out.2.0.0.weight": (512, 512, 3, 3),
+        "fpn_out.0.0.1.running_mean": (512,),
+        "conv_fusion.0.weight": (512, 2048, 3, 3),
+        "conv_fusion.1.bias": (512,),
+        "scene_head.0.0.weight": (512, 512, 3, 3),
+        "scene_head.2.weight": (365, 512, 1, 1),
+        "object_head.0.1.running_var": (512,),
+        "object_head.1.bias": (336,),
+        "part_head.1.weight": (427, 512, 1, 1),
+        "material_head.1.weight": (26, 512, 1, 1),
+    }.items():
+        assert decoder[name] == shape, name
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])

@@ -128,8 +128,8 @@ class ParsingHead(PyramidHead):
             classes of parts are the parts of all objects, one object after the other.
 
         Raises:
-            ValueError: there is no such task or head; the number of maps, or of their channels, does not fit the modules that
-                read them.
+            ValueError: there is no such task or head; the number of maps, or of their channels, does not fit
+                the modules that read them.
         """
         tasks = self.tasks if tasks is None else known_tasks(tasks, self.tasks)
         self.check(feature_maps)
