@@ -135,12 +135,12 @@ def blend(
 def tinted(shown: Image.Image, labels: ArrayLike, palette: ArrayLike, alpha: float = 0.55) -> Image.Image:
     """Return a picture, of any size, under the class colours of a label map; for the arguments see `overlay`."""
     palette = np.asarray(palette, dtype=np.uint8)
-    labels = np.asarray(labels)
-    if labels.shape != (shown.height, shown.width):
-        rows = np.arange(shown.height) * labels.shape[0] // shown.height
-        columns = np.arange(shown.width) * labels.shape[1] // shown.width
-        labels = labels[rows[:, None], columns]
-    return Image.blend(shown, Image.fromarray(palette[labels]), alpha)
+    layer = np.asarray(labels)
+    if layer.shape != (shown.height, shown.width):
+        rows = np.arange(shown.height) * layer.shape[0] // shown.height
+        columns = np.arange(shown.width) * layer.shape[1] // shown.width
+        layer = layer[rows[:, None], columns]
+    return Image.blend(shown, Image.fromarray(palette[layer]), alpha)
 
 
 def resized(photo: Image.Image, max_side: int, min_side: int) -> Image.Image:

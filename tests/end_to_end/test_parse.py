@@ -289,8 +289,12 @@ def test_models_of_the_other_kind_are_refused(model: Path, parser: Path, output:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--tasks scene,objects", "--tasks scene,objects: 'objects' is not known; known are scene, object, part, "),
-        ("--tasks=", "--tasks : '' is not known"),
+        (
+            "--tasks scene,objects",
+            "--tasks scene,objects: task 'objects' is not known; known are scene, object, part, ",
+        ),
+        ("--tasks=", "--tasks : task '' is not known"),
+        ("--tasks scene,scene", "--tasks scene,scene: task 'scene' is named twice"),
         ("--tasks scene --instances", "--instances are of objects; leave out --instances, or add object"),
         ("--scales 300,,400", "--scales 300,,400: give numbers of pixels from 1"),
         ("--scales 0", "--scales 0: give numbers of pixels from 1"),
@@ -314,7 +318,7 @@ def test_tasks_that_the_model_does_not_know(parser: Path, output: Path, tmp_path
     UperNetForUnifiedPerceptualParsing(config).save_pretrained(small)
     result = run(photo, "-m", small, "-o", output, "--tasks", "scene,object")
     assert result.exit_code == 2
-    assert "--tasks scene,object: the model does not know object; it knows scene, texture" in result.stderr
+    assert "--tasks scene,object: task 'object' is not known; known are scene, texture to the model" in result.stderr
     assert run(photo, "-m", small, "-o", output).exit_code == 0
     assert file_names(output) == ["photo_parsing.jpg", "photo_parsing.json", "photo_textures.png"]
 
