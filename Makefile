@@ -63,6 +63,7 @@ $(VENV)/.bench: $(STAMP)
 bench: $(VENV)/.bench ## time everything beside the peers, and update tables and plots (three hours on an idle machine)
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.parsing
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.plots
 

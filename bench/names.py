@@ -17,6 +17,10 @@ ONNX = "ONNX Runtime"
 OPENVINO = "OpenVINO"
 PYTORCH = ("PyTorch", "PyTorch, compiled")
 REFERENCE = ("reference", "reference, channels_last")
+# Unified Perceptual Parsing: the network as papers write it, in PyTorch's modules; and less work by fastuper.
+TEXTBOOK = ("textbook", "textbook, channels_last")
+OBJECTS = "fastuper, objects alone"
+SEGMENTATION = "fastuper, UperNetForSemanticSegmentation"
 
 # The reason why a peer is skipped that `--peers` left out.
 NOT_SELECTED = "not asked for"

@@ -31,6 +31,7 @@ from bench.names import (
 
 FOLDER = Path(__file__).parent / "results"
 TINY = {"convnext-t": "ConvNeXt-T", "swin-t": "Swin-T"}
+PARSING = {"resnet-50-deep-stem": "ResNet-50, deep stem", "convnext-tiny": "ConvNeXt-T"}  # bench.parsing's backbones
 LOSS = "loss"  # training.json's key of the loss, which is measured alone too
 TITLES = {**TINY, "convnext-b": "ConvNeXt-B", "swin-b": "Swin-B", "convnext-l": "ConvNeXt-L", "swin-l": "Swin-L"}
 
@@ -51,6 +52,12 @@ def load(path: Path | None = None) -> Results | None:
 def load_training() -> dict[str, Any] | None:
     """Return the results of bench.training; None if there are none."""
     path = FOLDER / "training.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def load_parsing() -> dict[str, Any] | None:
+    """Return the results of bench.parsing; None if there are none."""
+    path = FOLDER / "parsing.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -200,6 +207,19 @@ def training_targets(training: dict[str, Any]) -> list[dict[str, Any]]:
         _judged(Target("ConvNeXt-T, a step, over Transformers", "speedup", 1.8), row.get("faster")),
         _judged(Target("ConvNeXt-T, peak memory of a step", "memory", 0.6), row.get("memory")),
     ]
+
+
+def parsing_targets(parsing: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the targets of Unified Perceptual Parsing, each met or missed, from bench.parsing's results."""
+    targets = []
+    for key, title in PARSING.items():
+        row = parsing["backbones"].get(key, {})
+        targets += [
+            _judged(Target(f"{title}, five tasks, over the textbook", "speedup", 2.5), row.get("faster")),
+            _judged(Target(f"{title}, time of five tasks over objects alone", "time", 1.9), row.get("over_objects")),
+            _judged(Target(f"{title}, peak memory over the textbook's", "memory", 0.25), row.get("memory")),
+        ]
+    return targets
 
 
 def _judged(target: Target, value: float | None) -> dict[str, Any]:

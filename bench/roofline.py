@@ -106,6 +106,14 @@ def loss(shapes: Shapes) -> Work:
     return Work("upsample_cross_entropy", 12 * labels * shapes.classes, 2 * shapes.bytes * logits + 8 * labels)
 
 
+def precise_roi(shapes: Shapes) -> Work:
+    """Return the work of pooling the coarsest map into the cells of precise RoI pooling: a product for each scale."""
+    pixels, channels = shapes.pixels(len(shapes.channels) - 1), shapes.channels[-1]
+    cells = shapes.batch * sum(scale * scale for scale in shapes.scales)
+    flop = 2 * len(shapes.scales) * pixels * channels
+    return Work("pyramid_pool, precise RoI", flop, shapes.bytes * (pixels + cells) * channels)
+
+
 def taps_work(name: str, levels: Sequence[int], weights: int, pixels: int, shapes: Shapes) -> Work:
     """Return the work of `upsampled_conv3x3`: it writes the products and reads them again to sum them."""
     dim = shapes.dim
@@ -119,7 +127,7 @@ def report(shapes: Shapes) -> str:
     work = head(shapes)
     total = Work("all of the head", sum(w.flop for w in work), sum(w.bytes for w in work))
     rows = []
-    for entry in [*work, total, loss(shapes)]:
+    for entry in [*work, total, loss(shapes), precise_roi(shapes)]:
         floors = [
             sum(part.floor(gpu) for part in work) if entry is total else entry.floor(gpu) for gpu in GPUS.values()
         ]

@@ -18,11 +18,14 @@ from bench.names import (
     EAGER,
     FASTUPER,
     FROZEN,
+    OBJECTS,
     ONNX,
     OPENVINO,
     OURS_COMPILED,
     REFERENCE,
+    SEGMENTATION,
     SMP,
+    TEXTBOOK,
     TUNED,
     WITHOUT_AUXILIARY,
 )
@@ -30,12 +33,14 @@ from bench.plots import PLOTS, STEPS
 from bench.results import (
     FOLDER,
     LOSS,
+    PARSING,
     TINY,
     TITLES,
     Results,
     accuracy,
     best,
     load,
+    load_parsing,
     load_training,
     rules,
     seconds,
@@ -310,6 +315,66 @@ def training_table(_: Results | None) -> str:
     return "\n".join([*table(head, rows), "", note, "", f"![{caption}](training.svg)"])
 
 
+def parsing_table(_: Results | None) -> str:
+    """Return the time and peak memory of Unified Perceptual Parsing beside the textbook's, and the targets."""
+    return parsing_table_of(load_parsing())
+
+
+def parsing_table_of(result: dict[str, Any] | None) -> str:
+    """Return the table of bench.parsing's results."""
+    if result is None:
+        return "Not measured yet: `python -m bench.parsing`."
+    rows = []
+    for name, row in result["backbones"].items():
+        medians = {peer: median(found["rounds"]) for peer, found in row["peers"].items()}
+        peaks = {peer: found["peak"] for peer, found in row["peers"].items() if "peak" in found}
+        rows.append(
+            [
+                PARSING[name],
+                duration(min(medians[peer] for peer in TEXTBOOK)),
+                f"**{duration(medians[FASTUPER])}**",
+                f"{row['faster']:.2f} x",
+                f"{duration(medians[OBJECTS])} ({row['over_objects']:.2f} x)",
+                f"{duration(medians[SEGMENTATION])} ({row['over_segmentation']:.2f} x)",
+                f"{min(peaks[peer] for peer in TEXTBOOK) / 1e9:.2f} GB",
+                f"{peaks[FASTUPER] / 1e9:.2f} GB",
+                f"{row['memory']:.2f}",
+            ]
+        )
+    head = [
+        "",
+        "time, textbook",
+        "time, fastuper",
+        "faster",
+        "time of objects alone (five tasks take)",
+        "time of `segment` (five tasks take)",
+        "peak memory, textbook",
+        "peak memory, fastuper",
+        "memory ratio",
+    ]
+    (height, width), (tall, wide) = result["size"], result["memory_size"]
+    differ = "; ".join(
+        f"{PARSING[name]}: "
+        + ", ".join(f"{task} {count:,}" for task, count in row["differ"].items())
+        + f" of {row['pixels']:,}, with {row['objects']} objects in the image"
+        for name, row in result["backbones"].items()
+    )
+    targets = ", ".join(f"{target['name']} {target['bound']:g} ({verdict(target)})" for target in result["targets"])
+    note = (
+        "`parse` finds the scene, objects, parts, materials and textures of one image, "
+        f"{height} x {width}, float32, with the official classes and random weights. The textbook is the same network "
+        "in PyTorch's modules, in the better of two memory layouts, with probabilities of full size "
+        "(`bench/textbook.py`). `segment` is `UperNetForSemanticSegmentation`'s, over the same backbone, with "
+        "150 classes. Times are medians of rounds in which all take turns. Peak memory is that of one run on an image "
+        f"of {tall} x {wide}, less the weights, in fresh processes. All labels are the textbook's, or tied with them "
+        f"within rounding; pixels that differ: {differ}. "
+        + training_source(result)
+        + f" Targets: {targets}."
+        + " `python -m bench.parsing` repeats the measurement."
+    )
+    return "\n".join([*table(head, rows), "", note])
+
+
 def targets_table(results: Results | None) -> str:
     """Return the targets, the measured values and the verdicts."""
     if results is None or all(target["value"] is None for target in results["targets"]):
@@ -570,6 +635,7 @@ PAGES: dict[Path, dict[str, Draw]] = {
         "sizes-plot": partial(plot_block, "bench-sizes", ""),
         "memory": memory_table,
         "training": training_table,
+        "parsing": parsing_table,
         "waterfall-plot": partial(plot_block, "bench-waterfall", ""),
         "waterfall": waterfall_table,
         "operations": operations_table,

@@ -37,7 +37,7 @@ from bench.machine import commit, now, versions
 from bench.names import COMPILED, EAGER, FASTUPER, OURS_COMPILED, PYTORCH
 from bench.numerics import float32_as
 from bench.peers import World
-from bench.roofline import Gpu, Shapes, head, loss
+from bench.roofline import Gpu, Shapes, head, loss, precise_roi
 from bench.training import data
 from fastuper_kernels import tune
 from fastuper_kernels.dispatch.files import replace_json
@@ -202,7 +202,7 @@ class Check:
         """Time each operation beside PyTorch's operators."""
         rates = self.results["rates"]
         gpu = Gpu(rates["matmul"], rates["copy"])
-        floors = {work.name: work.floor(gpu) for work in [*head(shapes), loss(shapes)]}
+        floors = {work.name: work.floor(gpu) for work in [*head(shapes), loss(shapes), precise_roi(shapes)]}
         for operation in OPERATIONS:
             if self._has("operations", operation.name, shapes) or self.is_late:
                 continue

@@ -13,6 +13,7 @@ import fastuper_kernels as ops
 from bench.gpu.calls import DEVICE
 from bench.names import FASTUPER, PYTORCH
 from bench.roofline import Shapes
+from fastuper_kernels.cpu.band import pool_matrix
 
 SCALES = Shapes().scales
 DTYPES = {
@@ -133,6 +134,11 @@ def _logits_and_labels(draw: Draw, s: Shapes) -> tuple[torch.Tensor, ...]:
     return *_smooth_logits(draw, s), labels
 
 
+def _precise_roi_matrix(x: torch.Tensor, scale: int, dim: int) -> torch.Tensor:
+    """Return the matrix of precise RoI pooling along an axis of x, in x's dtype."""
+    return pool_matrix("precise_roi", x.shape[dim], scale, x.dtype, x.device)
+
+
 def _gradient_of_loss(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -205,6 +211,14 @@ OPERATIONS = (
         lambda draw, s: (draw(s.batch, s.channels[-1], s.size // 32, s.size // 32),),
         lambda x: ops.pyramid_pool(x, SCALES),
         lambda x: [F.adaptive_avg_pool2d(x, scale) for scale in SCALES],
+        comparable=_positions,
+    ),
+    Operation(
+        "pyramid_pool, precise RoI",
+        ("pyramid_pool, precise RoI",),
+        lambda draw, s: (draw(s.batch, s.channels[-1], s.size // 32, s.size // 32),),
+        lambda x: ops.pyramid_pool(x, SCALES, pooling="precise_roi"),
+        lambda x: [_precise_roi_matrix(x, scale, 2) @ x @ _precise_roi_matrix(x, scale, 3).mT for scale in SCALES],
         comparable=_positions,
     ),
     Operation(

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from fastuper.cli.convert import convert_checkpoint
 from fastuper.cli.evaluate import evaluate_model
 from fastuper.cli.parse import parse_photos
 from fastuper.cli.segment import segment_photos
@@ -24,6 +25,7 @@ app.command("segment")(segment_photos)
 app.command("parse")(parse_photos)
 app.command("train")(train_model)
 app.command("evaluate")(evaluate_model)
+app.command("convert")(convert_checkpoint)
 
 
 def _print_version(wanted: bool) -> None:
@@ -38,7 +40,7 @@ def _commands(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """UPerNet for semantic segmentation: the class of every pixel of a photo."""
+    """UPerNet: the class of every pixel of a photo; or its scene, objects, parts, materials and textures."""
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from fastuper.data.classes import class_name
 from fastuper.data.images import MAX_PIXELS
 from fastuper.data.overlay import format_share, save_label_png
 from fastuper.data.panels import NOTHING, parsing_picture, task_palette
-from fastuper.data.parsing_labels import TASKS
+from fastuper.data.parsing_labels import TASKS, known_tasks
 from fastuper.inference.parsing_report import ReportOptions, check_instances, parsing_report
-from fastuper.io.messages import one_line
+from fastuper.io.messages import name_of, one_line
 from fastuper.io.options import check_options, option
 from fastuper_kernels.dispatch.files import atomic_path
 
@@ -80,11 +80,10 @@ class ParsingOptions:
         """Return the tasks in their canonical order; None for all of the model."""
         if self.tasks is None:
             return None
-        names = [name.strip() for name in self.tasks.split(",")]
-        unknown = [name for name in names if name not in TASKS]
-        if unknown:
-            raise ValueError(f"--tasks {self.tasks}: {unknown[0]!r} is not known; known are {', '.join(TASKS)}")
-        return tuple(task for task in TASKS if task in names)
+        try:
+            return known_tasks([name.strip() for name in self.tasks.split(",")], TASKS)
+        except ValueError as error:
+            raise ValueError(f"--tasks {self.tasks}: {error}") from None
 
     def short_sides(self) -> tuple[int, ...] | None:
         """Return the lengths of the photo's shorter side; None for the processor's own size."""
@@ -141,10 +140,10 @@ def parse_photos(
     def load() -> _Parse:
         network, processor = load_parsing_model(model, device, dtype)
         known = tuple(network.config.tasks)
-        tasks = parsing.task_names() or known
-        missing = [task for task in tasks if task not in known]
-        if missing:
-            leave(f"--tasks {parsing.tasks}: the model does not know {missing[0]}; it knows {', '.join(known)}")
+        try:
+            tasks = known_tasks(parsing.task_names() or known, known)
+        except ValueError as error:
+            leave(f"--tasks {parsing.tasks}: {error} to the model {name_of(model)}")
         if "part" in tasks and "object" not in known:
             leave(
                 "the parts of a pixel depend on its object, and the model knows no objects; give --tasks without part"

@@ -126,23 +126,21 @@ def overlay(
 
 
 def blend(
-    photo: Image.Image,
-    labels: ArrayLike,
-    palette: ArrayLike,
-    alpha: float = 0.55,
-    *,
-    max_side: int = OVERLAY_SIDE,
-    min_side: int = _TINY,
+    photo: Image.Image, labels: ArrayLike, palette: ArrayLike, alpha: float = 0.55, *, max_side: int = OVERLAY_SIDE
 ) -> Image.Image:
-    """Return the photo under the class colours, without a legend; for the arguments see `overlay` and `resized`."""
+    """Return the photo under the class colours, without a legend; for the arguments see `overlay`."""
+    return tinted(resized(photo, max_side, _TINY), labels, palette, alpha)
+
+
+def tinted(shown: Image.Image, labels: ArrayLike, palette: ArrayLike, alpha: float = 0.55) -> Image.Image:
+    """Return a picture, of any size, under the class colours of a label map; for the arguments see `overlay`."""
     palette = np.asarray(palette, dtype=np.uint8)
-    labels = np.asarray(labels)
-    shown = resized(photo, max_side, min_side)
-    if shown.size != photo.size:
-        rows = np.arange(shown.height) * photo.height // shown.height
-        columns = np.arange(shown.width) * photo.width // shown.width
-        labels = labels[rows[:, None], columns]
-    return Image.blend(shown, Image.fromarray(palette[labels]), alpha)
+    layer = np.asarray(labels)
+    if layer.shape != (shown.height, shown.width):
+        rows = np.arange(shown.height) * layer.shape[0] // shown.height
+        columns = np.arange(shown.width) * layer.shape[1] // shown.width
+        layer = layer[rows[:, None], columns]
+    return Image.blend(shown, Image.fromarray(palette[layer]), alpha)
 
 
 def resized(photo: Image.Image, max_side: int, min_side: int) -> Image.Image:

@@ -14,12 +14,12 @@ from fastuper.data.overlay import (
     INK,
     WHITE,
     LegendLine,
-    blend,
     class_lines,
     class_shares,
     draw_legend,
     legend_name,
     resized,
+    tinted,
 )
 
 TITLES = {"scene": "Scene", "object": "Objects", "part": "Parts", "material": "Materials", "texture": "Textures"}
@@ -70,7 +70,7 @@ def parsing_picture(
         ValueError: there is nothing to show, a map has another size than the photo, or a label has no name.
     """
     plain = resized(photo, LONGEST, SHORTEST)
-    grey = photo.convert("L").convert("RGB")  # the photo's own colours would change those of the classes
+    grey = plain.convert("L").convert("RGB")  # the photo's own colours would change those of the classes
     font_size = max(14, round(max(plain.size) / 48))
     panels: dict[str, tuple[Image.Image, list[LegendLine]]] = {}
     if scene is not None:
@@ -86,8 +86,8 @@ def parsing_picture(
         names = dict(enumerate(labels[task])) | ({0: NOTHING[task]} if task in NOTHING else {})
         palette = task_palette(task, len(names))
         shares = class_shares(layer, len(names))
-        shown = blend(grey, layer, palette, max_side=LONGEST, min_side=SHORTEST)
-        panels[task] = (shown, class_lines(shares, names, palette, font_size, shown.height))
+        lines = class_lines(shares, names, palette, font_size, plain.height)
+        panels[task] = (tinted(grey, layer, palette), lines)
     if not panels:
         raise ValueError("there is nothing to show: no scene and no label map")
     return _in_rows([_panel(TITLES[task], *panels[task], font_size) for task in TITLES if task in panels], font_size)

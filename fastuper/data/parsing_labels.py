@@ -8,8 +8,12 @@ such class.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
+
+from fastuper.io.messages import shown
 
 TASKS = ("scene", "object", "part", "material", "texture")
 """The tasks of Unified Perceptual Parsing, in the order of every table, configuration and output."""
@@ -40,3 +44,24 @@ def default_object_parts() -> dict[int, tuple[int, ...]]:
     parts. 350 parts in all make 427 channels. Each call returns a new dictionary.
     """
     return dict(_tables()[1])
+
+
+def known_tasks(tasks: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """Return tasks in the order of `known`.
+
+    Args:
+        tasks: their names.
+        known: the tasks that there are.
+
+    Raises:
+        ValueError: `tasks` is no list of names, is empty, or has a name that is not known or is there twice.
+    """
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence | set | frozenset) or not tasks:
+        raise ValueError(f"tasks must be a list of one or more of {', '.join(known)}, got {shown(tasks)}")
+    names = list(tasks)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"task {shown(name)} is not known; known are {', '.join(known)}")
+        if names.count(name) > 1:
+            raise ValueError(f"task {shown(name)} is named twice")
+    return tuple(task for task in known if task in names)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastuper.data.classes import class_name
+from fastuper.data.parsing_labels import TASKS, WITH_BACKGROUND
 from fastuper.evaluation.confusion import ConfusionMatrix, as_tensor
 from fastuper.evaluation.report import json_number
 from fastuper.io.messages import format_size, listed, shown
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fastuper.models.outputs import Parsing
     from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
 
-_NOT_LABELLED = {"scene": -1, "object": 0, "part": 0, "material": 0, "texture": -1}
+_NOT_LABELLED = {task: 0 if task in WITH_BACKGROUND else -1 for task in TASKS}
 _PREDICTIONS = {"scene": "scene", "object": "objects", "part": "parts", "material": "materials", "texture": "textures"}
 _NO_PART, _FOREIGN_PART = 0, -1  # in place of a channel
 
@@ -52,7 +53,7 @@ class ParsingMetrics:
         matrices: the `ConfusionMatrix` of scene and texture (of images), object and material (of pixels).
         part_counts: (3, channels of the part head) int64: pixels of each part that are right, labelled, predicted.
 
-    The sum of several processes' counts (`torch.distributed.all_reduce`) are the counts of all their images.
+    The sums of several processes' counts (`torch.distributed.all_reduce`) are the counts of all their images.
     """
 
     def __init__(self, config: UnifiedPerceptualParsingConfig, *, device: torch.device | str = "cpu") -> None:

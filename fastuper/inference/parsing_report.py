@@ -75,7 +75,7 @@ def check_instances() -> None:
         ImportError: SciPy is missing; the message names the extra that installs it.
     """
     try:
-        from scipy import ndimage  # noqa: F401
+        from scipy.sparse import csgraph  # noqa: F401
     except ImportError as error:
         raise ImportError(f"instances need SciPy ({error}): pip install 'fastuper[parse]'") from None
 
@@ -176,10 +176,7 @@ def _count(
         key = regions[strip].astype(np.int64)
         for layer, classes in layers.values():
             key = key * classes + layer[strip]
-        # Runs of equal neighbours in a row: maps are smooth, so that there are far fewer runs than pixels.
-        new = np.ones(key.shape, dtype=bool)
-        np.not_equal(key[:, 1:], key[:, :-1], out=new[:, 1:])
-        first = np.flatnonzero(new)
+        first = np.flatnonzero(_run_starts(key))  # maps are smooth: there are far fewer runs than pixels
         lengths = np.diff(first, append=key.size)
         run = key.ravel()[first]
         found, inverse = np.unique(run, return_inverse=True)
@@ -203,27 +200,44 @@ def _count(
 def _instances(objects: NDArray[np.integer], smallest: float) -> tuple[NDArray[np.int32], list[int]]:
     """Return the connected regions of the objects, (H, W), and the object of each; region 0 is no object.
 
+    The runs of equal pixels in the rows are the nodes of a graph. Runs of one object that touch are connected in it.
+
     Args:
         objects: (H, W) object numbers.
         smallest: the share of the photo below which a region is left out.
     """
     check_instances()
-    from scipy import ndimage
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    table, boxes = _count(objects, {})
-    regions = np.zeros(objects.shape, dtype=np.int32)
-    classes = [0]
-    for index in table.region[table.region > 0]:
-        left, top, right, bottom = boxes[index]
-        inside = objects[top:bottom, left:right] == index
-        found, _ = ndimage.label(inside, structure=np.ones((3, 3)))
-        sizes = np.bincount(found.ravel())
-        kept = sizes / objects.size >= smallest
-        kept[0] = False
-        numbers = np.where(kept, len(classes) - 1 + np.cumsum(kept), 0)
-        np.copyto(regions[top:bottom, left:right], numbers[found], where=inside, casting="same_kind")
-        classes += [int(index)] * int(kept.sum())
-    return regions, classes
+    new = _run_starts(objects)
+    run = (np.cumsum(new, dtype=np.int32) - 1).reshape(objects.shape)
+    upper, lower = np.s_[:-1], np.s_[1:]
+    # Two runs touch in a column in which one of them starts, or at the corner where both end or start.
+    below = (objects[upper] == objects[lower]) & (new[upper] | new[lower])
+    corner = new[upper, 1:] & new[lower, 1:]
+    falling = (objects[upper, :-1] == objects[lower, 1:]) & corner
+    rising = (objects[upper, 1:] == objects[lower, :-1]) & corner
+    first = np.concatenate([run[upper][below], run[upper, :-1][falling], run[upper, 1:][rising]])
+    second = np.concatenate([run[lower][below], run[lower, 1:][falling], run[lower, :-1][rising]])
+    count = int(run[-1, -1]) + 1
+    graph = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(count, count))
+    components, region = connected_components(graph, directed=False)
+
+    starts = np.flatnonzero(new)
+    pixels = np.bincount(region, weights=np.diff(starts, append=objects.size))
+    classes = np.zeros(components, dtype=np.int64)
+    classes[region] = objects.ravel()[starts]
+    kept = (classes > 0) & (pixels / objects.size >= smallest)
+    numbers = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+    return numbers[region][run], [0, *classes[kept].tolist()]
+
+
+def _run_starts(values: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Return where a run of equal neighbours in a row starts, (H, W)."""
+    new = np.ones(values.shape, dtype=bool)
+    np.not_equal(values[:, 1:], values[:, :-1], out=new[:, 1:])
+    return new
 
 
 def _objects(
@@ -253,7 +267,7 @@ def _objects(
             for part in entry["parts"]:
                 part |= _surfaces(inside.where(inside.classes["part"] == part["id"]), labels, options)
         entries.append(entry | _surfaces(inside, labels, options))
-    return sorted(entries, key=lambda entry: -entry["pixels"])
+    return sorted(entries, key=lambda entry: (-entry["pixels"], entry["id"]))
 
 
 def _surfaces(table: _Table, labels: Mapping[str, Sequence[str]], options: ReportOptions) -> dict[str, Any]:

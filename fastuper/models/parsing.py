@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastuper.data.parsing_labels import WITH_BACKGROUND
+from fastuper.data.parsing_labels import WITH_BACKGROUND, known_tasks
 from fastuper.models.backbones import build_backbone
 from fastuper.models.heads.parsing import ParsingHead
 from fastuper.models.inputs import TargetSizes, check_pixels, check_target_sizes
@@ -17,11 +18,11 @@ from fastuper.models.memory import within_memory
 from fastuper.models.outputs import Parsing, ParsingOutput, known_to_transformers
 from fastuper.models.parsing_configuration import (
     UnifiedPerceptualParsingConfig,
-    known_tasks,
     parsing_config_from,
 )
 from fastuper.models.parsing_loss import check_parsing_labels, parsing_losses
 from fastuper.models.pyramid_model import PyramidModel, check_finite
+from fastuper.weights.official import Source, load_parsing, read_official
 from fastuper_kernels.dispatch.torch_private import BatchNorm
 from fastuper_kernels.ops.upsample_argmax import label_dtype
 
@@ -47,8 +48,11 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
 
     config_class = UnifiedPerceptualParsingConfig
     config: UnifiedPerceptualParsingConfig
-    _config_from = staticmethod(parsing_config_from)
     accepts_loss_kwargs = False  # `transformers.Trainer` then averages the losses of the batches of a step
+
+    @classmethod
+    def _config_from(cls, config: Any) -> UnifiedPerceptualParsingConfig:
+        return parsing_config_from(config)
 
     @within_memory
     def __init__(self, config: UnifiedPerceptualParsingConfig | Mapping[str, Any], backbone: nn.Module | None = None):
@@ -57,6 +61,39 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
         self.backbone = build_backbone(self.config.backbone_config, backbone)
         self.decode_head = ParsingHead(self.config, self.backbone.channels)
         self._complete()
+
+    @classmethod
+    def from_official(
+        cls,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        encoder: Source | None = None,
+        decoder: Source | None = None,
+        labels: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        **values: Any,
+    ) -> UperNetForUnifiedPerceptualParsing:
+        """Build a model from the official code's weights, in evaluation mode.
+
+        The configuration follows from the shapes of the tensors and from the labels. The official code has no texture
+        head: name "texture" in `tasks` to have one, with initial values. `fastuper convert` writes a model folder.
+
+        Args:
+            folder: has encoder_*.pth and decoder_*.pth, and may have labels.json; see
+                `fastuper.weights.official.read_official`.
+            encoder: the encoder's file or state dict, in place of the folder's.
+            decoder: the decoder's file or state dict, in place of the folder's.
+            labels: names of the classes, or the path of a labels.json, in place of the folder's; see `read_official`.
+            **values: values of the configuration, such as `pooling="adaptive"`.
+
+        Raises:
+            fastuper.weights.errors.CheckpointError: a file is missing, damaged, or does not fit the others.
+            ValueError: the labels do not fit the weights, or a value is not valid.
+            TypeError: the configuration has no value of a name in `values`.
+        """
+        checkpoint = read_official(folder, encoder=encoder, decoder=decoder, labels=labels)
+        model = cls(cls.config_class.from_dict(checkpoint.values(), **values))
+        load_parsing(model, checkpoint.encoder, checkpoint.decoder)
+        return model.eval()
 
     def forward(
         self,
@@ -161,8 +198,8 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
                 integer dtype or too small; pixels or logits are not finite.
         """
         config = self.config
-        scales = [pixel_values] if isinstance(pixel_values, torch.Tensor) else list(pixel_values or ())
-        scales = [check_pixels(scale) for scale in scales] or [check_pixels(None)]
+        scales = list(pixel_values) if isinstance(pixel_values, list | tuple) else [pixel_values]
+        scales = [check_pixels(scale) for scale in scales or [None]]
         if any(scale.shape[:2] != scales[0].shape[:2] for scale in scales):
             shapes = [tuple(scale.shape) for scale in scales]
             raise ValueError(f"pixel_values must be the same images at several scales, got {shapes}")
@@ -209,7 +246,8 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
             background: 1 to leave out class 0 of objects and materials.
             dtypes: the dtype of each task's label map.
         """
-        config, maps = self.config, {}
+        config = self.config
+        maps: dict[str, torch.Tensor] = {}
         for task, scales in logits.items():
             if task == "part":
                 slices, parts = config.part_slices, config.object_parts

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastuper.data.parsing_labels import TASKS, default_labels, default_object_parts
+from fastuper.data.parsing_labels import TASKS, default_labels, default_object_parts, known_tasks
 from fastuper.io.bounds import Bound, check_bounds
 from fastuper.io.messages import shown
 from fastuper.models.backbones.registry import PRESETS
@@ -161,7 +161,7 @@ class UnifiedPerceptualParsingConfig(PyramidConfig):
         return len(self.labels[task])
 
     @property
-    def id2label(self) -> dict[int, str]:  # type: ignore[override]
+    def id2label(self) -> dict[int, str]:
         """The names of the objects by their numbers; of the first of `tasks` where there are no objects."""
         task = "object" if "object" in self.tasks else self.tasks[0]
         return dict(enumerate(self.labels[task]))
@@ -172,7 +172,7 @@ class UnifiedPerceptualParsingConfig(PyramidConfig):
             raise ValueError("the names of this model's classes are in labels, by task: give labels= and no id2label")
 
     @property
-    def label2id(self) -> dict[str, int]:  # type: ignore[override]
+    def label2id(self) -> dict[str, int]:
         """The numbers of the names in `id2label`."""
         return {name: number for number, name in self.id2label.items()}
 
@@ -217,27 +217,6 @@ def parsing_config_from(config: Any) -> UnifiedPerceptualParsingConfig:
     if values is None or values.get("model_type", own) != own:
         raise TypeError(f"expected a UnifiedPerceptualParsingConfig or its dictionary, got {type(config).__name__}")
     return UnifiedPerceptualParsingConfig.from_dict(values)
-
-
-def known_tasks(tasks: Any, known: Sequence[str]) -> tuple[str, ...]:
-    """Return tasks in the order of `known`.
-
-    Args:
-        tasks: their names.
-        known: the tasks that there are.
-
-    Raises:
-        ValueError: `tasks` is no list of names, is empty, or has a name that is not known or is there twice.
-    """
-    if isinstance(tasks, str) or not isinstance(tasks, Sequence | set | frozenset) or not tasks:
-        raise ValueError(f"tasks must be a list of one or more of {', '.join(known)}, got {shown(tasks)}")
-    names = list(tasks)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"task {shown(name)} is not known; known are {', '.join(known)}")
-        if names.count(name) > 1:
-            raise ValueError(f"task {shown(name)} is named twice")
-    return tuple(task for task in known if task in names)
 
 
 def _official(task: str) -> list[str]:

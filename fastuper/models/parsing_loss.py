@@ -86,12 +86,15 @@ def _check_task(task: str, labels: Any, batch: int, classes: int) -> torch.Tenso
 
 def _positions(objects: torch.Tensor, parts: torch.Tensor, config: UnifiedPerceptualParsingConfig) -> torch.Tensor:
     """Return the position (B, H, W) of each pixel's part in the parts of its object, from 1; 0 for other parts."""
-    rows = [[0] + [UNLABELLED] * (len(config.labels["part"]) - 1) for _ in config.labels["object"]]
-    rows[0] = [0] * len(rows[0])  # the parts of a pixel without an object are not read
-    for number, own in config.object_parts.items():
-        for position, part in enumerate(own, start=1):
-            rows[number][part] = position
-    positions = torch.tensor(rows, device=parts.device)[objects, parts]
+    places = [
+        (number, part, place) for number, own in config.object_parts.items() for place, part in enumerate(own, start=1)
+    ]
+    numbers, ids, in_order = torch.tensor(places, device=parts.device).unbind(dim=1)
+    table = objects.new_full((len(config.labels["object"]), len(config.labels["part"])), UNLABELLED)
+    table[numbers, ids] = in_order
+    table[:, 0] = 0
+    table[0] = 0  # the parts of a pixel without an object are not read
+    positions = table[objects, parts]
     if parts.device.type == "cpu" and is_eager() and (foreign := positions < 0).any():
         number, part = int(objects[foreign][0]), int(parts[foreign][0])
         raise ValueError(
@@ -168,8 +171,12 @@ def part_loss(
     for number, coarse in parts.items():
         if any(occurs[number]):
             images = [image for image in range(batch) if occurs[number][image]]
-            inside = objects[images] == number
-            total = total + _sum_over(coarse[images], positions[images], inside) / inside.sum()
+            if len(images) < batch:
+                coarse, own, own_positions = coarse[images], objects[images], positions[images]
+            else:
+                own, own_positions = objects, positions
+            inside = own == number
+            total = total + _sum_over(coarse, own_positions, inside) / inside.sum()
     return total
 
 

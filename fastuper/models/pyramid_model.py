@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,9 +28,6 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
     A subclass is built by `cls(config, backbone=None)`. Its constructor sets `config`, `backbone` and the heads, and
     then calls `_complete`.
     """
-
-    # Returns a configuration of `config_class` for a given one or a dictionary.
-    _config_from: ClassVar[Callable[[Any], Any]]
 
     decode_head: Any
 
@@ -65,6 +62,11 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
             return cls(cls.config_class(backbone_config=backbone_config, **values), backbone=module)
         given = {n: v for n, v in cls._config_from(config).to_dict().items() if n not in OF_THE_BACKBONE}
         return cls(cls.config_class.from_dict({**given, "backbone_config": backbone_config}, **values), backbone=module)
+
+    @classmethod
+    def _config_from(cls, config: Any) -> Any:
+        """Return a configuration of `config_class` for a given one or a dictionary."""
+        raise NotImplementedError(f"{cls.__name__} has no _config_from(config)")
 
     def __init__(self, config: Any = None, backbone: nn.Module | None = None):
         super().__init__()

@@ -58,7 +58,10 @@ class UperNetForSemanticSegmentation(PyramidModel):
     """
 
     config_class = UperNetConfig
-    _config_from = staticmethod(upernet_config_from)
+
+    @classmethod
+    def _config_from(cls, config: Any) -> UperNetConfig:
+        return upernet_config_from(config)
 
     @within_memory
     def __init__(self, config: UperNetConfig | Any, backbone: nn.Module | None = None):

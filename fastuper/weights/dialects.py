@@ -11,6 +11,7 @@ CONVERT = (
 LIBRARIES = (
     (r".*\.(lora_[AB]|base_layer)\.", "a LoRA adapter of peft", "load its base model, then the adapter with peft"),
     (r"(decode|auxiliary)_head\.conv_seg\.", "mmsegmentation", CONVERT),
+    (r"(ppm_conv|conv_fusion)\.", "Unified Perceptual Parsing's official code", "run `fastuper convert` on its folder"),
     (r"(decoder|segmentation_head)\.", "segmentation_models_pytorch", CONVERT),
     (r"(downsample_layers|stages\.\d+\.\d+)\.", "ConvNeXt's authors", CONVERT),
     (r"(stages\.\d+\.blocks|stem|layers_\d+)\.", "timm", CONVERT),
@@ -44,7 +45,15 @@ def describe(names: Iterable[str], own: Collection[str]) -> str:
         if all(name.startswith(prefix) for name in names) and any(name[len(prefix) :] in own for name in names):
             wrapper = WRAPPERS.get(prefix.split(".")[0], "the module around the model")
             return f"all names begin with {prefix!r}, of {wrapper}: save the state dict of the model inside"
+    if (found := library_of(names)) is not None:
+        return f"the names are those of {found[0]}: {found[1]}"
+    return "it belongs to another model, or to another configuration"
+
+
+def library_of(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the library whose models have such names, and the remedy; None if no library is known for them."""
+    names = list(names)
     for pattern, library, remedy in LIBRARIES:
         if any(re.match(pattern, name) for name in names):
-            return f"the names are those of {library}: {remedy}"
-    return "it belongs to another model, or to another configuration"
+            return library, remedy
+    return None

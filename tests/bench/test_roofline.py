@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.roofline import GPUS, Gpu, Shapes, head, loss, report
+from bench.roofline import GPUS, Gpu, Shapes, head, loss, precise_roi, report
 
 
 def test_the_work_of_a_convolution() -> None:
@@ -32,3 +32,11 @@ def test_twice_the_images_are_twice_the_operations() -> None:
     one, two = ([entry.flop for entry in head(Shapes(batch=batch))] for batch in (1, 2))
     assert two == [2 * flop for flop in one]
     assert all(name in report(Shapes()) for name in GPUS)
+
+
+def test_the_work_of_precise_roi_pooling() -> None:
+    """Each pixel is multiplied once for each of four scales; the map is read once, and 50 cells are written."""
+    work = precise_roi(Shapes(batch=2, size=512, channels=(256, 512, 1024, 2048)))
+    assert work.flop == 2 * 4 * 2 * 16 * 16 * 2048
+    assert work.bytes == 2 * 2 * (16 * 16 + 50) * 2048
+    assert work.name in report(Shapes())

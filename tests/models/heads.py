@@ -73,15 +73,34 @@ class Unfused:
 
 def as_written(head: Any, maps: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return a head's logits by the steps of the paper, mmsegmentation and Transformers."""
-    *lower, top = maps
     with Unfused():
-        levels = [head.bottleneck(torch.cat([top, *head.psp_modules(top)], dim=1))]
-        for x, lateral in reversed(list(zip(lower, head.lateral_convs, strict=True))):
-            y = lateral(x)
-            levels.insert(0, y + resample(levels[0], y, head.align_corners))
-        fine = [conv(x) for conv, x in zip(head.fpn_convs, levels, strict=False)]
-        fused = concatenate_at_first_size([*fine, levels[-1]], head.align_corners)
-        return head.classifier(head.fpn_bottleneck(fused))
+        *_, fused = levels_as_written(head, maps)
+        return head.classifier(fused)
+
+
+def parsing_as_written(head: Any, maps: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the logits of a parsing head by the steps of the official code; one task after the other."""
+    with Unfused():
+        pooled, finest, fused = levels_as_written(head, maps)
+        scene, texture = head.scene_head, head.texture_head
+        logits = {"scene": scene.classifier(scene.conv(pooled).mean((2, 3), keepdim=True))[:, :, 0, 0]}
+        for task, level in {"object": fused, "part": fused, "material": finest}.items():
+            reads = getattr(head, f"{task}_head")
+            logits[task] = reads.classifier(reads.conv(level))
+        logits["texture"] = texture.classifier(texture.convs[1](texture.convs[0](maps[0].detach())))
+        return logits
+
+
+def levels_as_written(head: Any, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the coarsest level, the finest level and the fusion of all levels."""
+    *lower, top = maps
+    levels = [head.bottleneck(torch.cat([top, *head.psp_modules(top)], dim=1))]
+    for x, lateral in reversed(list(zip(lower, head.lateral_convs, strict=True))):
+        y = lateral(x)
+        levels.insert(0, y + resample(levels[0], y, head.align_corners))
+    fine = [conv(x) for conv, x in zip(head.fpn_convs, levels, strict=False)]
+    fused = concatenate_at_first_size([*fine, levels[-1]], head.align_corners)
+    return levels[-1], [*fine, levels[-1]][0], head.fpn_bottleneck(fused)
 
 
 def error(result: torch.Tensor, truth: torch.Tensor) -> float:

@@ -280,14 +280,39 @@ def test_deepcopy(cls):
     assert torch.equal(logits(again, images(1)), logits(network, images(1)))
 
 
-@BOTH
-def test_compile(cls):
-    network = over(cls).eval()
+@pytest.fixture
+def forgotten():
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (Parsing, {"tasks": ["scene"]}),  # tests/models/test_parsing_head.py traces the other tasks
+        pytest.param(Parsing, {}, marks=pytest.mark.exhaustive),
+        pytest.param(Segmentation, {}, marks=pytest.mark.exhaustive),
+    ],
+    ids=["scene", "parsing", "segmentation"],
+)
+def test_compile(cls, options):
+    network = over(cls).eval()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     with torch.no_grad():
-        torch.testing.assert_close(logits(compiled, images(1)), logits(network, images(1)), rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
+        for name, x in network(images(1), **options).items():
+            torch.testing.assert_close(compiled(images(1), **options)[name], x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.exhaustive
+def test_export_with_dynamic_sizes():
+    network, sizes = over(Parsing).eval(), dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    with torch.no_grad():
+        program = torch.export.export(network, (images(),), dynamic_shapes={"pixel_values": sizes}).module()
+        for size in ((2, 64, 80), (3, 97, 70)):
+            for name, x in network(images(*size)).items():
+                torch.testing.assert_close(program(images(*size))[name], x, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- shared weights
@@ -321,14 +346,14 @@ def test_shared_weights_are_copied(to_parsing):
     fused = []
     for network, own in zip((source, target), maps, strict=True):
         head = network.decode_head
-        fused.append(head.fuse(head.top_down(own[:-1], head.psp_forward(own)).levels))
+        fused.append(head.fuse(head.smooth(head.top_down(own[:-1], head.psp_forward(own)))))
     torch.testing.assert_close(fused[0], fused[1])
 
 
 def test_other_shapes_are_refused():
     source, target = segmentation(hidden_size=8), model()
     old = copy.deepcopy(target.state_dict())
-    with pytest.raises(CheckpointError, match=r"shared tensors differ in shape, such as decode_head\.psp_modules") as e:
+    with pytest.raises(CheckpointError, match=r"shared tensors differ in shape, such as decode_head\.bottle") as e:
         copy_shared_weights(source, target)
     assert "\n" not in str(e.value)
     assert all(torch.equal(x, old[name]) for name, x in target.state_dict().items())

@@ -365,6 +365,7 @@ def test_many_objects_fit_uint16():
     [
         (None, {}, "pixel_values are missing"),
         ([], {}, "pixel_values are missing"),
+        (images(1)[0], {}, r"must be \(batch, channels, height, width\), got \(3, 64, 80\)"),
         ([images(1), images(2)], {}, r"the same images at several scales, got \[\(1, 3, 64, 80\), \(2, 3, 64, 80\)\]"),
         (images(2), {"target_sizes": [(4, 4)]}, "1 target_sizes for a batch of 2 images"),
         (images(1), {"target_sizes": [(0, 4)]}, "target_sizes must be a"),
@@ -429,6 +430,15 @@ def test_a_checkpoint_without_a_task(network, tmp_path):
     assert torch.equal(loaded(images(1)).part, network(images(1)).part)
     assert loaded.decode_head.texture_head.convs[0].batch_norm.bias.eq(1e-4).all()
     assert loaded.decode_head.texture_head.classifier.weight.std() > 0.1
+
+
+def test_names_of_transformers_5_are_loaded():
+    swin, other = model("swin"), model("swin", seed=1)
+    state = {f"backbone.swin.{n[9:]}" if n.startswith("backbone.") else n: x for n, x in swin.state_dict().items()}
+    renamed = {name.replace("attention.self.query", "attention.q_proj"): x for name, x in state.items()}
+    assert any("q_proj" in name for name in renamed)
+    other.load_state_dict(renamed)
+    same_outputs(swin, other)
 
 
 def test_a_checkpoint_of_another_model_is_refused(network, tmp_path):
@@ -515,6 +525,7 @@ def outputs_agree(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("forgotten")
 def test_compile(network):
     compiled = torch.compile(network, fullgraph=True, backend="eager", dynamic=True)
@@ -523,6 +534,7 @@ def test_compile(network):
             outputs_agree(compiled(images(2, height, width)), network(images(2, height, width)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("forgotten")
 def test_compiled_loss(network):
     compiled = torch.compile(network, fullgraph=True, backend="eager")
@@ -533,6 +545,7 @@ def test_compiled_loss(network):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_export(network):
     auto = torch.export.Dim.AUTO
     with torch.no_grad():
@@ -545,6 +558,7 @@ def test_export(network):
             )
 
 
+@pytest.mark.exhaustive
 def test_its_class_is_known_to_transformers(network):
     transformers = pytest.importorskip("transformers")
     assert isinstance(network, transformers.PreTrainedModel)

@@ -50,7 +50,7 @@ BACKBONES = {
         lambda: ResNetConfig(embedding_size=4, hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1], out_features=STAGES),
         8,
     ),
-    "resnet-deep-stem": (
+    "resnet_deep_stem": (
         lambda: DeepStemResNetConfig([4, 2, 4], hidden_sizes=[4, 6, 8, 10], depths=[1] * 4, out_features=STAGES),
         8,
     ),

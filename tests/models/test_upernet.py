@@ -24,7 +24,7 @@ BACKBONES = {
     "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
     "swin": lambda: SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4),
     "resnet": lambda: ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
-    "resnet-deep-stem": lambda: DeepStemResNetConfig([8, 8, 16], hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
+    "resnet_deep_stem": lambda: DeepStemResNetConfig([8, 8, 16], hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
 }
 
 

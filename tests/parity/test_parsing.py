@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastuper import DeepStemResNetConfig, UnifiedPerceptualParsingConfig, UperNetForUnifiedPerceptualParsing
+from fastuper import (
+    DeepStemResNetConfig,
+    UnifiedPerceptualParsingConfig,
+    UperNetForUnifiedPerceptualParsing,
+    UperNetImageProcessor,
+)
 from fastuper.data.parsing_labels import default_labels, default_object_parts
+from fastuper.models.heads.parsing import ParsingHead
 from fastuper.weights.official import load_parsing
 from tests.parity import parsing_reference as reference
 
@@ -211,6 +218,17 @@ def test_empty_targets_give_zero(empty: tuple[str, ...]) -> None:
         assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+def with_many_classes(
+    model: UperNetForUnifiedPerceptualParsing, encoder: dict[str, Tensor], decoder: dict[str, Tensor], pixels: Tensor
+) -> None:
+    """Take the mean of each class's logits from its bias, in the model too, so that many classes win somewhere."""
+    logits = reference.reference_decoder(decoder, reference.reference_encoder(encoder, pixels))
+    for task in ("object", "part", "material"):
+        decoder[f"{task}_head.1.bias"] -= logits[task].mean((0, 2, 3))
+        decoder[f"{task}_head.1.bias"][0] += 1  # class 0 wins somewhere
+    load_parsing(model, encoder, decoder)
+
+
 @pytest.mark.parametrize("mask_background", [False, True])
 @pytest.mark.parametrize("sides", [[(61, 45)], [(40, 32), (61, 45), (90, 70)]])
 def test_label_maps(sides: list[tuple[int, int]], mask_background: bool) -> None:
@@ -218,18 +236,10 @@ def test_label_maps(sides: list[tuple[int, int]], mask_background: bool) -> None
     model, encoder, decoder, texture = model_and_states()
     pixels = [torch.randn(2, 3, *size, dtype=torch.float64) for size in sides]
     sizes = [(75, 58), (33, 20)]
-
-    def logits() -> list[dict[str, Tensor]]:
-        maps = [reference.reference_encoder(encoder, x) for x in pixels]
-        return [reference.reference_decoder(decoder, x, texture=texture) for x in maps]
-
-    # Without the mean of their logits, all classes have a chance to win.
-    for task, values in logits()[0].items():
-        if task in ("object", "part", "material"):
-            decoder[f"{task}_head.1.bias"] -= values.mean((0, 2, 3))
-            decoder[f"{task}_head.1.bias"][0] += 1  # so that class 0 wins somewhere
-    load_parsing(model, encoder, decoder)
-    expected = reference.reference_labels(logits(), sizes, OBJECT_PARTS, mask_background=mask_background)
+    with_many_classes(model, encoder, decoder, pixels[0])
+    maps = [reference.reference_encoder(encoder, x) for x in pixels]
+    logits = [reference.reference_decoder(decoder, x, texture=texture) for x in maps]
+    expected = reference.reference_labels(logits, sizes, OBJECT_PARTS, mask_background=mask_background)
     found = model.parse(pixels if len(pixels) > 1 else pixels[0], sizes, mask_background=mask_background, top=3)
     occurring = {task: set() for task in ("object", "part", "material", "texture")}
     for ours, theirs in zip(found, expected, strict=True):
@@ -260,9 +270,7 @@ def test_shipped_tables() -> None:
     (found,), (expected,) = torch.autograd.grad(output.loss, pixels), torch.autograd.grad(loss, pixels)
     assert_close(found, expected)
 
-    # Without the mean of their logits, many objects win somewhere.
-    decoder["object_head.1.bias"] -= logits["object"].detach().mean((0, 2, 3))
-    load_parsing(model, encoder, decoder)
+    with_many_classes(model, encoder, decoder, pixels.detach())
     logits = reference.reference_decoder(
         decoder, reference.reference_encoder(encoder, pixels.detach()), texture=texture
     )
@@ -274,3 +282,80 @@ def test_shipped_tables() -> None:
         assert torch.equal(ours.parts, theirs["part"])
         assert len(ours.objects.unique()) > 30
         assert len(ours.parts.unique()) > 10
+
+
+def test_a_photo_at_several_sizes() -> None:
+    """The official demo: a photo is prepared at several sizes, and their probabilities are averaged."""
+    model, encoder, decoder, texture = model_and_states()
+    photo = np.random.default_rng(0).integers(0, 256, (60, 83, 3), dtype=np.uint8)
+    shorts = (30, 45, 70)
+    pixels = []
+    for short in shorts:
+        processor = UperNetImageProcessor.for_parsing(size={"shortest_edge": short, "longest_edge": 90})
+        pixels.append(processor(images=photo, return_tensors="pt").pixel_values.double())
+    prepared = [torch.from_numpy(reference.reference_input(photo, short, 90)).double()[None] for short in shorts]
+    assert [tuple(x.shape[2:]) for x in prepared] == [(32, 48), (48, 64), (72, 96)]
+    with_many_classes(model, encoder, decoder, prepared[0])
+    maps = [reference.reference_encoder(encoder, x) for x in prepared]
+    logits = [reference.reference_decoder(decoder, x, texture=texture) for x in maps]
+    size = (photo.shape[0], photo.shape[1])
+    (expected,) = reference.reference_labels(logits, [size], OBJECT_PARTS)
+    (found,) = model.parse(pixels, [size])
+    assert torch.equal(found.objects, expected["object"])
+    assert torch.equal(found.parts, expected["part"])
+    assert torch.equal(found.materials, expected["material"])
+    assert torch.equal(found.textures, expected["texture"])
+    assert found.scene[0][0] == int(expected["scene"].argmax())
+
+
+@pytest.mark.parametrize(("hidden_size", "parameters"), [(512, 50_546_818), (256, 20_885_122)])
+def test_the_official_decoders_have_as_many_parameters(hidden_size: int, parameters: int) -> None:
+    """The decoders `upernet` and `upernet_lite`; textures are not in them."""
+    config = UnifiedPerceptualParsingConfig(hidden_size=hidden_size, tasks=("scene", "object", "part", "material"))
+    with torch.device("meta"):
+        head = ParsingHead(config, [256, 512, 1024, 2048])
+    assert sum(parameter.numel() for parameter in head.parameters()) == parameters
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+@pytest.mark.exhaustive
+def test_the_official_network_at_full_width() -> None:
+    """ResNet-50 and 512 channels: logits in float64; in float32 their errors beside the textbook's, and label maps."""
+    labels, object_parts = default_labels(), default_object_parts()
+    counts = {task: len(names) for task, names in labels.items() if task != "texture"}
+    counts["part"] = sum(1 + len(parts) for parts in object_parts.values())
+    encoder, decoder = reference.official_state(
+        torch.Generator().manual_seed(0),
+        hidden_size=512,
+        pool_channels=512,
+        channels=(256, 512, 1024, 2048),
+        classes=counts,
+        blocks=(3, 4, 6, 3),
+        stem_widths=(64, 64, 128),
+    )
+    model = UperNetForUnifiedPerceptualParsing.from_official(encoder=encoder, decoder=decoder)
+    assert model.dtype == torch.float32
+    pixels = torch.randn(1, 3, 137, 190, dtype=torch.float64)
+    with torch.no_grad():
+        logits = reference.reference_decoder(decoder, reference.reference_encoder(encoder, pixels))
+        (expected,) = reference.reference_labels([logits], [(137, 190)], object_parts)
+        fast, (parsing,) = model(pixels.float()), model.parse(pixels.float())
+        # The less exact of PyTorch's two memory layouts, as in the rule of accuracy.
+        single = [
+            {name: channels_last(tensor.float()) for name, tensor in state.items()} for state in (encoder, decoder)
+        ]
+        maps = reference.reference_encoder(single[0], channels_last(pixels.float()))
+        textbook = reference.reference_decoder(single[1], maps)
+        exact = model.double()
+        load_parsing(exact, encoder, decoder)
+        found = exact(pixels)
+    for task, values in logits.items():
+        assert_close(found[task], values, task)
+        ours, theirs = ((x[task].double() - values).square().mean().sqrt() for x in (fast, textbook))
+        assert ours <= 1.25 * theirs, (task, ours / theirs)
+    assert (parsing.objects == expected["object"]).double().mean() > 0.999
+    assert (parsing.parts == expected["part"]).double().mean() > 0.999
+    assert (parsing.materials == expected["material"]).double().mean() > 0.999

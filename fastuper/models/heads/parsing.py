@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastuper.data.parsing_labels import known_tasks
 from fastuper.models.heads import strips
 from fastuper.models.heads.conv_module import ConvModule, classify
 from fastuper.models.heads.pyramid import PyramidHead
@@ -127,13 +128,13 @@ class ParsingHead(PyramidHead):
             classes of parts are the parts of all objects, one object after the other.
 
         Raises:
-            ValueError: the head has no such task, or the number of maps, or of their channels, does not fit the modules
-                that read them.
+            ValueError: there is no such task or head; the number of maps, or of their channels, does not fit
+                the modules that read them.
         """
-        tasks = self.select(tasks)
+        tasks = self.tasks if tasks is None else known_tasks(tasks, self.tasks)
         self.check(feature_maps)
         logits: dict[str, torch.Tensor] = {}
-        pooled: Any = None if tasks == ["texture"] else self.psp_forward(feature_maps)
+        pooled: Any = None if tasks == ("texture",) else self.psp_forward(feature_maps)
         if "scene" in tasks:
             logits["scene"] = self.scene_head(pooled)
         if strips.apply_to(self, feature_maps, self.outputs(tasks)):
@@ -152,21 +153,6 @@ class ParsingHead(PyramidHead):
         if "texture" in tasks:
             logits["texture"] = self.texture_head(feature_maps[0].detach())
         return logits
-
-    def select(self, tasks: Sequence[str] | None) -> list[str]:
-        """Return the tasks to run, in the order of the configuration's tasks; None stands for all.
-
-        Raises:
-            ValueError: `tasks` is empty or a single string, or the head has no such task.
-        """
-        if tasks is None:
-            return list(self.tasks)
-        if isinstance(tasks, str) or len(tasks) == 0:
-            raise ValueError(f"tasks must be a sequence of one or more names, got {tasks!r}")
-        unknown = [task for task in tasks if task not in self.tasks]
-        if unknown:
-            raise ValueError(f"no head for task {unknown[0]!r}: the heads are {', '.join(self.tasks)}")
-        return [task for task in self.tasks if task in tasks]
 
     def outputs(self, tasks: Sequence[str]) -> dict[str, strips.Output]:
         """Return what tasks compute at the finest level, for the executor in strips; nothing if a head is touched."""
