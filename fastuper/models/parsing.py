@@ -198,8 +198,8 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
                 integer dtype or too small; pixels or logits are not finite.
         """
         config = self.config
-        scales = list(pixel_values) if isinstance(pixel_values, list | tuple) else [pixel_values]
-        scales = [check_pixels(scale) for scale in scales or [None]]
+        given: Any = pixel_values if isinstance(pixel_values, list | tuple) else [pixel_values]
+        scales = [check_pixels(scale) for scale in given or [None]]
         if any(scale.shape[:2] != scales[0].shape[:2] for scale in scales):
             shapes = [tuple(scale.shape) for scale in scales]
             raise ValueError(f"pixel_values must be the same images at several scales, got {shapes}")
