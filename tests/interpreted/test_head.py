@@ -9,6 +9,9 @@ import torch
 
 from bench.numerics import error
 from bench.pairs import images, pair
+from fastuper.data.parsing_labels import TASKS
+from tests.models.heads import feature_maps, parsing_as_written
+from tests.models.test_parsing_head import parsing_head
 from tests.parity.models import config, segmentation_labels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,3 +68,26 @@ def test_training(launched: set[str], few_programs: None) -> None:
     exact = dict(theirs.named_parameters())
     errors = sorted(error(p.grad, exact[name].grad) for name, p in ours.named_parameters() if p.grad is not None)
     assert errors[len(errors) // 2] <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("tasks", "resample_first"),
+    [
+        (("scene",), True),
+        pytest.param(TASKS, True, marks=pytest.mark.exhaustive),
+        pytest.param(TASKS, False, marks=pytest.mark.exhaustive),
+    ],
+    ids=["scene", "all", "all-resampled-last"],
+)
+def test_the_parsing_head(
+    tasks: tuple[str, ...], resample_first: bool, launched: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = parsing_head(8, pool_scales=[1, 3], resample_first=resample_first).to(DEVICE)
+    maps = [x.to(DEVICE) for x in feature_maps(1, [(8, 6), (4, 3), (2, 3), (3, 2)])]
+    with torch.no_grad():
+        logits = head(maps, tasks)
+        assert launched == {"conv", "pool", "products_of"}
+        monkeypatch.setenv("FASTUPER_BACKEND", "torch")
+        truth = parsing_as_written(head.double(), [x.double() for x in maps])
+    assert list(logits) == list(tasks)
+    assert all(error(logits[task], truth[task]) <= 1e-5 for task in tasks)

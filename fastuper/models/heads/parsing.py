@@ -137,8 +137,9 @@ class ParsingHead(PyramidHead):
         pooled: Any = None if tasks == ("texture",) else self.psp_forward(feature_maps)
         if "scene" in tasks:
             logits["scene"] = self.scene_head(pooled)
-        if strips.apply_to(self, feature_maps, self.outputs(tasks)):
-            return logits | strips.run(self, feature_maps, pooled, self.outputs(tasks))
+        outputs = self.outputs(tasks)
+        if strips.apply_to(self, feature_maps, outputs):
+            return logits | strips.run(self, feature_maps, pooled, outputs)
         if "object" in tasks or "part" in tasks:
             levels = self.smooth(self.top_down(feature_maps[:-1], pooled))
             fused, finest = self.fuse(levels), levels[0]

@@ -151,16 +151,17 @@ def _tail_of_image(
     finest = merged.convolved(fpn.fused)
     steps = [merged, finest]
     sources = {"finest": finest}
-    fuse: list[Convolve] = []
     if levels:
-        fuse = [_fusion(head.fpn_bottleneck, fpn.conv.out_channels, levels, (height, x.shape[3]))]
+        fuse = _fusion(head.fpn_bottleneck, fpn.conv.weight.shape[0], levels, (height, x.shape[3]))
         if any(output.reads == "fused" and output.convs for output in outputs.values()):
-            sources["fused"] = finest.convolved(fuse.pop())
+            sources["fused"] = finest.convolved(fuse)
             steps.append(sources["fused"])
     for name, output in outputs.items():
-        # An output without convolutions runs the fusion as its own last step.
-        convs = [conv.fused for conv in output.convs] or fuse
-        steps += _chain(sources.get(output.reads, finest), convs, output, logits[name])
+        if output.reads in sources:
+            convs = [conv.fused for conv in output.convs]
+            steps += _chain(sources[output.reads], convs, output, logits[name])
+        else:  # the only output classifies the fusion, which need not be held
+            steps += _chain(finest, [fuse], output, logits[name])
     _run(steps, x, [fpn])
 
 
@@ -274,10 +275,10 @@ def _pyramid_modules(head: PyramidHead, outputs: Outputs) -> list[tuple[Any, tup
 
 def _bytes_of_row(x: torch.Tensor, convs: Sequence[Any]) -> int:
     """Return the bytes of a row of x's width after the widest of some `ConvModule`s."""
-    return int(x.shape[3] * max(conv.conv.out_channels for conv in convs) * x.element_size())
+    return int(x.shape[3] * max(conv.conv.weight.shape[0] for conv in convs) * x.element_size())
 
 
 def _empty(x: torch.Tensor, output: Output) -> torch.Tensor:
     """Return new logits (B, classes, H, W) in channels_last, of x's size."""
-    size = (len(x), output.classifier.out_channels, *x.shape[2:])
+    size = (len(x), output.classifier.weight.shape[0], *x.shape[2:])
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
