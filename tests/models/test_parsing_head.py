@@ -216,15 +216,18 @@ def test_modules_have_the_names_of_the_upernet_head():
 # Touched modules ------------------------------------------------------------------------------------------------------
 
 
+POOLING = ["psp_modules", "psp_modules.1", "psp_modules.2.0", "psp_modules.3.1", "psp_modules.0.1.conv", "bottleneck"]
+OTHERS = [
+    *("fpn_bottleneck", "object_head.conv", "part_head.classifier", "material_head", "scene_head.conv.batch_norm"),
+    *("texture_head.convs", "texture_head.convs.1.activation"),
+]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("psp_modules", "psp_modules.1", "psp_modules.2.0", "psp_modules.3.1", "psp_modules.0.1.conv", "bottleneck"),
-        *("fpn_bottleneck", "object_head.conv", "part_head.classifier", "material_head", "scene_head.conv.batch_norm"),
-        *("texture_head.convs", "texture_head.convs.1.activation"),
-    ],
+    ("name", "order"),
+    [*((name, ORDERS[0]) for name in POOLING + OTHERS), *((name, ORDERS[1]) for name in POOLING)],
+    ids=lambda value: value if isinstance(value, str) else id_of(value),
 )
-@pytest.mark.parametrize("order", ORDERS[:2], ids=id_of)
 def test_forward_hooks(name, order, in_strips):
     """The value that a hook returns replaces the module's result; the hooks of the steps as written run too."""
     head, maps = parsing_head(**order), feature_maps()
