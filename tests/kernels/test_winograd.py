@@ -66,6 +66,17 @@ def test_strips_with_neighbouring_rows(size, ends):
     check(random(3, *size), random(2, 3, 3, 3, seed=1), (start, stop))
 
 
+@pytest.fixture(params=sorted(winograd.PRODUCTS))
+def way(request, monkeypatch):
+    """A way to compute the products, which is the one that runs."""
+    used = []
+    multiply = winograd.PRODUCTS[request.param]
+    monkeypatch.setenv("FASTUPER_CHOICES", f"winograd_product={request.param}")
+    monkeypatch.setitem(winograd.PRODUCTS, request.param, lambda *args: used.append(1) or multiply(*args))
+    yield request.param
+    assert used
+
+
 @pytest.mark.parametrize("limit", [1, 3000, 10_000, 10**9])
 @pytest.mark.parametrize("height", [1, 2, 7, 24, 33])
 @pytest.mark.parametrize("cut", [0, 1], ids=["whole", "rows"])
@@ -77,6 +88,19 @@ def test_a_few_rows_at_a_time(cut, height, limit, monkeypatch):
         assert len(finished) == 1
     elif limit == 1 and height > 8:
         assert len(finished) > 2
+
+
+def test_products_leave_their_operands(way):
+    """Both ways write only products: a second convolution with the same packs gives the same result."""
+    x, weight = random(6, 9, 7), random(4, 6, 3, 3, seed=1)
+    kernels = winograd.pack(weight, x.dtype)
+    before, results = [kernel.clone() for kernel in kernels], []
+    for _ in range(2):
+        results.append(torch.empty(9, 7, 4, dtype=x.dtype))
+        winograd.conv3x3(x.permute(1, 2, 0), kernels, (0, 0), lambda *_: None, results[-1])
+    assert torch.equal(*results)
+    assert all(map(torch.equal, kernels, before))
+    check(x, weight)
 
 
 def test_a_map_without_rows():
@@ -98,7 +122,7 @@ def test_packs_are_rounded_once(dtype):
 
 
 @pytest.mark.parametrize(("channels", "positive"), [(128, False), (512, True)])
-def test_as_accurate_as_a_direct_convolution(channels, positive):
+def test_as_accurate_as_a_direct_convolution(channels, positive, way):
     """By the rule of docs/accuracy.md; UPerNet's convolutions of 512 channels read maps after a ReLU."""
     ours: list[float] = []
     theirs: dict[str, list[float]] = {"contiguous": [], "channels-last": []}

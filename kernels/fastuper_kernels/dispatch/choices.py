@@ -140,6 +140,12 @@ CONV3X3 = Choice(
     default="winograd",
     reason="24 products instead of 72; direct for small products, whose transforms cost more than that saves",
 )
+WINOGRAD_PRODUCT = Choice(
+    "winograd_product",
+    options=("linear", "blas"),
+    default="linear",
+    reason="the fastest linear layer; BLAS (MKL) adds a product to another in place",
+)
 CONV = Choice(
     "conv",
     options=("triton", "cudnn"),
