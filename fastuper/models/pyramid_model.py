@@ -151,13 +151,19 @@ def check_finite(logits: Sequence[torch.Tensor], pixel_values: Sequence[torch.Te
     Raises:
         ValueError: some are not; the message says whether pixels or weights are the cause.
     """
-    if torch.compiler.is_compiling() or all(x.isfinite().all() for x in logits):
+    if torch.compiler.is_compiling() or all(map(_is_finite, logits)):
         return
-    if not all(x.isfinite().all() for x in pixel_values):
+    if not all(map(_is_finite, pixel_values)):
         cause = "pixel_values contain NaN or infinity"
     else:
         cause = f"weights are not finite, or they overflow {logits[0].dtype}"
     raise ValueError(f"the logits are not finite, and labels would have no meaning: {cause}")
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    # The sum finds infinities and NaN without a mask. It may itself overflow, and then decides nothing.
+    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(x.isfinite().all())
 
 
 def _has_checkpointed_blocks(backbone: nn.Module) -> bool:
