@@ -8,11 +8,12 @@ such class.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
+from fastuper.io.bounds import plain
 from fastuper.io.messages import shown
 
 TASKS = ("scene", "object", "part", "material", "texture")
@@ -56,7 +57,8 @@ def known_tasks(tasks: Any, known: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: `tasks` is no list of names, is empty, or has a name that is not known or is there twice.
     """
-    if isinstance(tasks, str) or not isinstance(tasks, Sequence | set | frozenset) or not tasks:
+    tasks = plain(tasks)
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence | Set) or not tasks:
         raise ValueError(f"tasks must be a list of one or more of {', '.join(known)}, got {shown(tasks)}")
     names = list(tasks)
     for name in names:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.cpu.argmax import argmax_in_slices, finite, vote
 from fastuper_kernels.dispatch.modes import is_eager, is_ordinary
-from fastuper_kernels.ops.upsample_argmax import check_groups, check_sizes, in_slices
+from fastuper_kernels.ops.upsample_argmax import check_groups, check_sizes, holds_labels, in_slices
 
 # Rows of a part map whose ids are looked up at a time: the look-up needs int64.
 ROWS = 256
@@ -130,6 +130,5 @@ def _check_scales(logits: Sequence[torch.Tensor]) -> None:
 
 
 def _check_dtype(dtype: torch.dtype, count: int) -> None:
-    integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    if not integer or torch.iinfo(dtype).max < count - 1:
+    if not holds_labels(dtype, count):
         raise ValueError(f"{dtype} does not hold labels up to {count - 1}")

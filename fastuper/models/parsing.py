@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastuper.data.parsing_labels import WITH_BACKGROUND, known_tasks
+from fastuper.io.bounds import plain
 from fastuper.models.backbones import build_backbone
 from fastuper.models.heads.parsing import ParsingHead
 from fastuper.models.inputs import TargetSizes, check_pixels, check_target_sizes
@@ -24,7 +25,7 @@ from fastuper.models.parsing_loss import check_parsing_labels, parsing_losses
 from fastuper.models.pyramid_model import PyramidModel, check_finite
 from fastuper.weights.official import Source, load_parsing, read_official
 from fastuper_kernels.dispatch.torch_private import BatchNorm
-from fastuper_kernels.ops.upsample_argmax import label_dtype
+from fastuper_kernels.ops.upsample_argmax import holds_labels, label_dtype
 
 
 class UperNetForUnifiedPerceptualParsing(PyramidModel):
@@ -192,7 +193,7 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
             B `Parsing`, with the fields of the tasks.
 
         Raises:
-            TypeError: the pixels are not tensors.
+            TypeError: the pixels are not tensors, or `dtype` is no `torch.dtype`.
             ValueError: a task is unknown, or parts are asked of a model without objects; scales of different images;
                 `target_sizes` are not one pair an image of integers from 1; `top` is no number from 1; `dtype` is no
                 integer dtype or too small; pixels or logits are not finite.
@@ -207,6 +208,7 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
         tasks = config.tasks if tasks is None else known_tasks(tasks, config.tasks)
         if "part" in tasks and "object" not in config.tasks:
             raise ValueError("the model has no task 'object', and the parts of a pixel depend on its object")
+        top = plain(top)
         if top is not None and (not isinstance(top, int) or isinstance(top, bool) or top < 1):
             raise ValueError(f"top must be a whole number of at least 1, or None for all scenes, got {top!r}")
         run = known_tasks({*tasks, *(("object",) if "part" in tasks else ())}, config.tasks)
@@ -289,7 +291,6 @@ def _label_dtype(task: str, classes: int, dtype: torch.dtype | None) -> torch.dt
     """
     if dtype is None:
         return label_dtype(classes)
-    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    if not is_integer or torch.iinfo(dtype).max < classes - 1:
+    if not holds_labels(dtype, classes):
         raise ValueError(f"{dtype} does not hold the {classes} labels of {task}")
     return dtype

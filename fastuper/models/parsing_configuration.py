@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastuper.data.parsing_labels import TASKS, default_labels, default_object_parts, known_tasks
-from fastuper.io.bounds import Bound, check_bounds
+from fastuper.io.bounds import Bound, check_bounds, plain
 from fastuper.io.messages import shown
 from fastuper.models.backbones.registry import PRESETS
 from fastuper.models.configuration import as_list
@@ -101,6 +101,20 @@ class UnifiedPerceptualParsingConfig(PyramidConfig):
         self.initializer_range = initializer_range
         self.check()
         self.backbone_config = PRESETS["resnet-50-deep-stem"]() if backbone_config is None else backbone_config
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """Return a configuration with the values of a config.json; see `Config.from_dict`.
+
+        `labels` among the overrides replaces the names of its tasks; other tasks keep theirs. With names of objects or
+        parts, `object_parts` of `values` is left out: give it too.
+        """
+        given = overrides.get("labels")
+        if isinstance(given, Mapping):
+            overrides["labels"] = {**_by_task("labels", values.get("labels")), **given}
+            if not given.keys().isdisjoint(("object", "part")):
+                overrides.setdefault("object_parts", None)
+        return super().from_dict(values, return_unused_kwargs, **overrides)
 
     def check(self) -> None:
         """Check all values; see `Config.check`."""
@@ -234,7 +248,7 @@ def _by_task(name: str, values: Any) -> dict[str, Any]:
     for task in values or ():
         if task not in TASKS:
             raise ValueError(f"{name} has {shown(task)}, which is no task; tasks are {', '.join(TASKS)}")
-    return dict(values or {})
+    return {task: plain(value) for task, value in (values or {}).items()}
 
 
 def _as_object_parts(values: Any) -> dict[int, tuple[int, ...]]:
@@ -247,10 +261,11 @@ def _as_object_parts(values: Any) -> dict[int, tuple[int, ...]]:
         raise ValueError(f"object_parts must map objects to their parts, got {shown(values)}")
     parts: dict[int, tuple[int, ...]] = {}
     for key, numbers in values.items():
+        key = plain(key)
         number = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 else key
         if not _is_number(number) or number in parts:
             raise ValueError(f"object_parts must map numbers of objects, each once, to their parts, got {shown(key)}")
-        items = as_list(numbers)
+        items = as_list(plain(numbers))
         if not isinstance(items, list) or not items or not all(map(_is_number, items)):
             raise ValueError(f"object_parts[{number}] must be a list of numbers of parts, got {shown(numbers)}")
         parts[number] = tuple(items)

@@ -226,6 +226,8 @@ class PretrainedMixin(ModelMethods):
         options = take_arguments(cls.__name__, config_overrides, options)
         module = backbone if isinstance(backbone, nn.Module) else None
         if backbone is not None and module is None:
+            if not isinstance(backbone, str):
+                raise TypeError(f"backbone must be a torch.nn.Module or a text, got {type(backbone).__name__}")
             config_overrides["backbone"] = backbone
         target = _device(device, device_map)
         wanted_dtype = _wanted_dtype(dtype, torch_dtype)

@@ -58,9 +58,8 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
             ValueError: the module refuses the image, or does not return four maps, finest first; a value is not valid.
         """
         backbone_config = custom_config(module, channels)
-        if config is None:
-            return cls(cls.config_class(backbone_config=backbone_config, **values), backbone=module)
-        given = {n: v for n, v in cls._config_from(config).to_dict().items() if n not in OF_THE_BACKBONE}
+        given = {} if config is None else cls._config_from(config).to_dict()
+        given = {name: value for name, value in given.items() if name not in OF_THE_BACKBONE}
         return cls(cls.config_class.from_dict({**given, "backbone_config": backbone_config}, **values), backbone=module)
 
     @classmethod

@@ -208,6 +208,8 @@ def read_state(source: Source | State, part: str) -> State:
     if not tensors:
         raise CheckpointError(f"{place} holds no tensors")
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{place}: {shown(name)} is no name of a tensor; give a state dict")
         if not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or name.endswith(COUNT)):
             kind = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise CheckpointError(f"{place}: {shown(name)} is {kind}, where a tensor of floats is expected")
@@ -274,7 +276,8 @@ def _check_widths(state: State, expected: Mapping[str, torch.Tensor]) -> None:
             task = name.split("_")[0]
             what, remedy = values.get(name, f"{task} channels"), "build the model with the decoder's value"
             if name in heads:
-                remedy = "give the model the labels of the decoder"
+                names = "object_parts" if task == "part" else "labels"
+                remedy = f"give the model the {names} of the decoder"
             if found != wanted:
                 raise CheckpointError(f"{state.place} has {found} {what}, the model {wanted}: {remedy}")
 
@@ -387,7 +390,8 @@ def read_official(
         decoder: the same for the decoder.
         labels: the content of labels.json, or its path, in place of the folder's file: lists of names under "object",
             "scene", "material" and "part", and the names of each object's parts under "object_part", with or without
-            a first name for "other". Any of them may be missing.
+            a first name for "other". Any of them may be missing. Names under "texture" are those of a texture head
+            that you add.
 
     Raises:
         CheckpointError: a file is missing, damaged, or the other of the two.
@@ -454,11 +458,13 @@ def _length(state: State, name: str) -> int:
 
 
 def _read_labels(
-    place: str, content: Mapping[str, Any], decoder: State
+    place: str, content: Any, decoder: State
 ) -> tuple[dict[str, list[str]], dict[int, tuple[int, ...]] | None]:
     """Return the names of the classes by task, and the parts of each object by their numbers."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{place} must map tasks to names, or be the path of a labels.json, got {shown(content)}")
     labels: dict[str, list[str]] = {}
-    for task in TASKS:
+    for task in (*TASKS, "texture"):
         if task not in content:
             continue
         names = content[task]

@@ -199,6 +199,12 @@ def test_no_module():
         Parsing.over("resnet")
 
 
+@BOTH
+def test_a_value_that_the_configuration_lacks(cls):
+    with pytest.raises(TypeError, match="Config has no hiden_size"):
+        over(cls, hiden_size=8)
+
+
 def test_maps_that_change_are_refused():
     network = over(Segmentation).eval()
     network(images(1))

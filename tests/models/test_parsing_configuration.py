@@ -7,6 +7,7 @@ import json
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastuper import ConvNextConfig, UnifiedPerceptualParsingConfig, UperNetConfig
@@ -199,3 +200,30 @@ def test_values_that_are_set_later_are_checked():
 def test_a_task_without_names_has_no_channels():
     with pytest.raises(ValueError, match="task 'scene' is not known; known are object"):
         UnifiedPerceptualParsingConfig(ConvNextConfig(), tasks=["object"]).num_channels_of("scene")
+
+
+def test_values_of_numpy():
+    own = config(
+        tasks=np.array(["part", "object"]),
+        labels={task: np.array(names) for task, names in LABELS.items()},
+        object_parts={np.int64(number): np.array(parts) for number, parts in PARTS.items()},
+        loss_weights={"part": np.float64(2)},
+    )
+    assert json.dumps(own.to_dict()) == json.dumps(
+        config(tasks=["object", "part"], loss_weights={"part": 2.0}).to_dict()
+    )
+    assert config(tasks=LABELS.keys()).tasks == TASKS
+
+
+def test_other_labels_for_a_saved_configuration():
+    """Tasks that are not named keep their names; parts belong to objects, so that other objects need them anew."""
+    saved = config().to_dict()
+    scenes = UnifiedPerceptualParsingConfig.from_dict(saved, labels={"scene": ["field", "sea"]})
+    assert scenes.labels == {**LABELS, "scene": ["field", "sea"]}
+    assert scenes.object_parts == PARTS
+    objects = UnifiedPerceptualParsingConfig.from_dict(saved, labels={"object": ["-", "cup"]}, tasks=["object"])
+    assert (objects.labels["object"], objects.object_parts) == (["-", "cup"], {})
+    with pytest.raises(ValueError, match="labels has its own names of objects: give object_parts"):
+        UnifiedPerceptualParsingConfig.from_dict(saved, labels={"object": LABELS["object"]})
+    with pytest.raises(ValueError, match=r"labels must map tasks to values, got \['cup'\]"):
+        UnifiedPerceptualParsingConfig.from_dict(saved, labels=["cup"])

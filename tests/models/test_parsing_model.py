@@ -358,6 +358,8 @@ def test_many_objects_fit_uint16():
         network.parse(images(1), dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"torch\.float32 does not hold"):
         network.parse(images(1), dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, such as torch\.int64, got 'uint8'"):
+        network.parse(images(1), dtype="uint8")
 
 
 @pytest.mark.parametrize(

@@ -277,13 +277,17 @@ def test_another_backbone_is_refused():
 
 
 def test_wrong_arguments(tmp_path):
-    encoder, _ = states()
+    encoder, decoder = states()
     with pytest.raises(ValueError, match="needs an encoder, a decoder, or both"):
         load_parsing(build())
     with pytest.raises(TypeError, match="expected a model with backbone and decode_head, got Linear"):
         load_parsing(torch.nn.Linear(1, 1), encoder)
     with pytest.raises(TypeError, match="encoder must be a path or a state dict, got int"):
         load_parsing(build(), 3)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="the encoder's state dict: 1 is no name of a tensor"):
+        load_parsing(build(), {1: torch.zeros(1)})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"labels must map tasks to names, .*got 3"):
+        UperNetForUnifiedPerceptualParsing.from_official(encoder=encoder, decoder=decoder, labels=3)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"nowhere\.pth is no file; give the decoder's .pth"):
         load_parsing(build(), decoder=tmp_path / "nowhere.pth")
     with torch.device("meta"):
@@ -334,7 +338,8 @@ def test_a_folder_gives_the_whole_configuration(other, tmp_path):
 def test_values_labels_and_files_can_be_given(tmp_path):
     encoder, decoder = states()
     saved(tmp_path, encoder, decoder)
-    (tmp_path / "names.json").write_text(json.dumps(labels_json(True)))
+    names = {**labels_json(True), "texture": ["dotted", "striped"]}
+    (tmp_path / "names.json").write_text(json.dumps(names))
     model = UperNetForUnifiedPerceptualParsing.from_official(
         encoder=tmp_path / "encoder_epoch_40.pth",
         decoder=decoder,
@@ -345,6 +350,7 @@ def test_values_labels_and_files_can_be_given(tmp_path):
     )
     assert model.config.tasks == ("object", "texture")
     assert model.config.pooling == "adaptive"
+    assert model.config.labels["texture"] == ["dotted", "striped"]
     assert torch.equal(model.decode_head.object_head.classifier.bias, decoder["object_head.1.bias"])
 
 

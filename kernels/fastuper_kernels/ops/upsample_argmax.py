@@ -63,8 +63,7 @@ def upsample_argmax(
     if groups is not None or slices is not None:
         groups, slices = check_groups(groups, slices, first, logits, sizes[-1])
     classes = logits.shape[1] if slices is None else max(1, *(stop - start for start, stop in slices))
-    integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    if not integer or torch.iinfo(dtype).max < classes - 1:
+    if not holds_labels(dtype, classes):
         raise ValueError(f"{dtype} does not hold the labels of {classes} classes")
     if not 0 <= first < logits.shape[1]:
         raise ValueError(f"first must be one of the {logits.shape[1]} classes, got {first}")
@@ -89,6 +88,18 @@ def upsample_argmax(
 def label_dtype(classes: int) -> torch.dtype:
     """Return the smallest dtype of labels of this many classes: uint8, uint16 or, above 65,536 classes, int32."""
     return torch.uint8 if classes <= 1 << 8 else torch.uint16 if classes <= 1 << 16 else torch.int32
+
+
+def holds_labels(dtype: Any, classes: int) -> bool:
+    """Return whether `dtype` is an integer dtype that holds the labels of this many classes.
+
+    Raises:
+        TypeError: it is no dtype of PyTorch.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, such as torch.int64, got {dtype!r}")
+    integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    return integer and torch.iinfo(dtype).max >= classes - 1
 
 
 def reference(
