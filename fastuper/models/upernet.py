@@ -165,7 +165,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
             logit is above 0, and 0 elsewhere.
 
         Raises:
-            TypeError: the pixels are not a tensor.
+            TypeError: the pixels are not a tensor, or `dtype` is no `torch.dtype`.
             ValueError: `target_sizes` are not one pair an image of integers from 1; `dtype` is no integer dtype or too
                 small for the classes; pixels or logits are not finite.
         """

@@ -51,6 +51,7 @@ def upsample_argmax(
         takes NaN for the largest value.)
 
     Raises:
+        TypeError: `dtype` is no `torch.dtype`.
         ValueError: no logits, no sizes, sizes that are not pairs of positive integers, a dtype that is not an integer
             or too small for the classes, a first class that does not exist, groups of another shape or dtype, slices
             that are not ranges of classes, or a backend that cannot take the logits.
