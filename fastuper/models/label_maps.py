@@ -67,8 +67,8 @@ def part_map(
 
     Args:
         logits: (B, channels, h, w) of the part head for each scale, before the softmax.
-        objects: (B, height, width), the object of each pixel, an integer; the part map has its size. Numbers that are not
-            objects, such as -1 or 255, have no parts.
+        objects: (B, height, width), the object of each pixel, an integer; the part map has its size. Numbers that are
+            not objects, such as -1 or 255, have no parts.
         slices: the channels of each object that has parts: "other", then one channel for each of its parts.
         object_parts: the ids of each object's parts, in the order of its channels.
         dtype: an integer dtype that holds the parts' ids.
@@ -116,7 +116,7 @@ def _positions(
 
 
 def _named(positions: torch.Tensor, objects: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the ids in a table (objects, positions). Positions of objects beyond it are 0, whose id is 0 in all rows."""
+    """Return the ids in a table (objects, positions). Objects beyond it have position 0, whose id is always 0."""
     return table[objects.long().clamp(0, len(table) - 1), positions.long()].to(positions.dtype)
 
 

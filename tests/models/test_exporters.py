@@ -191,7 +191,7 @@ def test_pooling_rounds_nothing_to_bfloat16():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[-1]], ids=str)  # an odd size, and last maps below 6 x 6
 @pytest.mark.parametrize("export", ONE, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("family", BACKBONES)
 def test_one_size(family, export, size, tmp_path):
