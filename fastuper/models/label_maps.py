@@ -67,7 +67,8 @@ def part_map(
 
     Args:
         logits: (B, channels, h, w) of the part head for each scale, before the softmax.
-        objects: (B, height, width), the object of each pixel, an integer from 0; the part map has its size.
+        objects: (B, height, width), the object of each pixel, an integer; the part map has its size. Numbers that are
+            not objects, such as -1 or 255, have no parts.
         slices: the channels of each object that has parts: "other", then one channel for each of its parts.
         object_parts: the ids of each object's parts, in the order of its channels.
         dtype: an integer dtype that holds the parts' ids.
@@ -84,9 +85,10 @@ def part_map(
         own = slices.get(name)
         if own is None or own.stop - own.start != 1 + len(parts):
             raise ValueError(f"object {name} needs a slice of {1 + len(parts)} channels for its parts, got {own}")
-    ids = [[0, *object_parts.get(name, ())] for name in range(max(object_parts, default=-1) + 1)] + [[0]]
+    ids = [[0, *object_parts.get(name, ())] for name in range(max(object_parts, default=0) + 1)]
     _check_dtype(dtype, 1 + max(map(max, ids)))
-    spans = [(own.start, own.stop) for own in (slices.get(name, slice(0, 0)) for name in range(len(ids)))]
+    owns = [slices[name] if name in object_parts else slice(0, 0) for name in range(len(ids))]
+    spans = [(own.start, own.stop) for own in owns]
     positions = _positions(logits, objects, spans, dtype)
     longest = max(map(len, ids))
     table = torch.tensor([parts + [0] * (longest - len(parts)) for parts in ids], device=objects.device)
@@ -102,7 +104,8 @@ def _positions(
     logits: Sequence[torch.Tensor], objects: torch.Tensor, spans: list[tuple[int, int]], dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the best position in the slice of each pixel's object, (B, height, width); 0 without a slice."""
-    size = (objects.shape[1], objects.shape[2])
+    height, width = objects.shape[-2:]
+    size = (height, width)
     if len(logits) == 1:
         return upsample_argmax(logits[0], [size], groups=objects, slices=spans, dtype=dtype)
     check_groups(objects, spans, 0, logits[0], size)
@@ -113,8 +116,8 @@ def _positions(
 
 
 def _named(positions: torch.Tensor, objects: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the ids in a table (objects, positions); objects beyond the table have the ids of its last row."""
-    return table[objects.long().clamp(max=len(table) - 1), positions.long()].to(positions.dtype)
+    """Return the ids in a table (objects, positions). Objects beyond it have position 0, whose id is always 0."""
+    return table[objects.long().clamp(0, len(table) - 1), positions.long()].to(positions.dtype)
 
 
 def _resampled(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

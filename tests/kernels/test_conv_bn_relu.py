@@ -177,7 +177,9 @@ def test_accuracy(given, k, dtype, monkeypatch):
     convolve = winograd.conv3x3
     monkeypatch.setattr(winograd, "conv3x3", lambda *args: calls.append(1) or convolve(*args))
 
-    channels = 16 if dtype == torch.float16 and given else 160  # without float16 instructions more channels take long
+    channels = 160
+    if dtype == torch.float16:  # without float16 instructions more channels take long
+        channels = 16 if given else 48
 
     def make(seed):
         (x, weight), kwargs = operands(2, channels, 128, k, (15, 16), (6, 7), given, seed=10 * seed, dtype=dtype)
@@ -316,8 +318,7 @@ def test_gradients_of_gradients_by_winograd(layout, monkeypatch):
         assert error(ours, theirs.double()) < 1e-5
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("strip", [None, (0, 2, 5)], ids=["whole", "strip"])
+@pytest.mark.parametrize(("strip", "k"), [(None, 1), ((0, 2, 5), 3)], ids=["whole-1", "strip-3"])
 def test_compiled(strip, k):
     (x, weight), kwargs = operands(2, 3, 4, k, (5, 7), (2, 3), {"scale", "shift", "addend", "upsampled"})
     torch._dynamo.reset()

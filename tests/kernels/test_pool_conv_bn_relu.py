@@ -105,7 +105,7 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # tests/models/test_tracing.py compiles a head with it
 def test_compiled():
     torch._dynamo.reset()
     compiled = torch.compile(pool_conv_bn_relu, fullgraph=True, backend="aot_eager", dynamic=True)

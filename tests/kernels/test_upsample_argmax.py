@@ -363,6 +363,16 @@ def test_groups_in_many_tiles(limit, monkeypatch):
     check_slices(logits, [(23, 39)], groups, slices, labels)
 
 
+@pytest.mark.parametrize("run", [lambda call: call(), traced], ids=["eager", "traced"])
+@pytest.mark.parametrize("stranger", [-1, -300, 1 << 32, 1 << 60])
+def test_groups_without_a_slice(stranger, run):
+    """Any number that is no place in the slices has label 0, also -1 for "not labelled"."""
+    logits = torch.arange(5.0).reshape(1, 5, 1, 1)
+    groups = torch.tensor([[[1, stranger, 0]]])
+    labels = run(lambda: upsample_argmax(logits, [(1, 3)], groups=groups, slices=[(0, 3), (1, 5)]))
+    assert labels.tolist() == [[[3, 0, 2]]]
+
+
 def test_only_groups_that_occur_are_resampled(monkeypatch):
     """Tiles without a group that has classes are not resampled at all, and other tiles only in that group's slice."""
     resampled = []
@@ -409,6 +419,8 @@ def test_ties_in_slices_go_to_the_first_class():
         ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": []}, "slices must be"),
         ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": [(0, 6)]}, "within 5 classes"),
         ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": [(3, 2)]}, "within 5 classes"),
+        ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": [2, 5]}, "slices must be"),
+        ({"groups": torch.zeros(1, 4, 3, dtype=torch.int64), "slices": [(0.5, 2)]}, "slices must be"),
     ],
 )
 def test_wrong_first_classes_groups_and_slices(own, message):

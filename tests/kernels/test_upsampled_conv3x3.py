@@ -165,7 +165,7 @@ def test_gradients_of_some_operands(wanted):
         same(mine, other)
 
 
-@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_compiled(training):
     torch._dynamo.reset()
     compiled = torch.compile(upsampled_conv3x3, fullgraph=True, backend="aot_eager", dynamic=True)

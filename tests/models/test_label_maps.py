@@ -167,7 +167,8 @@ def test_an_empty_batch():
         assert part_map(given, objects, SLICES, PARTS, dtype=torch.uint16).shape == (0, 4, 5)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # tests/kernels/test_upsample_argmax.py compiles labels of one map
+@pytest.mark.parametrize("count", [1, 2])
 def test_compiled(count):
     torch._dynamo.reset()
 
@@ -204,6 +205,14 @@ def test_wrong_classes(logits, options, message):
 
 
 @pytest.mark.parametrize("count", [1, 2])
+def test_objects_without_parts(count):
+    """Numbers that are not objects have no parts, nor has an object with a slice and without ids of parts."""
+    logits, (height, width) = scales(count, ENDS[-1]), (4, 5)
+    objects = torch.tensor([-1, -300, 255, 1 << 40, 5]).expand(2, height, width)
+    assert not part_map(logits, objects, {**SLICES, 5: slice(0, 16)}, PARTS, dtype=torch.int64).any()
+
+
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -215,6 +224,7 @@ def test_wrong_classes(logits, options, message):
         ({"slices": {1: slice(0, 2)}}, "object 3 needs a slice of 4 channels for its parts, got None"),
         ({"slices": {**SLICES, 7: slice(8, 17)}}, r"slices must be \(start, stop\) within 16 classes"),
         ({"objects": torch.zeros(2, 4, 4)}, "groups must be integers"),
+        ({"objects": torch.zeros(4, 4, dtype=torch.int64)}, r"of shape \(2, 4, 4\), got \(4, 4\)"),
         ({"objects": torch.zeros(1, 4, 4, dtype=torch.int64)}, r"of shape \(2, 4, 4\), got \(1, 4, 4\)"),
     ],
 )

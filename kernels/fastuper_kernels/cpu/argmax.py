@@ -60,22 +60,28 @@ def argmax_in_slices(
         for *images, group, result in zip(*maps, groups, labels, strict=True):
             for tile in zip(*(tiles(image, sizes) for image in images), strict=True):
                 place = tile[0].rows, tile[0].columns
-                _label_in_slices(tile, group[place].long(), slices, result[place])
+                _label_in_slices(tile, numbers_of(group[place], len(slices)), slices, result[place])
     return labels
 
 
 def slice_table(slices: Sequence[tuple[int, int]], groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the channels of each group's slice, (*groups, longest slice), padded, and a mask of what is no padding.
 
-    An empty slice counts as channel 0, so that a result exists. Groups beyond the slices have empty ones.
+    An empty slice counts as channel 0, so that a result exists. Groups without a slice have empty ones.
     """
     slices = [*slices, (0, 0)]
     start = torch.tensor([first if first < last else 0 for first, last in slices], device=groups.device)
     length = torch.tensor([max(last - first, 1) for first, last in slices], device=groups.device)
     place = torch.arange(max(last - first for first, last in slices) or 1, device=groups.device)
     table, valid = start[:, None] + place.minimum(length[:, None] - 1), place < length[:, None]
-    groups = groups.long().clamp(max=len(slices) - 1)
-    return table[groups], valid[groups]
+    numbers = numbers_of(groups, len(slices) - 1)
+    return table[numbers], valid[numbers]
+
+
+def numbers_of(groups: torch.Tensor, count: int) -> torch.Tensor:
+    """Return groups in int64; groups that are not in [0, count) become `count`."""
+    groups = groups.long()
+    return groups.masked_fill((groups < 0) | (groups >= count), count)
 
 
 def finite(logits: torch.Tensor) -> torch.Tensor:
@@ -161,7 +167,7 @@ def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.
 def _label_in_slices(
     same: Sequence[Tile], groups: torch.Tensor, slices: Sequence[tuple[int, int]], labels: torch.Tensor
 ) -> None:
-    """Write the labels of the same tile of each map, from the groups (rows, columns) of its pixels."""
+    """Write the labels of the same tile of each map, from the groups (rows, columns) of its pixels, by `numbers_of`."""
     wanted = [last > first for first, last in slices]
     if groups.device.type == "cpu":  # On a GPU the host would have to wait for the groups.
         counts = torch.bincount(groups.flatten(), minlength=len(slices)).tolist()

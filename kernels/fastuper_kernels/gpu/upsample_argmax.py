@@ -173,7 +173,7 @@ def slice_kernel(
     groups: pointer to (B, heights[N], widths[N]) of an integer type, dense.
     bounds: pointer to int32 (GROUPS, 2), each group's first class and the class after its last.
     labels: as `groups`; written.
-    GROUPS: the number of slices. Groups from this number on have no classes.
+    GROUPS: the number of slices. Other groups, negative or larger, have no classes.
     Other arguments: as in `argmax_kernel`.
     """
     h, w, H, W = heights[0], widths[0], heights[N], widths[N]
@@ -183,8 +183,8 @@ def slice_kernel(
     _, columns, column_weights = band(tl.minimum(x, W - 1), widths, N, COLUMN_TAPS)
     image = logits + tl.program_id(2).to(tl.int64) * h * w * CLASSES
     at = (tl.program_id(2).to(tl.int64) * H + y)[:, None] * W + x[None, :]
-    group = tl.load(groups + at, mask=ok, other=0).to(tl.int32)
-    known = ok & (group < GROUPS)
+    group = tl.load(groups + at, mask=ok, other=0).to(tl.int64)
+    known = ok & (group >= 0) & (group < GROUPS)
     first = tl.load(bounds + 2 * group, mask=known, other=0)
     length = tl.load(bounds + 2 * group + 1, mask=known, other=0) - first
 

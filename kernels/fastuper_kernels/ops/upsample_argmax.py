@@ -38,7 +38,7 @@ def upsample_argmax(
         sizes: [(height, width), ...], applied in turn; the labels have the last size.
         dtype: an integer dtype that holds the classes; `label_dtype` returns the smallest.
         first: the first class that competes: classes before it are never a label.
-        groups: (B, height, width), integers from 0. Groups beyond the slices have empty ones.
+        groups: (B, height, width), integers: places in `slices`. Other groups, negative or larger, have empty slices.
         slices: the classes [start, stop) of each group; with groups only.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
@@ -126,7 +126,7 @@ def in_slices(x: torch.Tensor, groups: torch.Tensor, slices: Sequence[tuple[int,
 
     Args:
         x: (B, channels, H, W).
-        groups: (B, H, W), an integer from 0 for each pixel. Groups beyond the slices have empty ones.
+        groups: (B, H, W), an integer for each pixel. Groups without a slice have empty ones.
         slices: the channels [start, stop) of each group.
     """
     table, valid = (kept.permute(0, 3, 1, 2) for kept in slice_table(slices, groups))
@@ -146,7 +146,10 @@ def check_groups(
     shape = (logits.shape[0], *size)
     if groups.dtype.is_floating_point or groups.dtype.is_complex or groups.dtype == torch.bool or groups.shape != shape:
         raise ValueError(f"groups must be integers of shape {shape}, got {tuple(groups.shape)} of {groups.dtype}")
-    pairs = [(operator.index(start), operator.index(stop)) for start, stop in slices]
+    try:
+        pairs = [(operator.index(start), operator.index(stop)) for start, stop in slices]
+    except (TypeError, ValueError):  # not pairs, or not integers
+        pairs = []
     if not pairs or any(not 0 <= start <= stop <= logits.shape[1] for start, stop in pairs):
         raise ValueError(f"slices must be (start, stop) within {logits.shape[1]} classes, got {slices}")
     return groups, pairs
