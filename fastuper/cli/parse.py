@@ -27,9 +27,10 @@ from fastuper.cli.prediction import PredictionOptions
 from fastuper.data.classes import class_name
 from fastuper.data.images import MAX_PIXELS
 from fastuper.data.overlay import format_share, save_label_png
-from fastuper.data.panels import NOTHING, parsing_picture, task_palette
+from fastuper.data.panels import parsing_picture, shown_names, task_palette
 from fastuper.data.parsing_labels import TASKS, known_tasks
 from fastuper.inference.parsing_report import ReportOptions, check_instances, parsing_report
+from fastuper.io.bounds import WIDEST
 from fastuper.io.messages import name_of, one_line
 from fastuper.io.options import check_options, option
 from fastuper_kernels.dispatch.files import atomic_path
@@ -93,9 +94,10 @@ class ParsingOptions:
             sides = tuple(int(side) for side in self.scales.split(","))
         except ValueError:
             sides = (0,)
-        if min(sides) < 1:
+        if min(sides) < 1 or max(sides) > WIDEST:
             raise ValueError(
-                f"--scales {self.scales}: give numbers of pixels from 1, separated by commas, such as 300,400,500,600"
+                f"--scales {self.scales}: give numbers of pixels from 1 to {WIDEST}, separated by commas, such as "
+                "300,400,500,600"
             )
         return sides
 
@@ -225,13 +227,12 @@ class _Parse(PhotoCommand):
         lines = []
         if result.scene is not None:
             index, probability = result.scene[0]
-            name = class_name(dict(enumerate(self.labels["scene"])), index)
+            name = class_name(shown_names("scene", self.labels["scene"]), index)
             lines.append(f"  scene: {name} {format_share(probability)}")
         shares: list[dict[str, Any]] = []
         if maps:  # the objects, unless they were not asked for
             task = next(iter(maps))
-            names = dict(enumerate(self.labels[task])) | ({0: NOTHING[task]} if task in NOTHING else {})
-            classes, columns = shares_of(maps[task], names)
+            classes, columns = shares_of(maps[task], shown_names(task, self.labels[task]))
             shares = classes if task == "object" else []
             lines.append(columns)
         return shares, "\n".join(lines)

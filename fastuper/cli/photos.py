@@ -233,17 +233,11 @@ class _Run:
         endings = self.command.endings
         avoid = {os.path.realpath(photo) for photo in photos}
         identities = [identity(photo) for photo in photos]
-        jobs = [
-            Job(
-                photo,
-                known,
-                None,
-                {end: name for end, name in zip(endings, names, strict=True) if end in self.command.written},
-            )
-            for photo, known, names in zip(
-                photos, identities, self.results.choose_names(identities, endings, avoid), strict=True
-            )
-        ]
+        jobs = []
+        chosen = self.results.choose_names(identities, endings, avoid)
+        for photo, known, names in zip(photos, identities, chosen, strict=True):
+            by_ending = dict(zip(endings, names, strict=True))
+            jobs.append(Job(photo, known, None, {ending: by_ending[ending] for ending in self.command.written}))
         with tqdm(total=len(jobs), unit="photo", disable=None if len(jobs) > 1 else True) as bar:
             self.bar = bar
             batch: list[_Read] = []

@@ -47,6 +47,12 @@ def task_palette(task: str, classes: int) -> NDArray[np.uint8]:
     return palette
 
 
+def shown_names(task: str, labels: Sequence[str]) -> dict[int, str]:
+    """Return the names of a task's classes, as legends show them: class 0 by what it means."""
+    names = dict(enumerate(labels))
+    return names | {0: NOTHING[task]} if task in NOTHING else names
+
+
 def parsing_picture(
     photo: Image.Image,
     scene: Sequence[tuple[int, float]] | None,
@@ -74,7 +80,7 @@ def parsing_picture(
     font_size = max(14, round(max(plain.size) / 48))
     panels: dict[str, tuple[Image.Image, list[LegendLine]]] = {}
     if scene is not None:
-        names = dict(enumerate(labels["scene"]))
+        names = shown_names("scene", labels["scene"])
         lines = [LegendLine(legend_name(names, index), value, None) for index, value in scene[:_SCENES]]
         panels["scene"] = (plain, lines)
     for task, layer in maps.items():
@@ -83,7 +89,7 @@ def parsing_picture(
                 f"the photo is {(photo.height, photo.width)} (height, width), its label map of {TITLES[task].lower()} "
                 f"{layer.shape}"
             )
-        names = dict(enumerate(labels[task])) | ({0: NOTHING[task]} if task in NOTHING else {})
+        names = shown_names(task, labels[task])
         palette = task_palette(task, len(names))
         shares = class_shares(layer, len(names))
         lines = class_lines(shares, names, palette, font_size, plain.height)

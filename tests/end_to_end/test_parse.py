@@ -298,6 +298,7 @@ def test_models_of_the_other_kind_are_refused(model: Path, parser: Path, output:
         ("--tasks scene --instances", "--instances are of objects; leave out --instances, or add object"),
         ("--scales 300,,400", "--scales 300,,400: give numbers of pixels from 1"),
         ("--scales 0", "--scales 0: give numbers of pixels from 1"),
+        ("--scales 300,99999", "--scales 300,99999: give numbers of pixels from 1 to 16384"),
         ("--min-share 1.5", "Invalid value for '--min-share'"),
         ("--top 0", "Invalid value for '--top'"),
     ],
