@@ -28,7 +28,7 @@ demo: $(STAMP) ## segment a generated scene, and compare label map and time with
 train-scenes: $(STAMP) ## train a small model on generated scenes (over an hour on two cores); resumes where it stopped
 	$(BIN)/python examples/train_scenes.py
 
-test: $(STAMP) ## run the tests that need no GPU (about 12 minutes on two cores of an Intel Xeon 6)
+test: $(STAMP) ## run the tests that need no GPU (about 11 minutes on two cores of an Intel Xeon)
 	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not exhaustive" $(PARALLEL)
 
