@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -48,26 +49,18 @@ def folder(text: str) -> Path:
     return Path(not_empty(text))
 
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        parser=not_empty,
-        metavar="FOLDER|HUB_ID",
-        help="Checkpoint: a folder, or the id of a Hub repository.",
-    ),
-]
+_model_option = partial(
+    typer.Option,
+    "--model",
+    "-m",
+    parser=not_empty,
+    metavar="FOLDER|HUB_ID",
+    help="Checkpoint: a folder, or the id of a Hub repository.",
+)
+ModelOption = Annotated[str, _model_option()]
 OptionalModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        parser=not_empty,
-        metavar="FOLDER|HUB_ID",
-        help="Checkpoint: a folder, or the id of a Hub repository.",
-        show_default="the demo model of the package, which only knows generated street scenes",
-    ),
+    _model_option(show_default="the demo model of the package, which only knows generated street scenes"),
 ]
 DeviceOption = Annotated[
     str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps or auto; auto uses a GPU if there is one.")

@@ -146,12 +146,9 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
         pixel_values = check_pixels(pixel_values)
         tasks = config.tasks if tasks is None else known_tasks(tasks, config.tasks)
         targets = None if labels is None else check_parsing_labels(labels, tasks, config, pixel_values.shape[0])
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        if return_dict is None:
-            return_dict = config.return_dict
+        output_attentions, output_hidden_states, return_dict = self._returned(
+            output_attentions, output_hidden_states, return_dict
+        )
 
         maps, hidden_states, attentions = self._features(pixel_values, output_hidden_states, output_attentions)
         logits = self.decode_head(maps, tasks)

@@ -79,6 +79,17 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
             self.gradient_checkpointing_enable()
             del self.config.gradient_checkpointing
 
+    def _returned(
+        self, output_attentions: bool | None, output_hidden_states: bool | None, return_dict: bool | None
+    ) -> tuple[bool, bool, bool]:
+        """Return the arguments of `forward` that say what it returns; the configuration's values for None."""
+        config = self.config
+        return (
+            config.output_attentions if output_attentions is None else output_attentions,
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            config.return_dict if return_dict is None else return_dict,
+        )
+
     def _features(self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool) -> Any:
         """Return the backbone's feature maps, hidden states and attentions."""
         call = partial(

@@ -122,12 +122,9 @@ class UperNetForSemanticSegmentation(PyramidModel):
             labels = check_labels(labels, pixel_values.shape[0], self._classes(), config.loss_ignore_index)
         elif num_items_in_batch is not None:
             raise ValueError("num_items_in_batch divides the loss: give labels too")
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        if return_dict is None:
-            return_dict = config.return_dict
+        output_attentions, output_hidden_states, return_dict = self._returned(
+            output_attentions, output_hidden_states, return_dict
+        )
 
         size = pixel_values.shape[2:]
         maps, hidden_states, attentions = self._features(pixel_values, output_hidden_states, output_attentions)

@@ -71,21 +71,14 @@ def conv(
         else:
             kernels = packed(weight, winograd.pack, x.dtype)
         y = _by_winograd(x, kernels, scale, shift, addend, relu, strip)
-    elif addend is None and (scale is None or x.dtype != torch.float16) and not _is_large(weight, x, strip):
+    elif _is_large(weight, x, strip) and weight.dtype == x.dtype:
+        y = _unfolded(x, weight.detach(), scale, shift, addend, relu, strip)
+    elif addend is not None or (scale is not None and x.dtype == torch.float16):
+        # An addend has the scale too, and float16 weights times a scale could underflow.
+        y = _unfolded(x, packed(weight, _channels_last, x.dtype), scale, shift, addend, relu, strip)
+    else:
         kernel = packed(weight, _channels_last, x.dtype) if scale is None else packed(weight, _folded, x.dtype, scale)
         y = _by_gemm(x, kernel, None if shift is None else shift.to(x.dtype), relu, strip)
-    else:  # float16 weights times a scale could underflow
-        if _is_large(weight, x, strip) and weight.dtype == x.dtype:
-            kernel = weight.detach()
-        else:
-            kernel = packed(weight, _channels_last, x.dtype)
-        y = _by_gemm(x, kernel, None, False, strip)
-        if addend is not None:
-            y.add_(addend)
-        if scale is not None or shift is not None:
-            y = _scale_and_shift(y, scale, shift)
-        if relu:
-            y.relu_()
     if upsampled is not None:
         add_upsampled_(y, upsampled, strip)
     return y
@@ -143,6 +136,24 @@ def _by_gemm(
     else:
         y = F.conv2d(between_zeros(x, 1, strip), weight, bias, padding=(0, 1))
     y = y.contiguous(memory_format=torch.channels_last)
+    return y.relu_() if relu else y
+
+
+def _unfolded(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    relu: bool,
+    strip: Strip,
+) -> torch.Tensor:
+    """Return relu((conv(x) + addend) * scale + shift), each step on the result of the one before."""
+    y = _by_gemm(x, weight, None, False, strip)
+    if addend is not None:
+        y.add_(addend)
+    if scale is not None or shift is not None:
+        y = _scale_and_shift(y, scale, shift)
     return y.relu_() if relu else y
 
 
