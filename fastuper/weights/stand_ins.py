@@ -53,7 +53,7 @@ class Inert:
 class InertMapping:
     """Makes a plain mapping in place of a mapping of another class."""
 
-    def __new__(cls, *args: Any) -> Any:
+    def __new__(cls, *args: Any) -> Any:  # noqa: D102
         # torch.load sets items, and attributes, of an `OrderedDict` itself, and of no subclass.
         return OrderedDict(args[0]) if args and isinstance(args[0], dict) else OrderedDict()
 
@@ -61,7 +61,7 @@ class InertMapping:
 class InertList:
     """Makes a plain list in place of a list of another class."""
 
-    def __new__(cls, *args: Any) -> Any:
+    def __new__(cls, *args: Any) -> Any:  # noqa: D102
         return list(args[0]) if args and isinstance(args[0], list | tuple) else []
 
 
