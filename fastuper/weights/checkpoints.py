@@ -79,10 +79,6 @@ def _read_folder(folder: Path, weights_key: str | None) -> Source:
     settings: Mapping[str, Any] = {}
     if (folder / "config.json").is_file():
         settings = read_json(folder / "config.json")
-        if "model_type" in settings and "architecture" not in settings:
-            raise CheckpointError(
-                f"{folder} is a model folder of Transformers or fastuper already; load it with from_pretrained"
-            )
         whole = [name for name in (SAFETENSORS, PICKLE) if (folder / name).is_file()]
         if not whole and any((folder / (name + INDEX)).is_file() for name in (SAFETENSORS, PICKLE)):
             if weights_key is not None:

@@ -119,7 +119,7 @@ def convert_source(source: Source, choices: Choices) -> Conversion:
         raise ValueError(f"{conversion.dialect} has no use for {listed(unused, 8)}; leave it out")
     rows = [*conversion.rows, *source.left_out]
     _account(source, conversion)
-    notes = (*source.notes, *conversion.notes, *choices.notes)
+    notes = tuple(dict.fromkeys((*source.notes, *conversion.notes, *choices.notes)))
     return replace(conversion, rows=rows, notes=notes, library=dialect.library)
 
 
@@ -214,6 +214,8 @@ def _unknown(source: Source) -> str:
     """Return a clause about a source that no dialect recognises."""
     if not source.tensors:
         return "holds no tensors"
+    if "model_type" in source.settings:
+        return "is a model folder of Transformers or fastuper already; load it with from_pretrained"
     if any(OURS.match(name) for name in source.tensors):
         return "has the names of Transformers or fastuper already: put its config.json beside it, and load the folder"
     found = library_of(source.tensors)
