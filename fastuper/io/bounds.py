@@ -145,6 +145,8 @@ BOUNDS: dict[str, Bound] = {
     "neck_channels": _whole(1, WIDEST, optional=True),
     "neck_norm": FLAG,
     "neck_act": TEXT,
+    "always_partition": FLAG,
+    "output_norms": FLAG,
     "downsample_in_first_stage": FLAG,
     "downsample_in_bottleneck": FLAG,
     # Backbones of Transformers that are not ours.
