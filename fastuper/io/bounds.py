@@ -142,6 +142,7 @@ BOUNDS: dict[str, Bound] = {
     "neck_channels": _whole(1, WIDEST, optional=True),
     "neck_norm": FLAG,
     "neck_act": TEXT,
+    "out_levels": _whole(0, STAGES, items=STAGES, optional=True),
     "downsample_in_first_stage": FLAG,
     "downsample_in_bottleneck": FLAG,
     # Backbones of Transformers that are not ours.
