@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from fastuper.io.messages import listed, shown
+from fastuper.weights.config_text import Unread
 from fastuper.weights.errors import CheckpointError
 
 Change = Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -31,6 +32,7 @@ class Source:
         classes: the names of the classes in the metadata.
         palette: (red, green, blue) of each class in the metadata.
         notes: sentences about choices that were made, such as between two state dicts.
+        left_out: rows of tensors that are none of the model's, such as a counter of averaged weights.
     """
 
     place: str
@@ -39,6 +41,7 @@ class Source:
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
     notes: tuple[str, ...] = ()
+    left_out: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,10 @@ class Choices:
         self._used.add(name)
         given = self._given.get(name)
         stored, given = _plain(stored), _plain(given)
+        if isinstance(stored, Unread):
+            if given is None:
+                raise ValueError(f"the checkpoint's {name} is {shown(stored.text)}, which is no literal; give {name}")
+            stored = None
         if stored is not None:
             if given is not None and given != stored:
                 raise ValueError(
