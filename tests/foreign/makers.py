@@ -270,7 +270,7 @@ def save_mmseg(settings: Mapping[str, Any], folder: Path, *, style: str = "1.x",
         meta = {
             "env_info": "sys.platform: linux\nPython: 3.7.10",
             "mmseg_version": "0.30.0+7c2ad2d",
-            "config": Config(copy.deepcopy(values)).pretty_text,
+            "config": Config(copy.deepcopy(values)).pretty_text.replace("mmpretrain.", "mmcls."),
             "CLASSES": names,
             "PALETTE": palette,
             "seed": 0,
