@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastuper.models.backbones.resnet import ResNetConfig
     from fastuper.models.backbones.resnet_deep_stem import DeepStemResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
+    from fastuper.models.backbones.vit import ViTPyramidConfig
     from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
     from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
@@ -30,6 +31,7 @@ __all__ = [
     "UperNetForSemanticSegmentation",
     "UperNetForUnifiedPerceptualParsing",
     "UperNetImageProcessor",
+    "ViTPyramidConfig",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
@@ -46,5 +48,6 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
             "UperNetForSemanticSegmentation": "fastuper.models.upernet",
             "UperNetForUnifiedPerceptualParsing": "fastuper.models.parsing",
             "UperNetImageProcessor": "fastuper.data.processor",
+            "ViTPyramidConfig": "fastuper.models.backbones.vit",
         },
     )

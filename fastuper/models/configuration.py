@@ -436,6 +436,11 @@ class BackboneConfig(Config):
         """
         self._select(self._out_features, self._out_indices)
 
+    def read_all_stages(self) -> None:
+        """Select all stages if only the last is selected, for heads that read a pyramid of maps."""
+        if self.out_features == self.stage_names[-1:]:
+            self.out_features = self.stage_names[1:]
+
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in types that JSON supports."""
         values = super().to_dict()

@@ -39,12 +39,8 @@ class PyramidConfig(Config):
     @backbone_config.setter
     def backbone_config(self, config: Any) -> None:
         self._backbone_config = config = None if config is None else backbone_config_from(config)
-        if (
-            isinstance(config, BackboneConfig)
-            and self._reads_all_stages
-            and config.out_features == config.stage_names[-1:]
-        ):
-            config.out_features = config.stage_names[1:]
+        if isinstance(config, BackboneConfig) and self._reads_all_stages:
+            config.read_all_stages()
 
     @property
     def _reads_all_stages(self) -> bool:

@@ -139,13 +139,14 @@ class Choices:
         notes: a sentence for each default and option that was used.
 
     Raises:
-        ValueError: there is no such option.
+        ValueError: there is no such option, or a value is of another kind.
     """
 
     def __init__(self, given: Mapping[str, Any] | None = None):
-        self._given = {name: value for name, value in (given or {}).items() if value is not None}
-        if unknown := [name for name in self._given if name not in OPTIONS]:
+        chosen = {name: value for name, value in (given or {}).items() if value is not None}
+        if unknown := [name for name in chosen if name not in OPTIONS]:
             raise ValueError(f"a conversion has no option {listed(unknown)}; its options are {', '.join(OPTIONS)}")
+        self._given = {name: OPTIONS[name].check(name, value) for name, value in chosen.items()}
         self._used: set[str] = set()
         self.notes: list[str] = []
 
@@ -162,11 +163,13 @@ class Choices:
         """
         self._used.add(name)
         given = self._given.get(name)
-        stored, given = _plain(stored), _plain(given)
+        stored = _plain(stored)
         if isinstance(stored, Unread):
             if given is None:
                 raise ValueError(f"the checkpoint's {name} is {shown(stored.text)}, which is no literal; give {name}")
             stored = None
+        if isinstance(stored, list) or (stored is None and isinstance(default, list | tuple)):
+            given = [given] if isinstance(given, int | float) else given
         if stored is not None:
             if given is not None and given != stored:
                 raise ValueError(
@@ -177,7 +180,7 @@ class Choices:
             self.notes.append(f"{name}: {_text(given)} (as given)")
             return given
         if default is None:
-            raise ValueError(f"the checkpoint does not say its {OPTIONS[name]}; give {name}")
+            raise ValueError(f"the checkpoint does not say its {OPTIONS[name].text}; give {name}")
         self.notes.append(f"{name}: {_text(_plain(default))} (the default; the checkpoint does not say)")
         return _plain(default)
 
@@ -195,20 +198,55 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-OPTIONS: Mapping[str, str] = {
-    "num_heads": "number of attention heads of each stage (or of all blocks)",
-    "out_indices": "stages or blocks whose maps the head reads, counted from 0",
-    "pool_scales": "sides of the grids of the pyramid pooling",
-    "align_corners": "corners of the resampling, True or False",
-    "resnet_style": "ResNet's style, pytorch or caffe: where a bottleneck has its stride",
-    "strides": "stride of each stage",
-    "dilations": "dilation of each stage",
-    "channel_order": "order of an image's channels, rgb or bgr",
-    "image_size": "image size, height and width, that the position table was made for",
-    "mean": "mean of each channel, in 0 to 255",
-    "std": "standard deviation of each channel, in 0 to 255",
+@dataclass(frozen=True)
+class Option:
+    """A value that the caller may give where a checkpoint does not say it.
+
+    Args:
+        text: what it says, for messages and the help of the command.
+        kind: "integers" and "numbers" are lists; one number may stand for a list. "flag" is True or False.
+        values: the values of a choice.
+    """
+
+    text: str
+    kind: Literal["integers", "numbers", "flag", "choice"]
+    values: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return a value of the option, with lists in place of tuples.
+
+        Raises:
+            ValueError: it is of another kind.
+        """
+        value = _plain(value.tolist() if hasattr(value, "tolist") else value)
+        if self.kind == "flag":
+            fits, expected = isinstance(value, bool), "True or False"
+        elif self.kind == "choice":
+            fits, expected = value in self.values, " or ".join(self.values)
+        else:
+            number = int if self.kind == "integers" else int | float
+            parts = value if isinstance(value, list) and value else [value]
+            fits = all(isinstance(part, number) and not isinstance(part, bool) for part in parts)
+            expected = f"{self.kind}, one or a list"
+        if not fits:
+            raise ValueError(f"{name} must be {expected}, got {shown(value)}")
+        return value
+
+
+OPTIONS: Mapping[str, Option] = {
+    "num_heads": Option("number of attention heads of each stage (or of all blocks)", "integers"),
+    "out_indices": Option("stages or blocks whose maps the head reads, counted from 0", "integers"),
+    "pool_scales": Option("sides of the grids of the pyramid pooling", "integers"),
+    "align_corners": Option("corners of the resampling", "flag"),
+    "resnet_style": Option("ResNet's style: where a bottleneck has its stride", "choice", ("pytorch", "caffe")),
+    "strides": Option("stride of each stage", "integers"),
+    "dilations": Option("dilation of each stage", "integers"),
+    "channel_order": Option("order of an image's channels", "choice", ("rgb", "bgr")),
+    "image_size": Option("image size, height and width, that the position table was made for", "integers"),
+    "mean": Option("mean of each channel, in 0 to 255", "numbers"),
+    "std": Option("standard deviation of each channel, in 0 to 255", "numbers"),
 }
-"""The options of a conversion, and what each says."""
+"""The options of a conversion."""
 
 
 @dataclass(frozen=True)

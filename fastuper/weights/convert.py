@@ -58,7 +58,7 @@ def is_foreign(source: str | os.PathLike[str]) -> bool:
     """
     path = Path(source)
     if not os.path.isdir(source):  # `Path.is_dir` raises an error for names of great length
-        return os.path.isfile(source)
+        return os.path.isfile(source) and path.suffix.lower() != ".json"
     if (path / "config.json").is_file():
         values = read_json(path / "config.json")
         return "architecture" in values or "encoder_name" in values
@@ -151,9 +151,8 @@ def check_filled(
     tensors = conversion.tensors
     absent = [name for name in own if name not in tensors]
     # Files of PyTorch before 0.4.1 lack the counters of BatchNorm, which no result depends on.
-    excused = (*conversion.initialised, *computed)
-    initial = [n for n in absent if n.startswith(tuple(excused)) or n.endswith("num_batches_tracked")]
-    if missing := [name for name in absent if name not in initial]:
+    initial = [n for n in absent if n.startswith(conversion.initialised) or n.endswith("num_batches_tracked")]
+    if missing := [name for name in absent if name not in initial and name not in computed]:
         raise CheckpointError(
             f"{place} lacks {len(missing)} of the model's {len(own)} tensors, such as {listed(missing, 2)}; it is "
             "incomplete, or of another network"
@@ -170,7 +169,7 @@ def check_filled(
                 f"{place}: {sources[name]} becomes {name} of shape {tuple(tensors[name].shape)}, and the model has "
                 f"{tuple(shape)}; its tensors or its configuration disagree"
             )
-    return [name for name in initial if name not in computed]
+    return initial
 
 
 # Kinds that cannot be converted ---------------------------------------------------------------------------------------
