@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ from fastuper.weights.families import (
     named,
     preprocessing,
     refuse,
+    stages_of,
     swin_values,
 )
 from fastuper.weights.mmseg_backbones import BackboneDialect, BackbonePart, Settings, integers, split
@@ -111,11 +112,6 @@ def convnext_pairs(stages: int) -> Iterator[tuple[str, str]]:
         yield f"stages.#.#.{theirs}", f"encoder.stages.#.layers.#.{ours}"
 
 
-def _stages(tensors: Iterable[str], pattern: str) -> int:
-    """Return the number of stages in names; the group of the expression is a stage's number."""
-    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
-
-
 # Classifiers ----------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +124,7 @@ def convert_swin_classifier(source: Source, choices: Choices) -> Conversion:
     tensors, place = source.tensors, source.place
     refuse(tensors, NOT_SWIN, place)
     rules = [
-        *swin_rules(_stages(tensors, r"layers\.(\d+)\.")),
+        *swin_rules(stages_of(tensors, r"layers\.(\d{1,2})\.")),
         named("absolute_pos_embed", "embeddings.position_embeddings"),
         Rule(r"(norm|head)\.(weight|bias)", (), HEAD),
     ]
@@ -143,7 +139,7 @@ def convert_swin_classifier(source: Source, choices: Choices) -> Conversion:
         translated.tensors,
         translated.rows,
         preprocessing(choices, config["num_channels"]),
-        (*source.notes, SHIFTS),
+        (SHIFTS,),
         (NORMS,),
     )
 
@@ -156,7 +152,7 @@ def convert_convnext_classifier(source: Source, choices: Choices) -> Conversion:
     """
     tensors, place = source.tensors, source.place
     refuse(tensors, NOT_CONVNEXT, place)
-    rules = [named(*pair) for pair in convnext_pairs(_stages(tensors, r"stages\.(\d+)\."))]
+    rules = [named(*pair) for pair in convnext_pairs(stages_of(tensors, r"stages\.(\d{1,2})\."))]
     translated = translate(tensors, [*rules, Rule(r"(norm|head)\.(weight|bias)", (), HEAD)], place)
     config = convnext_values(translated.tensors, place)
     return Conversion(
@@ -166,8 +162,7 @@ def convert_convnext_classifier(source: Source, choices: Choices) -> Conversion:
         translated.tensors,
         translated.rows,
         preprocessing(choices, config["num_channels"]),
-        source.notes,
-        (NORMS,),
+        initialised=(NORMS,),
     )
 
 
@@ -221,8 +216,8 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
         CheckpointError: it is a Swin that ours cannot be, or its tensors disagree.
     """
     refuse(tensors, NOT_SWIN, place, prefix)
-    stages = _stages(tensors, r"layers\.(\d+)\.")
-    returned = sorted(int(match[1]) for name in tensors if (match := re.fullmatch(r"norm(\d+)\.weight", name)))
+    stages = stages_of(tensors, r"layers\.(\d{1,2})\.")
+    returned = sorted(int(match[1]) for name in tensors if (match := re.fullmatch(r"norm(\d{1,2})\.weight", name)))
     rules = [
         *swin_rules(stages, factors=_factors(tensors, settings, stages)),
         # The table is (1, C, rows, columns) here, and (1, rows * columns, C) in a classifier and in ours.
@@ -273,7 +268,7 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
         CheckpointError: it is a ConvNeXt that ours cannot be, or its tensors disagree.
     """
     refuse(tensors, NOT_CONVNEXT, place, prefix)
-    stages = _stages(tensors, r"stages\.(\d+)\.")
+    stages = stages_of(tensors, r"stages\.(\d{1,2})\.")
     every = list(range(stages))
     # The network has a norm for each stage, of which those in out_indices are used.
     known = (integers(settings, "out_indices", place) or every) if settings else None

@@ -45,7 +45,7 @@ def named(theirs: str, ours: str, backwards: bool = False) -> Rule:
         backwards: True for the rule from our names to theirs.
     """
     source, target = (ours, theirs) if backwards else (theirs, ours)
-    pattern = re.escape(source).replace(r"\#", r"(\d+)").replace(r"\*", r"(\w+)")
+    pattern = re.escape(source).replace(r"\#", r"(\d{1,3})").replace(r"\*", r"(\w+)")
     numbers = iter(range(1, 10))
     return Rule(pattern, (re.sub(r"[#*]", lambda _: rf"\{next(numbers)}", target),))
 
@@ -63,6 +63,11 @@ def refuse(names: Iterable[str], table: Sequence[tuple[str, str]], place: str, p
         for pattern, what in table:
             if re.search(pattern, name):
                 raise CheckpointError(f"{place}: {prefix}{name} {what}; it cannot be converted")
+
+
+def stages_of(names: Iterable[str], pattern: str) -> int:
+    """Return the number of stages in names; the group of the regular expression is a stage's number, from 0."""
+    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
 
 
 def depths_of(tensors: Iterable[str], pattern: str, place: str) -> list[int]:
@@ -279,18 +284,6 @@ def _check_resnet_block(
             f"convolution {part + 1} of stage {stage + 1}, block {block + 1} has shape {found}, and a "
             f"ResNet's has {shape}",
         )
-
-
-def with_batch_counts(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Return tensors with `num_batches_tracked` for each BatchNorm that lacks it, as old files do: 0 batches.
-
-    It only matters to a BatchNorm without momentum, of which our networks have none.
-    """
-    counted = dict(tensors)
-    for name in tensors:
-        if name.endswith(".running_mean"):
-            counted.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    return counted
 
 
 def preprocessing(

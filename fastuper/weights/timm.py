@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
 from fastuper.weights.authors import NOT_SWIN, SHIFTS, swin_pairs, swin_rules
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, Translated, translate
@@ -28,8 +29,8 @@ from fastuper.weights.families import (
     preprocessing,
     refuse,
     resnet_values,
+    stages_of,
     swin_values,
-    with_batch_counts,
 )
 from fastuper.weights.transformers import BACKBONE, Names, backbone_state_dict
 
@@ -89,10 +90,6 @@ def resnet_pairs(stages: int, deep: bool, avg_down: bool) -> Pairs:
             yield f"{theirs}bn{place + 1}.*", f"{ours}layer.{place}.normalization.*"
         yield f"{theirs}downsample.{int(avg_down)}.*", f"{ours}shortcut.convolution.*"
         yield f"{theirs}downsample.{int(avg_down) + 1}.*", f"{ours}shortcut.normalization.*"
-
-
-def _stages(tensors: Tensors, pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
 
 
 # What is refused by name ----------------------------------------------------------------------------------------------
@@ -222,14 +219,13 @@ def convert_resnet(tensors: Tensors, settings: Settings, choices: Choices, place
     refuse(tensors, NOT_RESNET, place, prefix)
     deep = "conv1.0.weight" in tensors
     avg_down = any(re.fullmatch(r"layer\d+\.\d+\.downsample\.2\.weight", name) for name in tensors)
-    pairs = resnet_pairs(_stages(tensors, r"layer(\d+)\."), deep, avg_down)
+    pairs = resnet_pairs(stages_of(tensors, r"layer(\d{1,2})\.") - 1, deep, avg_down)
     translated = translate(tensors, [*(named(*pair) for pair in pairs), Rule(r"fc\..*", (), HEAD)], place, prefix)
-    # "layer1" is the first stage, so that a name "layer0" would leave a gap.
     config = resnet_values(translated.tensors, place)
     if avg_down:
         stem = config.get("stem_widths", [config.pop("embedding_size", None)])
         config = {**config, "model_type": "resnet_deep_stem", "stem_widths": stem, "avg_down": True}
-    return Part(config, replace(translated, tensors=with_batch_counts(translated.tensors)), "ResNet")
+    return Part(config, translated, "ResNet")
 
 
 PADS = (
@@ -248,7 +244,7 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
     """
     refuse(tensors, NOT_SWIN, place, prefix)
     layers = "layers_" if any(name.startswith("layers_0.") for name in tensors) else "layers."
-    stages = _stages(tensors, rf"{re.escape(layers)}(\d+)\.")
+    stages = stages_of(tensors, re.escape(layers) + r"(\d{1,2})\.")
     first = 0 if f"{layers}0.downsample.reduction.weight" in tensors else 1
     rules = [*swin_rules(stages, layers, first), Rule(r"(head|norm)\..*", (), HEAD)]
     translated = translate(tensors, rules, place, prefix)
@@ -346,7 +342,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
         part.translated.tensors,
         part.translated.rows,
         preprocessing(choices, part.config["num_channels"], mean, std),
-        (*source.notes, *part.notes),
+        part.notes,
         () if part.words == "ResNet" else (NORMS,),
         _only_fastuper(part.config),
     )
@@ -421,11 +417,16 @@ def convert_upernet(source: Source, choices: Choices) -> Conversion:
         {**config, "backbone_config": own},
         tensors,
         rows,
-        {},
-        source.notes,
-        (),
-        _only_fastuper(own),
+        _own_preprocessing(place),
+        only_fastuper=_only_fastuper(own),
     )
+
+
+def _own_preprocessing(place: str) -> dict[str, Any]:
+    """Return the preprocessor_config.json beside a model's weights; none if there is no such file."""
+    path = Path(place) if Path(place).is_dir() else Path(place).parent
+    path = path / "preprocessor_config.json"
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 DIALECTS = (
