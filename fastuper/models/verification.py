@@ -133,12 +133,7 @@ def _logits(converted: Converted, pixels: torch.Tensor, _: int) -> list[torch.Te
 @torch.no_grad()
 def _maps(converted: Converted, pixels: torch.Tensor, count: int) -> list[torch.Tensor]:
     # Maps before the norms of the returned maps, which a classifier lacks.
-    model = copy.deepcopy(converted.model)
-    for module in model.modules():
-        for name, tensor in list(module._parameters.items()):
-            if tensor is not None and tensor.is_meta:
-                module._parameters[name] = nn.Parameter(torch.zeros(tensor.shape))
-    states = model.float()(pixels, output_hidden_states=True).hidden_states
+    states = copy.deepcopy(converted.model).float()(pixels, output_hidden_states=True).hidden_states
     return list(states[-count:])
 
 
