@@ -74,6 +74,13 @@ def recognises(source: Source) -> bool:
 def convert(source: Source, choices: Choices) -> Conversion:
     """Convert a UPerNet of mmsegmentation.
 
+    Args:
+        source: the checkpoint.
+        choices: what names and shapes do not decide; it gets the notes too.
+
+    Returns:
+        The conversion of the whole model, with a row for each tensor.
+
     Raises:
         CheckpointError: it is another network, or a UPerNet that ours cannot be; the message names what.
         ValueError: a choice contradicts the checkpoint, or is missing.
@@ -134,12 +141,11 @@ def convert(source: Source, choices: Choices) -> Conversion:
         tensors=tensors,
         rows=rows,
         preprocessing=preprocessing_of(source.settings, model, part.config.get("num_channels", 3), choices),
-        notes=[*source.notes, *choices.notes],
         only_fastuper="; ".join(reasons),
     )
 
 
-DIALECT = Dialect("a UPerNet of mmsegmentation", recognises, convert)
+DIALECT = Dialect("mmsegmentation's UPerNet", recognises, convert)
 
 
 # The head -------------------------------------------------------------------------------------------------------------
