@@ -28,6 +28,7 @@ EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
 KINDS = {
     "upernet": ("semantic segmentation", "segment"),
+    "fastuper_upernet": ("semantic segmentation", "segment"),
     "unified_perceptual_parsing": ("Unified Perceptual Parsing", "parse"),
 }
 """What a model is for, and the command that runs it on photos, by the `model_type` in config.json."""
@@ -120,7 +121,7 @@ def _load(network_class: Any, model: str, device: str, dtype: Dtype) -> tuple[An
         config = find_file(model, "config.json")
         kind = read_json(config).get("model_type") if config else None
         for model_type, (task, command) in KINDS.items():
-            if kind == model_type != network_class.config_class.model_type:
+            if kind == model_type and not network_class.config_class.reads(kind):
                 raise ValueError(f"it is a model for {task}; use it with `fastuper {command}`")
         network = network_class.from_pretrained(model, dtype=dtype, device=chosen).eval()
         if find_file(model, "preprocessor_config.json"):

@@ -103,6 +103,9 @@ BOUNDS: dict[str, Bound] = {
     "auxiliary_num_convs": _whole(0, 100),
     "auxiliary_concat_input": FLAG,
     "loss_ignore_index": _whole(-(2**31), 2**31 - 1),
+    "align_corners": FLAG,
+    "output_align_corners": FLAG_OR_NONE,
+    "feature_norms": FLAG,
     # Backbones.
     "num_channels": _whole(1, 1024),
     "patch_size": _whole(1, 256, pair=True),
@@ -147,6 +150,8 @@ BOUNDS: dict[str, Bound] = {
     "neck_channels": _whole(1, WIDEST, optional=True),
     "neck_norm": FLAG,
     "neck_act": TEXT,
+    "always_partition": FLAG,
+    "output_norms": FLAG,
     "downsample_in_first_stage": FLAG,
     "downsample_in_bottleneck": FLAG,
     # Backbones of Transformers that are not ours.

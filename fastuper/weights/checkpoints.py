@@ -69,7 +69,7 @@ def _read_folder(folder: Path, weights_key: str | None) -> Source:
     settings: Mapping[str, Any] = {}
     if (folder / "config.json").is_file():
         settings = read_json(folder / "config.json")
-        if "model_type" in settings and "architecture" not in settings:
+        if "model_type" in settings and "architecture" not in settings and not _has_timm(settings):
             raise CheckpointError(
                 f"{folder} is a model folder of Transformers or fastuper already; load it with from_pretrained"
             )
@@ -83,6 +83,12 @@ def _read_folder(folder: Path, weights_key: str | None) -> Source:
             return _read_file(folder / whole[0], weights_key, settings, ())
     path, notes = _weight_file(folder)
     return _read_file(path, weights_key, settings, notes)
+
+
+def _has_timm(settings: Mapping[str, Any]) -> bool:
+    """Return True for the config.json of a UPerNet over a timm backbone, which can get a backbone of fastuper's own."""
+    backbone = settings.get("backbone_config")
+    return isinstance(backbone, Mapping) and backbone.get("model_type") == "timm_backbone"
 
 
 def _weight_file(folder: Path) -> tuple[Path, tuple[str, ...]]:
