@@ -152,6 +152,7 @@ BOUNDS: dict[str, Bound] = {
     "neck_act": TEXT,
     "always_partition": FLAG,
     "output_norms": FLAG,
+    "out_levels": _whole(0, STAGES, items=STAGES, optional=True),
     "downsample_in_first_stage": FLAG,
     "downsample_in_bottleneck": FLAG,
     # Backbones of Transformers that are not ours.

@@ -204,6 +204,7 @@ OPTIONS: Mapping[str, str] = {
     "strides": "stride of each stage",
     "dilations": "dilation of each stage",
     "channel_order": "order of an image's channels, rgb or bgr",
+    "neck_scales": "factors of a neck's levels, such as 4, 2, 1, 0.5",
     "image_size": "image size, height and width, that the position table was made for",
     "mean": "mean of each channel, in 0 to 255",
     "std": "standard deviation of each channel, in 0 to 255",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastuper.io.messages import listed, shown
+from fastuper.weights import authors, mmseg_vit
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, Translated, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.mmseg_backbones import (
@@ -31,7 +32,15 @@ from fastuper.weights.mmseg_backbones import (
 )
 from fastuper.weights.mmseg_settings import classes_of, preprocessing_of, tests_of
 
-BACKBONES: tuple[BackboneDialect, ...] = (SWIN, CONVNEXT, RESNET)
+BACKBONES: tuple[BackboneDialect, ...] = (
+    SWIN,
+    CONVNEXT,
+    RESNET,
+    authors.SWIN,
+    authors.CONVNEXT,
+    mmseg_vit.VISION_TRANSFORMER,
+    mmseg_vit.BEIT_OR_MAE,
+)
 """The backbones that can be converted; another file's backbones are added here."""
 
 LEVELS = 4
@@ -302,9 +311,9 @@ def _backbone(tensors: Tensors, model: Settings, choices: Choices, place: str) -
     necked = len(both) > len(bare) or bool(model.get("neck"))
     settings = _mapping(model.get("backbone"))
     for dialect in BACKBONES:
-        if dialect.with_neck == necked and dialect.recognises(both if necked else bare):
-            if necked:
-                return dialect.convert(both, model, choices, place, "")
+        if dialect.with_neck and dialect.recognises(both):
+            return dialect.convert(both, model, choices, place, "")
+        if not dialect.with_neck and not necked and dialect.recognises(bare):
             return dialect.convert(bare, settings, choices, place, BACKBONE)
     what = shown(kind_of(settings)) if settings else f"of unknown kind (its names are {listed(bare, 2)})"
     if necked:

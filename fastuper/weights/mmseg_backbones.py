@@ -48,7 +48,7 @@ class BackboneDialect:
         recognises: whether tensors, by their bare names, are of this kind.
         convert: takes the tensors by their bare names, the backbone's settings ({} if the checkpoint has none), the
             choices, the file's name, and the prefix of the names in the file; returns the backbone.
-        with_neck: True for a backbone with a neck. Then the names keep "backbone." and "neck.", the prefix is "", and
+        with_neck: True for a backbone that may have a neck. Then the names keep "backbone." and "neck.", the prefix is "", and
             the settings are those of the whole model, with the keys "backbone" and "neck".
     """
 
