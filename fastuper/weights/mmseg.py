@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastuper.io.messages import listed, shown
-from fastuper.weights import authors, mmseg_vit
+from fastuper.weights import authors
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, Translated, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.mmseg_backbones import (
@@ -31,17 +31,18 @@ from fastuper.weights.mmseg_backbones import (
     stored,
 )
 from fastuper.weights.mmseg_settings import classes_of, preprocessing_of, tests_of
+from fastuper.weights.mmseg_vit import BEIT_OR_MAE, VISION_TRANSFORMER
 
 BACKBONES: tuple[BackboneDialect, ...] = (
     SWIN,
     CONVNEXT,
     RESNET,
+    VISION_TRANSFORMER,
+    BEIT_OR_MAE,
     authors.SWIN,
     authors.CONVNEXT,
-    mmseg_vit.VISION_TRANSFORMER,
-    mmseg_vit.BEIT_OR_MAE,
 )
-"""The backbones that can be converted; another file's backbones are added here."""
+"""The backbones that can be converted."""
 
 LEVELS = 4
 """Feature maps that a UPerNet's head reads."""
