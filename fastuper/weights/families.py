@@ -155,9 +155,32 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the network is no Swin of ours: windows that differ, widths that do not double, other norms.
     """
+    values, lengths = swin_shapes(tensors, place)
+    windows = [square_window(length) for length in lengths]
+    if None in windows:
+        stage = windows.index(None)
+        what = f"stage {stage + 1} has {lengths[stage]} relative positions, and a square window the square of an odd number"
+        raise _other(place, what)
+    if len(set(windows)) > 1:
+        raise _other(place, f"its stages have windows of {listed(windows, 8)}, and our Swin one window for all stages")
+    return {"model_type": "swin", **values, "window_size": windows[0]}
+
+
+def square_window(length: int) -> int | None:
+    """Return the side of the square window that has so many relative positions, (2 side - 1)^2; None if none has."""
+    root = math.isqrt(length)
+    return (root + 1) // 2 if root * root == length and root % 2 else None
+
+
+def swin_shapes(tensors: Tensors, place: str) -> tuple[dict[str, Any], list[int]]:
+    """Return the values of a Swin's configuration but for its windows, and the relative positions of each stage.
+
+    Raises:
+        CheckpointError: as for `swin_values`, but for the windows.
+    """
     depths = depths_of(tensors, r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.", place)
     dim, channels, *patch = _shape(tensors, "embeddings.patch_embeddings.projection.weight", 4, place)
-    windows, heads, hidden = [], [], []
+    lengths, heads, hidden = [], [], []
     for stage, depth in enumerate(depths):
         blocks = [f"encoder.layers.{stage}.blocks.{block}." for block in range(depth)]
         tables = {tuple(_shape(tensors, block + "attention.self.relative_position_bias_table", 2, place))
@@ -165,9 +188,6 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
         if len(tables) > 1:
             raise _other(place, f"the bias tables of stage {stage + 1} differ in size: {listed(sorted(tables), 2)}")
         length, count = tables.pop()
-        side = math.isqrt(length)
-        if side * side != length or side % 2 == 0:
-            raise _other(place, f"stage {stage + 1} has {length} relative positions, and a square window an odd square")
         query = _shape(tensors, blocks[0] + "attention.self.query.weight", 2, place)
         if query != [dim * 2**stage] * 2:
             raise _other(
@@ -175,11 +195,9 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
                 f"the queries of stage {stage + 1} are {query[1]} to {query[0]} channels, and Swin's "
                 f"{dim * 2**stage} to as many: widths double from stage to stage",
             )
-        windows.append((side + 1) // 2)
+        lengths.append(length)
         heads.append(count)
         hidden.append(_shape(tensors, blocks[0] + "intermediate.dense.weight", 2, place)[0])
-    if len(set(windows)) > 1:
-        raise _other(place, f"its stages have windows of {listed(windows, 8)}, and our Swin one window for all stages")
     for name in ("embeddings.norm.weight", "embeddings.norm.bias"):
         if name not in tensors:
             raise _other(place, "its patches have no norm (patch_norm=False), and Swin's do")
@@ -187,19 +205,18 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
     biased = {name.rsplit(".", 1)[0] for name in tensors if re.search(r"self\.(query|key|value)\.bias$", name)}
     if len(biased) not in (0, 3 * sum(depths)):
         raise _other(place, "some of its blocks have biases of query, key and value, and some have none")
-    return {
-        "model_type": "swin",
+    values = {
         "num_channels": channels,
         "patch_size": patch[0] if patch[0] == patch[1] else patch,
         "embed_dim": dim,
         "depths": depths,
         "num_heads": heads,
-        "window_size": windows[0],
         "mlp_ratio": ratio(hidden, [dim * 2**stage for stage in range(len(depths))], place),
         "qkv_bias": bool(biased),
         "use_absolute_embeddings": "embeddings.position_embeddings" in tensors,
         "out_features": _stages(depths),
     }
+    return values, lengths
 
 
 def resnet_values(tensors: Tensors, place: str) -> dict[str, Any]:

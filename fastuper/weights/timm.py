@@ -29,7 +29,9 @@ from fastuper.weights.families import (
     preprocessing,
     refuse,
     resnet_values,
+    square_window,
     stages_of,
+    swin_shapes,
     swin_values,
 )
 from fastuper.weights.transformers import BACKBONE, Names, backbone_state_dict
@@ -234,6 +236,9 @@ PADS = (
 )
 """What else differs between timm's Swin and ours."""
 
+LARGER = "any with maps larger than the windows"
+"""The image size that timm's Swin is taken to be built for, if its windows do not tell."""
+
 
 def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: str, prefix: str) -> Part:
     """Convert timm's Swin; see `convert`.
@@ -241,6 +246,11 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
     Since timm 0.9 a stage begins with its patch merging; before it, a stage ends with it. Both merge in our order:
     `reshape(B, H / 2, 2, W / 2, 2, C).permute(0, 1, 3, 4, 2, 5)` has the channel c of the position (row y, column x) of
     a square at (2 x + y) C + c.
+
+    timm builds a Swin for an image size. A map no larger than the window is then one window, which is not shifted, and
+    whose table has the size of the map. If all tables have one size, the result is a Swin that always shifts, unless
+    the option image_size says what the model was built for. If tables differ, the result is built for the image size
+    that they follow from.
     """
     refuse(tensors, NOT_SWIN, place, prefix)
     layers = "layers_" if any(name.startswith("layers_0.") for name in tensors) else "layers."
@@ -248,7 +258,84 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
     first = 0 if f"{layers}0.downsample.reduction.weight" in tensors else 1
     rules = [*swin_rules(stages, layers, first), Rule(r"(head|norm)\..*", (), HEAD)]
     translated = translate(tensors, rules, place, prefix)
-    return Part(swin_values(translated.tensors, place), translated, "Swin", (SHIFTS, PADS))
+    values, lengths = swin_shapes(translated.tensors, place)
+    patch = values["patch_size"]
+    patch = [patch, patch] if isinstance(patch, int) else patch
+    # A UPerNet's backbone has one image size, by timm's rules.
+    known: Any = settings.get("image_size")
+    default: Any = None if "image_size" in settings else LARGER
+    if known is None and len(set(lengths)) > 1:
+        known, default = _stored_size(settings), _size_of(lengths, patch)
+    size = choices.settle("image_size", known, default)
+    if size == LARGER:
+        return Part(swin_values(translated.tensors, place), translated, "Swin", (SHIFTS, PADS))
+    size = [size] if isinstance(size, int) else size
+    size = size if len(size) == 2 else 2 * size
+    arguments = settings.get("model_args")
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    windows = _windows(lengths, size, patch, arguments.get("window_size"), place)
+    config = {
+        "model_type": "swin_timm",
+        **values,
+        "image_size": size,
+        "window_size": max(max(window) if isinstance(window, list) else window for window in windows),
+        "window_sizes": windows,
+        "always_partition": bool(arguments.get("always_partition", False)),
+    }
+    return Part(config, translated, "Swin")
+
+
+def _stored_size(settings: Settings) -> list[int] | None:
+    """Return the image size (height, width) that a config.json says the model was built for; None if it does not."""
+    arguments, colours = settings.get("model_args"), settings.get("pretrained_cfg")
+    size = arguments.get("img_size") if isinstance(arguments, Mapping) else None
+    if size is None and isinstance(colours, Mapping):
+        size = colours.get("input_size")
+        size = size[1:] if isinstance(size, list | tuple) else None
+    size = [size, size] if isinstance(size, int) else size
+    fits = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
+    return list(size) if fits and size is not None else None
+
+
+def _size_of(lengths: list[int], patch: list[int]) -> list[int] | None:
+    """Return the square image size that shrunk windows follow from; None if they follow from none.
+
+    The last stage's window has shrunk to its map, of ceil(grid / 2^(stages - 1)) positions a side. That gives the size,
+    up to rounding.
+    """
+    windows = [square_window(length) for length in lengths]
+    if None in windows or windows != sorted(windows, reverse=True):  # type: ignore[type-var]
+        return None
+    return [(windows[-1] or 0) * 2 ** (len(windows) - 1) * side for side in patch]
+
+
+def _windows(lengths: list[int], size: list[int], patch: list[int], given: Any, place: str) -> list[Any]:
+    """Return the window of each stage, a number or [height, width], of a model built for an image size.
+
+    Args:
+        lengths: the number of relative positions of each stage, (2 height - 1) (2 width - 1).
+        size: the image size (height, width).
+        patch: the patch size.
+        given: the argument window_size of config.json, which decides between windows that are not square.
+        place: the file, for the message.
+
+    Raises:
+        CheckpointError: no window has so many relative positions at this image size.
+    """
+    windows: list[Any] = []
+    for stage, length in enumerate(lengths):
+        rows, columns = (-(-(image // side) // 2**stage) for image, side in zip(size, patch, strict=True))
+        pairs = [[side, side] for side in range(1, max(rows, columns) + 1)]
+        if isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(side, int) for side in given):
+            pairs = [list(given)]
+        fits = [pair for pair in pairs if (2 * min(rows, pair[0]) - 1) * (2 * min(columns, pair[1]) - 1) == length]
+        if not fits:
+            raise CheckpointError(
+                f"{place}: stage {stage + 1} has {length} relative positions, which no window has on its map of "
+                f"{rows} x {columns}; an image of {size[0]} x {size[1]} is not what the model was built for"
+            )
+        windows.append(fits[0][0] if fits[0][0] == fits[0][1] else fits[0])
+    return windows
 
 
 @dataclass(frozen=True)
@@ -343,8 +430,8 @@ def convert(source: Source, choices: Choices) -> Conversion:
         part.translated.rows,
         preprocessing(choices, part.config["num_channels"], mean, std),
         part.notes,
-        () if part.words == "ResNet" else (NORMS,),
-        _only_fastuper(part.config),
+        (NORMS,) if part.config["model_type"] in ("convnext", "swin") else (),
+        ONLY_FASTUPER.get(part.config["model_type"], ""),
     )
 
 
@@ -359,9 +446,11 @@ def _converted(family: Family, bare: Tensors, source: Source, choices: Choices, 
     return family.convert(bare, source.settings, choices, source.place, prefix)
 
 
-def _only_fastuper(config: Mapping[str, Any]) -> str:
-    deep = config["model_type"] == "resnet_deep_stem"
-    return "Transformers has no ResNet with a deep stem or averaged shortcuts" if deep else ""
+ONLY_FASTUPER = {
+    "resnet_deep_stem": "Transformers has no ResNet with a deep stem or averaged shortcuts",
+    "swin_timm": "Transformers has no Swin whose windows shrink to small maps, as timm's do",
+}
+"""Why Transformers cannot load a backbone, by its model type."""
 
 
 def _numbers(settings: Any, name: str, count: int) -> list[float] | None:
@@ -374,26 +463,31 @@ def _numbers(settings: Any, name: str, count: int) -> list[float] | None:
 def convert_upernet(source: Source, choices: Choices) -> Conversion:
     """Convert a UPerNet over a timm backbone to the same UPerNet over our own backbone.
 
-    timm's features have no norms. Our ResNet has none either, so that the maps are equal. Our ConvNeXt and Swin norm
-    each map, which no values of a LayerNorm undo: these are refused.
+    timm's features have no norms. Neither have the maps of our ResNet and of our Swin by timm's rules: these maps are
+    timm's. Our ConvNeXt norms each map, which no values of a LayerNorm undo: it is refused.
 
     Raises:
-        CheckpointError: the backbone is no ResNet of ours, or the head reads its stem.
+        CheckpointError: the backbone is another one, or the head reads the map of a ResNet's stem.
     """
     place, settings = source.place, source.settings
     backbone = settings.get("backbone_config")
     backbone = backbone if isinstance(backbone, Mapping) else {}
-    name = backbone.get("backbone") or settings.get("backbone")
+    name = str(backbone.get("backbone") or settings.get("backbone"))
     prefix, bare, family = _bare(source.tensors)
-    if family is None or family.model_type != "resnet":
+    if family is None or family.model_type == "convnext":
         raise CheckpointError(
-            f"{place} is a UPerNet over timm's {shown(name)}, and loads as it is; only timm's ResNets give the maps of "
-            "a backbone of fastuper's own (ConvNeXt and Swin norm their maps here, and do not in timm)"
+            f"{place} is a UPerNet over timm's {shown(name)}, and loads as it is; only timm's ResNets and Swins give "
+            "the maps of a backbone of fastuper's own (ConvNeXt norms its maps here, and does not in timm)"
         )
-    part = _converted(family, bare, replace(source, settings={"architecture": name}), choices, prefix)
+    own_settings: dict[str, Any] = {"architecture": name}
+    if family.model_type == "swin":  # timm builds a model for the size that its name ends with
+        size = re.search(r"_(\d{2,4})$", name.partition(".")[0])
+        own_settings["image_size"] = [int(size[1])] * 2 if size else None
+    part = _converted(family, bare, replace(source, settings=own_settings), choices, prefix)
     depth = len(part.config["depths"])
+    stem = int(family.model_type == "resnet")  # timm counts the map of a ResNet's stem as level 0
     levels = backbone.get("out_indices") or settings.get("out_indices") or [-4, -3, -2, -1]
-    indices = [level + depth + 1 if level < 0 else level for level in levels]  # timm counts the stem's map as 0
+    indices = [level % (depth + stem) + 1 - stem for level in levels]
     if min(indices) < 1 or max(indices) > depth:
         raise CheckpointError(
             f"{place}: its head reads timm's levels {listed(levels, 5)}, and fastuper's ResNet has the maps of stages "
@@ -412,13 +506,13 @@ def convert_upernet(source: Source, choices: Choices) -> Conversion:
             tensors[key] = tensor
             rows.append(Row(key, (key,)))
     return Conversion(
-        "a UPerNet over timm's ResNet",
+        f"a UPerNet over timm's {part.words}",
         "upernet",
         {**config, "backbone_config": own},
         tensors,
         rows,
         _own_preprocessing(place),
-        only_fastuper=_only_fastuper(own),
+        only_fastuper=ONLY_FASTUPER.get(own["model_type"], ""),
     )
 
 
@@ -438,7 +532,10 @@ DIALECTS = (
 
 # Back -----------------------------------------------------------------------------------------------------------------
 
-FINAL_NORMS = {"convnext": "head.norm", "swin": "norm"}
+IN_TIMM = ("convnext", "resnet", "resnet_deep_stem", "swin", "swin_timm")
+"""The model types that timm has too."""
+
+FINAL_NORMS = {"convnext": "head.norm", "swin": "norm", "swin_timm": "norm"}
 """timm's norm between the last map and the classifier."""
 
 
@@ -452,9 +549,9 @@ def to_timm(
     """Return a backbone's tensors by timm's names, with a row for each tensor of the backbone.
 
     `timm.create_model(NAME, num_classes=0).load_state_dict(result.tensors)` takes them, or the model of
-    `features_only=True`. Our Swin shifts windows in every second block: build timm's with `always_partition=True`. timm
-    shifts a map before it pads it to whole windows, and ours pads it first: the results are equal if all maps are
-    multiples of the window.
+    `features_only=True`. Our Swin ("swin") shifts windows in every second block: build timm's with
+    `always_partition=True`. timm shifts a map before it pads it to whole windows, and ours pads it first: the results
+    are equal if all maps are multiples of the window. "swin_timm" follows timm's rules.
 
     Args:
         config: the values of the backbone's configuration (`to_dict()`), ours or Transformers'.
@@ -469,10 +566,8 @@ def to_timm(
         ValueError: timm has no such backbone.
     """
     kind = config.get("model_type")
-    if kind not in ("convnext", "resnet", "resnet_deep_stem", "swin"):
-        raise ValueError(
-            f"model_type={shown(kind)} has no names in timm; convnext, resnet, resnet_deep_stem and swin have"
-        )
+    if kind not in IN_TIMM:
+        raise ValueError(f"model_type={shown(kind)} has no names in timm; {', '.join(IN_TIMM)} have them")
     parts = ("embeddings", "embedder", "encoder", "hidden_states_norms")
     names = Names(parts=parts) if names is None else names
     tensors = backbone_state_dict(state_dict, kind, names)
@@ -485,7 +580,7 @@ def to_timm(
             block = r"encoder\.stages\.(\d+)\.layers\.(\d+)\.pwconv([12])\.weight"
             target = rf"stages{joint}\1.blocks.\2.mlp.fc\3.weight"
             rules.append(Rule(block, (target,), "a 1x1 convolution", lambda weight: [weight[:, :, None, None]]))
-    elif kind == "swin":
+    elif kind in ("swin", "swin_timm"):
         if config.get("use_absolute_embeddings"):
             raise ValueError("use_absolute_embeddings=True: timm's Swin has no absolute position embeddings")
         pairs = swin_pairs(len(depths), f"layers{joint}", first_merged=1)
