@@ -155,29 +155,101 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the network is no Swin of ours: windows that differ, widths that do not double, other norms.
     """
-    values, lengths = swin_shapes(tensors, place)
-    windows = [square_window(length) for length in lengths]
-    if None in windows:
-        stage = windows.index(None)
-        what = f"stage {stage + 1} has {lengths[stage]} relative positions, and a square window the square of an odd number"
-        raise _other(place, what)
+    values, lengths = _swin_values_and_positions(tensors, place)
+    windows = [_square(length, stage, place) for stage, length in enumerate(lengths)]
     if len(set(windows)) > 1:
         raise _other(place, f"its stages have windows of {listed(windows, 8)}, and our Swin one window for all stages")
     return {"model_type": "swin", **values, "window_size": windows[0]}
 
 
-def square_window(length: int) -> int | None:
-    """Return the side of the square window that has so many relative positions, (2 side - 1)^2; None if none has."""
-    root = math.isqrt(length)
-    return (root + 1) // 2 if root * root == length and root % 2 else None
+def timm_swin_values(tensors: Tensors, arguments: Mapping[str, Any], choices: Choices, place: str) -> dict[str, Any]:
+    """Return the values of the configuration of a Swin by timm's rules (`TimmSwinConfig`).
 
+    A window shrinks to a map that is no larger, at the image size that timm's network was built for; a map of the
+    window's size is not shifted either, and no tensor shows that. timm's own Swins are built for images of 32 times the
+    window, whose last map is one window: this is the default.
 
-def swin_shapes(tensors: Tensors, place: str) -> tuple[dict[str, Any], list[int]]:
-    """Return the values of a Swin's configuration but for its windows, and the relative positions of each stage.
+    Args:
+        tensors: the network's, by our names.
+        arguments: of timm's model: `img_size`, `window_size`, `always_partition`. {} if they are not known.
+        choices: the option `image_size`.
+        place: the file, for messages.
 
     Raises:
-        CheckpointError: as for `swin_values`, but for the windows.
+        CheckpointError: the network is no Swin of ours, or its windows are not those of the image size.
     """
+    values, lengths = _swin_values_and_positions(tensors, place)
+    given = arguments.get("window_size")
+    windows = [_pair(given, "window_size", place)] * len(lengths) if _is_window(given) else []
+    if isinstance(given, list | tuple) and not windows and len(given) == len(lengths):
+        windows = [_pair(window, "window_size", place) for window in given]
+    if not windows:  # a stage before the last shows the whole window, unless its map is smaller too
+        windows = [(_square(max(lengths), lengths.index(max(lengths)), place),) * 2] * len(lengths)
+    always = arguments.get("always_partition") is True
+    last = math.isqrt(lengths[-1])
+    shrunk = (last + 1) // 2 if last * last == lengths[-1] and last % 2 else windows[-1][0]
+    patch = values["patch_size"]
+    patches = [patch, patch] if isinstance(patch, int) else patch
+    default = [side * 2 ** (len(lengths) - 1) * min(shrunk, windows[-1][0]) for side in patches]
+    stored = arguments.get("img_size")
+    if always and stored is None:
+        stored = default  # it changes nothing
+    stored = None if stored is None else list(_pair(stored, "img_size", place))
+    size = list(_pair(choices.settle("image_size", stored, default), "image_size", place))
+    for stage, length in enumerate(lengths):
+        sides = [-(-(image // patch) // 2**stage) for image, patch in zip(size, patches, strict=True)]
+        if given is None and not always:  # stages may have windows of their own, as those of Swin-S3
+            fits = [side for side in range(1, min(max(sides), length) + 1) if _positions(side, sides) == length]
+            if fits and _positions(windows[stage][0], sides) != length:
+                windows[stage] = (fits[0], fits[0])
+        height, width = windows[stage] if always else map(min, windows[stage], sides)
+        if (2 * height - 1) * (2 * width - 1) != length:
+            raise _other(
+                place,
+                f"stage {stage + 1} has {length} relative positions, and a window of {height} x {width} (images of "
+                f"{size[0]} x {size[1]}) has {(2 * height - 1) * (2 * width - 1)}; give image_size, the img_size that "
+                "timm's network was built for",
+            )
+    equal = len(set(windows)) == 1 and windows[0][0] == windows[0][1]
+    return {
+        "model_type": "swin_timm",
+        **values,
+        "window_size": max(map(max, windows)),
+        **({} if equal else {"window_sizes": [list(window) for window in windows]}),
+        "image_size": size[0] if size[0] == size[1] else size,
+        **({"always_partition": True} if always else {}),
+    }
+
+
+def _positions(window: int, sides: Sequence[int]) -> int:
+    """Return the number of relative positions of a square window that shrinks to a map of the given sides."""
+    return math.prod(2 * min(window, side) - 1 for side in sides)
+
+
+def _is_window(value: Any) -> bool:
+    """Return True for a side of windows, or (height, width) of them; timm takes two integers for the latter."""
+    return isinstance(value, int) or (isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], int))
+
+
+def _pair(value: Any, name: str, place: str) -> tuple[int, int]:
+    """Return (height, width) of a setting that is one integer for both (in a list too), or a pair."""
+    sides = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    sides = 2 * sides if len(sides) == 1 else sides
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise CheckpointError(f"{place}: {name}={shown(value)} is neither a number nor (height, width)")
+    return sides[0], sides[1]
+
+
+def _square(length: int, stage: int, place: str) -> int:
+    """Return the side of a square window with a number of relative positions."""
+    side = math.isqrt(length)
+    if side * side != length or side % 2 == 0:
+        raise _other(place, f"stage {stage + 1} has {length} relative positions, and a square window an odd square")
+    return (side + 1) // 2
+
+
+def _swin_values_and_positions(tensors: Tensors, place: str) -> tuple[dict[str, Any], list[int]]:
+    """Return a Swin's values but those of its windows, and the number of relative positions of each stage."""
     depths = depths_of(tensors, r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.", place)
     dim, channels, *patch = _shape(tensors, "embeddings.patch_embeddings.projection.weight", 4, place)
     lengths, heads, hidden = [], [], []

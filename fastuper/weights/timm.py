@@ -17,7 +17,7 @@ import torch
 
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
-from fastuper.weights.authors import NOT_SWIN, QKV, SHIFTS, swin_pairs, swin_rules
+from fastuper.weights.authors import NOT_SWIN, QKV, swin_pairs, swin_rules
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, Translated, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.families import (
@@ -29,10 +29,9 @@ from fastuper.weights.families import (
     preprocessing,
     refuse,
     resnet_values,
-    square_window,
     stages_of,
-    swin_shapes,
     swin_values,
+    timm_swin_values,
 )
 from fastuper.weights.transformers import BACKBONE, Names, backbone_state_dict
 
@@ -230,14 +229,11 @@ def convert_resnet(tensors: Tensors, settings: Settings, choices: Choices, place
     return Part(config, translated, "ResNet")
 
 
-PADS = (
-    "maps that are no multiple of the window are padded before the shift, as in the authors' UPerNets; timm pads them "
-    "after it"
+RULES = (
+    "windows are those of the authors' UPerNets: every second block shifts, and maps are padded before the shift; timm "
+    "does not shift where a map is no larger than a window, and pads after the shift: give image_size for these rules"
 )
-"""What else differs between timm's Swin and ours."""
-
-LARGER = "any with maps larger than the windows"
-"""The image size that timm's Swin is taken to be built for, if its windows do not tell."""
+"""What differs between timm's Swin and ours, unless the conversion is by timm's rules."""
 
 
 def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: str, prefix: str) -> Part:
@@ -250,7 +246,7 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
     timm builds a Swin for an image size. A map no larger than the window is then one window, which is not shifted, and
     whose table has the size of the map. If all tables have one size, the result is a Swin that always shifts, unless
     the option image_size says what the model was built for. If tables differ, the result is built for the image size
-    that they follow from.
+    of config.json, of the option, or that they follow from.
     """
     refuse(tensors, NOT_SWIN, place, prefix)
     layers = "layers_" if any(name.startswith("layers_0.") for name in tensors) else "layers."
@@ -258,84 +254,16 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
     first = 0 if f"{layers}0.downsample.reduction.weight" in tensors else 1
     rules = [*swin_rules(stages, layers, first), Rule(r"(head|norm)\..*", (), HEAD)]
     translated = translate(tensors, rules, place, prefix)
-    values, lengths = swin_shapes(translated.tensors, place)
-    patch = values["patch_size"]
-    patch = [patch, patch] if isinstance(patch, int) else patch
-    # A UPerNet's backbone has one image size, by timm's rules.
-    known: Any = settings.get("image_size")
-    default: Any = None if "image_size" in settings else LARGER
-    if known is None and len(set(lengths)) > 1:
-        known, default = _stored_size(settings), _size_of(lengths, patch)
-    size = choices.settle("image_size", known, default)
-    if size == LARGER:
-        return Part(swin_values(translated.tensors, place), translated, "Swin", (SHIFTS, PADS))
-    size = [size] if isinstance(size, int) else size
-    size = size if len(size) == 2 else 2 * size
     arguments = settings.get("model_args")
-    arguments = arguments if isinstance(arguments, Mapping) else {}
-    windows = _windows(lengths, size, patch, arguments.get("window_size"), place)
-    config = {
-        "model_type": "swin_timm",
-        **values,
-        "image_size": size,
-        "window_size": max(max(window) if isinstance(window, list) else window for window in windows),
-        "window_sizes": windows,
-        "always_partition": bool(arguments.get("always_partition", False)),
-    }
-    return Part(config, translated, "Swin")
-
-
-def _stored_size(settings: Settings) -> list[int] | None:
-    """Return the image size (height, width) that a config.json says the model was built for; None if it does not."""
-    arguments, colours = settings.get("model_args"), settings.get("pretrained_cfg")
-    size = arguments.get("img_size") if isinstance(arguments, Mapping) else None
-    if size is None and isinstance(colours, Mapping):
-        size = colours.get("input_size")
-        size = size[1:] if isinstance(size, list | tuple) else None
-    size = [size, size] if isinstance(size, int) else size
-    fits = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
-    return list(size) if fits and size is not None else None
-
-
-def _size_of(lengths: list[int], patch: list[int]) -> list[int] | None:
-    """Return the square image size that shrunk windows follow from; None if they follow from none.
-
-    The last stage's window has shrunk to its map, of ceil(grid / 2^(stages - 1)) positions a side. That gives the size,
-    up to rounding.
-    """
-    windows = [square_window(length) for length in lengths]
-    if None in windows or windows != sorted(windows, reverse=True):  # type: ignore[type-var]
-        return None
-    return [(windows[-1] or 0) * 2 ** (len(windows) - 1) * side for side in patch]
-
-
-def _windows(lengths: list[int], size: list[int], patch: list[int], given: Any, place: str) -> list[Any]:
-    """Return the window of each stage, a number or [height, width], of a model built for an image size.
-
-    Args:
-        lengths: the number of relative positions of each stage, (2 height - 1) (2 width - 1).
-        size: the image size (height, width).
-        patch: the patch size.
-        given: the argument window_size of config.json, which decides between windows that are not square.
-        place: the file, for the message.
-
-    Raises:
-        CheckpointError: no window has so many relative positions at this image size.
-    """
-    windows: list[Any] = []
-    for stage, length in enumerate(lengths):
-        rows, columns = (-(-(image // side) // 2**stage) for image, side in zip(size, patch, strict=True))
-        pairs = [[side, side] for side in range(1, max(rows, columns) + 1)]
-        if isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(side, int) for side in given):
-            pairs = [list(given)]
-        fits = [pair for pair in pairs if (2 * min(rows, pair[0]) - 1) * (2 * min(columns, pair[1]) - 1) == length]
-        if not fits:
-            raise CheckpointError(
-                f"{place}: stage {stage + 1} has {length} relative positions, which no window has on its map of "
-                f"{rows} x {columns}; an image of {size[0]} x {size[1]} is not what the model was built for"
-            )
-        windows.append(fits[0][0] if fits[0][0] == fits[0][1] else fits[0])
-    return windows
+    arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
+    tables = {tensor.shape[:1] for name, tensor in tensors.items() if name.endswith(".relative_position_bias_table")}
+    if "image_size" in settings:  # of a UPerNet, whose backbone has one image size, and timm's rules
+        arguments["img_size"] = settings["image_size"]
+    elif len(tables) == 1:
+        if not choices.has("image_size"):
+            return Part(swin_values(translated.tensors, place), translated, "Swin", (RULES,))
+        arguments.pop("img_size", None)
+    return Part(timm_swin_values(translated.tensors, arguments, choices, place), translated, "Swin")
 
 
 @dataclass(frozen=True)
@@ -407,8 +335,9 @@ def is_upernet_over_timm(source: Source) -> bool:
 def convert(source: Source, choices: Choices) -> Conversion:
     """Convert timm's ConvNeXt, ResNet or Swin to a backbone.
 
-    A Swin becomes one that shifts windows in every second block, as in the authors' UPerNets. timm does so too, if a
-    model is built for an image whose maps exceed the windows (`img_size=`), or with `always_partition=True`.
+    A Swin becomes one that shifts windows in every second block, as in the authors' UPerNets; see `convert_swin`. timm
+    does so too, if a model is built for an image whose maps exceed the windows (`img_size=`), or with
+    `always_partition=True`.
 
     Raises:
         CheckpointError: it is another model, or one that our networks cannot be.
