@@ -12,13 +12,13 @@ from typing import Any
 
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
-from fastuper.weights import authors, timm
+from fastuper.weights import authors, smp, timm
 from fastuper.weights.checkpoints import read_source
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Source
 from fastuper.weights.dialects import library_of
 from fastuper.weights.errors import CheckpointError
 
-DIALECTS: list[Dialect] = [*authors.CLASSIFIERS, *timm.DIALECTS]
+DIALECTS: list[Dialect] = [*smp.DIALECTS, *authors.CLASSIFIERS, *timm.DIALECTS]
 """The kinds of checkpoints that can be converted; the first that recognises a source converts it."""
 
 OTHER_NETWORKS = (

@@ -30,7 +30,7 @@ from fastuper.weights.families import (
     refuse,
     resnet_values,
     stages_of,
-    swin_values,
+    timm_swin_values,
 )
 from fastuper.weights.transformers import BACKBONE, Names, backbone_state_dict
 
@@ -248,7 +248,9 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
     first = 0 if f"{layers}0.downsample.reduction.weight" in tensors else 1
     rules = [*swin_rules(stages, layers, first), Rule(r"(head|norm)\..*", (), HEAD)]
     translated = translate(tensors, rules, place, prefix)
-    return Part(swin_values(translated.tensors, place), translated, "Swin", (SHIFTS, PADS))
+    arguments = settings.get("model_args")
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    return Part(timm_swin_values(translated.tensors, arguments, choices, place), translated, "Swin")
 
 
 @dataclass(frozen=True)
@@ -332,7 +334,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
             f"{source.place} is timm's {shown(source.settings.get('architecture'))}; ConvNeXt, ResNet and Swin can be "
             "converted, and UperNetConfig(backbone=NAME, use_timm_backbone=True) takes other models as they are"
         )
-    part = _converted(family, bare, source, choices, prefix)
+    part = convert_family(family, bare, source, choices, prefix)
     colours = source.settings.get("pretrained_cfg")
     mean, std = (_numbers(colours, name, part.config["num_channels"]) for name in ("mean", "std"))
     return Conversion(
@@ -348,7 +350,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
     )
 
 
-def _converted(family: Family, bare: Tensors, source: Source, choices: Choices, prefix: str) -> Part:
+def convert_family(family: Family, bare: Tensors, source: Source, choices: Choices, prefix: str) -> Part:
     architecture = _architecture(source.settings) or Path(source.place).name
     if family.model_type == "resnet" and re.search(ANTIALIASING, architecture):
         raise CheckpointError(
@@ -390,7 +392,7 @@ def convert_upernet(source: Source, choices: Choices) -> Conversion:
             f"{place} is a UPerNet over timm's {shown(name)}, and loads as it is; only timm's ResNets give the maps of "
             "a backbone of fastuper's own (ConvNeXt and Swin norm their maps here, and do not in timm)"
         )
-    part = _converted(family, bare, replace(source, settings={"architecture": name}), choices, prefix)
+    part = convert_family(family, bare, replace(source, settings={"architecture": name}), choices, prefix)
     depth = len(part.config["depths"])
     levels = backbone.get("out_indices") or settings.get("out_indices") or [-4, -3, -2, -1]
     indices = [level + depth + 1 if level < 0 else level for level in levels]  # timm counts the stem's map as 0
