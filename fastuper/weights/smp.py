@@ -11,10 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from fastuper.io.messages import listed, shown
-from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, Translated, translate
+from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.families import NORMS, Tensors, preprocessing, refuse
 from fastuper.weights.timm import FAMILIES, Part, convert_family
@@ -183,9 +181,7 @@ def _preprocessing(colours: Tensors, choices: Choices, channels: int) -> dict[st
 # The encoder ----------------------------------------------------------------------------------------------------------
 
 
-def _convert_encoder(
-    tensors: Tensors, settings: Mapping[str, Any], choices: Choices, place: str, prefix: str
-) -> Part:
+def _convert_encoder(tensors: Tensors, settings: Mapping[str, Any], choices: Choices, place: str, prefix: str) -> Part:
     """Return the backbone, with tensors by the names of our module.
 
     Args:
@@ -205,7 +201,7 @@ def _convert_encoder(
         prefix += "model."
     family = next((family for family in FAMILIES if family.recognises(tensors)), None)
     if family is None:
-        what = shown(name) if name else f"an encoder with tensors such as {listed(tensors, 2)}"
+        what = shown(name) if name else f"an encoder with {listed((prefix + key for key in tensors), 2)}"
         raise CheckpointError(
             f"{place} is over {what}; ResNets, and timm's ConvNeXt, ResNet and Swin (tu-), can be converted"
         )
@@ -286,4 +282,4 @@ def _shape(tensors: Tensors, name: str, place: str) -> tuple[int, ...]:
     return tuple(tensors[name].shape)
 
 
-DIALECT = Dialect("segmentation_models_pytorch's UPerNet over ResNet, ConvNeXt and Swin", is_smp, convert)
+DIALECT = Dialect("segmentation_models_pytorch's UPerNet over ResNet, ConvNeXt and Swin", is_smp, convert, "smp")
