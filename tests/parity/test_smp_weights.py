@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 import fastuper
 from bench.numerics import error
 from bench.pairs import images, randomize
-from fastuper.weights.conversion import Choices, Conversion, Source
-from fastuper.weights.convert import convert_source
 from fastuper.weights.errors import CheckpointError
+from tests.parity.conversions import converted
 from tests.parity.foreign_smp import UPerNet
 
 CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20)}
@@ -84,12 +83,6 @@ def settings_of(name: str, model: UPerNet, **changed: Any) -> dict[str, Any]:
     return {**DEFAULTS, **sizes, "encoder_name": NETWORKS[name][0], **SETTINGS.get(name, {}), **changed}
 
 
-def converted(
-    tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any] | None = None, **options: Any
-) -> Conversion:
-    return convert_source(Source("x.pth", tensors, settings or {}), Choices(options))
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits(name, tmp_path):
     """A folder of `save_pretrained` and a bare state dict; the folder is loaded as a user loads it."""
@@ -129,7 +122,7 @@ def test_a_checkpoint_of_lightning():
     plain = converted(model.state_dict())
     assert plain.preprocessing["image_mean"] == [0.485, 0.456, 0.406]
     assert found.tensors.keys() == plain.tensors.keys()
-    with pytest.raises(CheckpointError, match="beside smp's UPerNet, such as 'loss.weight'"):
+    with pytest.raises(CheckpointError, match=r"beside smp's UPerNet, such as loss\.weight"):
         converted({**tensors, "loss.weight": torch.zeros(2)})
 
 
@@ -193,7 +186,7 @@ TENSORS_REFUSED = {
     ),
     "another encoder": (
         lambda state: (without("encoder.")(state), state.update({"encoder.conv_stem.weight": torch.zeros(1)})),
-        "an encoder with tensors such as 'encoder.conv_stem.weight'; ResNets, and timm's",
+        r"is over an encoder with encoder\.conv_stem\.weight; ResNets, and timm's",
     ),
     "an older smp": (
         lambda state: state.update({"decoder.fpn_stages.0.skip_conv.0.weight": torch.zeros(1)}),
@@ -226,7 +219,7 @@ def test_tensors_are_refused_by_name(resnet, case, tmp_path: Path):
 
 def test_windows_of_another_image_size_are_refused():
     model = network("tu-swin")
-    with pytest.raises(CheckpointError, match="stage 3 has 49 relative positions, .* give image_size"):
+    with pytest.raises(CheckpointError, match=r"stage 3 has 49 relative positions, .* give image_size"):
         converted(model.state_dict(), image_size=[96, 96])
-    with pytest.raises(ValueError, match="image_size=.* contradicts the checkpoint"):
+    with pytest.raises(ValueError, match=r"image_size=.* contradicts the checkpoint"):
         converted(model.state_dict(), settings_of("tu-swin", model), image_size=[96, 96])
