@@ -68,6 +68,7 @@ class Config(ConfigMethods):
     """
 
     model_type: ClassVar[str] = ""
+    other_model_types: ClassVar[tuple[str, ...]] = ()  # more values of "model_type" in files of this class
 
     def __init__(
         self,
@@ -278,10 +279,10 @@ class Config(ConfigMethods):
             options = take_arguments(cls.__name__, overrides, options)
         path = _find_config(pretrained_model_name_or_path, options)
         values = read_json(path)
-        if values.get("model_type") != cls.model_type:
+        if not cls.reads(values.get("model_type")):
             # The configuration of a whole model may hold one of this class, as a UPerNet's holds its backbone's.
             parts = (part for part in values.values() if isinstance(part, dict))
-            values = next((part for part in parts if part.get("model_type") == cls.model_type), values)
+            values = next((part for part in parts if cls.reads(part.get("model_type"))), values)
         cls._check_file(path, values)
         try:
             config = cls.from_dict(values)
@@ -314,10 +315,15 @@ class Config(ConfigMethods):
         return read_json(_find_config(pretrained_model_name_or_path, options)), kwargs
 
     @classmethod
+    def reads(cls, model_type: Any) -> bool:
+        """Return whether a config.json with this `model_type` is of this class."""
+        return model_type in (cls.model_type, *cls.other_model_types)
+
+    @classmethod
     def _check_file(cls, path: Path, values: Mapping[str, Any]) -> None:
         """Refuse the config.json of another kind of model, and of another library."""
         if "model_type" in values:
-            if values["model_type"] != cls.model_type:
+            if not cls.reads(values["model_type"]):
                 raise ValueError(
                     f"{path} describes a {shown(values['model_type'])} model; {cls.__name__} reads {cls.model_type!r}: "
                     "load it with the library that wrote it"

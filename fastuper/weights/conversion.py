@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 
 from fastuper.io.messages import listed, shown
+from fastuper.weights.config_text import Unread
 from fastuper.weights.errors import CheckpointError
+from fastuper.weights.options import OPTIONS, plain
 
 Change = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
@@ -31,6 +33,7 @@ class Source:
         classes: the names of the classes in the metadata.
         palette: (red, green, blue) of each class in the metadata.
         notes: sentences about choices that were made, such as between two state dicts.
+        left_out: rows of tensors that are none of the model's, such as a counter of averaged weights.
     """
 
     place: str
@@ -39,6 +42,7 @@ class Source:
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
     notes: tuple[str, ...] = ()
+    left_out: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,13 +140,14 @@ class Choices:
         notes: a sentence for each default and option that was used.
 
     Raises:
-        ValueError: there is no such option.
+        ValueError: there is no such option, or a value is of another kind.
     """
 
     def __init__(self, given: Mapping[str, Any] | None = None):
-        self._given = {name: value for name, value in (given or {}).items() if value is not None}
-        if unknown := [name for name in self._given if name not in OPTIONS]:
+        chosen = {name: value for name, value in (given or {}).items() if value is not None}
+        if unknown := [name for name in chosen if name not in OPTIONS]:
             raise ValueError(f"a conversion has no option {listed(unknown)}; its options are {', '.join(OPTIONS)}")
+        self._given = {name: OPTIONS[name].check(name, value) for name, value in chosen.items()}
         self._used: set[str] = set()
         self.notes: list[str] = []
 
@@ -159,7 +164,13 @@ class Choices:
         """
         self._used.add(name)
         given = self._given.get(name)
-        stored, given = _plain(stored), _plain(given)
+        stored = plain(stored)
+        if isinstance(stored, Unread):
+            if given is None:
+                raise ValueError(f"the checkpoint's {name} is {shown(stored.text)}, which is no literal; give {name}")
+            stored = None
+        if isinstance(stored, list) or (stored is None and isinstance(default, list | tuple)):
+            given = [given] if isinstance(given, int | float) else given
         if stored is not None:
             if given is not None and given != stored:
                 raise ValueError(
@@ -170,39 +181,17 @@ class Choices:
             self.notes.append(f"{name}: {_text(given)} (as given)")
             return given
         if default is None:
-            raise ValueError(f"the checkpoint does not say its {OPTIONS[name]}; give {name}")
-        self.notes.append(f"{name}: {_text(_plain(default))} (the default; the checkpoint does not say)")
-        return _plain(default)
+            raise ValueError(f"the checkpoint does not say its {OPTIONS[name].text}; give {name}")
+        self.notes.append(f"{name}: {_text(plain(default))} (the default; the checkpoint does not say)")
+        return plain(default)
 
     def unused(self) -> list[str]:
         """Return the options that were given and that the dialect never asked for."""
         return [name for name in self._given if name not in self._used]
 
 
-def _plain(value: Any) -> Any:
-    """Return a value with lists in place of tuples, so that equal values compare equal."""
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
 def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-OPTIONS: Mapping[str, str] = {
-    "num_heads": "number of attention heads of each stage (or of all blocks)",
-    "out_indices": "stages or blocks whose maps the head reads, counted from 0",
-    "pool_scales": "sides of the grids of the pyramid pooling",
-    "align_corners": "corners of the resampling, True or False",
-    "resnet_style": "ResNet's style, pytorch or caffe: where a bottleneck has its stride",
-    "strides": "stride of each stage",
-    "dilations": "dilation of each stage",
-    "channel_order": "order of an image's channels, rgb or bgr",
-    "neck_scales": "factors of a neck's levels, such as 4, 2, 1, 0.5",
-    "image_size": "image size, height and width, that the position table was made for",
-    "mean": "mean of each channel, in 0 to 255",
-    "std": "standard deviation of each channel, in 0 to 255",
-}
-"""The options of a conversion, and what each says."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +200,7 @@ class Conversion:
 
     Attributes:
         dialect: the library and the network, in words: "mmsegmentation's UPerHead over Swin".
-        kind: "upernet" for a whole model, "backbone" for a backbone alone (a classifier's).
+        kind: the `model_type` of a whole model's configuration; "backbone" for a backbone alone (a classifier's).
         config: for a UPerNet the values of `UperNetConfig`, `backbone_config` among them with its `model_type`; for a
             backbone the values of its configuration, with `model_type`.
         tensors: tensors by the names of our model, or of our backbone module.
@@ -220,10 +209,11 @@ class Conversion:
         notes: sentences about choices, defaults and what is left out.
         initialised: beginnings of the names of tensors that the source cannot have, and that get initial values.
         only_fastuper: why Transformers cannot load the result; "" if it can.
+        library: the `Dialect.library` by which it was converted.
     """
 
     dialect: str
-    kind: Literal["upernet", "backbone"]
+    kind: Literal["upernet", "backbone", "unified_perceptual_parsing"]
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     rows: Sequence[Row]
@@ -231,6 +221,7 @@ class Conversion:
     notes: Sequence[str] = ()
     initialised: tuple[str, ...] = ()
     only_fastuper: str = ""
+    library: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,8 +232,10 @@ class Dialect:
         name: in messages that list the kinds.
         recognises: whether a source is of this kind, by names, shapes and settings.
         convert: returns the conversion.
+        library: "mmseg", "smp" or "timm", if the package of this name can run the checkpoint; else "".
     """
 
     name: str
     recognises: Callable[[Source], bool]
     convert: Callable[[Source, Choices], Conversion]
+    library: str = ""
