@@ -28,7 +28,7 @@ from fastuper.weights.reading import FLOATING
 logger = logging.getLogger(__name__)
 
 # Values that describe the same thing. Overriding one of them removes the saved values of the others.
-LABELS = ("id2label", "label2id", "num_labels")
+LABELS = ("id2label", "label2id", "num_labels", "palette")
 LEVELS = ("out_features", "out_indices")
 LINKED = {
     "id2label": LABELS,
