@@ -42,6 +42,7 @@ from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file, upload
 from fastuper.io.messages import format_size, listed, shown
 from fastuper.weights.convert import is_foreign, read_converted
+from fastuper.weights.official import PREPROCESSING
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.dispatch.files import atomic_path
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
@@ -108,7 +109,6 @@ OWN_TYPE = "UperNetImageProcessor"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CAFFE_MEAN_BGR = (102.9801, 115.9465, 122.7717)
 
 # The number of rows of 8-bit pixels that are looked up in a table at a time.
 ROWS = 64
@@ -359,16 +359,7 @@ class UperNetImageProcessor:
         Raises:
             TypeError, ValueError: an option is of a wrong type or out of range; the message names it.
         """
-        official: dict[str, Any] = {
-            "size": {"shortest_edge": 450, "longest_edge": 1000},
-            "size_divisor": 8,
-            "antialias": False,
-            "do_flip_channel_order": True,
-            "do_rescale": False,
-            "image_mean": CAFFE_MEAN_BGR,
-            "image_std": (1.0, 1.0, 1.0),
-        }
-        return cls(**{**official, **options})
+        return cls(**{**PREPROCESSING, **options})
 
     @classmethod
     def from_pretrained(

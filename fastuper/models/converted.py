@@ -6,7 +6,6 @@ import copy
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,14 @@ import torch
 from torch import nn
 
 from fastuper.data.processor import UperNetImageProcessor
-from fastuper.io.messages import listed
+from fastuper.io.messages import listed, printable
 from fastuper.models.backbones import build_backbone
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper.models.pretrained import check_conversion
 from fastuper.models.pyramid_configuration import backbone_config_from
 from fastuper.models.upernet import UperNetForSemanticSegmentation
-from fastuper.weights.conversion import Conversion
+from fastuper.weights.conversion import Conversion, Row
 from fastuper.weights.writing import as_independent, atomic_weights, split_weights
-from fastuper_kernels.dispatch.files import atomic_path
 
 MODELS: dict[str, Any] = {
     "upernet": UperNetForSemanticSegmentation,
@@ -76,7 +74,9 @@ def build_converted(place: str, conversion: Conversion) -> Converted:
     with torch.device("meta"):
         empty = network(network.config_class.from_dict(dict(conversion.config)))
     initial = check_conversion(empty, conversion, place)
-    model = network.from_pretrained(None, config=empty.config, state_dict=dict(conversion.tensors), new_heads=True)
+    model = network.from_pretrained(
+        None, config=empty.config, state_dict=dict(conversion.tensors), ignore_mismatched_sizes=bool(initial)
+    )
     return Converted(place, conversion, model, processor, initial)
 
 
@@ -108,7 +108,7 @@ def _save_backbone(converted: Converted, folder: Path) -> None:
 
 
 def summary(converted: Converted) -> list[str]:
-    """Return lines about a conversion: the network, counts of tensors, what was left out and chosen, and who loads it."""
+    """Return lines about a conversion: counts of tensors, what was left out and chosen, and who can load it."""
     conversion = converted.conversion
     made = [row for row in conversion.rows if row.targets]
     lines = [f"{converted.place}: {conversion.dialect}"]
@@ -122,54 +122,41 @@ def summary(converted: Converted) -> list[str]:
         lines.append(f"left out {len(names)} tensors ({listed(names, 2)}): {note}")
     if converted.initial:
         verb = "not written" if conversion.kind == "backbone" else "initialised newly"
-        lines.append(f"{len(converted.initial)} tensors that the source cannot have ({listed(converted.initial, 2)}): {verb}")
+        lines.append(
+            f"{len(converted.initial)} tensors that the source cannot have ({listed(converted.initial, 2)}): {verb}"
+        )
     lines += conversion.notes
     if conversion.only_fastuper:
         lines.append(f"Transformers cannot load the folder: {conversion.only_fastuper}")
     return lines
 
 
-REPORTS = (".txt", ".md", ".csv", ".json")
-"""The ends of a report's name, which choose its form."""
-
-
-def write_report(converted: Converted, path: str | os.PathLike[str]) -> None:
-    """Write a table of all tensors: the source's name, the model's names, and what was changed.
+def report_text(converted: Converted, lines: Sequence[str], form: str) -> str:
+    """Return a table of all tensors: the source's name, the model's names, and what was changed.
 
     Args:
         converted: the conversion.
-        path: the file; its suffix chooses the form: .md and .txt a table, .csv, or .json.
-
-    Raises:
-        OSError: the file could not be written.
+        lines: sentences about it, from `summary` and the verification.
+        form: ".csv", ".json", or another suffix for a table of Markdown.
     """
-    path = Path(path)
-    rows = [(row.source, " ".join(row.targets), row.note or "copied") for row in converted.conversion.rows]
+    conversion = converted.conversion
+    rows = [(row.source, " ".join(row.targets), _done(row)) for row in conversion.rows]
     rows += [("", name, "initialised: the source cannot have it") for name in converted.initial]
     head = ("source", "target", "what was done")
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        content: dict[str, Any] = {
-            "source": converted.place,
-            "dialect": converted.conversion.dialect,
-            "notes": summary(converted)[1:],
-            "tensors": [
-                {"source": row.source, "targets": list(row.targets), "note": row.note}
-                for row in converted.conversion.rows
-            ],
-            "initialised": list(converted.initial),
-        }
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    elif suffix == ".csv":
+    if form == ".json":
+        tensors = [{"source": row.source, "targets": list(row.targets), "note": _done(row)} for row in conversion.rows]
+        content = {"notes": list(lines), "tensors": tensors, "initialised": list(converted.initial)}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if form == ".csv":
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows([head, *rows])
-        text = stream.getvalue()
-    else:
-        # A name of a tensor may contain the mark between two columns.
-        rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in (head, *rows)]  # type: ignore[misc]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        rows.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
-        table = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-        text = "\n\n".join(["\n".join(f"- {line}" for line in summary(converted)), "\n".join(table)]) + "\n"
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        return stream.getvalue()
+    cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    cells.insert(1, ["-" * width for width in widths])
+    table = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([*(f"- {printable(line)}" for line in lines), "", *table]) + "\n"
+
+
+def _done(row: Row) -> str:
+    return row.note or "copied"

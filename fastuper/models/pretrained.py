@@ -481,7 +481,9 @@ def check_conversion(model: nn.Module, conversion: Conversion, place: str) -> li
     """
     own = {name: tuple(tensor.shape) for name, tensor in _own_tensors(model).items()}
     config = getattr(model, "config", None)
-    names = checkpoint_names(getattr(config, "model_type", "")) if conversion.kind == "backbone" else backbone_names(model)
+    names = (
+        checkpoint_names(getattr(config, "model_type", "")) if conversion.kind == "backbone" else backbone_names(model)
+    )
     return check_filled(place, conversion, own, [name for name in own if names.is_computed(name)])
 
 

@@ -41,6 +41,9 @@ SWIN_BLOCK = (
 )
 """The names inside a block of Swin, the authors' (timm's too) and ours; `*` stands for the last part."""
 
+QKV = ("query", "key", "value")
+"""The parts of a layer "qkv", in their order."""
+
 NOT_SWIN = (
     (r"\.(logit_scale|cpb_mlp|q_bias|v_bias|relative_coords_table)\b", "is of a Swin V2, and fastuper's is Swin V1"),
     (r"\.spatial_mlp\.", "is of a Swin-MLP, which has no attention"),
@@ -87,7 +90,7 @@ def swin_rules(
         factors: the factor of the queries of each stage; 1 if empty.
     """
     rules = [named(theirs, ours) for theirs, ours in swin_pairs(stages, layers, first_merged)]
-    parts = tuple(rf"encoder.layers.\1.blocks.\2.attention.self.{part}.\3" for part in ("query", "key", "value"))
+    parts = tuple(rf"encoder.layers.\1.blocks.\2.attention.self.{part}.\3" for part in QKV)
     # The layer qkv gives the channels of all queries, then of all keys, then of all values.
     for stage, factor in enumerate(factors or [1.0] * stages):
         pattern = rf"{re.escape(layers)}({stage})\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)"

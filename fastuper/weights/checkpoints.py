@@ -16,6 +16,7 @@ from fastuper.weights.config_text import read_config_text
 from fastuper.weights.conversion import Row, Source
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.filenames import INDEX, PICKLE, SAFETENSORS
+from fastuper.weights.official import has_official_files, official_source
 from fastuper.weights.reading import check_dense, iterate_weights, load_pickle, read_weights
 from fastuper.weights.stand_ins import as_values
 
@@ -59,6 +60,11 @@ def read_source(path: str | os.PathLike[str], weights_key: str | None = None) ->
         raise CheckpointError(f"{path} is neither a file nor a folder")
     if path.suffix.lower() not in SUFFIXES:
         raise CheckpointError(f"{path} is no weight file: its name ends with none of {', '.join(SUFFIXES)}")
+    if has_official_files(path.parent) and path.name.startswith(("encoder_", "decoder_")):
+        raise CheckpointError(
+            f"{path} is one of the two files of Unified Perceptual Parsing's official code; give the folder that "
+            "contains it"
+        )
     return _read_file(path, weights_key, {}, ())
 
 
@@ -66,13 +72,13 @@ def read_source(path: str | os.PathLike[str], weights_key: str | None = None) ->
 
 
 def _read_folder(folder: Path, weights_key: str | None) -> Source:
+    if has_official_files(folder):
+        if weights_key is not None:
+            raise CheckpointError(f"{folder} has one state dict a file; leave out the weights key {shown(weights_key)}")
+        return official_source(folder)
     settings: Mapping[str, Any] = {}
     if (folder / "config.json").is_file():
         settings = read_json(folder / "config.json")
-        if "model_type" in settings and "architecture" not in settings:
-            raise CheckpointError(
-                f"{folder} is a model folder of Transformers or fastuper already; load it with from_pretrained"
-            )
         whole = [name for name in (SAFETENSORS, PICKLE) if (folder / name).is_file()]
         if not whole and any((folder / (name + INDEX)).is_file() for name in (SAFETENSORS, PICKLE)):
             if weights_key is not None:

@@ -16,6 +16,7 @@ import torch
 from fastuper.io.messages import listed, shown
 from fastuper.weights.config_text import Unread
 from fastuper.weights.errors import CheckpointError
+from fastuper.weights.options import OPTIONS, plain
 
 Change = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
@@ -163,7 +164,7 @@ class Choices:
         """
         self._used.add(name)
         given = self._given.get(name)
-        stored = _plain(stored)
+        stored = plain(stored)
         if isinstance(stored, Unread):
             if given is None:
                 raise ValueError(f"the checkpoint's {name} is {shown(stored.text)}, which is no literal; give {name}")
@@ -181,72 +182,16 @@ class Choices:
             return given
         if default is None:
             raise ValueError(f"the checkpoint does not say its {OPTIONS[name].text}; give {name}")
-        self.notes.append(f"{name}: {_text(_plain(default))} (the default; the checkpoint does not say)")
-        return _plain(default)
+        self.notes.append(f"{name}: {_text(plain(default))} (the default; the checkpoint does not say)")
+        return plain(default)
 
     def unused(self) -> list[str]:
         """Return the options that were given and that the dialect never asked for."""
         return [name for name in self._given if name not in self._used]
 
 
-def _plain(value: Any) -> Any:
-    """Return a value with lists in place of tuples, so that equal values compare equal."""
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
 def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-@dataclass(frozen=True)
-class Option:
-    """A value that the caller may give where a checkpoint does not say it.
-
-    Args:
-        text: what it says, for messages and the help of the command.
-        kind: "integers" and "numbers" are lists; one number may stand for a list. "flag" is True or False.
-        values: the values of a choice.
-    """
-
-    text: str
-    kind: Literal["integers", "numbers", "flag", "choice"]
-    values: tuple[str, ...] = ()
-
-    def check(self, name: str, value: Any) -> Any:
-        """Return a value of the option, with lists in place of tuples.
-
-        Raises:
-            ValueError: it is of another kind.
-        """
-        value = _plain(value.tolist() if hasattr(value, "tolist") else value)
-        if self.kind == "flag":
-            fits, expected = isinstance(value, bool), "True or False"
-        elif self.kind == "choice":
-            fits, expected = value in self.values, " or ".join(self.values)
-        else:
-            number = int if self.kind == "integers" else int | float
-            parts = value if isinstance(value, list) and value else [value]
-            fits = all(isinstance(part, number) and not isinstance(part, bool) for part in parts)
-            expected = f"{self.kind}, one or a list"
-        if not fits:
-            raise ValueError(f"{name} must be {expected}, got {shown(value)}")
-        return value
-
-
-OPTIONS: Mapping[str, Option] = {
-    "num_heads": Option("number of attention heads of each stage (or of all blocks)", "integers"),
-    "out_indices": Option("stages or blocks whose maps the head reads, counted from 0", "integers"),
-    "pool_scales": Option("sides of the grids of the pyramid pooling", "integers"),
-    "align_corners": Option("corners of the resampling", "flag"),
-    "resnet_style": Option("ResNet's style: where a bottleneck has its stride", "choice", ("pytorch", "caffe")),
-    "strides": Option("stride of each stage", "integers"),
-    "dilations": Option("dilation of each stage", "integers"),
-    "channel_order": Option("order of an image's channels", "choice", ("rgb", "bgr")),
-    "image_size": Option("image size, height and width, that the position table was made for", "integers"),
-    "mean": Option("mean of each channel, in 0 to 255", "numbers"),
-    "std": Option("standard deviation of each channel, in 0 to 255", "numbers"),
-}
-"""The options of a conversion."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +200,7 @@ class Conversion:
 
     Attributes:
         dialect: the library and the network, in words: "mmsegmentation's UPerHead over Swin".
-        kind: "upernet" for a whole model, "backbone" for a backbone alone (a classifier's).
+        kind: the `model_type` of a whole model's configuration; "backbone" for a backbone alone (a classifier's).
         config: for a UPerNet the values of `UperNetConfig`, `backbone_config` among them with its `model_type`; for a
             backbone the values of its configuration, with `model_type`.
         tensors: tensors by the names of our model, or of our backbone module.
@@ -264,10 +209,11 @@ class Conversion:
         notes: sentences about choices, defaults and what is left out.
         initialised: beginnings of the names of tensors that the source cannot have, and that get initial values.
         only_fastuper: why Transformers cannot load the result; "" if it can.
+        library: the `Dialect.library` by which it was converted.
     """
 
     dialect: str
-    kind: Literal["upernet", "backbone"]
+    kind: Literal["upernet", "backbone", "unified_perceptual_parsing"]
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     rows: Sequence[Row]
@@ -275,6 +221,7 @@ class Conversion:
     notes: Sequence[str] = ()
     initialised: tuple[str, ...] = ()
     only_fastuper: str = ""
+    library: str = ""
 
 
 @dataclass(frozen=True)
@@ -285,8 +232,10 @@ class Dialect:
         name: in messages that list the kinds.
         recognises: whether a source is of this kind, by names, shapes and settings.
         convert: returns the conversion.
+        library: "mmseg", "smp" or "timm", if the package of this name can run the checkpoint; else "".
     """
 
     name: str
     recognises: Callable[[Source], bool]
     convert: Callable[[Source, Choices], Conversion]
+    library: str = ""

@@ -12,12 +12,13 @@ from typing import Any
 
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
+from fastuper.weights import authors, mmseg, official, timm
 from fastuper.weights.checkpoints import read_source
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Source
 from fastuper.weights.dialects import library_of
 from fastuper.weights.errors import CheckpointError
 
-DIALECTS: list[Dialect] = []
+DIALECTS: list[Dialect] = [official.DIALECT, mmseg.DIALECT, *authors.CLASSIFIERS, *timm.DIALECTS]
 """The kinds of checkpoints that can be converted; the first that recognises a source converts it."""
 
 OTHER_NETWORKS = (
@@ -62,7 +63,10 @@ def is_foreign(source: str | os.PathLike[str]) -> bool:
     if (path / "config.json").is_file():
         values = read_json(path / "config.json")
         return "architecture" in values or "encoder_name" in values
-    return any(entry.suffix.lower() in (".pth", ".pt", ".ckpt") for entry in path.iterdir())
+    return any(
+        entry.suffix.lower() in (".pth", ".pt", ".ckpt") or entry.name.startswith("encoder_")
+        for entry in path.iterdir()
+    )
 
 
 def read_converted(source: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Conversion:
@@ -115,7 +119,8 @@ def convert_source(source: Source, choices: Choices) -> Conversion:
         raise ValueError(f"{conversion.dialect} has no use for {listed(unused, 8)}; leave it out")
     rows = [*conversion.rows, *source.left_out]
     _account(source, conversion)
-    return replace(conversion, rows=rows, notes=(*source.notes, *conversion.notes, *choices.notes))
+    notes = tuple(dict.fromkeys((*source.notes, *conversion.notes, *choices.notes)))
+    return replace(conversion, rows=rows, notes=notes, library=dialect.library)
 
 
 def _account(source: Source, conversion: Conversion) -> None:
@@ -162,12 +167,15 @@ def check_filled(
             f"{place} has {len(extra)} tensors that the model has no place for, such as {listed(extra, 2)}; it is of "
             "another network, or its configuration is another's"
         )
+    remedy = "its tensors or its configuration disagree"
+    if conversion.kind == "unified_perceptual_parsing":
+        remedy = "if it has other classes, put its labels.json beside it"
     sources = {target: row.source for row in conversion.rows for target in row.targets}
     for name, shape in own.items():
         if name in tensors and tuple(tensors[name].shape) != tuple(shape):
             raise CheckpointError(
                 f"{place}: {sources[name]} becomes {name} of shape {tuple(tensors[name].shape)}, and the model has "
-                f"{tuple(shape)}; its tensors or its configuration disagree"
+                f"{tuple(shape)}; {remedy}"
             )
     return initial
 
@@ -206,6 +214,8 @@ def _unknown(source: Source) -> str:
     """Return a clause about a source that no dialect recognises."""
     if not source.tensors:
         return "holds no tensors"
+    if "model_type" in source.settings:
+        return "is a model folder of Transformers or fastuper already; load it with from_pretrained"
     if any(OURS.match(name) for name in source.tensors):
         return "has the names of Transformers or fastuper already: put its config.json beside it, and load the folder"
     found = library_of(source.tensors)

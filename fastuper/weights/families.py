@@ -155,9 +155,94 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the network is no Swin of ours: windows that differ, widths that do not double, other norms.
     """
+    values, lengths = _swin_values_and_positions(tensors, place)
+    windows = [_square(length, stage, place) for stage, length in enumerate(lengths)]
+    if len(set(windows)) > 1:
+        raise _other(place, f"its stages have windows of {listed(windows, 8)}, and our Swin one window for all stages")
+    return {"model_type": "swin", **values, "window_size": windows[0]}
+
+
+def timm_swin_values(tensors: Tensors, arguments: Mapping[str, Any], choices: Choices, place: str) -> dict[str, Any]:
+    """Return the values of the configuration of a Swin by timm's rules (`TimmSwinConfig`).
+
+    A window shrinks to a map that is no larger, at the image size that timm's network was built for; a map of the
+    window's size is not shifted either, and no tensor shows that. timm's own Swins are built for images of 32 times the
+    window, whose last map is one window: this is the default.
+
+    Args:
+        tensors: the network's, by our names.
+        arguments: of timm's model: `img_size`, `window_size`, `always_partition`. {} if they are not known.
+        choices: the option `image_size`.
+        place: the file, for messages.
+
+    Raises:
+        CheckpointError: the network is no Swin of ours, or its windows are not those of the image size.
+    """
+    values, lengths = _swin_values_and_positions(tensors, place)
+    given = arguments.get("window_size")
+    windows = [_pair(given, "window_size", place)] * len(lengths) if _is_window(given) else []
+    if isinstance(given, list | tuple) and not windows and len(given) == len(lengths):
+        windows = [_pair(window, "window_size", place) for window in given]
+    if not windows:  # a stage before the last shows the whole window, unless its map is smaller too
+        windows = [(_square(max(lengths), lengths.index(max(lengths)), place),) * 2] * len(lengths)
+    always = arguments.get("always_partition") is True
+    last = math.isqrt(lengths[-1])
+    shrunk = (last + 1) // 2 if last * last == lengths[-1] and last % 2 else windows[-1][0]
+    patch = values["patch_size"]
+    patches = [patch, patch] if isinstance(patch, int) else patch
+    default = [side * 2 ** (len(lengths) - 1) * min(shrunk, windows[-1][0]) for side in patches]
+    stored = arguments.get("img_size")
+    if always and stored is None:
+        stored = default  # it changes nothing
+    stored = None if stored is None else list(_pair(stored, "img_size", place))
+    size = list(_pair(choices.settle("image_size", stored, default), "image_size", place))
+    for stage, length in enumerate(lengths):
+        sides = [-(-(image // patch) // 2**stage) for image, patch in zip(size, patches, strict=True)]
+        height, width = windows[stage] if always else map(min, windows[stage], sides)
+        if (2 * height - 1) * (2 * width - 1) != length:
+            raise _other(
+                place,
+                f"stage {stage + 1} has {length} relative positions, and a window of {height} x {width} (images of "
+                f"{size[0]} x {size[1]}) has {(2 * height - 1) * (2 * width - 1)}; give image_size, the img_size that "
+                "timm's network was built for",
+            )
+    equal = len(set(windows)) == 1 and windows[0][0] == windows[0][1]
+    return {
+        "model_type": "swin_timm",
+        **values,
+        "window_size": max(map(max, windows)),
+        **({} if equal else {"window_sizes": [list(window) for window in windows]}),
+        "image_size": size[0] if size[0] == size[1] else size,
+        **({"always_partition": True} if always else {}),
+    }
+
+
+def _is_window(value: Any) -> bool:
+    """Return True for a side of windows, or (height, width) of them; timm takes two integers for the latter."""
+    return isinstance(value, int) or (isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], int))
+
+
+def _pair(value: Any, name: str, place: str) -> tuple[int, int]:
+    """Return (height, width) of a setting that is one integer for both, or a pair."""
+    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise CheckpointError(f"{place}: {name}={shown(value)} is neither a number nor (height, width)")
+    return sides[0], sides[1]
+
+
+def _square(length: int, stage: int, place: str) -> int:
+    """Return the side of a square window with a number of relative positions."""
+    side = math.isqrt(length)
+    if side * side != length or side % 2 == 0:
+        raise _other(place, f"stage {stage + 1} has {length} relative positions, and a square window an odd square")
+    return (side + 1) // 2
+
+
+def _swin_values_and_positions(tensors: Tensors, place: str) -> tuple[dict[str, Any], list[int]]:
+    """Return a Swin's values but those of its windows, and the number of relative positions of each stage."""
     depths = depths_of(tensors, r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.", place)
     dim, channels, *patch = _shape(tensors, "embeddings.patch_embeddings.projection.weight", 4, place)
-    windows, heads, hidden = [], [], []
+    lengths, heads, hidden = [], [], []
     for stage, depth in enumerate(depths):
         blocks = [f"encoder.layers.{stage}.blocks.{block}." for block in range(depth)]
         tables = {tuple(_shape(tensors, block + "attention.self.relative_position_bias_table", 2, place))
@@ -165,9 +250,6 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
         if len(tables) > 1:
             raise _other(place, f"the bias tables of stage {stage + 1} differ in size: {listed(sorted(tables), 2)}")
         length, count = tables.pop()
-        side = math.isqrt(length)
-        if side * side != length or side % 2 == 0:
-            raise _other(place, f"stage {stage + 1} has {length} relative positions, and a square window an odd square")
         query = _shape(tensors, blocks[0] + "attention.self.query.weight", 2, place)
         if query != [dim * 2**stage] * 2:
             raise _other(
@@ -175,11 +257,9 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
                 f"the queries of stage {stage + 1} are {query[1]} to {query[0]} channels, and Swin's "
                 f"{dim * 2**stage} to as many: widths double from stage to stage",
             )
-        windows.append((side + 1) // 2)
+        lengths.append(length)
         heads.append(count)
         hidden.append(_shape(tensors, blocks[0] + "intermediate.dense.weight", 2, place)[0])
-    if len(set(windows)) > 1:
-        raise _other(place, f"its stages have windows of {listed(windows, 8)}, and our Swin one window for all stages")
     for name in ("embeddings.norm.weight", "embeddings.norm.bias"):
         if name not in tensors:
             raise _other(place, "its patches have no norm (patch_norm=False), and Swin's do")
@@ -187,19 +267,18 @@ def swin_values(tensors: Tensors, place: str) -> dict[str, Any]:
     biased = {name.rsplit(".", 1)[0] for name in tensors if re.search(r"self\.(query|key|value)\.bias$", name)}
     if len(biased) not in (0, 3 * sum(depths)):
         raise _other(place, "some of its blocks have biases of query, key and value, and some have none")
-    return {
-        "model_type": "swin",
+    values = {
         "num_channels": channels,
         "patch_size": patch[0] if patch[0] == patch[1] else patch,
         "embed_dim": dim,
         "depths": depths,
         "num_heads": heads,
-        "window_size": windows[0],
         "mlp_ratio": ratio(hidden, [dim * 2**stage for stage in range(len(depths))], place),
         "qkv_bias": bool(biased),
         "use_absolute_embeddings": "embeddings.position_embeddings" in tensors,
         "out_features": _stages(depths),
     }
+    return values, lengths
 
 
 def resnet_values(tensors: Tensors, place: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The backbones of mmsegmentation's checkpoints: Swin, ConvNeXt (of mmpretrain and mmcls), ResNet, ResNetV1c, ResNetV1d.
+"""mmsegmentation's backbones: Swin, ConvNeXt (of mmpretrain and mmcls), ResNet, ResNetV1c and ResNetV1d.
 
 Names are those of mmsegmentation 0.x and 1.x, which are the same. A converter takes the tensors of `backbone.` without
 that prefix, and gives them the names of our backbone module.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -132,7 +132,8 @@ def check_norm(settings: Settings, kinds: tuple[str, ...], eps: float, place: st
     if not isinstance(norm, Mapping) or str(norm.get("type")).rpartition(".")[2] not in kinds:
         kind = norm.get("type") if isinstance(norm, Mapping) else norm
         raise CheckpointError(
-            f"{place}: {owner} has the norm {shown(kind)}; it cannot be converted: fastuper's has {kinds[0]}"
+            f"{place}: {owner} has the norm {shown(kind)}; it cannot be converted: "
+            f"fastuper's has {' or '.join(kinds[:2])}"
         )
     if norm.get("eps", 1e-5) != eps:
         raise CheckpointError(
@@ -192,9 +193,6 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
         )
     if any(name.startswith("stages.0.blocks.0.attn.w_msa.") and "logit_scale" in name for name in tensors):
         raise CheckpointError(f"{place}: its backbone is a Swin V2; it cannot be converted: fastuper's is Swin V1")
-    for part in ("patch_embed.norm", "stages.0.downsample.norm"):
-        if f"{part}.weight" not in tensors and f"{part.rpartition('.')[0]}" in {n.rpartition(".")[0] for n in tensors}:
-            pass
     width, channels, *patch = shape(tensors, "patch_embed.projection.weight", 4, place, prefix)
     if "patch_embed.norm.weight" not in tensors:
         raise CheckpointError(
@@ -390,6 +388,8 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
 
 STATISTICS = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 RESNETS = ("ResNet", "ResNetV1c", "ResNetV1d")
+BATCH_NORMS = ("BN", "SyncBN", "BN2d", "MMSyncBN", "naiveSyncBN")
+STEM = ("conv1.weight", "stem.0.weight", "stem.3.weight", "stem.6.weight", *(f"stem.{i}.conv.weight" for i in range(3)))
 
 
 def convert_resnet(tensors: Tensors, settings: Settings, choices: Choices, place: str, prefix: str) -> BackbonePart:
@@ -401,34 +401,132 @@ def convert_resnet(tensors: Tensors, settings: Settings, choices: Choices, place
     _check_resnet(tensors, settings, place, prefix)
     depths = counts(tensors, r"layer(\d)\.(\d{1,3})\.")
     stages = range(1, len(depths) + 1)
-    last = "conv3" if "layer1.0.conv3.weight" in tensors else "conv2"
-    convs = {i: [shape(tensors, f"layer{i}.0.{c}.weight", 4, place, prefix) for c in ("conv1", last)] for i in stages}
-    sizes = [convs[i][1][0] for i in stages]
-    deep = "conv1.weight" not in tensors
-    stem = [f"stem.{i}.weight" for i in (0, 3, 6)] if deep else ["conv1.weight"]
+    bottleneck = "layer1.0.conv3.weight" in tensors
+    last = "conv3" if bottleneck else "conv2"
+    sizes = [shape(tensors, f"layer{i}.0.{last}.weight", 4, place, prefix)[0] for i in stages]
+    for i in stages:
+        width, other = (shape(tensors, f"layer{i}.0.{name}.weight", 4, place, prefix) for name in ("conv1", "conv2"))
+        if other[1] != width[0]:
+            raise CheckpointError(
+                f"{place}: the convolutions of its ResNet have groups, as a ResNeXt's; it cannot be converted: "
+                "fastuper's have none"
+            )
+        if bottleneck and sizes[i - 1] != 4 * width[0]:
+            raise CheckpointError(
+                f"{place}: the bottlenecks of its ResNet narrow {sizes[i - 1]} channels to {width[0]}; it cannot be "
+                "converted: fastuper's narrow them to a quarter"
+            )
+    stem = [name for name in STEM if name in tensors]
     widths = [shape(tensors, name, 4, place, prefix)[0] for name in stem]
-    bottleneck = last == "conv3"
-    ones = [1] * len(depths)
-    strides = choices.settle(
-        "strides", integers(settings, "strides", place) or stored(settings, "strides", [1, 2, 2, 2]), [1, *[2] * (len(depths) - 1)]
+    if len(stem) not in (1, 3):
+        raise CheckpointError(f"{place} lacks the stem of its ResNet, {prefix}conv1 or {prefix}stem; it is incomplete")
+
+    ones, usual = [1] * len(depths), [1, *[2] * (len(depths) - 1)]
+    strides = choices.settle("strides", _per_stage(settings, "strides", [1, 2, 2, 2], place), usual)
+    dilations = choices.settle("dilations", _per_stage(settings, "dilations", [1, 1, 1, 1], place), ones)
+    for name, values in (("strides", strides), ("dilations", dilations)):
+        if len(values) != len(depths):
+            raise CheckpointError(f"{place}: {name}={shown(values)} are not as many as the {len(depths)} stages")
+    grid = integers(settings, "multi_grid", place)
+    if grid is not None:  # one for each block of the last stage; more have no effect
+        grid = grid[: depths[-1]]
+    returned = choices.settle(
+        "out_indices", _per_stage(settings, "out_indices", [0, 1, 2, 3], place), list(range(len(depths)))
     )
-    dilations = choices.settle("dilations", integers(settings, "dilations", place) or stored(settings, "dilations", ones), ones)
     config: dict[str, Any] = {
+        "model_type": "resnet",
         "num_channels": shape(tensors, stem[0], 4, place, prefix)[1],
         "embedding_size": widths[-1],
         "hidden_sizes": sizes,
         "depths": depths,
         "layer_type": "bottleneck" if bottleneck else "basic",
-        "out_features": [f"stage{i}" for i in stages],
+        "out_features": [f"stage{i + 1}" for i in returned],
     }
     if bottleneck:  # a basic block has one place for its stride
         style = choices.settle("resnet_style", stored(settings, "style", "pytorch"), "pytorch")
+        if style not in ("pytorch", "caffe"):
+            raise CheckpointError(f"{place}: resnet_style must be pytorch or caffe, got {shown(style)}")
         config["downsample_in_bottleneck"] = style == "caffe"
-    return BackbonePart(config, translate(tensors, [], place, prefix), "ResNet")
+
+    averages = any(re.fullmatch(r"layer\d\.0\.downsample\.2\.weight", name) for name in tensors)
+    rates = [*dilations[:-1], *(dilations[-1:] if grid is None else grid)]
+    reasons = [
+        words
+        for words, applies in (
+            ("a deep stem", len(stem) == 3),
+            ("averaged shortcuts", averages),
+            ("dilations", any(rate != 1 for rate in rates)),
+            ("other strides", strides[1:] != usual[1:] or strides[0] not in (1, 2)),
+        )
+        if applies
+    ]
+    if reasons:
+        config |= {
+            "model_type": "resnet_deep_stem",
+            "stem_widths": widths,
+            "avg_down": averages,
+            "strides": strides,
+            "dilations": dilations,
+            "contract_dilation": bool(settings.get("contract_dilation", False)),
+            "multi_grid": grid,
+        }
+    elif strides[0] == 2:
+        config["downsample_in_first_stage"] = True
+    rules = [
+        Rule(r"conv1\.weight", ("embedder.embedder.convolution.weight",)),
+        Rule(rf"bn1\.{STATISTICS}", (r"embedder.embedder.normalization.\1",)),
+    ]
+    for i in range(3):  # a Sequential of convolution, norm, activation; ConvModules in mmpretrain
+        target = f"embedder.embedder.{i}."
+        rules += [
+            Rule(rf"stem\.({3 * i}|{i}\.conv)\.weight", (f"{target}convolution.weight",)),
+            Rule(rf"stem\.({3 * i + 1}|{i}\.bn)\.{STATISTICS}", (rf"{target}normalization.\2",)),
+        ]
+    for i in stages:
+        block, ours = rf"layer{i}\.(\d+)\.", rf"encoder.stages.{i - 1}.layers.\1."
+        for j in range(3):
+            rules += [
+                Rule(rf"{block}conv{j + 1}\.weight", (rf"{ours}layer.{j}.convolution.weight",)),
+                Rule(rf"{block}bn{j + 1}\.{STATISTICS}", (rf"{ours}layer.{j}.normalization.\2",)),
+            ]
+        first = 1 if f"layer{i}.0.downsample.2.weight" in tensors else 0  # the average is module 0, without tensors
+        rules += [
+            Rule(rf"{block}downsample\.{first}\.weight", (rf"{ours}shortcut.convolution.weight",)),
+            Rule(rf"{block}downsample\.{first + 1}\.{STATISTICS}", (rf"{ours}shortcut.normalization.\2",)),
+        ]
+    words = "ResNet" + ("" if len(stem) == 1 else "V1d" if averages else "V1c")
+    only = f"Transformers has no ResNet with {' and '.join(reasons)}" if reasons else ""
+    return BackbonePart(config, translate(tensors, rules, place, prefix), words, only)
+
+
+def _per_stage(settings: Settings, name: str, default: list[int], place: str) -> list[int] | None:
+    """Return a ResNet's setting, mmsegmentation's default without it, or None without settings."""
+    value = integers(settings, name, place)
+    return default if value is None and settings else value
 
 
 def _check_resnet(tensors: Tensors, settings: Settings, place: str, prefix: str) -> None:
-    raise NotImplementedError
+    """Refuse a network that our ResNets cannot be, by its name."""
+    kind = kind_of(settings)
+    if kind and kind not in RESNETS:
+        raise CheckpointError(
+            f"{place}: its backbone is a {shown(kind)}; it cannot be converted: of its kind {listed(RESNETS)} can"
+        )
+    if settings.get("dcn") is not None or any("conv_offset" in name for name in tensors):
+        raise CheckpointError(
+            f"{place}: its ResNet has deformable convolutions (DCN); it cannot be converted: fastuper's has none"
+        )
+    if settings.get("conv_cfg") not in (None, {"type": "Conv2d"}):
+        raise CheckpointError(
+            f"{place}: its ResNet has the convolutions {shown(settings['conv_cfg'])}; Conv2d can be converted"
+        )
+    check_norm(settings, BATCH_NORMS, 1e-5, place, "its ResNet")
+    own = r"(conv|bn)\d\.\w+|stem\.\d\.(conv\.|bn\.)?\w+|layer\d\.\d+\.((conv|bn)\d|downsample\.[012])\.\w+"
+    if others := [prefix + name for name in tensors if not re.fullmatch(own, name)]:
+        raise CheckpointError(
+            f"{place}: its ResNet has other parts than convolutions and BatchNorm (plugins or other norms), such as "
+            f"{listed(others, 2)}; it cannot be converted"
+        )
 
 
 SWIN = BackboneDialect("Swin", lambda tensors: "stages.0.blocks.0.attn.w_msa.qkv.weight" in tensors, convert_swin)

@@ -17,7 +17,7 @@ import torch
 
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
-from fastuper.weights.authors import NOT_SWIN, SHIFTS, swin_pairs, swin_rules
+from fastuper.weights.authors import NOT_SWIN, QKV, SHIFTS, swin_pairs, swin_rules
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, Translated, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.families import (
@@ -509,7 +509,14 @@ def to_timm(
             rules.append(Rule(last, (rf"{FINAL_NORMS[kind]}.\1",)))
         rules.append(Rule(r"hidden_states_norms\..*", (), "timm has no norms of its maps"))
     rules += [named(*pair, backwards=True) for pair in pairs]
-    return translate(tensors, rules, f"the {kind} backbone")
+    translated = translate(tensors, rules, f"the {kind} backbone")
+    # One tensor "qkv" stands for three.
+    rows = [
+        replace(row, source=row.source.replace(".self.qkv.", f".self.{part}."))
+        for row in translated.rows
+        for part in (QKV if ".self.qkv." in row.source else ("",))
+    ]
+    return replace(translated, rows=rows)
 
 
 def _joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -520,7 +527,7 @@ def _joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if match is None:
             joined[name] = tensor
         elif match[2] == "query":
-            parts = [tensors.get(f"{match[1]}{part}.{match[3]}") for part in ("query", "key", "value")]
+            parts = [tensors.get(f"{match[1]}{part}.{match[3]}") for part in QKV]
             if any(part is None for part in parts):
                 raise CheckpointError(
                     f"the swin backbone has {name} without its key or value; the tensors are incomplete"

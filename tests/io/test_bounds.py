@@ -18,6 +18,7 @@ from fastuper import (
     DeepStemResNetConfig,
     ResNetConfig,
     SwinConfig,
+    TimmSwinConfig,
     UnifiedPerceptualParsingConfig,
     UperNetConfig,
     UperNetForSemanticSegmentation,
@@ -34,6 +35,7 @@ CLASSES = (
     UnifiedPerceptualParsingConfig,
     ConvNextConfig,
     SwinConfig,
+    TimmSwinConfig,
     ResNetConfig,
     DeepStemResNetConfig,
 )

@@ -184,9 +184,7 @@ class Swin(nn.Module):
         for i, depth in enumerate(depths):
             grid = None if image is None else (image[0] // patch // 2**i, image[1] // patch // 2**i)
             blocks = [
-                SwinBlock(
-                    dim * 2**i, heads[i], window, 0 if j % 2 == 0 else window // 2, mlp_ratio, grid, **attention
-                )
+                SwinBlock(dim * 2**i, heads[i], window, 0 if j % 2 == 0 else window // 2, mlp_ratio, grid, **attention)
                 for j in range(depth)
             ]
             layers.append(BasicLayer(blocks, PatchMerging(dim * 2**i) if i < len(depths) - 1 else None))

@@ -74,10 +74,12 @@ class ViTPyramidConfig(BackboneConfig):
         attention_probs_dropout_prob: dropout of the attention weights.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first block.
         neck: "resized" (`ResizedPyramid`), "transposed" (`TransposedPyramid`) or "none".
-        neck_scales: the factor of each level's height and width, finest first.
+        neck_scales: the factor of each level's height and width, in any order.
         neck_channels: channels of each level of a resized pyramid; `hidden_size` if None.
         neck_norm: True for BatchNorm after each convolution of a resized pyramid.
         neck_act: the activation after each convolution of a resized pyramid; "linear" for none.
+        out_levels: numbers of the levels to return, in any order; all if None. A level is a map of the neck, or of a
+            block if there is no neck.
         initializer_range: standard deviation of the initial weights.
         out_features: names of the blocks that the neck reads; four blocks at equal distances if both this and
             `out_indices` are None.
@@ -123,6 +125,7 @@ class ViTPyramidConfig(BackboneConfig):
         neck_channels: int | None = None,
         neck_norm: bool = False,
         neck_act: str = "linear",
+        out_levels: Sequence[int] | None = None,
         initializer_range: float = 0.02,
         out_features: Sequence[str] | None = None,
         out_indices: Sequence[int] | None = None,
@@ -159,6 +162,7 @@ class ViTPyramidConfig(BackboneConfig):
         self.neck_channels = neck_channels
         self.neck_norm = neck_norm
         self.neck_act = neck_act
+        self.out_levels = as_list(out_levels)
         self.initializer_range = initializer_range
         extra.pop("depths", None)  # follow from num_hidden_layers
         check_bounds({"num_hidden_layers": num_hidden_layers})
@@ -181,26 +185,28 @@ class ViTPyramidConfig(BackboneConfig):
             raise ValueError(f"interpolation={shown(self.interpolation)} must be one of {', '.join(INTERPOLATIONS)}")
         if self.use_relative_position_bias and not self.use_class_token:
             raise ValueError("use_relative_position_bias=True needs use_class_token=True")
-        self._check_neck()
-
-    def _check_neck(self) -> None:
         if self.neck not in NECKS:
             raise ValueError(f"neck={shown(self.neck)} must be one of {', '.join(NECKS)}")
-        if self.neck == "none" or not hasattr(self, "_out_features"):
+        if hasattr(self, "_out_features"):  # they are set after the first check
+            self._check_levels()
+
+    def _check_levels(self) -> None:
+        maps = len(self.out_features)
+        levels = maps if self.neck == "none" else len(self.neck_scales)
+        if self.out_levels is not None and max(self.out_levels) >= levels:
+            raise ValueError(f"out_levels={self.out_levels} must be numbers of the {levels} levels, from 0")
+        if self.neck == "none":
             return
-        maps, levels = len(self.out_features), len(self.neck_scales)
         if self.neck == "transposed" and (self.neck_scales not in TRANSPOSED_SCALES or maps != levels):
             raise ValueError(
-                f"neck='transposed' has neck_scales {' or '.join(map(str, TRANSPOSED_SCALES))}, and reads a map for "
-                f"each level; got neck_scales={self.neck_scales}, out_features={self.out_features}"
+                f"neck='transposed' has neck_scales={' or '.join(map(str, TRANSPOSED_SCALES))}, and reads a map "
+                f"for each level; got neck_scales={self.neck_scales}, out_features={self.out_features}"
             )
         if maps not in (1, levels):
             raise ValueError(
                 f"neck='resized' reads one map, or one for each of neck_scales={self.neck_scales}; "
                 f"got out_features={self.out_features}"
             )
-        if sorted(self.neck_scales, reverse=True) != self.neck_scales:
-            raise ValueError(f"neck_scales={self.neck_scales} must be finest first: the largest factor comes first")
 
     def read_all_stages(self) -> None:
         """Do nothing: the neck makes the levels, of any number of blocks."""
@@ -505,6 +511,8 @@ class ViTPyramidBackbone(Backbone):
                 hidden_act=config.neck_act,
             )
             self.channels = self.neck.channels
+        if config.out_levels is not None:
+            self.channels = [self.channels[level] for level in config.out_levels]
 
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
@@ -523,8 +531,10 @@ class ViTPyramidBackbone(Backbone):
                 maps.append(x)
             if weights is not None:
                 attentions.append(weights)
+        levels = tuple(maps) if self.neck is None else self.neck(maps)
+        chosen = self.config.out_levels
         return BackboneOutput(
-            tuple(maps) if self.neck is None else self.neck(maps),
+            levels if chosen is None else tuple(levels[level] for level in chosen),
             tuple(hidden_states) if output_hidden_states else None,
             tuple(attentions) if output_attentions else None,
         )

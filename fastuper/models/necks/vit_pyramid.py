@@ -33,7 +33,7 @@ def build_neck(
     Args:
         kind: "transposed" or "resized".
         in_channels: channels of each map.
-        scales: the factor of each level's height and width, finest first.
+        scales: the factor of each level's height and width.
         channels: channels of each level of a `ResizedPyramid`; a `TransposedPyramid` keeps those of its maps.
         norm: see `ResizedPyramid`.
         hidden_act: see `ResizedPyramid`.
@@ -171,7 +171,7 @@ def rescale(x: torch.Tensor, scale: float) -> torch.Tensor:
     if scale == 1:
         return x
     height, width = x.shape[2:]
-    # Whole sizes are computed without rounding, which a tracer could not follow. Only powers of 2 have an exact inverse.
+    # Whole sizes are computed without rounding, which a tracer could not follow. Powers of 2 have an exact inverse.
     if scale.is_integer():
         return _resized(x, int(scale) * height, int(scale) * width)
     step = 1 / scale

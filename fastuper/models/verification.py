@@ -1,0 +1,254 @@
+"""Runs the library that wrote a checkpoint beside the converted model, on one image, and compares their outputs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastuper.io.messages import listed, shown
+from fastuper.models.converted import Converted
+from fastuper.weights.conversion import Source
+from fastuper.weights.errors import CheckpointError
+
+LARGEST = 1e-4
+"""The largest difference of outputs, relative to the largest output, with which a conversion counts as right."""
+
+SIZES = ((96, 128), (128, 128), (224, 224))
+"""Sizes of the image, (height, width): the first that the other library's model takes is used."""
+
+Run = Callable[[torch.Tensor], list[torch.Tensor]]
+
+
+class NotVerifiable(Exception):
+    """The other library's model cannot be built; the message says why."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A library whose models can run beside ours.
+
+    Attributes:
+        name: the library's name.
+        module: the module to import.
+        build: builds the library's model of a source with its weights; returns its function from pixels (1, C, H, W) to
+            logits, or to the maps of a backbone.
+    """
+
+    name: str
+    module: str
+    build: Callable[[Source, Converted], Run]
+
+
+def verify_converted(
+    source: Source, converted: Converted, draw: Callable[[tuple[int, int]], np.ndarray], required: bool
+) -> str:
+    """Compare a converted model with the model of the library that wrote the checkpoint.
+
+    Args:
+        source: the checkpoint.
+        converted: the model that was made of it.
+        draw: returns an image (height, width, 3), uint8, of a size.
+        required: True if it is an error that the library is missing.
+
+    Returns:
+        A sentence: the largest difference, or why there was no comparison.
+
+    Raises:
+        CheckpointError: the outputs differ by more than `LARGEST`.
+        ImportError: the library is missing, and `required`.
+        ValueError: the model of the library cannot be built, and `required`.
+    """
+    try:
+        foreign = LIBRARIES.get(converted.conversion.library)
+        if foreign is None:
+            raise NotVerifiable("no package has the network that wrote the checkpoint")
+        if importlib.util.find_spec(foreign.module) is None:
+            if required:
+                raise ImportError(f"--verify needs {foreign.name}: no module {foreign.module}; install it")
+            raise NotVerifiable(f"{foreign.name} is not installed")
+        run = foreign.build(source, converted)
+    except NotVerifiable as error:
+        if required:
+            raise ValueError(f"--verify is not possible: {error}") from None
+        return f"not verified: {error}"
+    ours = _maps if converted.conversion.kind == "backbone" else _logits
+    pixels, expected = _run_at_a_size(run, converted, draw)
+    found = ours(converted, pixels, len(expected))
+    difference = max(map(_difference, found, expected))
+    size = " x ".join(map(str, pixels.shape[2:]))
+    if not difference <= LARGEST:
+        raise CheckpointError(
+            f"{source.place}: the converted model differs from {foreign.name}'s by {difference:.1e}, relative to the "
+            f"largest output, on a drawn image of {size}; at most {LARGEST:.0e} is allowed (--no-verify writes it)"
+        )
+    return f"verified: {foreign.name}'s model differs by {difference:.1e}, relative, on a drawn image of {size}"
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@torch.no_grad()
+def _run_at_a_size(
+    run: Run, converted: Converted, draw: Callable[[tuple[int, int]], np.ndarray]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return pixels of the first size that the other library's model takes, and its outputs."""
+    config: Any = converted.model.config
+    backbone: Any = getattr(config, "backbone_config", config)
+    built = getattr(backbone, "image_size", None)
+    size = (built, built) if isinstance(built, int) else tuple(built) if isinstance(built, list | tuple) else None
+    faults = []
+    for height, width in (*SIZES, *([size] if size else [])):
+        image = torch.from_numpy(np.ascontiguousarray(draw((height, width)))).float().permute(2, 0, 1)
+        channels = [i % 3 for i in range(getattr(backbone, "num_channels", 3))]
+        pixels = ((image[channels] / 255 - 0.45) / 0.225)[None]
+        try:
+            return pixels, run(pixels)
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            faults.append(f"{height} x {width}: {error}")
+    raise CheckpointError(f"{converted.place}: the library's own model takes no image of {listed(faults, 1)}")
+
+
+@torch.no_grad()
+def _logits(converted: Converted, pixels: torch.Tensor, _: int) -> list[torch.Tensor]:
+    model = copy.deepcopy(converted.model).float()
+    return [model(pixels).logits]
+
+
+@torch.no_grad()
+def _maps(converted: Converted, pixels: torch.Tensor, count: int) -> list[torch.Tensor]:
+    # Maps before the norms of the returned maps, which a classifier lacks.
+    model = copy.deepcopy(converted.model)
+    for module in model.modules():
+        for name, tensor in list(module._parameters.items()):
+            if tensor is not None and tensor.is_meta:
+                module._parameters[name] = nn.Parameter(torch.zeros(tensor.shape))
+    states = model.float()(pixels, output_hidden_states=True).hidden_states
+    return list(states[-count:])
+
+
+# Libraries ------------------------------------------------------------------------------------------------------------
+
+
+def _load(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> nn.Module:
+    """Load a source's tensors into the library's model; all that it needs must be there."""
+    missing, _ = model.load_state_dict(dict(tensors), strict=False)
+    computed = ("num_batches_tracked", "relative_position_index", "attn_mask")
+    if missing := [key for key in missing if not key.endswith(computed)]:
+        raise NotVerifiable(
+            f"{name}'s model of this configuration has {len(missing)} more tensors ({listed(missing, 2)})"
+        )
+    return model.float().eval()
+
+
+@contextmanager
+def _stand_in_for_mmcv_ops() -> Iterator[None]:
+    """Let mmseg be imported beside mmcv-lite, whose compiled operations are missing; UPerNet calls none of them."""
+    name = "mmcv._ext"
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        yield
+        return
+
+    class Operations(types.ModuleType):
+        def __getattr__(self, operation: str) -> Any:
+            if operation.startswith("__"):
+                raise AttributeError(operation)
+            return lambda *_, **__: None
+
+    sys.modules[name] = Operations(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _of_mmseg(source: Source, converted: Converted) -> Run:
+    settings = source.settings.get("model")
+    if not isinstance(settings, dict):
+        raise NotVerifiable("the checkpoint has no configuration text from which mmsegmentation builds a model")
+    try:
+        with _stand_in_for_mmcv_ops():
+            importlib.import_module("mmseg.models")
+            if "mmpretrain." in repr(settings) or "mmcls." in repr(settings):
+                importlib.import_module("mmpretrain.models")
+            registry = importlib.import_module("mmseg.registry").MODELS
+    except (ImportError, AssertionError, RuntimeError, AttributeError) as error:
+        raise NotVerifiable(f"mmsegmentation does not import: {error}") from None
+    values = {key: value for key, value in settings.items() if key not in ("data_preprocessor", "pretrained")}
+    try:
+        model = registry.build(_for_today(values))
+    except Exception as error:  # its class depends on the configuration
+        raise NotVerifiable(f"mmsegmentation does not build the model ({type(error).__name__}: {error})") from None
+    model = _load(model, source.tensors, "mmsegmentation")
+
+    def run(pixels: torch.Tensor) -> list[torch.Tensor]:
+        size = tuple(pixels.shape[2:])
+        return [model.encode_decode(pixels, [{"img_shape": size, "ori_shape": size, "pad_shape": size}])]
+
+    return run
+
+
+def _for_today(value: Any) -> Any:
+    """Return settings as mmsegmentation 1.x reads them: without weights to load, and without norms over processes."""
+    if isinstance(value, list | tuple):
+        return type(value)(_for_today(part) for part in value)
+    if not isinstance(value, dict):
+        return value
+    made = {key: _for_today(part) for key, part in value.items() if key not in ("init_cfg", "pretrained")}
+    kind = made.get("type")
+    if isinstance(kind, str):
+        kind = kind.replace("mmcls.", "mmpretrain.")
+        kind = "BN" if kind == "SyncBN" else kind
+        made["type"] = kind.rpartition(".")[2] if kind.count(".") > 1 else kind  # the full name of a class
+    return made
+
+
+def _of_smp(source: Source, _: Converted) -> Run:
+    values = {key: value for key, value in source.settings.items() if not key.startswith("_")}
+    if "encoder_name" not in values:
+        raise NotVerifiable("the checkpoint has no config.json from which segmentation_models_pytorch builds a model")
+    smp = importlib.import_module("segmentation_models_pytorch")
+    try:
+        model = smp.UPerNet(**{**values, "encoder_weights": None})
+    except Exception as error:  # its class depends on the values
+        raise NotVerifiable(f"segmentation_models_pytorch does not build the model ({error})") from None
+    model = _load(model, source.tensors, "segmentation_models_pytorch")
+    return lambda pixels: [model(pixels)]
+
+
+def _of_timm(source: Source, converted: Converted) -> Run:
+    architecture = source.settings.get("architecture")
+    if not isinstance(architecture, str):
+        raise NotVerifiable("the checkpoint has no config.json that names timm's architecture")
+    timm = importlib.import_module("timm")
+    arguments = source.settings.get("model_args") or {}
+    config: Any = converted.model.config
+    arguments = {"in_chans": getattr(config, "num_channels", 3), **arguments}
+    try:
+        model = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
+    except Exception as error:  # its class depends on the values
+        raise NotVerifiable(f"timm does not build {shown(architecture)} ({error})") from None
+    model = _load(model, source.tensors, "timm")
+    stages: Sequence[Any] = config.depths
+    return lambda pixels: model.forward_intermediates(pixels, intermediates_only=True)[-len(stages) :]
+
+
+LIBRARIES: Mapping[str, Foreign] = {
+    "mmseg": Foreign("mmsegmentation", "mmseg", _of_mmseg),
+    "smp": Foreign("segmentation_models_pytorch", "segmentation_models_pytorch", _of_smp),
+    "timm": Foreign("timm", "timm", _of_timm),
+}
+"""The libraries by `Conversion.library`."""
