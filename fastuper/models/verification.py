@@ -109,9 +109,11 @@ def _run_at_a_size(
     config: Any = converted.model.config
     backbone: Any = getattr(config, "backbone_config", config)
     built = getattr(backbone, "image_size", None)
-    size = (built, built) if isinstance(built, int) else tuple(built) if isinstance(built, list | tuple) else None
+    sizes = [*SIZES, *([(built, built)] if isinstance(built, int) else [tuple(built)] if built else [])]
+    if isinstance(window := getattr(backbone, "window_size", None), int):
+        sizes.insert(0, (side := window * backbone.patch_size * 2 ** (len(backbone.depths) - 1), side))
     faults = []
-    for height, width in (*SIZES, *([size] if size else [])):
+    for height, width in sizes:
         image = torch.from_numpy(np.ascontiguousarray(draw((height, width)))).float().permute(2, 0, 1)
         channels = [i % 3 for i in range(getattr(backbone, "num_channels", 3))]
         pixels = ((image[channels] / 255 - 0.45) / 0.225)[None]
@@ -131,12 +133,7 @@ def _logits(converted: Converted, pixels: torch.Tensor, _: int) -> list[torch.Te
 @torch.no_grad()
 def _maps(converted: Converted, pixels: torch.Tensor, count: int) -> list[torch.Tensor]:
     # Maps before the norms of the returned maps, which a classifier lacks.
-    model = copy.deepcopy(converted.model)
-    for module in model.modules():
-        for name, tensor in list(module._parameters.items()):
-            if tensor is not None and tensor.is_meta:
-                module._parameters[name] = nn.Parameter(torch.zeros(tensor.shape))
-    states = model.float()(pixels, output_hidden_states=True).hidden_states
+    states = copy.deepcopy(converted.model).float()(pixels, output_hidden_states=True).hidden_states
     return list(states[-count:])
 
 
@@ -234,11 +231,14 @@ def _of_timm(source: Source, converted: Converted) -> Run:
     if not isinstance(architecture, str):
         raise NotVerifiable("the checkpoint has no config.json that names timm's architecture")
     timm = importlib.import_module("timm")
-    arguments = source.settings.get("model_args") or {}
     config: Any = converted.model.config
-    arguments = {"in_chans": getattr(config, "num_channels", 3), **arguments}
+    arguments = {"in_chans": getattr(config, "num_channels", 3), **(source.settings.get("model_args") or {})}
+    if config.model_type == "swin":
+        # Ours shifts windows in every second block and pads maps first: both are equal where windows fill all maps.
+        side = config.window_size * config.patch_size * 2 ** (len(config.depths) - 1)
+        arguments |= {"always_partition": True, "img_size": side}
     try:
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
+        model = timm.create_model(architecture, pretrained=False, **{**arguments, "num_classes": 0})
     except Exception as error:  # its class depends on the values
         raise NotVerifiable(f"timm does not build {shown(architecture)} ({error})") from None
     model = _load(model, source.tensors, "timm")

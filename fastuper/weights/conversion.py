@@ -191,7 +191,8 @@ class Choices:
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    parts = value if isinstance(value, list) else [value]
+    return ", ".join(f"{part:.6g}" if isinstance(part, float) else str(part) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -431,7 +431,7 @@ def _own_preprocessing(place: str) -> dict[str, Any]:
 
 DIALECTS = (
     Dialect("UPerNets over a timm backbone", is_upernet_over_timm, convert_upernet),
-    Dialect("timm's ConvNeXt, ResNet and Swin (also torchvision's ResNet)", is_timm, convert),
+    Dialect("timm's ConvNeXt, ResNet and Swin (also torchvision's ResNet)", is_timm, convert, "timm"),
 )
 """The dialects of this file."""
 
