@@ -149,7 +149,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
     )
 
 
-DIALECT = Dialect("a UPerNet of mmsegmentation", recognises, convert)
+DIALECT = Dialect("a UPerNet of mmsegmentation", recognises, convert, "mmseg")
 
 
 # The head -------------------------------------------------------------------------------------------------------------
