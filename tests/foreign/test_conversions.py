@@ -48,12 +48,16 @@ class Case:
     channels: int = 3
 
 
-def mmseg(backbone: Mapping[str, Any], channels: Sequence[int], style: str = "1.x", **more: Any) -> Callable[[Path], Made]:
+def mmseg(
+    backbone: Mapping[str, Any], channels: Sequence[int], style: str = "1.x", **more: Any
+) -> Callable[[Path], Made]:
     settings = settings_of(backbone, channels, **more)
     return lambda folder: save_mmseg(settings, folder, style=style, classes=more.get("classes", 5))
 
 
-def trained(backbone: Mapping[str, Any], channels: Sequence[int], ema: bool = False, **more: Any) -> Callable[[Path], Made]:
+def trained(
+    backbone: Mapping[str, Any], channels: Sequence[int], ema: bool = False, **more: Any
+) -> Callable[[Path], Made]:
     settings = settings_of(backbone, channels, **more)
     return lambda folder: train_mmseg(settings, folder, ema=ema)
 
@@ -213,9 +217,7 @@ BACKBONES = {
     "timm Swin, features_only": Case(
         timm("swin_tiny_patch4_window7_224", "features_only", **MANY_WINDOWS), sizes=((128, 128),)
     ),
-    "timm Swin, Hub folder": Case(
-        timm("swin_tiny_patch4_window7_224", "folder", **MANY_WINDOWS), sizes=((128, 128),)
-    ),
+    "timm Swin, Hub folder": Case(timm("swin_tiny_patch4_window7_224", "folder", **MANY_WINDOWS), sizes=((128, 128),)),
 }
 
 
@@ -244,7 +246,9 @@ def images(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(2, case.channels, *size, generator=generator).to(dtype) for size in case.sizes]
 
 
-def largest(case: Case, made: Made, maps: Callable[[torch.Tensor], Sequence[torch.Tensor]], dtype: torch.dtype) -> float:
+def largest(
+    case: Case, made: Made, maps: Callable[[torch.Tensor], Sequence[torch.Tensor]], dtype: torch.dtype
+) -> float:
     """Return the largest relative difference over all sizes; `maps` are those of the converted network."""
     worst = 0.0
     with torch.no_grad():
