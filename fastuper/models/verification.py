@@ -247,11 +247,16 @@ def _of_smp(source: Source, _: Converted) -> Run:
         raise NotVerifiable("the checkpoint has no config.json from which segmentation_models_pytorch builds a model")
     smp = importlib.import_module("segmentation_models_pytorch")
     try:
-        model = smp.UPerNet(**{**values, "encoder_weights": None})
+        model = smp.UPerNet(**{**values, "encoder_weights": None, "activation": None})  # the outputs are logits
     except Exception as error:  # its class depends on the values
         raise NotVerifiable(f"segmentation_models_pytorch does not build the model ({error})") from None
     model = _load(model, source.tensors, "segmentation_models_pytorch")
-    return lambda pixels: [model(pixels)]
+
+    def run(pixels: torch.Tensor) -> list[torch.Tensor]:
+        output = model(pixels)
+        return [output[0] if isinstance(output, tuple) else output]  # the second part is the classification head's
+
+    return run
 
 
 def _of_timm(source: Source, converted: Converted) -> Run:

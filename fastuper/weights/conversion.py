@@ -185,6 +185,10 @@ class Choices:
         self.notes.append(f"{name}: {_text(plain(default))} (the default; the checkpoint does not say)")
         return plain(default)
 
+    def has(self, name: str) -> bool:
+        """Return True if the caller gave an option."""
+        return name in self._given
+
     def unused(self) -> list[str]:
         """Return the options that were given and that the dialect never asked for."""
         return [name for name in self._given if name not in self._used]
