@@ -20,7 +20,7 @@ class Touch:
     def __init__(self, path: Path):
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, (str(self.path),)
 
 
@@ -29,11 +29,13 @@ class Touch:
     [
         (LOSS, "command='mkdir {trap}', type='os.system'"),
         (LOSS, "class_weight='{folder}/weights.pkl', type='CrossEntropyLoss', use_sigmoid=False"),
-        ("type='SyncBN'", "type='trap_module.Norm'"),
+        (LOSS, "type='trap_module.Loss'"),
     ],
     ids=["function", "pickle of class weights", "module"],
 )
-def test_no_code_that_a_configuration_names_runs(code: tuple[str, str], tmp_path: Path, monkeypatch) -> None:
+def test_no_code_that_a_configuration_names_runs(
+    code: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trap = tmp_path / "trap"
     made = mmseg(SWIN, SWIN_CHANNELS)(tmp_path)
     content = torch.load(made.path, weights_only=False)
