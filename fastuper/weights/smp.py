@@ -15,7 +15,7 @@ from fastuper.io.messages import listed, shown
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.families import NORMS, Tensors, preprocessing, refuse
-from fastuper.weights.timm import FAMILIES, Part, convert_family
+from fastuper.weights.timm import FAMILIES, Part, convert_family, size_of
 from fastuper.weights.transformers import BACKBONE
 
 WRAPPERS = ("", "model.")
@@ -205,7 +205,9 @@ def _convert_encoder(tensors: Tensors, settings: Mapping[str, Any], choices: Cho
         raise CheckpointError(
             f"{place} is over {what}; ResNets, and timm's ConvNeXt, ResNet and Swin (tu-), can be converted"
         )
-    timm_settings = {"architecture": name.removeprefix("tu-"), "model_args": _arguments(settings)} if settings else {}
+    arguments = _arguments(settings)
+    size = arguments.get("img_size") or size_of(name)
+    timm_settings = {"architecture": name.removeprefix("tu-"), "model_args": arguments, "image_size": size}
     part = convert_family(family, tensors, Source(place, tensors, timm_settings), choices, prefix)
     if len(part.config["depths"]) != LEVELS:
         raise CheckpointError(

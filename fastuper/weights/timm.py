@@ -302,6 +302,16 @@ FAMILIES = (
 )
 
 
+def size_of(name: str) -> list[int] | None:
+    """Return [height, width] of the images that timm builds a model for, which its name ends with; None if it does not.
+
+    Args:
+        name: timm's name, with or without the tag of weights: "swin_tiny_patch4_window7_224.ms_in22k".
+    """
+    match = re.search(r"_(\d{2,4})$", name.partition(".")[0])
+    return [int(match[1])] * 2 if match else None
+
+
 def _architecture(settings: Settings) -> str:
     """Return timm's name of the model in a config.json, without the tag of its weights; "" if there is none."""
     value = settings.get("architecture")
@@ -348,7 +358,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
             f"{source.place} is timm's {shown(source.settings.get('architecture'))}; ConvNeXt, ResNet and Swin can be "
             "converted, and UperNetConfig(backbone=NAME, use_timm_backbone=True) takes other models as they are"
         )
-    part = _converted(family, bare, source, choices, prefix)
+    part = convert_family(family, bare, source, choices, prefix)
     colours = source.settings.get("pretrained_cfg")
     mean, std = (_numbers(colours, name, part.config["num_channels"]) for name in ("mean", "std"))
     return Conversion(
@@ -364,7 +374,20 @@ def convert(source: Source, choices: Choices) -> Conversion:
     )
 
 
-def _converted(family: Family, bare: Tensors, source: Source, choices: Choices, prefix: str) -> Part:
+def convert_family(family: Family, bare: Tensors, source: Source, choices: Choices, prefix: str) -> Part:
+    """Convert one of timm's networks.
+
+    Args:
+        family: that recognises the tensors.
+        bare: the tensors by timm's names.
+        source: the place and the settings: "architecture", "model_args", and for the backbone of a UPerNet
+            "image_size", timm's `img_size` (None if it is not known).
+        choices: the caller's options.
+        prefix: what stands before the names in the file.
+
+    Raises:
+        CheckpointError: our networks cannot be this one; the message names the reason.
+    """
     architecture = _architecture(source.settings) or Path(source.place).name
     if family.model_type == "resnet" and re.search(ANTIALIASING, architecture):
         raise CheckpointError(
@@ -410,9 +433,8 @@ def convert_upernet(source: Source, choices: Choices) -> Conversion:
         )
     own_settings: dict[str, Any] = {"architecture": name}
     if family.model_type == "swin":  # timm builds a model for the size that its name ends with
-        size = re.search(r"_(\d{2,4})$", name.partition(".")[0])
-        own_settings["image_size"] = [int(size[1])] * 2 if size else None
-    part = _converted(family, bare, replace(source, settings=own_settings), choices, prefix)
+        own_settings["image_size"] = size_of(name)
+    part = convert_family(family, bare, replace(source, settings=own_settings), choices, prefix)
     depth = len(part.config["depths"])
     stem = int(family.model_type == "resnet")  # timm counts the map of a ResNet's stem as level 0
     levels = backbone.get("out_indices") or settings.get("out_indices") or [-4, -3, -2, -1]

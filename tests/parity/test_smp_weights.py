@@ -219,7 +219,7 @@ def test_tensors_are_refused_by_name(resnet, case, tmp_path: Path):
 
 def test_windows_of_another_image_size_are_refused():
     model = network("tu-swin")
-    with pytest.raises(CheckpointError, match=r"stage 3 has 49 relative positions, .* give image_size"):
-        converted(model.state_dict(), image_size=[96, 96])
+    with pytest.raises(CheckpointError, match=r"stage 2 has 169 relative positions, .* give image_size"):
+        converted(model.state_dict(), image_size=[32, 32])
     with pytest.raises(ValueError, match=r"image_size=.* contradicts the checkpoint"):
         converted(model.state_dict(), settings_of("tu-swin", model), image_size=[96, 96])
