@@ -7,6 +7,7 @@ MAE https://arxiv.org/abs/2111.06377; the networks and the necks are mmsegmentat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -575,10 +576,21 @@ PRESETS = {
 }
 
 
+def depths(name: str, config: ViTPyramidConfig) -> int:
+    """Return the layer depth of a parameter: 0 in the neck, 1 in the last block, one more in each block before it.
+
+    It is BEiT's rule (https://arxiv.org/abs/2106.08254); the final norm has the depth 0 too, the patches' the largest.
+    """
+    if match := re.match(r"encoder\.layers\.(\d+)\.", name):
+        return config.num_hidden_layers - int(match[1])
+    return config.num_hidden_layers + 1 if name.startswith("embeddings.") else 0
+
+
 register(
     "vit_pyramid",
     ViTPyramidConfig,
     ViTPyramidBackbone,
     presets=PRESETS,
+    depths=depths,
     names=Names(parts=("embeddings", "encoder", "neck")),
 )
