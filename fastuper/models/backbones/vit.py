@@ -165,7 +165,6 @@ class ViTPyramidConfig(BackboneConfig):
         self.neck_act = neck_act
         self.out_levels = as_list(out_levels)
         self.initializer_range = initializer_range
-        extra.pop("depths", None)  # follow from num_hidden_layers
         check_bounds({"num_hidden_layers": num_hidden_layers})
         if out_features is None and out_indices is None:
             out_indices = sorted({-(-num_hidden_layers * quarter // 4) for quarter in (1, 2, 3, 4)})
@@ -174,7 +173,6 @@ class ViTPyramidConfig(BackboneConfig):
 
     def check(self) -> None:
         """Check all values; see `Config.check`."""
-        self.depths = [1] * self.num_hidden_layers
         super().check()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -207,6 +205,18 @@ class ViTPyramidConfig(BackboneConfig):
             raise ValueError(
                 f"neck='resized' reads one map, or one for each of neck_scales={self.neck_scales}; "
                 f"got out_features={self.out_features}"
+            )
+
+    @property
+    def depths(self) -> list[int]:
+        """The number of blocks of each stage: 1, for each of `num_hidden_layers`."""
+        return [1] * self.num_hidden_layers
+
+    @depths.setter
+    def depths(self, depths: Sequence[int]) -> None:
+        if depths != self.depths:
+            raise ValueError(
+                f"depths={shown(depths)} follow from num_hidden_layers={self.num_hidden_layers}; leave them out"
             )
 
     def read_all_stages(self) -> None:
