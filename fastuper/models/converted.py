@@ -38,8 +38,7 @@ class Converted:
     Attributes:
         place: the checkpoint, for messages.
         conversion: the conversion.
-        model: the model, or the backbone's module, in evaluation mode; of a backbone, tensors that the source cannot
-            have are on the meta device.
+        model: the model, or the backbone's module, in evaluation mode.
         processor: the image processor; None if a backbone's checkpoint says nothing about images.
         initial: the names of the model's tensors that got initial values.
     """
@@ -65,8 +64,7 @@ def build_converted(place: str, conversion: Conversion) -> Converted:
     values = dict(conversion.preprocessing)
     processor = UperNetImageProcessor.from_dict(values) if values or conversion.kind != "backbone" else None
     if conversion.kind == "backbone":
-        with torch.device("meta"):
-            backbone = build_backbone(backbone_config_from(conversion.config))
+        backbone = build_backbone(backbone_config_from(conversion.config))
         initial = check_conversion(backbone, conversion, place)
         backbone.load_state_dict(dict(conversion.tensors), strict=False, assign=True)
         return Converted(place, conversion, backbone.eval(), processor, initial)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +110,11 @@ def _run_at_a_size(
     config: Any = converted.model.config
     backbone: Any = getattr(config, "backbone_config", config)
     built = getattr(backbone, "image_size", None)
-    size = (built, built) if isinstance(built, int) else tuple(built) if isinstance(built, list | tuple) else None
+    sizes = [*SIZES, *([(built, built)] if isinstance(built, int) else [tuple(built)] if built else [])]
+    if isinstance(window := getattr(backbone, "window_size", None), int):
+        sizes.insert(0, (side := window * backbone.patch_size * 2 ** (len(backbone.depths) - 1), side))
     faults = []
-    for height, width in (*SIZES, *([size] if size else [])):
+    for height, width in sizes:
         image = torch.from_numpy(np.ascontiguousarray(draw((height, width)))).float().permute(2, 0, 1)
         channels = [i % 3 for i in range(getattr(backbone, "num_channels", 3))]
         pixels = ((image[channels] / 255 - 0.45) / 0.225)[None]
@@ -131,12 +134,7 @@ def _logits(converted: Converted, pixels: torch.Tensor, _: int) -> list[torch.Te
 @torch.no_grad()
 def _maps(converted: Converted, pixels: torch.Tensor, count: int) -> list[torch.Tensor]:
     # Maps before the norms of the returned maps, which a classifier lacks.
-    model = copy.deepcopy(converted.model)
-    for module in model.modules():
-        for name, tensor in list(module._parameters.items()):
-            if tensor is not None and tensor.is_meta:
-                module._parameters[name] = nn.Parameter(torch.zeros(tensor.shape))
-    states = model.float()(pixels, output_hidden_states=True).hidden_states
+    states = copy.deepcopy(converted.model).float()(pixels, output_hidden_states=True).hidden_states
     return list(states[-count:])
 
 
@@ -182,14 +180,17 @@ def _of_mmseg(source: Source, converted: Converted) -> Run:
     try:
         with _stand_in_for_mmcv_ops():
             importlib.import_module("mmseg.models")
+            registries = [importlib.import_module("mmseg.registry").MODELS]
+            registries.append(registries[0].parent)
             if "mmpretrain." in repr(settings) or "mmcls." in repr(settings):
                 importlib.import_module("mmpretrain.models")
-            registry = importlib.import_module("mmseg.registry").MODELS
+                registries.append(importlib.import_module("mmpretrain.registry").MODELS)
     except (ImportError, AssertionError, RuntimeError, AttributeError) as error:
         raise NotVerifiable(f"mmsegmentation does not import: {error}") from None
-    values = {key: value for key, value in settings.items() if key not in ("data_preprocessor", "pretrained")}
+    values = _for_today({key: settings[key] for key in NETWORK if key in settings})
+    _check_kinds(values, {name for registry in registries for name in registry.module_dict})
     try:
-        model = registry.build(_for_today(values))
+        model = registries[0].build(values)
     except Exception as error:  # its class depends on the configuration
         raise NotVerifiable(f"mmsegmentation does not build the model ({type(error).__name__}: {error})") from None
     model = _load(model, source.tensors, "mmsegmentation")
@@ -201,13 +202,20 @@ def _of_mmseg(source: Source, converted: Converted) -> Run:
     return run
 
 
+NETWORK = ("type", "backbone", "neck", "decode_head", "auxiliary_head", "test_cfg")
+"""The settings of a segmentor that its logits depend on."""
+
+NOT_RUN = ("init_cfg", "pretrained", "loss_decode", "sampler")
+"""Settings inside them that logits do not depend on, and that may name files to read (also pickles, as weights)."""
+
+
 def _for_today(value: Any) -> Any:
-    """Return settings as mmsegmentation 1.x reads them: without weights to load, and without norms over processes."""
+    """Return settings as mmsegmentation 1.x reads them: without `NOT_RUN`, and without norms over processes."""
     if isinstance(value, list | tuple):
         return type(value)(_for_today(part) for part in value)
     if not isinstance(value, dict):
         return value
-    made = {key: _for_today(part) for key, part in value.items() if key not in ("init_cfg", "pretrained")}
+    made = {key: _for_today(part) for key, part in value.items() if key not in NOT_RUN}
     kind = made.get("type")
     if isinstance(kind, str):
         kind = kind.replace("mmcls.", "mmpretrain.")
@@ -216,17 +224,39 @@ def _for_today(value: Any) -> Any:
     return made
 
 
+def _check_kinds(value: Any, known: Collection[str]) -> None:
+    """Refuse a name of a class that mmengine would import: it imports any that is not registered, and calls it.
+
+    Raises:
+        NotVerifiable: a `type` is not registered.
+    """
+    if isinstance(value, list | tuple):
+        for part in value:
+            _check_kinds(part, known)
+    elif isinstance(value, dict):
+        kind = value.get("type", "EncoderDecoder")
+        if not isinstance(kind, str) or re.sub(r"^(mmseg|mmpretrain|mmengine)\.", "", kind) not in known:
+            raise NotVerifiable(f"its configuration names {shown(kind)}, which is no module of mmsegmentation")
+        for part in value.values():
+            _check_kinds(part, known)
+
+
 def _of_smp(source: Source, _: Converted) -> Run:
     values = {key: value for key, value in source.settings.items() if not key.startswith("_")}
     if "encoder_name" not in values:
         raise NotVerifiable("the checkpoint has no config.json from which segmentation_models_pytorch builds a model")
     smp = importlib.import_module("segmentation_models_pytorch")
     try:
-        model = smp.UPerNet(**{**values, "encoder_weights": None})
+        model = smp.UPerNet(**{**values, "encoder_weights": None, "activation": None})  # the outputs are logits
     except Exception as error:  # its class depends on the values
         raise NotVerifiable(f"segmentation_models_pytorch does not build the model ({error})") from None
     model = _load(model, source.tensors, "segmentation_models_pytorch")
-    return lambda pixels: [model(pixels)]
+
+    def run(pixels: torch.Tensor) -> list[torch.Tensor]:
+        output = model(pixels)
+        return [output[0] if isinstance(output, tuple) else output]  # the second part is the classification head's
+
+    return run
 
 
 def _of_timm(source: Source, converted: Converted) -> Run:
@@ -234,11 +264,14 @@ def _of_timm(source: Source, converted: Converted) -> Run:
     if not isinstance(architecture, str):
         raise NotVerifiable("the checkpoint has no config.json that names timm's architecture")
     timm = importlib.import_module("timm")
-    arguments = source.settings.get("model_args") or {}
     config: Any = converted.model.config
-    arguments = {"in_chans": getattr(config, "num_channels", 3), **arguments}
+    arguments = {"in_chans": getattr(config, "num_channels", 3), **(source.settings.get("model_args") or {})}
+    if config.model_type == "swin":
+        # Ours shifts windows in every second block and pads maps first: both are equal where windows fill all maps.
+        side = config.window_size * config.patch_size * 2 ** (len(config.depths) - 1)
+        arguments |= {"always_partition": True, "img_size": side}
     try:
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
+        model = timm.create_model(architecture, pretrained=False, **{**arguments, "num_classes": 0})
     except Exception as error:  # its class depends on the values
         raise NotVerifiable(f"timm does not build {shown(architecture)} ({error})") from None
     model = _load(model, source.tensors, "timm")

@@ -185,13 +185,18 @@ class Choices:
         self.notes.append(f"{name}: {_text(plain(default))} (the default; the checkpoint does not say)")
         return plain(default)
 
+    def has(self, name: str) -> bool:
+        """Return True if the caller gave an option."""
+        return name in self._given
+
     def unused(self) -> list[str]:
         """Return the options that were given and that the dialect never asked for."""
         return [name for name in self._given if name not in self._used]
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    parts = value if isinstance(value, list) else [value]
+    return ", ".join(f"{part:.6g}" if isinstance(part, float) else str(part) for part in parts)
 
 
 @dataclass(frozen=True)

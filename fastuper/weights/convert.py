@@ -12,13 +12,13 @@ from typing import Any
 
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
-from fastuper.weights import authors, mmseg, official, timm
+from fastuper.weights import authors, mmseg, official, smp, timm
 from fastuper.weights.checkpoints import read_source
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Source
 from fastuper.weights.dialects import library_of
 from fastuper.weights.errors import CheckpointError
 
-DIALECTS: list[Dialect] = [official.DIALECT, mmseg.DIALECT, *authors.CLASSIFIERS, *timm.DIALECTS]
+DIALECTS: list[Dialect] = [official.DIALECT, mmseg.DIALECT, smp.DIALECT, *authors.CLASSIFIERS, *timm.DIALECTS]
 """The kinds of checkpoints that can be converted; the first that recognises a source converts it."""
 
 OTHER_NETWORKS = (

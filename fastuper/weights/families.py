@@ -198,6 +198,10 @@ def timm_swin_values(tensors: Tensors, arguments: Mapping[str, Any], choices: Ch
     size = list(_pair(choices.settle("image_size", stored, default), "image_size", place))
     for stage, length in enumerate(lengths):
         sides = [-(-(image // patch) // 2**stage) for image, patch in zip(size, patches, strict=True)]
+        if given is None and not always:  # stages may have windows of their own, as those of Swin-S3
+            fits = [side for side in range(1, min(max(sides), length) + 1) if _positions(side, sides) == length]
+            if fits and _positions(windows[stage][0], sides) != length:
+                windows[stage] = (fits[0], fits[0])
         height, width = windows[stage] if always else map(min, windows[stage], sides)
         if (2 * height - 1) * (2 * width - 1) != length:
             raise _other(
@@ -217,14 +221,20 @@ def timm_swin_values(tensors: Tensors, arguments: Mapping[str, Any], choices: Ch
     }
 
 
+def _positions(window: int, sides: Sequence[int]) -> int:
+    """Return the number of relative positions of a square window that shrinks to a map of the given sides."""
+    return math.prod(2 * min(window, side) - 1 for side in sides)
+
+
 def _is_window(value: Any) -> bool:
     """Return True for a side of windows, or (height, width) of them; timm takes two integers for the latter."""
     return isinstance(value, int) or (isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], int))
 
 
 def _pair(value: Any, name: str, place: str) -> tuple[int, int]:
-    """Return (height, width) of a setting that is one integer for both, or a pair."""
-    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    """Return (height, width) of a setting that is one integer for both (in a list too), or a pair."""
+    sides = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    sides = 2 * sides if len(sides) == 1 else sides
     if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
         raise CheckpointError(f"{place}: {name}={shown(value)} is neither a number nor (height, width)")
     return sides[0], sides[1]

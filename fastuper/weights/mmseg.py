@@ -155,7 +155,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
     )
 
 
-DIALECT = Dialect("mmsegmentation's UPerNet", recognises, convert)
+DIALECT = Dialect("mmsegmentation's UPerNet", recognises, convert, library="mmseg")
 
 
 # The head -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
-from fastuper.weights.authors import NOT_SWIN, QKV, SHIFTS, swin_pairs, swin_rules
+from fastuper.weights.authors import NOT_SWIN, QKV, swin_pairs, swin_rules
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, Translated, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.families import (
@@ -31,6 +31,7 @@ from fastuper.weights.families import (
     resnet_values,
     stages_of,
     swin_values,
+    timm_swin_values,
 )
 from fastuper.weights.transformers import BACKBONE, Names, backbone_state_dict
 
@@ -228,11 +229,11 @@ def convert_resnet(tensors: Tensors, settings: Settings, choices: Choices, place
     return Part(config, translated, "ResNet")
 
 
-PADS = (
-    "maps that are no multiple of the window are padded before the shift, as in the authors' UPerNets; timm pads them "
-    "after it"
+RULES = (
+    "windows are those of the authors' UPerNets: every second block shifts, and maps are padded before the shift; timm "
+    "does not shift where a map is no larger than a window, and pads after the shift: give image_size for these rules"
 )
-"""What else differs between timm's Swin and ours."""
+"""What differs between timm's Swin and ours, unless the conversion is by timm's rules."""
 
 
 def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: str, prefix: str) -> Part:
@@ -241,6 +242,11 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
     Since timm 0.9 a stage begins with its patch merging; before it, a stage ends with it. Both merge in our order:
     `reshape(B, H / 2, 2, W / 2, 2, C).permute(0, 1, 3, 4, 2, 5)` has the channel c of the position (row y, column x) of
     a square at (2 x + y) C + c.
+
+    timm builds a Swin for an image size. A map no larger than the window is then one window, which is not shifted, and
+    whose table has the size of the map. If all tables have one size, the result is a Swin that always shifts, unless
+    the option image_size says what the model was built for. If tables differ, the result is built for the image size
+    of config.json, of the option, or that they follow from.
     """
     refuse(tensors, NOT_SWIN, place, prefix)
     layers = "layers_" if any(name.startswith("layers_0.") for name in tensors) else "layers."
@@ -248,7 +254,16 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
     first = 0 if f"{layers}0.downsample.reduction.weight" in tensors else 1
     rules = [*swin_rules(stages, layers, first), Rule(r"(head|norm)\..*", (), HEAD)]
     translated = translate(tensors, rules, place, prefix)
-    return Part(swin_values(translated.tensors, place), translated, "Swin", (SHIFTS, PADS))
+    arguments = settings.get("model_args")
+    arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
+    tables = {tensor.shape[:1] for name, tensor in tensors.items() if name.endswith(".relative_position_bias_table")}
+    if "image_size" in settings:  # of a UPerNet, whose backbone has one image size, and timm's rules
+        arguments["img_size"] = settings["image_size"]
+    elif len(tables) == 1:
+        if not choices.has("image_size"):
+            return Part(swin_values(translated.tensors, place), translated, "Swin", (RULES,))
+        arguments.pop("img_size", None)
+    return Part(timm_swin_values(translated.tensors, arguments, choices, place), translated, "Swin")
 
 
 @dataclass(frozen=True)
@@ -287,6 +302,16 @@ FAMILIES = (
 )
 
 
+def size_of(name: str) -> list[int] | None:
+    """Return [height, width] of the images that timm builds a model for, which its name ends with; None if it does not.
+
+    Args:
+        name: timm's name, with or without the tag of weights: "swin_tiny_patch4_window7_224.ms_in22k".
+    """
+    match = re.search(r"_(\d{2,4})$", name.partition(".")[0])
+    return [int(match[1])] * 2 if match else None
+
+
 def _architecture(settings: Settings) -> str:
     """Return timm's name of the model in a config.json, without the tag of its weights; "" if there is none."""
     value = settings.get("architecture")
@@ -320,8 +345,9 @@ def is_upernet_over_timm(source: Source) -> bool:
 def convert(source: Source, choices: Choices) -> Conversion:
     """Convert timm's ConvNeXt, ResNet or Swin to a backbone.
 
-    A Swin becomes one that shifts windows in every second block, as in the authors' UPerNets. timm does so too, if a
-    model is built for an image whose maps exceed the windows (`img_size=`), or with `always_partition=True`.
+    A Swin becomes one that shifts windows in every second block, as in the authors' UPerNets; see `convert_swin`. timm
+    does so too, if a model is built for an image whose maps exceed the windows (`img_size=`), or with
+    `always_partition=True`.
 
     Raises:
         CheckpointError: it is another model, or one that our networks cannot be.
@@ -332,7 +358,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
             f"{source.place} is timm's {shown(source.settings.get('architecture'))}; ConvNeXt, ResNet and Swin can be "
             "converted, and UperNetConfig(backbone=NAME, use_timm_backbone=True) takes other models as they are"
         )
-    part = _converted(family, bare, source, choices, prefix)
+    part = convert_family(family, bare, source, choices, prefix)
     colours = source.settings.get("pretrained_cfg")
     mean, std = (_numbers(colours, name, part.config["num_channels"]) for name in ("mean", "std"))
     return Conversion(
@@ -343,12 +369,25 @@ def convert(source: Source, choices: Choices) -> Conversion:
         part.translated.rows,
         preprocessing(choices, part.config["num_channels"], mean, std),
         part.notes,
-        () if part.words == "ResNet" else (NORMS,),
-        _only_fastuper(part.config),
+        (NORMS,) if part.config["model_type"] in ("convnext", "swin") else (),
+        ONLY_FASTUPER.get(part.config["model_type"], ""),
     )
 
 
-def _converted(family: Family, bare: Tensors, source: Source, choices: Choices, prefix: str) -> Part:
+def convert_family(family: Family, bare: Tensors, source: Source, choices: Choices, prefix: str) -> Part:
+    """Convert one of timm's networks.
+
+    Args:
+        family: that recognises the tensors.
+        bare: the tensors by timm's names.
+        source: the place and the settings: "architecture", "model_args", and for the backbone of a UPerNet
+            "image_size", timm's `img_size` (None if it is not known).
+        choices: the caller's options.
+        prefix: what stands before the names in the file.
+
+    Raises:
+        CheckpointError: our networks cannot be this one; the message names the reason.
+    """
     architecture = _architecture(source.settings) or Path(source.place).name
     if family.model_type == "resnet" and re.search(ANTIALIASING, architecture):
         raise CheckpointError(
@@ -359,9 +398,11 @@ def _converted(family: Family, bare: Tensors, source: Source, choices: Choices, 
     return family.convert(bare, source.settings, choices, source.place, prefix)
 
 
-def _only_fastuper(config: Mapping[str, Any]) -> str:
-    deep = config["model_type"] == "resnet_deep_stem"
-    return "Transformers has no ResNet with a deep stem or averaged shortcuts" if deep else ""
+ONLY_FASTUPER = {
+    "resnet_deep_stem": "Transformers has no ResNet with a deep stem or averaged shortcuts",
+    "swin_timm": "Transformers has no Swin whose windows shrink to small maps, as timm's do",
+}
+"""Why Transformers cannot load a backbone, by its model type."""
 
 
 def _numbers(settings: Any, name: str, count: int) -> list[float] | None:
@@ -374,26 +415,30 @@ def _numbers(settings: Any, name: str, count: int) -> list[float] | None:
 def convert_upernet(source: Source, choices: Choices) -> Conversion:
     """Convert a UPerNet over a timm backbone to the same UPerNet over our own backbone.
 
-    timm's features have no norms. Our ResNet has none either, so that the maps are equal. Our ConvNeXt and Swin norm
-    each map, which no values of a LayerNorm undo: these are refused.
+    timm's features have no norms. Neither have the maps of our ResNet and of our Swin by timm's rules: these maps are
+    timm's. Our ConvNeXt norms each map, which no values of a LayerNorm undo: it is refused.
 
     Raises:
-        CheckpointError: the backbone is no ResNet of ours, or the head reads its stem.
+        CheckpointError: the backbone is another one, or the head reads the map of a ResNet's stem.
     """
     place, settings = source.place, source.settings
     backbone = settings.get("backbone_config")
     backbone = backbone if isinstance(backbone, Mapping) else {}
-    name = backbone.get("backbone") or settings.get("backbone")
+    name = str(backbone.get("backbone") or settings.get("backbone"))
     prefix, bare, family = _bare(source.tensors)
-    if family is None or family.model_type != "resnet":
+    if family is None or family.model_type == "convnext":
         raise CheckpointError(
-            f"{place} is a UPerNet over timm's {shown(name)}, and loads as it is; only timm's ResNets give the maps of "
-            "a backbone of fastuper's own (ConvNeXt and Swin norm their maps here, and do not in timm)"
+            f"{place} is a UPerNet over timm's {shown(name)}, and loads as it is; only timm's ResNets and Swins give "
+            "the maps of a backbone of fastuper's own (ConvNeXt norms its maps here, and does not in timm)"
         )
-    part = _converted(family, bare, replace(source, settings={"architecture": name}), choices, prefix)
+    own_settings: dict[str, Any] = {"architecture": name}
+    if family.model_type == "swin":  # timm builds a model for the size that its name ends with
+        own_settings["image_size"] = size_of(name)
+    part = convert_family(family, bare, replace(source, settings=own_settings), choices, prefix)
     depth = len(part.config["depths"])
+    stem = int(family.model_type == "resnet")  # timm counts the map of a ResNet's stem as level 0
     levels = backbone.get("out_indices") or settings.get("out_indices") or [-4, -3, -2, -1]
-    indices = [level + depth + 1 if level < 0 else level for level in levels]  # timm counts the stem's map as 0
+    indices = [level % (depth + stem) + 1 - stem for level in levels]
     if min(indices) < 1 or max(indices) > depth:
         raise CheckpointError(
             f"{place}: its head reads timm's levels {listed(levels, 5)}, and fastuper's ResNet has the maps of stages "
@@ -412,13 +457,13 @@ def convert_upernet(source: Source, choices: Choices) -> Conversion:
             tensors[key] = tensor
             rows.append(Row(key, (key,)))
     return Conversion(
-        "a UPerNet over timm's ResNet",
+        f"a UPerNet over timm's {part.words}",
         "upernet",
         {**config, "backbone_config": own},
         tensors,
         rows,
         _own_preprocessing(place),
-        only_fastuper=_only_fastuper(own),
+        only_fastuper=ONLY_FASTUPER.get(own["model_type"], ""),
     )
 
 
@@ -431,14 +476,17 @@ def _own_preprocessing(place: str) -> dict[str, Any]:
 
 DIALECTS = (
     Dialect("UPerNets over a timm backbone", is_upernet_over_timm, convert_upernet),
-    Dialect("timm's ConvNeXt, ResNet and Swin (also torchvision's ResNet)", is_timm, convert),
+    Dialect("timm's ConvNeXt, ResNet and Swin (also torchvision's ResNet)", is_timm, convert, "timm"),
 )
 """The dialects of this file."""
 
 
 # Back -----------------------------------------------------------------------------------------------------------------
 
-FINAL_NORMS = {"convnext": "head.norm", "swin": "norm"}
+IN_TIMM = ("convnext", "resnet", "resnet_deep_stem", "swin", "swin_timm")
+"""The model types that timm has too."""
+
+FINAL_NORMS = {"convnext": "head.norm", "swin": "norm", "swin_timm": "norm"}
 """timm's norm between the last map and the classifier."""
 
 
@@ -452,9 +500,9 @@ def to_timm(
     """Return a backbone's tensors by timm's names, with a row for each tensor of the backbone.
 
     `timm.create_model(NAME, num_classes=0).load_state_dict(result.tensors)` takes them, or the model of
-    `features_only=True`. Our Swin shifts windows in every second block: build timm's with `always_partition=True`. timm
-    shifts a map before it pads it to whole windows, and ours pads it first: the results are equal if all maps are
-    multiples of the window.
+    `features_only=True`. Our Swin ("swin") shifts windows in every second block: build timm's with
+    `always_partition=True`. timm shifts a map before it pads it to whole windows, and ours pads it first: the results
+    are equal if all maps are multiples of the window. "swin_timm" follows timm's rules.
 
     Args:
         config: the values of the backbone's configuration (`to_dict()`), ours or Transformers'.
@@ -469,10 +517,8 @@ def to_timm(
         ValueError: timm has no such backbone.
     """
     kind = config.get("model_type")
-    if kind not in ("convnext", "resnet", "resnet_deep_stem", "swin"):
-        raise ValueError(
-            f"model_type={shown(kind)} has no names in timm; convnext, resnet, resnet_deep_stem and swin have"
-        )
+    if kind not in IN_TIMM:
+        raise ValueError(f"model_type={shown(kind)} has no names in timm; {', '.join(IN_TIMM)} have them")
     parts = ("embeddings", "embedder", "encoder", "hidden_states_norms")
     names = Names(parts=parts) if names is None else names
     tensors = backbone_state_dict(state_dict, kind, names)
@@ -485,7 +531,7 @@ def to_timm(
             block = r"encoder\.stages\.(\d+)\.layers\.(\d+)\.pwconv([12])\.weight"
             target = rf"stages{joint}\1.blocks.\2.mlp.fc\3.weight"
             rules.append(Rule(block, (target,), "a 1x1 convolution", lambda weight: [weight[:, :, None, None]]))
-    elif kind == "swin":
+    elif kind in ("swin", "swin_timm"):
         if config.get("use_absolute_embeddings"):
             raise ValueError("use_absolute_embeddings=True: timm's Swin has no absolute position embeddings")
         pairs = swin_pairs(len(depths), f"layers{joint}", first_merged=1)

@@ -18,6 +18,8 @@ from torch import nn
 import fastuper
 from bench.numerics import error
 from bench.pairs import images, randomize
+from fastuper.models.backbones import build_backbone
+from fastuper.models.pyramid_configuration import backbone_config_from
 from fastuper.weights.checkpoints import read_source
 from fastuper.weights.conversion import Choices
 from fastuper.weights.convert import convert_source
@@ -127,7 +129,7 @@ def test_back(name):
 def test_a_classifier_of_timm_gets_the_norm_of_the_last_map():
     config = fastuper.SwinConfig(embed_dim=8, depths=[2, 1, 1, 2], num_heads=[1, 1, 2, 2], window_size=2,
                                  out_features=["stage3", "stage4"])  # fmt: skip
-    ours = drawn(fastuper.models.backbones.build_backbone(config))
+    ours = drawn(build_backbone(config))
     state = {f"backbone.{key}": value for key, value in ours.state_dict().items()} | {"decode_head.x": torch.ones(1)}
     net = SwinTransformer(img_size=64, embed_dim=8, depths=(2, 1, 1, 2), num_heads=(1, 1, 2, 2), window_size=2,
                           num_classes=0, always_partition=True).double().eval()  # fmt: skip
@@ -149,6 +151,43 @@ def test_the_names_that_transformers_has_in_memory():
     again = to_timm(config.to_dict(), ours, features_only=True)
     assert len(back.tensors) == 4 + 3 * 13 + 3  # the patches, the blocks, the merging
     assert all(torch.equal(value, again.tensors[key]) for key, value in back.tensors.items())
+
+
+# Image sizes, windows, and the options and settings with which the conversion is by timm's rules.
+BY_TIMMS_RULES = [
+    ({"img_size": 64}, {"image_size": 64}, {}),  # the last map is one window, with a table of full size
+    ({"img_size": (64, 96), "window_size": 3}, {"image_size": [64, 96]}, {}),  # maps are padded, after the shift
+    ({"img_size": 64, "window_size": 4}, {}, {}),  # the last window shrinks to its map: the tables tell
+    ({"img_size": (64, 96), "window_size": 5}, {}, {"model_args": {"img_size": [64, 96]}}),
+    ({"img_size": 72, "window_size": (2, 2, 3, 2)}, {}, {"model_args": {"img_size": 72}}),
+    ({"img_size": 64, "window_size": (2, 4)}, {"image_size": 64}, {"model_args": {"window_size": [2, 4]}}),
+]
+
+
+@pytest.mark.parametrize(("values", "options", "settings"), BY_TIMMS_RULES)
+def test_swin_by_timms_rules(values, options, settings):
+    values = {**WINDOWS, "always_partition": False, "strict_img_size": False, **values}
+    model = drawn(SwinTransformer(**values))
+    settings = {"architecture": "swin_tiny_patch4_window7_224", "pretrained_cfg": {}, **settings} if settings else {}
+    conversion = converted(model.state_dict(), settings, **options)
+    ours = network(conversion)
+    size = values["img_size"] if isinstance(values["img_size"], tuple) else (64, 64)
+    for pixels in (images(1, 3, *size), images(1, 3, 96, 124)):
+        with torch.no_grad():
+            found = ours(pixels).feature_maps
+        assert all(error(x, y) < 1e-10 for x, y in zip(found, maps(model, pixels), strict=True))
+    assert conversion.config["model_type"] == "swin_timm"
+    assert conversion.initialised == ()
+    back = to_timm(ours.config.to_dict(), ours.state_dict(), features_only=True).tensors
+    expected = features(model).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in back.items())
+    assert set(back) == set(expected)
+
+
+def test_an_image_size_that_does_not_fit_the_windows():
+    state = SwinTransformer(img_size=64, **{**WINDOWS, "window_size": 4, "always_partition": False}).state_dict()
+    with pytest.raises(CheckpointError, match="stage 3 has 49 relative positions, and a window of 2 x 2"):
+        converted(state, image_size=32)
 
 
 def test_swins_files_of_timm_before_0_9():
@@ -204,7 +243,6 @@ def test_a_folder_of_the_hub(tmp_path):
         (lambda: ResNet(Bottleneck, **BLOCKS, down_kernel_size=3), "larger than 1x1"),
         (lambda: ResNet(Bottleneck, **BLOCKS, block_reduce_first=2), "channels wide"),
         (lambda: ResNet([BasicBlock, BasicBlock, Bottleneck, BasicBlock], **BLOCKS), "basic blocks and bottlenecks"),
-        (lambda: SwinTransformer(img_size=64, **{**WINDOWS, "window_size": (2, 2, 4, 2)}), "windows of 2, 2, 4, 2"),
         (lambda: SwinTransformer(img_size=64, **{**WINDOWS, "window_size": (2, 4)}), "21 relative positions"),
         (lambda: SwinTransformer(img_size=64, **WINDOWS, head_dim=4), "widths double"),
         (
@@ -298,5 +336,27 @@ def test_upernets_that_stay_as_they_are(upernet):
     with pytest.raises(CheckpointError, match="reads timm's levels 0, 1, 2, 3"):
         converted(model.state_dict(), levels)
     state = {f"backbone._backbone.{name}": value for name, value in features(ConvNeXt(**SIZES)).state_dict().items()}
-    with pytest.raises(CheckpointError, match="loads as it is; only timm's ResNets"):
+    with pytest.raises(CheckpointError, match="loads as it is; only timm's ResNets and Swins"):
         converted(state, settings)
+
+
+def test_a_upernet_over_timms_swin(upernet):
+    model = drawn(SwinTransformer(img_size=64, **{**WINDOWS, "always_partition": False}))
+    settings = upernet[0].config.to_dict()
+    backbone = {"model_type": "timm_backbone", "backbone": "swin_tiny_patch4_window2_64", "out_indices": [0, 1, 2, 3]}
+    state = {f"backbone._backbone.{name}": value for name, value in features(model).state_dict().items()}
+    conversion = converted(state, {**settings, "backbone_config": backbone})
+    own = conversion.config["backbone_config"]
+    tensors = {name.removeprefix("backbone."): value for name, value in conversion.tensors.items()}
+    ours = build_backbone(backbone_config_from(own)).double().eval()
+    assert ours.load_state_dict(tensors, strict=False).unexpected_keys == []
+    assert {key for key in ours.state_dict() if key not in tensors} == {
+        key for key in ours.state_dict() if key.endswith("relative_position_index")
+    }
+    pixels = images(1, 3, 64, 64)
+    with torch.no_grad():
+        found = ours(pixels).feature_maps
+    assert all(error(x, y) < 1e-10 for x, y in zip(found, maps(model, pixels), strict=True))
+    assert own["image_size"] == 64
+    unnamed = converted(state, {**settings, "backbone_config": {**backbone, "backbone": "swin_of_mine"}})
+    assert [note for note in unnamed.notes if "image_size: 64, 64 (the default" in note]
