@@ -28,7 +28,7 @@ from fastuper.weights.reading import FLOATING
 logger = logging.getLogger(__name__)
 
 # Values that describe the same thing. Overriding one of them removes the saved values of the others.
-LABELS = ("id2label", "label2id", "num_labels")
+LABELS = ("id2label", "label2id", "num_labels", "palette")
 LEVELS = ("out_features", "out_indices")
 LINKED = {
     "id2label": LABELS,
@@ -334,8 +334,8 @@ class Config(ConfigMethods):
             library = next((name for key, name in LIBRARIES.items() if key in values), None)
             origin = f"it was written by {library}" if library else f"it has none of the values of {cls.__name__}"
             raise ValueError(
-                f"{path} has no model_type, and {origin}; load the model with the library that wrote it, or convert it "
-                f"to Transformers' format (model_type {cls.model_type!r})"
+                f"{path} has no model_type (here {cls.model_type!r}), and {origin}; run `fastuper convert` on its folder, "
+                "or load the model with the library that wrote it"
             )
 
     def __eq__(self, other: object) -> bool:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastuper.io.messages import listed
 from fastuper.models.backbones import Backbone, build_backbone
+from fastuper.models.backbones.foreign import OUTPUT_NORMS, pretrained_transformers_backbone
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.cuda_graph import CapturedFunction
 from fastuper.models.heads.fcn import FCNHead
@@ -273,9 +275,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
         if self.device.type == "meta":  # from_pretrained loads a checkpoint with all weights next
             return
         if not isinstance(self.backbone, Backbone):
-            from transformers import AutoBackbone
-
-            self.backbone = AutoBackbone.from_pretrained(config.backbone, **(config.backbone_kwargs or {}))
+            self.backbone = pretrained_transformers_backbone(self.backbone, config.backbone)
             return
         weights, _ = read_weights(config.backbone)
         model_type = self.backbone.config.model_type
@@ -283,10 +283,13 @@ class UperNetForSemanticSegmentation(PyramidModel):
         weights = backbone_state_dict(weights, model_type, names)
         missing, unexpected = self.backbone.load_state_dict(weights, strict=False)
         # A classifier has no norms of the stages' outputs, and computed buffers have their values already.
-        missing = [n for n in missing if not n.startswith("hidden_states_norms.") and not names.is_computed(n)]
+        if not any(name.startswith(OUTPUT_NORMS) for name in weights):
+            missing = [name for name in missing if not name.startswith(OUTPUT_NORMS)]
+        missing = [name for name in missing if not names.is_computed(name)]
         if missing or unexpected:
             raise CheckpointError(
-                f"{config.backbone} does not fit its configuration: missing {missing}, unexpected {unexpected}"
+                f"{config.backbone} does not fit its configuration: it lacks {len(missing)} of the backbone's tensors "
+                f"({listed(missing, 2)}), and has {len(unexpected)} that the backbone lacks ({listed(unexpected, 2)})"
             )
 
     @property

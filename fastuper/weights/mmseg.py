@@ -84,6 +84,13 @@ def recognises(source: Source) -> bool:
 def convert(source: Source, choices: Choices) -> Conversion:
     """Convert a UPerNet of mmsegmentation.
 
+    Args:
+        source: the checkpoint.
+        choices: what names and shapes do not decide; it gets the notes too.
+
+    Returns:
+        The conversion of the whole model, with a row for each tensor.
+
     Raises:
         CheckpointError: it is another network, or a UPerNet that ours cannot be; the message names what.
         ValueError: a choice contradicts the checkpoint, or is missing.
@@ -93,13 +100,13 @@ def convert(source: Source, choices: Choices) -> Conversion:
     _check_head(head, model, place)
     settings = _mapping(model.get("decode_head"))
     part = _backbone(source.tensors, model, choices, place)
-    read = _levels_read(settings, part, place)
-    backbone = _of_levels(part, read)
+    read = _maps_read(settings, part, place)
+    backbone_config, backbone = _of_levels(part, read, place)
 
     classes, hidden, *_ = shape(head, "conv_seg.weight", 4, place, HEAD)
     align_corners = choices.settle("align_corners", stored(settings, "align_corners", False), False)
     config: dict[str, Any] = {
-        "backbone_config": {**part.config, "out_features": read},
+        "backbone_config": backbone_config,
         "hidden_size": hidden,
         "pool_scales": _pool_scales(head, settings, choices, place),
         "loss_ignore_index": 255 if settings.get("ignore_index") is None else settings["ignore_index"],
@@ -144,12 +151,11 @@ def convert(source: Source, choices: Choices) -> Conversion:
         tensors=tensors,
         rows=rows,
         preprocessing=preprocessing_of(source.settings, model, part.config.get("num_channels", 3), choices),
-        notes=[*source.notes, *choices.notes],
         only_fastuper="; ".join(reasons),
     )
 
 
-DIALECT = Dialect("a UPerNet of mmsegmentation", recognises, convert, "mmseg")
+DIALECT = Dialect("mmsegmentation's UPerNet", recognises, convert, library="mmseg")
 
 
 # The head -------------------------------------------------------------------------------------------------------------
@@ -193,25 +199,28 @@ def _check_head(head: Tensors, model: Settings, place: str) -> None:
         raise CheckpointError(f"{place} is a UPerNet over {levels} feature maps; fastuper's head reads {LEVELS}")
 
 
-def _levels_read(settings: Settings, part: BackbonePart, place: str) -> list[str]:
-    """Return the names of the stages whose maps the head reads."""
-    returned = list(part.config["out_features"])
+def _maps(part: BackbonePart) -> int:
+    """Return the number of maps that a backbone returns: of its stages, or of the levels of its neck."""
+    config = part.config
+    if "out_features" in config:
+        return len(config["out_features"])
+    return len(config["out_indices"] if config.get("neck") == "none" else config["neck_scales"])
+
+
+def _maps_read(settings: Settings, part: BackbonePart, place: str) -> list[int]:
+    """Return the numbers of the backbone's maps that the head reads, in its order."""
+    count = _maps(part)
     chosen = integers(settings, "in_index", place)
     if chosen is None:
-        chosen = list(range(len(returned)))
-    if any(not -len(returned) <= i < len(returned) for i in chosen):
-        raise CheckpointError(f"{place}: its head reads the maps {chosen}, its backbone returns {len(returned)}")
-    chosen = [i % len(returned) for i in chosen]
+        chosen = list(range(count))
+    if any(not -count <= i < count for i in chosen):
+        raise CheckpointError(f"{place}: its head reads the maps {chosen}, its backbone returns {count}")
     if len(chosen) != LEVELS:
         raise CheckpointError(
             f"{place}: its backbone returns {len(chosen)} feature maps to a head over {LEVELS}; "
             "its settings contradict its tensors"
         )
-    if chosen != sorted(set(chosen)):
-        raise CheckpointError(
-            f"{place}: its head reads the maps in the order {chosen}; fastuper's reads the finest first"
-        )
-    return [returned[i] for i in chosen]
+    return [i % count for i in chosen]
 
 
 def _pool_scales(head: Tensors, settings: Settings, choices: Choices, place: str) -> list[int]:
@@ -230,7 +239,7 @@ def _pool_scales(head: Tensors, settings: Settings, choices: Choices, place: str
 
 
 def _auxiliary(
-    tensors: Tensors, model: Settings, part: BackbonePart, read: list[str], classes: int, channels: int
+    tensors: Tensors, model: Settings, part: BackbonePart, read: list[int], classes: int, channels: int
 ) -> tuple[str, str, Settings]:
     """Return why the auxiliary head is left out ("" if it is not), the beginning of its names, and its settings."""
     settings = model.get("auxiliary_head")
@@ -248,7 +257,7 @@ def _auxiliary(
 
 
 def _auxiliary_fault(
-    head: Tensors, settings: Settings, part: BackbonePart, read: list[str], classes: int, channels: int
+    head: Tensors, settings: Settings, part: BackbonePart, read: list[int], classes: int, channels: int
 ) -> str:
     """Return why an auxiliary head is none of ours, which reads the third map, of so many channels; "" if it is."""
     if kind_of(settings) not in ("", "FCNHead"):
@@ -278,9 +287,9 @@ def _auxiliary_fault(
         return f"it reads a feature map of {first.shape[1]} channels, fastuper's the third, of {channels}"
     if not settings:
         return ""
-    index, returned = settings.get("in_index", -1), part.config["out_features"]
-    if type(index) is not int or not -len(returned) <= index < len(returned) or returned[index] != read[2]:
-        return f"it reads the feature map {shown(index)}, fastuper's the third"
+    index, count = settings.get("in_index", -1), _maps(part)
+    if type(index) is not int or not -count <= index < count or index % count != read[2]:
+        return f"it reads the backbone's map {shown(index)}, fastuper's the third that the head reads"
     return ""
 
 
@@ -306,9 +315,9 @@ def _backbone(tensors: Tensors, model: Settings, choices: Choices, place: str) -
     necked = len(both) > len(bare) or bool(model.get("neck"))
     settings = _mapping(model.get("backbone"))
     for dialect in BACKBONES:
-        if dialect.with_neck == necked and dialect.recognises(both if necked else bare):
-            if necked:
-                return dialect.convert(both, model, choices, place, "")
+        if dialect.with_neck and dialect.recognises(both):
+            return dialect.convert(both, model, choices, place, "")
+        if not dialect.with_neck and not necked and dialect.recognises(bare):
             return dialect.convert(bare, settings, choices, place, BACKBONE)
     what = shown(kind_of(settings)) if settings else f"of unknown kind (its names are {listed(bare, 2)})"
     if necked:
@@ -319,9 +328,22 @@ def _backbone(tensors: Tensors, model: Settings, choices: Choices, place: str) -
     )
 
 
-def _of_levels(part: BackbonePart, read: list[str]) -> Translated:
-    """Return the backbone's tensors by their names in a UPerNet, without norms of maps that the head does not read."""
-    unread = [f"hidden_states_norms.{name}." for name in part.config["out_features"] if name not in read]
+def _of_levels(part: BackbonePart, read: list[int], place: str) -> tuple[dict[str, Any], Translated]:
+    """Return the backbone's configuration and tensors, by their names in a UPerNet, for the maps that the head reads.
+
+    A stage's map that the head does not read is not returned, and its norm is left out.
+    """
+    config, unread = dict(part.config), []
+    if "out_features" in config:
+        if read != sorted(set(read)):
+            raise CheckpointError(
+                f"{place}: its head reads the maps {read} in this order; fastuper's reads the finest first"
+            )
+        names = config["out_features"]
+        config["out_features"] = [names[i] for i in read]
+        unread = [f"hidden_states_norms.{name}." for name in names if name not in config["out_features"]]
+    elif read != list(range(_maps(part))):
+        config["out_levels"] = read
     tensors = {
         BACKBONE + name: tensor
         for name, tensor in part.translated.tensors.items()
@@ -333,7 +355,7 @@ def _of_levels(part: BackbonePart, read: list[str]) -> Translated:
             rows.append(Row(row.source, (), "a norm of a feature map that the head does not read"))
         else:
             rows.append(Row(row.source, tuple(BACKBONE + target for target in row.targets), row.note))
-    return Translated(tensors, rows)
+    return config, Translated(tensors, rows)
 
 
 def _inside(tensors: Tensors, prefix: str) -> Tensors:

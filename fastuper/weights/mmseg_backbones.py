@@ -26,8 +26,9 @@ class BackbonePart:
     """A converted backbone of a UPerNet.
 
     Attributes:
-        config: the values of its configuration, with `model_type`, and with `out_features`: the stages of all maps that
-            the library's backbone returns, finest first. The head's converter selects the maps that the head reads.
+        config: the values of its configuration, with `model_type`. It is for all maps that the library's backbone
+            returns: `out_features` are their stages, finest first, or the maps are the levels of a `vit_pyramid`. The
+            head's converter selects the maps that the head reads.
         translated: tensors by the names of our backbone module, and a row for each of the source.
         words: the network in words: "Swin".
         only_fastuper: why Transformers cannot load the backbone; "" if it can.
@@ -48,8 +49,8 @@ class BackboneDialect:
         recognises: whether tensors, by their bare names, are of this kind.
         convert: takes the tensors by their bare names, the backbone's settings ({} if the checkpoint has none), the
             choices, the file's name, and the prefix of the names in the file; returns the backbone.
-        with_neck: True for a backbone with a neck. Then the names keep "backbone." and "neck.", the prefix is "", and
-            the settings are those of the whole model, with the keys "backbone" and "neck".
+        with_neck: True for a backbone that may have a neck. Then the names keep "backbone." and "neck.", the prefix is
+            "", and the settings are those of the whole model, with the keys "backbone" and "neck".
     """
 
     name: str
@@ -150,8 +151,8 @@ def activation(settings: Settings, place: str, owner: str) -> str:
     """
     act = settings.get("act_cfg") or {"type": "GELU"}
     names = {"GELU": "gelu", "ReLU": "relu"}
-    options = {name: value for name, value in act.items() if name not in ("type", "inplace")} if act else {}
-    if act.get("type") not in names or options:
+    options = act.keys() - {"type", "inplace"} if isinstance(act, Mapping) else {"type"}
+    if options or act.get("type") not in names:
         raise CheckpointError(f"{place}: {owner} has the activation {shown(act)}; GELU and ReLU can be converted")
     return names[act["type"]]
 

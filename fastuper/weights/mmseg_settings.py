@@ -93,7 +93,7 @@ def preprocessing_of(settings: Settings, model: Settings, channels: int, choices
         if order == "bgr":
             values["do_flip_channel_order"] = True
     if norm is not None and norm.get("mean") is None:
-        values |= {"do_rescale": False, "do_normalize": False}
+        values |= {"rescale_factor": 1.0, "do_normalize": False}  # floats from 0 to 255
     else:
         defaults = (MEAN, STD) if channels == 3 else ([0.0] * channels, [255.0] * channels)
         mean, std = (
@@ -108,11 +108,10 @@ def preprocessing_of(settings: Settings, model: Settings, channels: int, choices
             "image_mean": [round(value / 255, 12) for value in mean],
             "image_std": [round(value / 255, 12) for value in std],
         }
-    size = _size(settings, model)
-    if size is not None:
-        values["size"] = size
-    values["do_reduce_labels"] = _reduces_labels(settings)
-    return values
+    padding = _preprocessor(settings, model).get("test_cfg")
+    if isinstance(padding, Mapping) and padding:
+        choices.notes.append("mmsegmentation pads the images of this checkpoint in tests; fastuper does not pad")
+    return {**values, **_size(settings, model), "do_reduce_labels": _reduces_labels(settings)}
 
 
 def crop_size(settings: Settings, model: Settings) -> list[int] | None:
@@ -154,30 +153,30 @@ def _per_channel(value: Any, channels: int) -> list[float] | None:
     return [float(number) for number in (numbers * channels if len(numbers) == 1 else numbers)]
 
 
-def _size(settings: Settings, model: Settings) -> dict[str, int] | None:
-    """Return the size of the test images: of the step Resize, or the crop size of training.
+def _size(settings: Settings, model: Settings) -> dict[str, Any]:
+    """Return the options about the size of test images: of the step Resize, or the crop size of training.
 
     A Resize that keeps the aspect ratio takes the largest image whose longer side is at most the larger number, and
-    whose shorter side is at most the smaller. The pair is (width, height) for a Resize that does not keep it.
+    whose shorter side is at most the smaller. One that does not keep it takes (width, height). Without the step, images
+    keep their size.
     """
-    pipeline = settings.get("test_pipeline")
-    for step in _steps(pipeline):
-        scale = step.get("scale", step.get("img_scale"))
-        if _kind(step) == "MultiScaleFlipAug":
-            inner = [part for part in _steps(step.get("transforms")) if _kind(part) == "Resize"]
-            step = {"keep_ratio": True, **(inner[0] if inner else {})}
-        elif _kind(step) != "Resize":
-            continue
+    steps = _steps(settings.get("test_pipeline"))
+    outer = next((step for step in steps if _kind(step) == "MultiScaleFlipAug"), None)  # of 0.x
+    resize = next((step for step in steps if _kind(step) == "Resize"), None)
+    if steps and resize is None:
+        return {"do_resize": False}
+    if resize is not None:
+        scale = resize.get("scale", resize.get("img_scale", outer.get("img_scale") if outer else None))
         if isinstance(scale, list | tuple) and scale and isinstance(scale[0], list | tuple):
             scale = scale[0]
-        pair = _pair(scale)
-        if pair is None:
-            continue
-        if step.get("keep_ratio", _kind(step) == "Resize" and "img_scale" in step):
-            return {"shortest_edge": min(pair), "longest_edge": max(pair)}
-        return {"height": pair[1], "width": pair[0]}
+        if (pair := _pair(scale)) is not None:
+            if resize.get("keep_ratio", outer is not None or "img_scale" in resize):
+                return {"size": {"shortest_edge": min(pair), "longest_edge": max(pair)}}
+            return {"size": {"height": pair[1], "width": pair[0]}}
+        if scale is None and resize.get("scale_factor", 1.0) == 1.0:
+            return {"do_resize": False}
     crop = crop_size(settings, model)
-    return None if crop is None else {"height": crop[0], "width": crop[1]}
+    return {} if crop is None else {"size": {"height": crop[0], "width": crop[1]}}
 
 
 def _reduces_labels(settings: Settings) -> bool:

@@ -16,7 +16,7 @@ COLUMNS = ("checkpoint", "tensors", "sizes", "float32", "float64", "loads in")
 
 
 class Operators(ModuleType):
-    """A stand-in for mmcv's compiled operators, which mmcv-lite lacks: mmseg and mmpretrain only look at their names."""
+    """A stand-in for mmcv's compiled operators, which mmcv-lite lacks; mmseg and mmpretrain only look them up."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
