@@ -352,7 +352,7 @@ def test_upernet(name: str, tmp_path: Path, record_property: Callable[[str, Any]
                 worst[dtype], largest(case, made, lambda image: [theirs.to(image.dtype)(image).logits], dtype)
             )
         assert worst[dtype] < limit
-    record(record_property, name, case, tensors, worst)
+    record(record_property, name, case, tensors, worst, result.output)
 
 
 def values_of(model: UperNetForSemanticSegmentation) -> dict[str, Any]:
@@ -374,12 +374,19 @@ def in_transformers(folder: Path, expected: bool) -> nn.Module | None:
 
 
 def record(
-    record_property: Callable[[str, Any], None], name: str, case: Case, tensors: int, worst: Mapping[torch.dtype, float]
+    record_property: Callable[[str, Any], None],
+    name: str,
+    case: Case,
+    tensors: int,
+    worst: Mapping[torch.dtype, float],
+    output: str,
 ) -> None:
+    """Record a line of the table that the run prints at its end; `output` is the command's."""
     sizes = " ".join(f"{height}x{width}" for height, width in case.sizes)
     figures = [f"{worst[dtype]:.1e}" for dtype in LIMITS]
     places = "fastuper, Transformers" if case.transformers else "fastuper"
-    record_property("difference", (name, str(tensors), sizes, *figures, places))
+    verified = "yes" if "\nverified: " in output else "no"
+    record_property("difference", (name, str(tensors), sizes, *figures, places, verified))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -407,7 +414,7 @@ def test_backbone(name: str, tmp_path: Path, record_property: Callable[[str, Any
             for own in backbones
         )
         assert worst[dtype] < limit
-    record(record_property, name, case, tensors, worst)
+    record(record_property, name, case, tensors, worst, result.output)
 
 
 def with_norms(made: Made, folder: Path) -> Made:
