@@ -94,6 +94,12 @@ def convnext_classifier(folder: Path) -> Made:
     return save_authors(folder, network, network.features)
 
 
+def old_swin(folder: Path) -> Made:
+    return save_old_swin(
+        folder, img_size=128, embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=2, num_classes=5
+    )
+
+
 def smp(encoder: str, style: str = "folder", **arguments: Any) -> Maker:
     return lambda folder: save_smp(folder, encoder, style=style, **arguments)
 
@@ -242,9 +248,7 @@ UPERNETS = {
 
 BACKBONES = {
     "Swin authors' classifier": Case(
-        lambda folder: save_old_swin(
-            folder, img_size=128, embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=2, num_classes=5
-        ),
+        old_swin,
         sizes=((128, 128),),
     ),
     "ConvNeXt authors' classifier": Case(convnext_classifier),
