@@ -115,7 +115,7 @@ def _run_at_a_size(
         sizes.insert(0, (side := window * backbone.patch_size * 2 ** (len(backbone.depths) - 1), side))
     faults = []
     for height, width in sizes:
-        image = torch.from_numpy(np.ascontiguousarray(draw((height, width)))).float().permute(2, 0, 1)
+        image = torch.from_numpy(np.array(draw((height, width)))).float().permute(2, 0, 1)
         channels = [i % 3 for i in range(getattr(backbone, "num_channels", 3))]
         pixels = ((image[channels] / 255 - 0.45) / 0.225)[None]
         try:

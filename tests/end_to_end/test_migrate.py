@@ -15,7 +15,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from fastuper import UperNetImageProcessor
-from tests.end_to_end.migrate_page import run_section, sections
+from fastuper.weights.options import OPTIONS
+from tests.end_to_end.migrate_page import PAGE, run_section, sections
 from tests.parity import foreign_authors, foreign_mmseg, foreign_smp
 
 
@@ -83,6 +84,12 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 def test_every_section_with_commands_is_run():
     assert sections().keys() == MAKERS.keys()
+
+
+def test_the_page_has_every_option():
+    text = PAGE.read_text(encoding="utf-8")
+    for name in (*OPTIONS, "report", "weights_key", "no_verify"):
+        assert f"`--{name.replace('_', '-')}" in text, name
 
 
 @pytest.mark.parametrize("heading", MAKERS)

@@ -389,7 +389,7 @@ def record(
     sizes = " ".join(f"{height}x{width}" for height, width in case.sizes)
     figures = [f"{worst[dtype]:.1e}" if dtype in worst else "-" for dtype in LIMITS]
     places = "fastuper, Transformers" if case.transformers else "fastuper"
-    verified = "yes" if "\nverified: " in output else "no"
+    verified = "-" if not output else "yes" if "\nverified: " in output else "no"
     record_property("difference", (name, str(tensors), sizes, *figures, places, verified))
 
 
