@@ -110,11 +110,12 @@ def _run_at_a_size(
     backbone: Any = getattr(config, "backbone_config", config)
     built = getattr(backbone, "image_size", None)
     sizes = [*SIZES, *([(built, built)] if isinstance(built, int) else [tuple(built)] if built else [])]
-    if isinstance(window := getattr(backbone, "window_size", None), int):
+    window = getattr(backbone, "window_size", None)
+    if converted.conversion.kind == "backbone" and isinstance(window, int):
         sizes.insert(0, (side := window * backbone.patch_size * 2 ** (len(backbone.depths) - 1), side))
     faults = []
     for height, width in sizes:
-        image = torch.from_numpy(np.ascontiguousarray(draw((height, width)))).float().permute(2, 0, 1)
+        image = torch.from_numpy(np.array(draw((height, width)))).float().permute(2, 0, 1)
         channels = [i % 3 for i in range(getattr(backbone, "num_channels", 3))]
         pixels = ((image[channels] / 255 - 0.45) / 0.225)[None]
         try:

@@ -125,7 +125,8 @@ def test_other_kinds_are_refused_by_name(kind, tmp_path):
 
 def test_sources_that_are_no_folders(source, tmp_path):
     output = tmp_path / "model"
-    refused(run(source / "encoder_epoch_40.pth", output), output, "is one of the two files of Unified", "give the folder that contains it")
+    encoder = run(source / "encoder_epoch_40.pth", output)
+    refused(encoder, output, "is one of the two files of Unified", "give the folder that contains it")
     refused(run(tmp_path / "nowhere", output), output, "there is no such file or folder")
     assert run(source).exit_code == 2
     assert run(source, output, "--pooling", "max").exit_code == 2
