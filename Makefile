@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The last Transformers 4, with whose names and defaults the Hub's UPerNet checkpoints were saved.
 TRANSFORMERS4 := .cache/transformers-4.56.2
-# mmsegmentation, mmpretrain, segmentation_models_pytorch and timm, in a virtual environment of their own.
+# mmsegmentation, mmpretrain, segmentation_models_pytorch and timm, in a virtual environment of their own. Beside it an
+# old timm, whose Swin is that of Swin's own repository.
 FOREIGN := .cache/foreign
 # One worker for each core; idle workers take tests from busy ones.
 PARALLEL := --numprocesses auto --dist worksteal
@@ -52,6 +53,7 @@ $(FOREIGN)/.installed: pyproject.toml tests/foreign/requirements.txt
 	$(PYTHON) -m venv $(FOREIGN)
 	$(FOREIGN)/bin/python -m pip install --quiet --upgrade pip
 	$(FOREIGN)/bin/python -m pip install --quiet --requirement tests/foreign/requirements.txt --editable .
+	$(FOREIGN)/bin/python -m pip install --quiet --no-deps --target $(FOREIGN)/timm-0.6.13 timm==0.6.13
 	@touch $@
 
 test-foreign: $(FOREIGN)/.installed ## convert checkpoints that the real mmsegmentation, smp and timm make, and compare logits

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -180,14 +181,17 @@ def _of_mmseg(source: Source, converted: Converted) -> Run:
     try:
         with _stand_in_for_mmcv_ops():
             importlib.import_module("mmseg.models")
+            registries = [importlib.import_module("mmseg.registry").MODELS]
+            registries.append(registries[0].parent)
             if "mmpretrain." in repr(settings) or "mmcls." in repr(settings):
                 importlib.import_module("mmpretrain.models")
-            registry = importlib.import_module("mmseg.registry").MODELS
+                registries.append(importlib.import_module("mmpretrain.registry").MODELS)
     except (ImportError, AssertionError, RuntimeError, AttributeError) as error:
         raise NotVerifiable(f"mmsegmentation does not import: {error}") from None
-    values = {key: value for key, value in settings.items() if key not in ("data_preprocessor", "pretrained")}
+    values = _for_today({key: settings[key] for key in NETWORK if key in settings})
+    _check_kinds(values, {name for registry in registries for name in registry.module_dict})
     try:
-        model = registry.build(_for_today(values))
+        model = registries[0].build(values)
     except Exception as error:  # its class depends on the configuration
         raise NotVerifiable(f"mmsegmentation does not build the model ({type(error).__name__}: {error})") from None
     model = _load(model, source.tensors, "mmsegmentation")
@@ -199,19 +203,43 @@ def _of_mmseg(source: Source, converted: Converted) -> Run:
     return run
 
 
+NETWORK = ("type", "backbone", "neck", "decode_head", "auxiliary_head", "test_cfg")
+"""The settings of a segmentor that its logits depend on."""
+
+NOT_RUN = ("init_cfg", "pretrained", "loss_decode", "sampler")
+"""Settings inside them that logits do not depend on, and that may name files to read (also pickles, as weights)."""
+
+
 def _for_today(value: Any) -> Any:
-    """Return settings as mmsegmentation 1.x reads them: without weights to load, and without norms over processes."""
+    """Return settings as mmsegmentation 1.x reads them: without `NOT_RUN`, and without norms over processes."""
     if isinstance(value, list | tuple):
         return type(value)(_for_today(part) for part in value)
     if not isinstance(value, dict):
         return value
-    made = {key: _for_today(part) for key, part in value.items() if key not in ("init_cfg", "pretrained")}
+    made = {key: _for_today(part) for key, part in value.items() if key not in NOT_RUN}
     kind = made.get("type")
     if isinstance(kind, str):
         kind = kind.replace("mmcls.", "mmpretrain.")
         kind = "BN" if kind == "SyncBN" else kind
         made["type"] = kind.rpartition(".")[2] if kind.count(".") > 1 else kind  # the full name of a class
     return made
+
+
+def _check_kinds(value: Any, known: Collection[str]) -> None:
+    """Refuse a name of a class that mmengine would import: it imports any that is not registered, and calls it.
+
+    Raises:
+        NotVerifiable: a `type` is not registered.
+    """
+    if isinstance(value, list | tuple):
+        for part in value:
+            _check_kinds(part, known)
+    elif isinstance(value, dict):
+        kind = value.get("type", "EncoderDecoder")
+        if not isinstance(kind, str) or re.sub(r"^(mmseg|mmpretrain|mmengine)\.", "", kind) not in known:
+            raise NotVerifiable(f"its configuration names {shown(kind)}, which is no module of mmsegmentation")
+        for part in value.values():
+            _check_kinds(part, known)
 
 
 def _of_smp(source: Source, _: Converted) -> Run:

@@ -151,8 +151,8 @@ def activation(settings: Settings, place: str, owner: str) -> str:
     """
     act = settings.get("act_cfg") or {"type": "GELU"}
     names = {"GELU": "gelu", "ReLU": "relu"}
-    options = {name: value for name, value in act.items() if name not in ("type", "inplace")} if act else {}
-    if act.get("type") not in names or options:
+    options = act.keys() - {"type", "inplace"} if isinstance(act, Mapping) else {"type"}
+    if options or act.get("type") not in names:
         raise CheckpointError(f"{place}: {owner} has the activation {shown(act)}; GELU and ReLU can be converted")
     return names[act["type"]]
 

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 
 from fastuper.io.messages import shown
+from fastuper.weights.config_text import Unread
 from fastuper.weights.conversion import Choices, Rule, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.mmseg_backbones import (
+    BATCH_NORMS,
+    STATISTICS,
     BackboneDialect,
     BackbonePart,
     Settings,
@@ -29,6 +32,7 @@ from fastuper.weights.mmseg_backbones import (
     kind_of,
     shape,
     split,
+    stored,
 )
 
 BACKBONE = "backbone."
@@ -40,10 +44,7 @@ POSITIONS = BACKBONE + "pos_embed"
 
 LAYER, OURS = r"backbone\.layers\.(\d+)\.", r"encoder.layers.\1."
 QKV = tuple(rf"{OURS}attention.{part}.\2" for part in ("query", "key", "value"))
-BATCH_NORMS = ("BN", "SyncBN", "MMSyncBN")
 ONLY_FASTUPER = "Transformers has no vision transformer with such a neck"
-
-STATISTICS = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 BLOCKS = [
     Rule(r"backbone\.patch_embed\.(projection|norm)\.(weight|bias)", (r"embeddings.patch_embeddings.\1.\2",)),
@@ -156,7 +157,7 @@ def _multi_level_neck(tensors: Tensors, own: Settings, choices: Choices, place: 
     check_norm(own, BATCH_NORMS, 1e-5, place, "its neck")
     levels = len(_numbers(tensors, r"neck\.convs\.(\d+)\."))
     default = [4, 2, 1, 0.5] if levels == 4 else None
-    scales = choices.settle("neck_scales", own.get("scales", [0.5, 1, 2, 4]) if own else None, default)
+    scales = choices.settle("neck_scales", stored(own, "scales", [0.5, 1, 2, 4]), default)
     if len(scales) != levels:
         raise CheckpointError(f"{place}: its neck has {levels} levels, and neck_scales={shown(scales)}")
     config = {
@@ -187,7 +188,7 @@ def convert_vit(tensors: Tensors, settings: Settings, choices: Choices, place: s
     """
     own = _part_of(settings, "backbone")
     _check_kind(own, ("VisionTransformer",), place)
-    if own.get("output_cls_token"):
+    if _value(own, "output_cls_token", False, place):
         raise CheckpointError(f"{place}: output_cls_token=True cannot be converted: UPerNet reads maps alone")
     padding = own.get("patch_pad", "corner")
     if padding not in ("corner", 0):
@@ -195,25 +196,25 @@ def convert_vit(tensors: Tensors, settings: Settings, choices: Choices, place: s
     patch = _patch(tensors, place, prefix)
     _, tokens, width = shape(tensors, POSITIONS, 3, place, prefix)
     side = round((tokens - 1) ** 0.5)
-    size = _image_size(own, choices, side * patch if side * side == tokens - 1 else None)
+    size = _image_size(own, choices, place, side * patch if side * side == tokens - 1 else None)
     if (size[0] // patch) * (size[1] // patch) != tokens - 1:
         raise CheckpointError(
             f"{place}: {prefix}{POSITIONS} has {tokens} rows, but a class token and the patches of an image of "
             f"{size[0]} x {size[1]} (height x width) are {(size[0] // patch) * (size[1] // patch) + 1}"
         )
-    has_token = bool(own.get("with_cls_token", True))
+    has_token = _value(own, "with_cls_token", True, place)
     biased = f"{FIRST}attn.attn.in_proj_bias" in tensors
     config = {
         "image_size": size,
-        "num_attention_heads": _heads(choices, own.get("num_heads", 12) if own else None, max(width // 64, 1)),
+        "num_attention_heads": _heads(choices, stored(own, "num_heads", 12), max(width // 64, 1)),
         "pad_patches": padding == "corner",
         "use_class_token": has_token,
-        "interpolation": own.get("interpolate_mode", "bicubic"),
+        "interpolation": _value(own, "interpolate_mode", "bicubic", place),
         "pre_norm": f"{BACKBONE}ln_pre.weight" in tensors,
         "qkv_bias": biased,
         "key_bias": biased,
         "proj_bias": f"{FIRST}attn.attn.out_proj.bias" in tensors,
-        "hidden_dropout_prob": own.get("drop_rate", 0.0),
+        "hidden_dropout_prob": _value(own, "drop_rate", 0.0, place),
     }
     rules = [*VIT, *(WITH_TOKEN if has_token else WITHOUT_TOKEN)]
     return _part("ViT", config, rules, tensors, settings, choices, place, prefix)
@@ -230,7 +231,7 @@ def convert_beit(tensors: Tensors, settings: Settings, choices: Choices, place: 
     patch = _patch(tensors, place, prefix)
     rows, heads = shape(tensors, TABLE, 2, place, prefix)
     side = (round(max(rows - 3, 1) ** 0.5) + 1) // 2
-    size = _image_size(own, choices, side * patch if (2 * side - 1) ** 2 == rows - 3 else None)
+    size = _image_size(own, choices, place, side * patch if (2 * side - 1) ** 2 == rows - 3 else None)
     height, width = size[0] // patch, size[1] // patch
     if (2 * height - 1) * (2 * width - 1) != rows - 3:
         raise CheckpointError(
@@ -246,7 +247,9 @@ def convert_beit(tensors: Tensors, settings: Settings, choices: Choices, place: 
         "use_relative_position_bias": True,
         "qkv_bias": f"{FIRST}attn.q_bias" in tensors or f"{FIRST}attn.qkv.bias" in tensors,
         "key_bias": f"{FIRST}attn.qkv.bias" in tensors,
-        "layer_scale_init_value": (own.get("init_values") or 0.1) if f"{FIRST}gamma_1" in tensors else 0.0,
+        "layer_scale_init_value": (_value(own, "init_values", 0.1, place) or 0.1)
+        if f"{FIRST}gamma_1" in tensors
+        else 0.0,
     }
     words = "MAE" if has_positions else "BEiT"
     return _part(words, config, [*BEIT, *WITH_TOKEN], tensors, settings, choices, place, prefix)
@@ -285,8 +288,8 @@ def _part(
         "patch_bias": f"{BACKBONE}patch_embed.projection.bias" in tensors,
         "patch_norm": f"{BACKBONE}patch_embed.norm.weight" in tensors,
         "final_norm": f"{BACKBONE}ln1.weight" in tensors,
-        "attention_probs_dropout_prob": own.get("attn_drop_rate", 0.0),
-        "drop_path_rate": own.get("drop_path_rate", 0.0),
+        "attention_probs_dropout_prob": _value(own, "attn_drop_rate", 0.0, place),
+        "drop_path_rate": _value(own, "drop_path_rate", 0.0, place),
         **config,
         **neck.config,
         "out_indices": _out_indices(
@@ -326,21 +329,41 @@ def _patch(tensors: Tensors, place: str, prefix: str) -> int:
     return height
 
 
-def _image_size(own: Settings, choices: Choices, square: int | None) -> list[int]:
+def _value(own: Settings, name: str, default: Any, place: str) -> Any:
+    """Return a value of the settings, of its default's type; a whole number may stand for a number.
+
+    Raises:
+        CheckpointError: it is of another type, such as an expression that was not read.
+    """
+    value = own.get(name, default)
+    number = isinstance(default, float) and type(value) is int
+    if type(value) is not type(default) and not number:
+        raise CheckpointError(f"{place}: {name}={shown(value)} in its settings cannot be read")
+    return value
+
+
+def _image_size(own: Settings, choices: Choices, place: str, square: int | None) -> list[int]:
     """Return (height, width) of the image that tables were made for; `square` is the side of a square that fits."""
-    known = own.get("img_size", 224) if own else None
-    size = choices.settle("image_size", None if known is None else _pair(known), square and [square, square])
-    return _pair(size)
+    known = stored(own, "img_size", 224)
+    if known is not None and not isinstance(known, Unread):
+        known = _pair(integers({"img_size": known}, "img_size", place) or [])
+    size = _pair(choices.settle("image_size", known, square and [square, square]))
+    if len(size) != 2 or min(size) < 1:
+        raise CheckpointError(f"{place}: its image size is {shown(size)}, which is no height and width")
+    return size
 
 
-def _pair(size: Any) -> list[int]:
-    values = list(size) if isinstance(size, list | tuple) else [size]
-    return [int(value) for value in (values * 2)[:2]]
+def _pair(size: list[int]) -> list[int]:
+    return size * 2 if len(size) == 1 else size
 
 
-def _heads(choices: Choices, known: int | None, default: int | None) -> int:
-    heads = choices.settle("num_heads", known, default)
-    return int(heads[0] if isinstance(heads, list) else heads)
+def _heads(choices: Choices, known: Any, default: int | None) -> int:
+    """Return the number of attention heads; the option is a list, of one number here."""
+    known = known if known is None or isinstance(known, Unread) else [known]
+    heads = choices.settle("num_heads", known, default and [default])
+    if len(heads) != 1:
+        raise ValueError(f"num_heads={shown(heads)} must be one number: all blocks have as many attention heads")
+    return heads[0]
 
 
 def _out_indices(
@@ -350,16 +373,17 @@ def _out_indices(
 
     By default they lie after `twelfths` of the blocks, as in mmsegmentation's configurations.
     """
-    known = None
+    known: Any = None
     if own:
-        known = integers({"out_indices": own.get("out_indices", -1)}, "out_indices", place)
-        known = [layers - 1] if known == [-1] else sorted(set(known or []))
+        known = own.get("out_indices", -1)
+        if not isinstance(known, Unread):
+            known = [layers - 1] if known == -1 else sorted(set(integers(own, "out_indices", place) or []))
     default = [layers - 1] if neck.maps == 1 else [layers * part // 12 - 1 for part in twelfths]
-    indices = choices.settle("out_indices", known, default)
+    indices: list[int] = choices.settle("out_indices", known, default)
     if not all(type(index) is int and 0 <= index < layers for index in indices):
         raise CheckpointError(f"{place}: out_indices={shown(indices)} must be numbers of its {layers} blocks, from 0")
     stages = [index + 1 for index in indices]
-    return [0, *stages] if own.get("out_origin") else stages
+    return [0, *stages] if _value(own, "out_origin", False, place) else stages
 
 
 def _check_index(tensors: Tensors, height: int, width: int, place: str, prefix: str) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 LIBRARIES = ("mmcv", "mmengine", "mmpretrain", "mmseg", "segmentation_models_pytorch", "timm", "transformers")
-COLUMNS = ("checkpoint", "tensors", "sizes", "float32", "float64", "loads in")
+COLUMNS = ("checkpoint", "tensors", "sizes", "float32", "float64", "loads in", "--verify")
 
 
 class Operators(ModuleType):
-    """A stand-in for mmcv's compiled operators, which mmcv-lite lacks: mmseg and mmpretrain only look at their names."""
+    """A stand-in for mmcv's compiled operators, which mmcv-lite lacks; mmseg and mmpretrain only look them up."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

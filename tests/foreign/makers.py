@@ -6,13 +6,15 @@ Every parameter and every statistic of a norm is random, so that a tensor in the
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mmpretrain.models  # registers mmpretrain.ConvNeXt
-import mmseg.models  # registers EncoderDecoder  # noqa: F401
+import mmpretrain.models  # noqa: F401
+import mmseg.models  # noqa: F401
 import numpy as np
 import segmentation_models_pytorch as smp
 import timm
@@ -21,6 +23,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
+from mmengine.structures import PixelData
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -184,8 +187,6 @@ class Noise(BaseSegDataset):
     def prepare_data(self, idx: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(idx)
         sample = SegDataSample(metainfo={"img_shape": (64, 64), "pad_shape": (64, 64), "ori_shape": (64, 64)})
-        from mmengine.structures import PixelData
-
         labels = torch.randint(len(self.metainfo["classes"]), (1, 64, 64), generator=generator)
         sample.gt_sem_seg = PixelData(data=labels)
         image = torch.randint(256, (self.metainfo["channels"], 64, 64), dtype=torch.uint8, generator=generator)
@@ -231,7 +232,14 @@ def train_mmseg(settings: Mapping[str, Any], folder: Path, *, ema: bool = False,
     return Made(path, network.eval(), logits_of_mmseg(network))
 
 
-def save_mmseg(settings: Mapping[str, Any], folder: Path, *, style: str = "1.x", classes: int = 5) -> Made:
+def save_mmseg(
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    style: str = "1.x",
+    classes: int = 5,
+    authors: tuple[nn.Module, Mapping[str, Any]] | None = None,
+) -> Made:
     """Save a network as mmsegmentation does.
 
     Args:
@@ -241,8 +249,12 @@ def save_mmseg(settings: Mapping[str, Any], folder: Path, *, style: str = "1.x",
             alone), "wrapped" (`module.` before each name), "half" (float16), "ema" (`state_dict` and `ema_state_dict`),
             "safetensors".
         classes: the number of classes.
+        authors: a backbone of the authors' repositories in place of mmsegmentation's, and its settings.
     """
     network = build_mmseg(settings)
+    if authors is not None:
+        network.backbone = randomise(authors[0])
+        settings = {**settings, "backbone": authors[1]}
     names, palette = tuple(f"thing {i}" for i in range(classes)), COLOURS[:classes]
     state = network.state_dict()
     if style == "half":
@@ -344,3 +356,40 @@ def in_classifier(name: str, state: Mapping[str, torch.Tensor]) -> str:
         if candidate in state:
             return candidate
     raise KeyError(name)
+
+
+# ---------------------------------------------------------------------------------------------------------- the authors
+
+
+def save_authors(folder: Path, network: nn.Module, maps: Maps) -> Made:
+    """Save a classifier as the authors' scripts do: the weights under "model"."""
+    randomise(network)
+    path = folder / "classifier.pth"
+    torch.save({"model": network.state_dict()}, path)
+    return Made(path, network, maps)
+
+
+def save_old_swin(folder: Path, **arguments: Any) -> Made:
+    """Save a Swin of timm 0.6.13, which has the names and the order of channels of Swin's own repository."""
+    later = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "timm"}
+    for name in later:
+        del sys.modules[name]
+    sys.path.insert(0, str(Path(sys.prefix) / "timm-0.6.13"))
+    try:
+        network = importlib.import_module("timm.models.swin_transformer").SwinTransformer(**arguments)
+    finally:
+        del sys.path[0]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+            del sys.modules[name]
+        sys.modules.update(later)
+
+    def maps(image: torch.Tensor) -> list[torch.Tensor]:
+        found, x = [], network.patch_embed(image)
+        for layer in network.layers:
+            x = layer.blocks(x)
+            height, width = layer.input_resolution
+            found.append(x.transpose(1, 2).unflatten(2, (height, width)))
+            x = x if layer.downsample is None else layer.downsample(x)
+        return found
+
+    return save_authors(folder, network, maps)

@@ -130,16 +130,16 @@ class ResizedPyramid(nn.Module):
     ):
         super().__init__()
         self.channels = [channels] * len(scales)
-        self.scales = [float(scale) for scale in scales]
         self.lateral_convs = nn.ModuleList(NeckConv(dim, channels, 1, norm, hidden_act) for dim in in_channels)
+        self.rescales = nn.ModuleList(nn.Identity() if scale == 1 else Rescale(scale) for scale in scales)
         self.convs = nn.ModuleList(NeckConv(channels, channels, 3, norm, hidden_act) for _ in scales)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Map (B, C_l, H, W) to (B, channels, scale * H, scale * W), rounded down, but at least one pixel."""
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
         if len(laterals) == 1:
-            laterals *= len(self.scales)
-        return tuple(conv(rescale(x, scale)) for conv, x, scale in zip(self.convs, laterals, self.scales, strict=True))
+            laterals *= len(self.rescales)
+        return tuple(conv(rescale(x)) for conv, rescale, x in zip(self.convs, self.rescales, laterals, strict=True))
 
 
 class NeckConv(nn.Module):
@@ -156,36 +156,42 @@ class NeckConv(nn.Module):
         return self.activation(batch_norm(self.batch_norm, self.conv(x)))
 
 
-def rescale(x: torch.Tensor, scale: float) -> torch.Tensor:
+class Rescale(nn.Module):
     """Resample a map (bilinear) by a factor: coordinates are divided by it, and the size is rounded down.
 
-    A size of its own would give other coordinates: 5 rows become 2 by the factor 0.5, and lie 2 rows apart, not 2.5.
+    To resample to the rounded size would give other coordinates: with the factor 0.5, 5 rows become 2 rows, which lie
+    2 rows apart, not 2.5. A traced network is valid for all sizes if the factor is a whole number or 0.5, 0.25, ...;
+    with other factors it can be limited to sizes like the example's.
 
     Args:
-        x: (B, C, H, W).
         scale: the factor.
-
-    Returns:
-        (B, C, floor(scale * H), floor(scale * W)), each side at least 1.
     """
-    if scale == 1:
-        return x
-    height, width = x.shape[2:]
-    # Whole sizes are computed without rounding, which a tracer could not follow. Powers of 2 have an exact inverse.
-    if scale.is_integer():
-        return _resized(x, int(scale) * height, int(scale) * width)
-    step = 1 / scale
-    if _is_power_of_two(step) and height >= step and width >= step:
-        rows, columns = height // int(step), width // int(step)
-        # The positions read no further than the last whole step; without the rest, size and factor agree.
-        return _resized(x[:, :, : rows * int(step), : columns * int(step)], rows, columns)
-    if min(height, width) * scale < 1:
-        return _resized(x, max(int(height * scale), 1), max(int(width * scale), 1))
-    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
 
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = float(scale)
+        # Whole numbers need no rounding, which a tracer could not follow. Powers of 2 alone have an exact inverse.
+        self.times = int(scale) if float(scale).is_integer() else 0
+        step = 1 / scale
+        self.step = int(step) if step.is_integer() and int(step).bit_count() == 1 else 0
 
-def _is_power_of_two(number: float) -> bool:
-    return number.is_integer() and int(number).bit_count() == 1
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to (B, C, floor(scale * H), floor(scale * W)), each side at least 1."""
+        height, width = x.shape[2:]
+        if self.times:
+            return _resized(x, self.times * height, self.times * width)
+        if self.step and height >= self.step and width >= self.step:
+            # A position lies in the middle of `step` rows, half-way between two of them: bilinear is their mean.
+            cut = self.step // 2 - 1
+            middle = x[:, :, cut : height - cut, cut : width - cut] if cut else x
+            return F.avg_pool2d(middle, 2, self.step)
+        if height * self.scale < 1 or width * self.scale < 1:
+            return _resized(x, max(int(height * self.scale), 1), max(int(width * self.scale), 1))
+        return F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False)
+
+    def extra_repr(self) -> str:
+        """Show the factor."""
+        return f"scale={self.scale}"
 
 
 def _resized(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
