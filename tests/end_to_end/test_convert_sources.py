@@ -383,3 +383,26 @@ def test_half_of_a_backbone_of_transformers_is_refused(tmp_path):
     torch.save(half, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"lacks \d+ of the \d+ tensors of a Dinov2Backbone, such as"):
         UperNetForSemanticSegmentation(UperNetConfig(**values))
+
+
+def test_a_backbone_goes_back_to_timm(tmp_path):
+    values = {"dims": [8, 12, 16, 20], "depths": [1, 1, 2, 1]}
+    theirs = timm.create_model("convnext_atto", num_classes=0, **values).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    assert run(tmp_path / "timm.pth", tmp_path / "ours", "--no-verify").exit_code == 0
+    result = run(tmp_path / "ours", tmp_path / "back", "--to", "timm", "--report", tmp_path / "report.csv")
+    assert result.exit_code == 0, result.output
+    assert os.listdir(tmp_path / "back") == ["model.safetensors"]
+    back = read_source(tmp_path / "back").tensors
+    expected = {name: tensor for name, tensor in theirs.state_dict().items() if not name.startswith("head.")}
+    assert_same(expected, {name: tensor.view_as(expected[name]) for name, tensor in back.items()})
+    refused(
+        run(tmp_path / "ours", tmp_path / "b", "--to", "timm", "--verify"), tmp_path / "b", "no option but --report"
+    )
+    refused(run(tmp_path / "back", tmp_path / "b", "--to", "timm"), tmp_path / "b", "config.json")
+    (tmp_path / "ours" / "model.safetensors").unlink()
+    half = {name: tensor for name, tensor in back.items() if "stages.1" not in name}
+    torch.save(half, tmp_path / "ours" / "pytorch_model.bin")
+    refused(
+        run(tmp_path / "ours", tmp_path / "b", "--to", "timm"), tmp_path / "b", "these are not weights of a convnext"
+    )
