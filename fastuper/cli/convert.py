@@ -40,7 +40,7 @@ def _flag(name: str, option: Option) -> Any:
     if option.kind == "flag":
         return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
     if option.kind == "choice":
-        return Annotated[Literal[option.values] | None, typer.Option(flag, help=text)]  # type: ignore[name-defined]
+        return Annotated[Literal[option.values] | None, typer.Option(flag, help=text)]
     return Annotated[Any, typer.Option(flag, parser=_numbers, metavar="N,N,...", help=text)]
 
 

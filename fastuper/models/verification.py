@@ -142,7 +142,7 @@ def _maps(converted: Converted, pixels: torch.Tensor, count: int) -> list[torch.
 # Libraries ------------------------------------------------------------------------------------------------------------
 
 
-def _load(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> nn.Module:
+def _load(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> Any:
     """Load a source's tensors into the library's model; all that it needs must be there."""
     missing, _ = model.load_state_dict(dict(tensors), strict=False)
     computed = ("num_batches_tracked", "relative_position_index", "attn_mask")
