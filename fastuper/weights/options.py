@@ -59,7 +59,7 @@ OPTIONS: Mapping[str, Option] = {
     "dilations": Option("dilation of each stage", "integers"),
     "channel_order": Option("order of an image's channels", "choice", ("rgb", "bgr")),
     "neck_scales": Option("factors of a neck's levels, such as 4, 2, 1, 0.5", "numbers"),
-    "image_size": Option("image size, height and width, that the position table was made for", "integers"),
+    "image_size": Option("image size, height and width, of the position table or of timm's windows", "integers"),
     "mean": Option("mean of each channel, in 0 to 255", "numbers"),
     "std": Option("standard deviation of each channel, in 0 to 255", "numbers"),
     "pooling": Option(

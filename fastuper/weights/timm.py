@@ -39,6 +39,7 @@ WRAPPERS = ("backbone._backbone.", "_backbone.", "timm_model.", "model.", "body.
 """What libraries put before timm's names: a UPerNet, backbone and classifier of Transformers, timm's own wrappers."""
 
 IN_UPERNET = "backbone._backbone."
+FROZEN = "the backbone's BatchNorms were fixed (freeze_batch_norm_2d=True); they would train here"
 NAMED_BACKBONE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs")
 
 Settings = Mapping[str, Any]
@@ -463,6 +464,7 @@ def convert_upernet(source: Source, choices: Choices) -> Conversion:
         tensors,
         rows,
         _own_preprocessing(place),
+        (FROZEN,) if backbone.get("freeze_batch_norm_2d") else (),
         only_fastuper=ONLY_FASTUPER.get(own["model_type"], ""),
     )
 

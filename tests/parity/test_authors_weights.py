@@ -10,6 +10,7 @@ from torch import nn
 
 from bench.numerics import error
 from bench.pairs import images, randomize
+from fastuper import UperNetConfig, UperNetForSemanticSegmentation
 from fastuper.weights.authors import CONVNEXT, SWIN
 from fastuper.weights.checkpoints import read_source
 from fastuper.weights.conversion import Choices, Conversion
@@ -17,6 +18,7 @@ from fastuper.weights.convert import convert_source
 from fastuper.weights.errors import CheckpointError
 from tests.parity.conversions import converted, network, stages_of
 from tests.parity.foreign_authors import ConvNext, SwinBackbone, SwinClassifier
+from tests.parity.foreign_mmseg import EncoderDecoder, FCNHead, UPerHead
 
 SETTINGS: dict[str, Any] = {"type": "SwinTransformer", "drop_path_rate": 0.3}
 
@@ -170,6 +172,20 @@ def test_convnexts_upernet(values, settings, options):
         found = network(conversion)(pixels).feature_maps
         expected = model(pixels)
     assert all(error(x, y) < 1e-10 for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "channels"),
+    [(lambda: SwinBackbone(window=3, ape=True), (8, 16, 32, 64)), (lambda: ConvNext(classes=None), (8, 12, 16, 24))],
+)
+def test_whole_upernets(build, channels):
+    model = drawn(EncoderDecoder(build(), UPerHead(channels), FCNHead(channels[2])))
+    conversion = converted(model.state_dict())
+    ours = UperNetForSemanticSegmentation(UperNetConfig.from_dict(dict(conversion.config)))
+    ours.load_state_dict(dict(conversion.tensors), strict=False, assign=True)
+    pixels = images(1, 3, 67, 93)
+    with torch.no_grad():
+        assert error(ours.eval()(pixels).logits, model(pixels)) < 1e-10
 
 
 def test_options_that_contradict_the_file():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from timm.models._features import FeatureListNet
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -291,6 +292,14 @@ def test_an_activation_in_the_configuration():
         assert error(x, y) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torchvisions_resnets_have_timms_names(name):
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)().state_dict()
+        shapes = {key: value.shape for key, value in timm.create_model(name).state_dict().items()}
+    assert {key: value.shape for key, value in theirs.items()} == shapes
+
+
 def test_another_model_of_timm():
     with pytest.raises(CheckpointError, match=r"timm's 'vit_tiny_patch16_224'; ConvNeXt, ResNet and Swin can"):
         converted({"cls_token": torch.ones(1)}, {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}})
@@ -327,6 +336,10 @@ def test_a_upernet_over_a_timm_backbone(upernet):
     assert ours.config.backbone_config.model_type == "resnet_deep_stem"
     assert ours.config.id2label == model.config.id2label
     assert "Transformers" in conversion.only_fastuper
+    settings = {**model.config.to_dict(), "num_labels": 3}
+    settings["backbone_config"] = {**settings["backbone_config"], "freeze_batch_norm_2d": True}
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert any("freeze_batch_norm_2d" in note for note in converted(state, settings).notes)
 
 
 def test_upernets_that_stay_as_they_are(upernet):
