@@ -155,7 +155,7 @@ BOUNDS: dict[str, Bound] = {
     "out_levels": _whole(0, STAGES, items=STAGES, optional=True),
     "downsample_in_first_stage": FLAG,
     "downsample_in_bottleneck": FLAG,
-    # Backbones of Transformers that are not ours.
+    # Vision transformers, ours and Transformers'.
     "num_hidden_layers": _whole(1, DEEPEST),
     "num_attention_heads": _whole(1, WIDEST),
     "intermediate_size": _whole(1, 4 * WIDEST),

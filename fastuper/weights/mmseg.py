@@ -189,8 +189,8 @@ def _check_head(head: Tensors, model: Settings, place: str) -> None:
         raise CheckpointError(f"{place}: {HEAD}{bare[0]} has no BatchNorm; it cannot be converted: fastuper's has one")
     for name, expected in (("conv_cfg", "Conv2d"), ("act_cfg", "ReLU")):
         value = settings.get(name)
-        kind = value.get("type") if isinstance(value, Mapping) else value
-        if kind not in (None, expected) or (name == "act_cfg" and name in settings and value is None):
+        given = value.get("type") if isinstance(value, Mapping) else value
+        if given not in (None, expected) or (name == "act_cfg" and name in settings and value is None):
             raise CheckpointError(
                 f"{place}: its head has {name}={shown(value)}; it cannot be converted: {expected} can"
             )

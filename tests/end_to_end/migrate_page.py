@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "migrate.md"
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
-    """Return (language, text) of each fenced block, by the heading of its section; sections without blocks are left out."""
+    """Return (language, text) of each fenced block, by the heading of its section; others are left out."""
     found = {}
     for section in re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         heading, _, text = section.partition("\n")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 LIBRARIES = ("mmcv", "mmengine", "mmpretrain", "mmseg", "segmentation_models_pytorch", "timm", "transformers")
-COLUMNS = ("checkpoint", "tensors", "sizes", "float32", "float64", "loads in")
+COLUMNS = ("checkpoint", "tensors", "sizes", "float32", "float64", "loads in", "--verify")
 
 
 class Operators(ModuleType):

@@ -94,6 +94,12 @@ def convnext_classifier(folder: Path) -> Made:
     return save_authors(folder, network, network.features)
 
 
+def old_swin(folder: Path) -> Made:
+    return save_old_swin(
+        folder, img_size=128, embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=2, num_classes=5
+    )
+
+
 def smp(encoder: str, style: str = "folder", **arguments: Any) -> Maker:
     return lambda folder: save_smp(folder, encoder, style=style, **arguments)
 
@@ -242,9 +248,7 @@ UPERNETS = {
 
 BACKBONES = {
     "Swin authors' classifier": Case(
-        lambda folder: save_old_swin(
-            folder, img_size=128, embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=2, num_classes=5
-        ),
+        old_swin,
         sizes=((128, 128),),
     ),
     "ConvNeXt authors' classifier": Case(convnext_classifier),
@@ -352,7 +356,7 @@ def test_upernet(name: str, tmp_path: Path, record_property: Callable[[str, Any]
                 worst[dtype], largest(case, made, lambda image: [theirs.to(image.dtype)(image).logits], dtype)
             )
         assert worst[dtype] < limit
-    record(record_property, name, case, tensors, worst)
+    record(record_property, name, case, tensors, worst, result.output)
 
 
 def values_of(model: UperNetForSemanticSegmentation) -> dict[str, Any]:
@@ -374,12 +378,19 @@ def in_transformers(folder: Path, expected: bool) -> nn.Module | None:
 
 
 def record(
-    record_property: Callable[[str, Any], None], name: str, case: Case, tensors: int, worst: Mapping[torch.dtype, float]
+    record_property: Callable[[str, Any], None],
+    name: str,
+    case: Case,
+    tensors: int,
+    worst: Mapping[torch.dtype, float],
+    output: str,
 ) -> None:
+    """Record a line of the table that the run prints at its end; `output` is the command's."""
     sizes = " ".join(f"{height}x{width}" for height, width in case.sizes)
     figures = [f"{worst[dtype]:.1e}" for dtype in LIMITS]
     places = "fastuper, Transformers" if case.transformers else "fastuper"
-    record_property("difference", (name, str(tensors), sizes, *figures, places))
+    verified = "yes" if "\nverified: " in output else "no"
+    record_property("difference", (name, str(tensors), sizes, *figures, places, verified))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -407,7 +418,7 @@ def test_backbone(name: str, tmp_path: Path, record_property: Callable[[str, Any
             for own in backbones
         )
         assert worst[dtype] < limit
-    record(record_property, name, case, tensors, worst)
+    record(record_property, name, case, tensors, worst, result.output)
 
 
 def with_norms(made: Made, folder: Path) -> Made:

@@ -14,7 +14,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastuper.models.upernet
-from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper import (
+    ConvNextConfig,
+    ResNetConfig,
+    SwinConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    ViTPyramidConfig,
+)
 
 BACKBONES = {
     "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 2, 1], drop_path_rate=0.3),
@@ -24,6 +31,22 @@ BACKBONES = {
     # At least 16 channels: with fewer, oneDNN 3.12's backward pass of strided 1x1 convolutions writes out of bounds (on
     # AVX512, two threads, an odd number of images).
     "resnet": lambda: ResNetConfig(embedding_size=16, hidden_sizes=[32, 32, 32, 32], depths=[2, 2, 2, 2]),
+    "vit_pyramid": lambda: ViTPyramidConfig(
+        image_size=64,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        intermediate_size=32,
+        use_absolute_embeddings=False,
+        use_relative_position_bias=True,
+        layer_scale_init_value=0.1,
+        hidden_dropout_prob=0.2,
+        attention_probs_dropout_prob=0.1,
+        drop_path_rate=0.3,
+        neck="transposed",
+        neck_scales=[2, 1, 0.5, 0.25],
+    ),
 }
 
 

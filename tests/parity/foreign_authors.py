@@ -115,7 +115,7 @@ class SwinBlock(nn.Module):
         mask = None
         if shift > 0:
             x = torch.roll(x, shifts=(-shift, -shift), dims=(1, 2))
-            mask = shift_mask(hp, wp, window, shift)
+            mask = shift_mask(hp, wp, window, shift).to(x.dtype)
         x = window_reverse(self.attn(window_partition(x, window), mask), window, hp, wp)
         if shift > 0:
             x = torch.roll(x, shifts=(shift, shift), dims=(1, 2))

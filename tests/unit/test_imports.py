@@ -38,6 +38,7 @@ ORDER = (
     "fastuper.models.untouched",
     "fastuper.models.norms",
     "fastuper.models.gradient_checkpointing",
+    "fastuper.models.backbones.layers",
     "fastuper.models.necks",
     "fastuper.models.backbones",
     "fastuper.models.heads",

@@ -7,6 +7,7 @@ MAE https://arxiv.org/abs/2111.06377; the networks and the necks are mmsegmentat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -164,7 +165,6 @@ class ViTPyramidConfig(BackboneConfig):
         self.neck_act = neck_act
         self.out_levels = as_list(out_levels)
         self.initializer_range = initializer_range
-        extra.pop("depths", None)  # follow from num_hidden_layers
         check_bounds({"num_hidden_layers": num_hidden_layers})
         if out_features is None and out_indices is None:
             out_indices = sorted({-(-num_hidden_layers * quarter // 4) for quarter in (1, 2, 3, 4)})
@@ -173,7 +173,6 @@ class ViTPyramidConfig(BackboneConfig):
 
     def check(self) -> None:
         """Check all values; see `Config.check`."""
-        self.depths = [1] * self.num_hidden_layers
         super().check()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -206,6 +205,18 @@ class ViTPyramidConfig(BackboneConfig):
             raise ValueError(
                 f"neck='resized' reads one map, or one for each of neck_scales={self.neck_scales}; "
                 f"got out_features={self.out_features}"
+            )
+
+    @property
+    def depths(self) -> list[int]:
+        """The number of blocks of each stage: 1, for each of `num_hidden_layers`."""
+        return [1] * self.num_hidden_layers
+
+    @depths.setter
+    def depths(self, depths: Sequence[int]) -> None:
+        if depths != self.depths:
+            raise ValueError(
+                f"depths={shown(depths)} follow from num_hidden_layers={self.num_hidden_layers}; leave them out"
             )
 
     def read_all_stages(self) -> None:
@@ -575,10 +586,21 @@ PRESETS = {
 }
 
 
+def depths(name: str, config: ViTPyramidConfig) -> int:
+    """Return the layer depth of a parameter: 0 in the neck, 1 in the last block, one more in each block before it.
+
+    It is BEiT's rule (https://arxiv.org/abs/2106.08254); the final norm has the depth 0 too, the patches' the largest.
+    """
+    if match := re.match(r"encoder\.layers\.(\d+)\.", name):
+        return config.num_hidden_layers - int(match[1])
+    return config.num_hidden_layers + 1 if name.startswith("embeddings.") else 0
+
+
 register(
     "vit_pyramid",
     ViTPyramidConfig,
     ViTPyramidBackbone,
     presets=PRESETS,
+    depths=depths,
     names=Names(parts=("embeddings", "encoder", "neck")),
 )
