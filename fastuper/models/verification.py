@@ -293,6 +293,8 @@ def _of_timm(source: Source, converted: Converted) -> Run:
         # Ours shifts windows in every second block and pads maps first: both are equal where windows fill all maps.
         side = config.window_size * config.patch_size * 2 ** (len(config.depths) - 1)
         arguments |= {"always_partition": True, "img_size": side}
+    elif config.model_type == "swin_timm":
+        arguments["img_size"] = config.image_size
     try:
         model = timm.create_model(architecture, pretrained=False, **{**arguments, "num_classes": 0})
     except Exception as error:  # its class depends on the values

@@ -379,7 +379,8 @@ def _out_indices(
         if not isinstance(known, Unread):
             known = [layers - 1] if known == -1 else sorted(set(integers(own, "out_indices", place) or []))
     default = [layers - 1] if neck.maps == 1 else [layers * part // 12 - 1 for part in twelfths]
-    indices: list[int] = choices.settle("out_indices", known, default)
+    distinct = default[0] >= 0 and default == sorted(set(default))
+    indices: list[int] = choices.settle("out_indices", known, default if distinct else None)
     if not all(type(index) is int and 0 <= index < layers for index in indices):
         raise CheckpointError(f"{place}: out_indices={shown(indices)} must be numbers of its {layers} blocks, from 0")
     stages = [index + 1 for index in indices]

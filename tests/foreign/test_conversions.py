@@ -383,11 +383,11 @@ def record(
     case: Case,
     tensors: int,
     worst: Mapping[torch.dtype, float],
-    output: str,
+    output: str = "",
 ) -> None:
     """Record a line of the table that the run prints at its end; `output` is the command's."""
     sizes = " ".join(f"{height}x{width}" for height, width in case.sizes)
-    figures = [f"{worst[dtype]:.1e}" for dtype in LIMITS]
+    figures = [f"{worst[dtype]:.1e}" if dtype in worst else "-" for dtype in LIMITS]
     places = "fastuper, Transformers" if case.transformers else "fastuper"
     verified = "yes" if "\nverified: " in output else "no"
     record_property("difference", (name, str(tensors), sizes, *figures, places, verified))

@@ -20,7 +20,9 @@ from tests.foreign.test_conversions import (
     SWIN,
     SWIN_CHANNELS,
     VIT,
+    Case,
     difference,
+    record,
 )
 
 BASIC_CHANNELS = (4, 8, 16, 32)
@@ -113,7 +115,7 @@ def converted(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name):
+def test_options(name, record_property):
     make, size = OPTIONS[name]
     settings = make()
     network: Any = build_mmseg(settings).double()
@@ -125,10 +127,13 @@ def test_options(name):
     channels = settings["backbone"].get("in_channels", 3)
     image = torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert difference(model(image).logits, logits_of_mmseg(network)(image)[0]) < 1e-10
+        worst = difference(model(image).logits, logits_of_mmseg(network)(image)[0])
+        assert worst < 1e-10
         if model.config.use_auxiliary_head:
             expected = network.auxiliary_head(network.extract_feat(image))
             assert difference(model.auxiliary_head(model.backbone(image).feature_maps), expected) < 1e-10
+    case = Case(lambda _: network, sizes=[size], transformers=not conversion.only_fastuper)
+    record(record_property, f"mmseg {name}", case, len(network.state_dict()), {torch.float64: worst})
 
 
 def over_resnet(head: str, **values: Any) -> dict[str, Any]:
