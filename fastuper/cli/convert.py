@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fastuper.cli.common import EXPECTED_ERRORS, folder, leave, make_folder, not_empty
 from fastuper.io.messages import about, name_of, one_line, printable
 from fastuper.weights.options import OPTIONS, Option
+
+if TYPE_CHECKING:
+    from fastuper.weights.conversion import Row
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
@@ -37,7 +40,7 @@ def _flag(name: str, option: Option) -> Any:
     if option.kind == "flag":
         return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
     if option.kind == "choice":
-        return Annotated[Literal[option.values] | None, typer.Option(flag, help=text)]  # type: ignore[name-defined]
+        return Annotated[Literal[option.values] | None, typer.Option(flag, help=text)]
     return Annotated[Any, typer.Option(flag, parser=_numbers, metavar="N,N,...", help=text)]
 
 
@@ -103,6 +106,10 @@ def convert_checkpoint(
             show_default="verify if that library is installed",
         ),
     ] = None,
+    to: Annotated[
+        Literal["fastuper", "timm"],
+        typer.Option(help="timm: write the backbone of a model folder by timm's names, as model.safetensors."),
+    ] = "fastuper",
     given: dict[str, Any],
 ) -> None:
     """Turn another library's checkpoint into a model folder.
@@ -121,22 +128,13 @@ def convert_checkpoint(
     if report is not None:
         _check_report(report, target)
 
-    import numpy as np
-
-    from fastuper.models.converted import build_converted, report_text, save_converted, summary
-    from fastuper.models.verification import verify_converted
-    from fastuper.scenes.dataset import scene
-    from fastuper.weights.checkpoints import read_source
-    from fastuper.weights.conversion import Choices
-    from fastuper.weights.convert import convert_source
-
     try:
-        choices = Choices(given)
-        read = read_source(source, weights_key)
-        converted = build_converted(read.place, convert_source(read, choices))
-        lines = summary(converted)
-        if verify is not False:
-            lines.append(verify_converted(read, converted, lambda size: np.asarray(scene(0, size)[0]), bool(verify)))
+        if to == "timm":
+            if weights_key is not None or verify or any(value is not None for value in given.values()):
+                raise ValueError("--to timm takes a model folder of fastuper, and no option but --report")
+            rows, initial, lines, save = _for_timm(source)
+        else:
+            rows, initial, lines, save = _from_library(source, weights_key, given, verify)
     except (*EXPECTED_ERRORS, TypeError, ImportError) as error:
         # Most messages name a file of the folder already.
         leave(f"cannot convert {one_line(error) if str(source) in str(error) else about(source, error)}")
@@ -144,6 +142,7 @@ def convert_checkpoint(
         typer.echo(printable(line))
 
     from fastuper.io.files import atomic_folder
+    from fastuper.models.converted import report_text
     from fastuper_kernels.dispatch.files import atomic_path
 
     make_folder(target.parent)
@@ -153,18 +152,57 @@ def convert_checkpoint(
             if report is not None:
                 place = report
                 path = files.enter_context(atomic_path(report))
-                path.write_text(report_text(converted, lines, report.suffix.lower()), encoding="utf-8")
+                path.write_text(report_text(rows, initial, lines, report.suffix.lower()), encoding="utf-8")
                 place = output
             temporary = files.enter_context(atomic_folder(target))
-            save_converted(converted, temporary)
+            save(temporary)
             if target.exists():
                 target.rmdir()
     except EXPECTED_ERRORS as error:
         typer.echo(f"fastuper: cannot write {about(place, error)}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{'backbone' if converted.conversion.kind == 'backbone' else 'model'} in {output}")
+    typer.echo(f"written to {output}")
     if report is not None:
         typer.echo(f"report in {report}")
+
+
+Result = tuple[Sequence["Row"], Sequence[str], list[str], Callable[[Path], None]]
+"""The rows of all tensors, the names of tensors with initial values, lines to print, and what writes a folder."""
+
+
+def _from_library(source: Path, weights_key: str | None, given: dict[str, Any], verify: bool | None) -> Result:
+    """Convert another library's checkpoint."""
+    import numpy as np
+
+    from fastuper.models.converted import build_converted, save_converted, summary
+    from fastuper.models.verification import verify_converted
+    from fastuper.scenes.dataset import scene
+    from fastuper.weights.checkpoints import read_source
+    from fastuper.weights.conversion import Choices
+    from fastuper.weights.convert import convert_source
+
+    choices = Choices(given)
+    read = read_source(source, weights_key)
+    converted = build_converted(read.place, convert_source(read, choices))
+    lines = summary(converted)
+    if verify is not False:
+        lines.append(verify_converted(read, converted, lambda size: np.asarray(scene(0, size)[0]), bool(verify)))
+    return converted.conversion.rows, converted.initial, lines, partial(save_converted, converted)
+
+
+def _for_timm(source: Path) -> Result:
+    """Give the backbone of a model folder timm's names."""
+    from fastuper.models.converted import backbone_for_timm
+    from fastuper.weights.writing import as_independent, atomic_weights, split_weights
+
+    translated, lines = backbone_for_timm(source)
+
+    def save(folder: Path) -> None:
+        tensors = as_independent(translated.tensors)
+        with atomic_weights(folder, tensors, split_weights(tensors, True, "5GB", None)):
+            pass
+
+    return translated.rows, (), lines, save
 
 
 def _check_new(output: Path, target: Path) -> None:

@@ -334,8 +334,8 @@ class Config(ConfigMethods):
             library = next((name for key, name in LIBRARIES.items() if key in values), None)
             origin = f"it was written by {library}" if library else f"it has none of the values of {cls.__name__}"
             raise ValueError(
-                f"{path} has no model_type (here {cls.model_type!r}), and {origin}; run `fastuper convert` on its folder, "
-                "or load the model with the library that wrote it"
+                f"{path} has no model_type (here {cls.model_type!r}), and {origin}; run `fastuper convert` on its "
+                "folder, or load the model with the library that wrote it"
             )
 
     def __eq__(self, other: object) -> bool:

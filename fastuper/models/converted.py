@@ -15,13 +15,19 @@ import torch
 from torch import nn
 
 from fastuper.data.processor import UperNetImageProcessor
+from fastuper.io.files import read_json
 from fastuper.io.messages import listed, printable
 from fastuper.models.backbones import build_backbone
+from fastuper.models.backbones.foreign import OUTPUT_NORMS
+from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper.models.pretrained import check_conversion
 from fastuper.models.pyramid_configuration import backbone_config_from
 from fastuper.models.upernet import UperNetForSemanticSegmentation
-from fastuper.weights.conversion import Conversion, Row
+from fastuper.weights.conversion import Conversion, Row, Translated
+from fastuper.weights.errors import CheckpointError
+from fastuper.weights.reading import read_weights
+from fastuper.weights.timm import to_timm
 from fastuper.weights.writing import as_independent, atomic_weights, split_weights
 
 MODELS: dict[str, Any] = {
@@ -102,22 +108,41 @@ def _save_backbone(converted: Converted, folder: Path) -> None:
         config.save_pretrained(folder)
 
 
+def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
+    """Return a backbone by timm's names, and lines about it.
+
+    Args:
+        folder: a model folder of a UPerNet or of a backbone, ours or Transformers'.
+
+    Raises:
+        CheckpointError: the folder has no weights, or other tensors than its configuration's.
+        OSError: it has no config.json.
+        ValueError: timm has no such backbone.
+    """
+    values = read_json(folder / "config.json")
+    config = backbone_config_from(values.get("backbone_config") or values)
+    tensors, _ = read_weights(folder)
+    heads = [name for name in tensors if name.startswith(("decode_head.", "auxiliary_head."))]
+    translated = to_timm(config.to_dict(), tensors, checkpoint_names(config.model_type))
+    own = build_backbone(config).state_dict()
+    made = {row.source for row in translated.rows}
+    if missing := [n for n in own if n not in made and not checkpoint_names(config.model_type).is_computed(n)]:
+        missing = [name for name in missing if not name.startswith(OUTPUT_NORMS)]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of the backbone's tensors, such as {listed(missing, 2)}")
+    rows = [*translated.rows, *(Row(name, (), "timm has no heads of a UPerNet") for name in heads)]
+    lines = [f"{folder}: the {config.model_type} backbone, by timm's names", *_counts(rows)]
+    lines.append("load it by timm.create_model(NAME, num_classes=0, checkpoint_path=...), NAME of the same network")
+    return Translated(translated.tensors, rows), lines
+
+
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
 def summary(converted: Converted) -> list[str]:
     """Return lines about a conversion: counts of tensors, what was left out and chosen, and who can load it."""
     conversion = converted.conversion
-    made = [row for row in conversion.rows if row.targets]
-    lines = [f"{converted.place}: {conversion.dialect}"]
-    changed = sum(1 for row in made if row.note)
-    lines.append(f"converted {len(made)} of {len(conversion.rows)} tensors, {changed} of them with changed values")
-    left_out: dict[str, list[str]] = {}
-    for row in conversion.rows:
-        if not row.targets:
-            left_out.setdefault(row.note, []).append(row.source)
-    for note, names in left_out.items():
-        lines.append(f"left out {len(names)} tensors ({listed(names, 2)}): {note}")
+    lines = [f"{converted.place}: {conversion.dialect}", *_counts(conversion.rows)]
     if converted.initial:
         verb = "not written" if conversion.kind == "backbone" else "initialised newly"
         lines.append(
@@ -129,21 +154,33 @@ def summary(converted: Converted) -> list[str]:
     return lines
 
 
-def report_text(converted: Converted, lines: Sequence[str], form: str) -> str:
+def _counts(rows: Sequence[Row]) -> list[str]:
+    """Return lines about the numbers of tensors, and those that were left out."""
+    made = [row for row in rows if row.targets]
+    changed = sum(1 for row in made if row.note)
+    lines = [f"converted {len(made)} of {len(rows)} tensors, {changed} of them with changed values"]
+    left_out: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.targets:
+            left_out.setdefault(row.note, []).append(row.source)
+    return lines + [f"left out {len(names)} tensors ({listed(names, 2)}): {why}" for why, names in left_out.items()]
+
+
+def report_text(table: Sequence[Row], initial: Sequence[str], lines: Sequence[str], form: str) -> str:
     """Return a table of all tensors: the source's name, the model's names, and what was changed.
 
     Args:
-        converted: the conversion.
-        lines: sentences about it, from `summary` and the verification.
+        table: a row for each tensor of the source.
+        initial: the names of tensors with initial values.
+        lines: sentences about the conversion, from `summary` and the verification.
         form: ".csv", ".json", or another suffix for a table of Markdown.
     """
-    conversion = converted.conversion
-    rows = [(row.source, " ".join(row.targets), _done(row)) for row in conversion.rows]
-    rows += [("", name, "initialised: the source cannot have it") for name in converted.initial]
+    rows = [(row.source, " ".join(row.targets), _done(row)) for row in table]
+    rows += [("", name, "initialised: the source cannot have it") for name in initial]
     head = ("source", "target", "what was done")
     if form == ".json":
-        tensors = [{"source": row.source, "targets": list(row.targets), "note": _done(row)} for row in conversion.rows]
-        content = {"notes": list(lines), "tensors": tensors, "initialised": list(converted.initial)}
+        tensors = [{"source": row.source, "targets": list(row.targets), "note": _done(row)} for row in table]
+        content = {"notes": list(lines), "tensors": tensors, "initialised": list(initial)}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     if form == ".csv":
         stream = io.StringIO()
@@ -152,8 +189,10 @@ def report_text(converted: Converted, lines: Sequence[str], form: str) -> str:
     cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     cells.insert(1, ["-" * width for width in widths])
-    table = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([*(f"- {printable(line)}" for line in lines), "", *table]) + "\n"
+    lines_of_table = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return "\n".join([*(f"- {printable(line)}" for line in lines), "", *lines_of_table]) + "\n"
 
 
 def _done(row: Row) -> str:

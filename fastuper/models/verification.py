@@ -111,7 +111,8 @@ def _run_at_a_size(
     backbone: Any = getattr(config, "backbone_config", config)
     built = getattr(backbone, "image_size", None)
     sizes = [*SIZES, *([(built, built)] if isinstance(built, int) else [tuple(built)] if built else [])]
-    if isinstance(window := getattr(backbone, "window_size", None), int):
+    window = getattr(backbone, "window_size", None)
+    if converted.conversion.kind == "backbone" and isinstance(window, int):
         sizes.insert(0, (side := window * backbone.patch_size * 2 ** (len(backbone.depths) - 1), side))
     faults = []
     for height, width in sizes:
@@ -141,7 +142,7 @@ def _maps(converted: Converted, pixels: torch.Tensor, count: int) -> list[torch.
 # Libraries ------------------------------------------------------------------------------------------------------------
 
 
-def _load(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> nn.Module:
+def _load(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> Any:
     """Load a source's tensors into the library's model; all that it needs must be there."""
     missing, _ = model.load_state_dict(dict(tensors), strict=False)
     computed = ("num_batches_tracked", "relative_position_index", "attn_mask")
@@ -241,10 +242,31 @@ def _check_kinds(value: Any, known: Collection[str]) -> None:
             _check_kinds(part, known)
 
 
+FILES = ("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "encoder_weights")
+"""Arguments of timm and smp that name weights to read or to fetch."""
+
+
+def _arguments(values: Any) -> dict[str, Any]:
+    """Return a network's arguments in a config.json, without those that name files."""
+    return {k: v for k, v in values.items() if k not in FILES} if isinstance(values, Mapping) else {}
+
+
+def _check_architecture(name: str) -> None:
+    """Refuse a name that timm would look up in a folder or on the Hub ("hf_hub:...").
+
+    Raises:
+        NotVerifiable: timm itself has no such model.
+    """
+    if not importlib.import_module("timm").is_model(name):
+        raise NotVerifiable(f"timm has no model {shown(name)}")
+
+
 def _of_smp(source: Source, _: Converted) -> Run:
-    values = {key: value for key, value in source.settings.items() if not key.startswith("_")}
-    if "encoder_name" not in values:
+    values = {key: value for key, value in _arguments(source.settings).items() if not key.startswith("_")}
+    if not isinstance(encoder := values.get("encoder_name"), str):
         raise NotVerifiable("the checkpoint has no config.json from which segmentation_models_pytorch builds a model")
+    if encoder.startswith(("tu-", "timm-")):
+        _check_architecture(encoder.partition("-")[2])
     smp = importlib.import_module("segmentation_models_pytorch")
     try:
         model = smp.UPerNet(**{**values, "encoder_weights": None, "activation": None})  # the outputs are logits
@@ -263,13 +285,16 @@ def _of_timm(source: Source, converted: Converted) -> Run:
     architecture = source.settings.get("architecture")
     if not isinstance(architecture, str):
         raise NotVerifiable("the checkpoint has no config.json that names timm's architecture")
+    _check_architecture(architecture)
     timm = importlib.import_module("timm")
     config: Any = converted.model.config
-    arguments = {"in_chans": getattr(config, "num_channels", 3), **(source.settings.get("model_args") or {})}
+    arguments = {"in_chans": getattr(config, "num_channels", 3), **_arguments(source.settings.get("model_args"))}
     if config.model_type == "swin":
         # Ours shifts windows in every second block and pads maps first: both are equal where windows fill all maps.
         side = config.window_size * config.patch_size * 2 ** (len(config.depths) - 1)
         arguments |= {"always_partition": True, "img_size": side}
+    elif config.model_type == "swin_timm":
+        arguments["img_size"] = config.image_size
     try:
         model = timm.create_model(architecture, pretrained=False, **{**arguments, "num_classes": 0})
     except Exception as error:  # its class depends on the values

@@ -175,9 +175,9 @@ def build_model(
     if drop_path_rate is not None:
         set_drop_path_rate(config, drop_path_rate)
     if model is None:
-        network = UperNetForSemanticSegmentation(config)
+        network: UperNetForSemanticSegmentation = UperNetForSemanticSegmentation(config)
     else:
-        network, info = UperNetForSemanticSegmentation.from_pretrained(
+        loaded: Any = UperNetForSemanticSegmentation.from_pretrained(
             None if tensors else model,
             config=config,
             state_dict=tensors,
@@ -185,6 +185,7 @@ def build_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+        network, info = loaded
         classifiers = {name for name, _, _ in info["mismatched_keys"] if ".classifier." in name}
         others = {name for name, _, _ in info["mismatched_keys"]} | info["missing_keys"]
         wrong = [name for name in sorted(others - classifiers) if not name.startswith("auxiliary_head.")]

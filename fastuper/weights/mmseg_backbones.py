@@ -428,6 +428,8 @@ def convert_resnet(tensors: Tensors, settings: Settings, choices: Choices, place
     for name, values in (("strides", strides), ("dilations", dilations)):
         if len(values) != len(depths):
             raise CheckpointError(f"{place}: {name}={shown(values)} are not as many as the {len(depths)} stages")
+    if not settings and any(dilation > 1 for dilation in dilations):
+        choices.notes.append("contract_dilation: False (the default; the checkpoint does not say)")
     grid = integers(settings, "multi_grid", place)
     if grid is not None:  # one for each block of the last stage; more have no effect
         grid = grid[: depths[-1]]

@@ -409,8 +409,9 @@ ONLY_FASTUPER = {
 def _numbers(settings: Any, name: str, count: int) -> list[float] | None:
     """Return a list of `count` numbers of a config.json; None if it has none."""
     value = settings.get(name) if isinstance(settings, Mapping) else None
-    fits = isinstance(value, list | tuple) and len(value) == count
-    return [float(number) for number in value] if fits and all(isinstance(n, int | float) for n in value) else None
+    if not isinstance(value, list | tuple) or len(value) != count:
+        return None
+    return [float(number) for number in value] if all(isinstance(n, int | float) for n in value) else None
 
 
 def convert_upernet(source: Source, choices: Choices) -> Conversion:

@@ -53,7 +53,7 @@ def test_a_converted_folder_is_the_model_in_memory(source, tmp_path):
         "no texture head: the official code has none",
         "pooling: precise_roi (the default; the checkpoint does not say)",
         "Transformers cannot load the folder: it has no Unified Perceptual Parsing",
-        f"model in {output}",
+        f"written to {output}",
     ):
         assert line in result.output
 
@@ -125,12 +125,8 @@ def test_other_kinds_are_refused_by_name(kind, tmp_path):
 
 def test_sources_that_are_no_folders(source, tmp_path):
     output = tmp_path / "model"
-    refused(
-        run(source / "encoder_epoch_40.pth", output),
-        output,
-        "is one of the two files of Unified",
-        "give the folder that contains it",
-    )
+    encoder = run(source / "encoder_epoch_40.pth", output)
+    refused(encoder, output, "is one of the two files of Unified", "give the folder that contains it")
     refused(run(tmp_path / "nowhere", output), output, "there is no such file or folder")
     assert run(source).exit_code == 2
     assert run(source, output, "--pooling", "max").exit_code == 2

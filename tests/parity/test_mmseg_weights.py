@@ -134,6 +134,8 @@ def test_logits(case):
     if case not in NEEDS_SETTINGS:
         bare = convert(network, **GIVEN.get(case, {}))
         assert all(torch.equal(tensor, bare.tensors[name]) for name, tensor in conversion.tensors.items())
+        contracts = [note for note in bare.notes if note.startswith("contract_dilation: False")]
+        assert bool(contracts) is ("dilated" in case)
         same = {"out_features", "depths", "num_channels", "downsample_in_bottleneck", "strides", "dilations"}
         wanted, found = (c.config["backbone_config"] for c in (conversion, bare))
         assert all(found.get(name) == wanted.get(name) for name in same)

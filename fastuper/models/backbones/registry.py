@@ -32,7 +32,8 @@ class Family:
         network: its network; `network(config)` builds it.
         presets: functions that return a configuration, by the preset's name ("convnext-tiny").
         depths: returns how many times layer-wise learning rate decay applies to a parameter, from the parameter's name
-            in the network and the backbone's configuration; see `stage_depths`. None if the family does not support the decay.
+            in the network and the backbone's configuration; see `stage_depths`. None if the family does not support the
+            decay.
         names: the names of its tensors in the checkpoints of Transformers, where they are not the network's.
 
     Raises:
@@ -65,7 +66,8 @@ class Family:
                 raise TypeError(f"preset {name!r} must be a function that returns a configuration, got {preset!r}")
         if self.depths is not None and not callable(self.depths):
             raise TypeError(
-                f"backbone {self.model_type!r}: depths must be a function of a name and a configuration, got {self.depths!r}"
+                f"backbone {self.model_type!r}: depths must be a function of a name and a configuration, got "
+                f"{self.depths!r}"
             )
         if not isinstance(self.names, Names):
             raise TypeError(f"backbone {self.model_type!r}: names must be a Names, got {self.names!r}")

@@ -245,7 +245,7 @@ class Tokens(NamedTuple):
     def as_map(self) -> torch.Tensor:
         """Return the patches as a map (B, C, height, width)."""
         patches = self.values[:, self.values.shape[1] - self.height * self.width :]
-        return patches.transpose(1, 2).unflatten(2, (self.height, self.width))
+        return patches.transpose(1, 2).reshape(patches.shape[0], -1, self.height, self.width)
 
 
 class ViTPatchEmbeddings(nn.Module):
@@ -315,7 +315,7 @@ class ViTEmbeddings(nn.Module):
         if is_eager() and height * width == count:
             return table
         extra, own = table[:, : self.extra], table[:, self.extra :]
-        maps = own.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        maps = own.reshape(1, *self.grid, -1).permute(0, 3, 1, 2)
         resized = F.interpolate(maps, (height, width), mode=self.interpolation, align_corners=False)
         patches = resized.flatten(2).transpose(1, 2)
         if not is_eager():  # a traced network computes both: it compares no sizes
@@ -330,14 +330,14 @@ class RelativePositions(NamedTuple):
     A table has (2 h - 1) * (2 w - 1) entries for pairs of patches of the configured grid (h, w), row by row.
 
     Attributes:
-        index: (N, N), the entry for each pair of the N patches, in a table resampled for their grid; in the table
+        entries: (N, N), the entry for each pair of the N patches, in a table resampled for their grid; in the table
             itself if `size` is None.
         size: rows and columns of the resampled table; None if the table is not resampled.
         own: (N, N), the entry in the table itself, if a traced network computes both; else None.
         is_own: (1, 1), whether the number of patches is the configured one, in a traced network; else None.
     """
 
-    index: torch.Tensor
+    entries: torch.Tensor
     size: tuple[int, int] | None = None
     own: torch.Tensor | None = None
     is_own: torch.Tensor | None = None
@@ -351,10 +351,12 @@ def relative_positions(grid: tuple[int, int], height: int, width: int, device: t
     count, place = grid[0] * grid[1], torch.arange(height * width, device=device)
     if is_eager() and height * width == count:
         return RelativePositions(pair_index(place, *grid))
-    index, size = pair_index(place, height, width), (2 * height - 1, 2 * width - 1)
+    entries, size = pair_index(place, height, width), (2 * height - 1, 2 * width - 1)
     if is_eager():
-        return RelativePositions(index, size)
-    return RelativePositions(index, size, pair_index(place.clamp(max=count - 1), *grid), place[-1:, None] == count - 1)
+        return RelativePositions(entries, size)
+    return RelativePositions(
+        entries, size, pair_index(place.clamp(max=count - 1), *grid), place[-1:, None] == count - 1
+    )
 
 
 def pair_index(place: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -392,7 +394,7 @@ class ViTAttention(nn.Module):
             maps = table.view(1, 2 * self.grid[0] - 1, 2 * self.grid[1] - 1, -1).permute(0, 3, 1, 2)
             resized = F.interpolate(maps, relative.size, mode="bilinear", align_corners=False)
             pairs = resized.flatten(2)[0].t()
-        bias = pairs[relative.index].permute(2, 0, 1)
+        bias = pairs[relative.entries].permute(2, 0, 1)
         if relative.own is not None and relative.is_own is not None:
             bias = torch.where(relative.is_own, table[relative.own].permute(2, 0, 1), bias)
         heads, count, _ = bias.shape
@@ -402,7 +404,7 @@ class ViTAttention(nn.Module):
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Reshape (B, L, C) to (B, heads, L, C / heads)."""
-        return x.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], self.num_attention_heads, -1).transpose(1, 2)
 
     def forward(
         self, x: torch.Tensor, relative: RelativePositions | None, output_attentions: bool
