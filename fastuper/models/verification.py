@@ -21,6 +21,7 @@ from fastuper.io.messages import listed, shown
 from fastuper.models.converted import Converted
 from fastuper.weights.conversion import Source
 from fastuper.weights.errors import CheckpointError
+from fastuper.weights.mmseg_backbones import short_types
 
 LARGEST = 1e-4
 """The largest difference of outputs, relative to the largest output, with which a conversion counts as right."""
@@ -188,7 +189,7 @@ def _of_mmseg(source: Source, converted: Converted) -> Run:
                 registries.append(importlib.import_module("mmpretrain.registry").MODELS)
     except (ImportError, AssertionError, RuntimeError, AttributeError) as error:
         raise NotVerifiable(f"mmsegmentation does not import: {error}") from None
-    values = _for_today({key: settings[key] for key in NETWORK if key in settings})
+    values = _for_today(short_types({key: settings[key] for key in NETWORK if key in settings}))
     _check_kinds(values, {name for registry in registries for name in registry.module_dict})
     try:
         model = registries[0].build(values)
@@ -206,8 +207,8 @@ def _of_mmseg(source: Source, converted: Converted) -> Run:
 NETWORK = ("type", "backbone", "neck", "decode_head", "auxiliary_head", "test_cfg")
 """The settings of a segmentor that its logits depend on."""
 
-NOT_RUN = ("init_cfg", "pretrained", "loss_decode", "sampler")
-"""Settings inside them that logits do not depend on, and that may name files to read (also pickles, as weights)."""
+NOT_RUN = ("init_cfg", "pretrained", "loss_decode", "sampler", "_delete_")
+"""Settings inside them that logits do not depend on. Some name files to read (also pickles, as weights)."""
 
 
 def _for_today(value: Any) -> Any:
@@ -220,8 +221,7 @@ def _for_today(value: Any) -> Any:
     kind = made.get("type")
     if isinstance(kind, str):
         kind = kind.replace("mmcls.", "mmpretrain.")
-        kind = "BN" if kind == "SyncBN" else kind
-        made["type"] = kind.rpartition(".")[2] if kind.count(".") > 1 else kind  # the full name of a class
+        made["type"] = "BN" if kind == "SyncBN" else kind
     return made
 
 

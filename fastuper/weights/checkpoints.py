@@ -227,9 +227,16 @@ def _settings(content: Mapping[Any, Any], meta: Mapping[Any, Any], notes: list[s
     ):
         if isinstance(given, str):
             try:
-                return read_config_text(given)
+                values = read_config_text(given)
             except CheckpointError as error:
                 notes.append(f"its configuration, {place}, is not read: {error}")
+                continue
+            if "_base_" not in values:
+                return values
+            # What such a text leaves out is in those files, and not the library's default.
+            notes.append(
+                f"its configuration, {place}, is not read: it changes other files (_base_), which are not here"
+            )
         elif (values := as_values(given)) is not None:
             return {str(name): value for name, value in values.items()}
     return {}

@@ -94,9 +94,10 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
         return names[node.id]
     if isinstance(node, ast.Dict):
         return _items([(key, value) for key, value in zip(node.keys, node.values, strict=True)], node, names)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        keywords = [(k.arg if k.arg is None else ast.Constant(k.arg), k.value) for k in node.keywords]
-        return _items(keywords, node, names)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and len(node.args) < 2:
+        items: list[tuple[Any, ast.expr]] = [(None, part) for part in node.args]  # names with dots: dict({'a.b': 1})
+        items += [(k.arg if k.arg is None else ast.Constant(k.arg), k.value) for k in node.keywords]
+        return _items(items, node, names)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         number = _value(node.operand, names)
         if isinstance(number, int | float):

@@ -26,7 +26,7 @@ OTHER_NETWORKS = (
     (r"(pixel_level_module|transformer_module|class_predictor)\.", "Mask2Former or MaskFormer of Transformers"),
     (r"decode_head\.(c1_bottleneck|sep_bottleneck)\.", "DeepLab V3+"),
     (r"decode_head\.(aspp_modules|image_pool)\.", "DeepLab V3 (ASPP)"),
-    (r"decode_head\.linear_(c\d|fuse)\.|segformer\.|backbone\.block\d\.\d+\.attn\.", "SegFormer"),
+    (r"decode_head\.linear_(c\d|fuse)\.|segformer\.|backbone\.block\d\.\d+\.attn\.(q|kv)\.", "SegFormer"),
     (r"decode_head\.fusion_conv\.", "SegFormer (its head)"),
     (r"decode_head\.(object_context_block|spatial_gather)|decode_head\.\d+\.object_context_block", "OCRNet"),
     (r"decode_head\.up_convs\.|neck\.mla\.", "SETR"),

@@ -28,6 +28,7 @@ from fastuper.weights.mmseg_backbones import (
     integers,
     kind_of,
     shape,
+    short_types,
     stored,
 )
 from fastuper.weights.mmseg_settings import classes_of, preprocessing_of, tests_of
@@ -95,7 +96,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
         CheckpointError: it is another network, or a UPerNet that ours cannot be; the message names what.
         ValueError: a choice contradicts the checkpoint, or is missing.
     """
-    place, model = source.place, _mapping(source.settings.get("model"))
+    place, model = source.place, short_types(_mapping(source.settings.get("model")))
     head = _inside(source.tensors, HEAD)
     _check_head(head, model, place)
     settings = _mapping(model.get("decode_head"))

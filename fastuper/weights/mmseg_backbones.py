@@ -67,6 +67,36 @@ def kind_of(settings: Settings) -> str:
     return str(settings.get("type", "")).rpartition(".")[2]
 
 
+REGISTERED = {
+    "BatchNorm2d": "BN",
+    "SyncBatchNorm": "SyncBN",
+    "LayerNorm": "LN",
+    "LayerNorm2d": "LN2d",
+    "GroupNorm": "GN",
+    "InstanceNorm2d": "IN",
+}
+"""Names in mmengine's registries of classes that are registered by another name."""
+
+
+def short_types(value: Any) -> Any:
+    """Return settings in which each `type` is a name of mmengine's registries, as "SwinTransformer".
+
+    A configuration that imports classes is written with their full names, as "mmseg.models.SwinTransformer" and
+    "torch.nn.LayerNorm". The library stays before the names of mmpretrain and mmcls, whose networks are others.
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(short_types(part) for part in value)
+    if not isinstance(value, Mapping):
+        return value
+    made = {name: short_types(part) for name, part in value.items()}
+    kind = made.get("type")
+    if isinstance(kind, str) and kind.count(".") > 1:
+        library, name = kind.partition(".")[0], kind.rpartition(".")[2]
+        own = library in ("mmpretrain", "mmcls") and name not in REGISTERED
+        made["type"] = f"{library}.{name}" if own else REGISTERED.get(name, name)
+    return made
+
+
 def stored(settings: Settings, name: str, default: Any) -> Any:
     """Return a value of the settings, the library's default if they leave it out, or None without settings."""
     return settings.get(name, default) if settings else None

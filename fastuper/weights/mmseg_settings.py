@@ -111,7 +111,7 @@ def preprocessing_of(settings: Settings, model: Settings, channels: int, choices
     padding = _preprocessor(settings, model).get("test_cfg")
     if isinstance(padding, Mapping) and padding:
         choices.notes.append("mmsegmentation pads the images of this checkpoint in tests; fastuper does not pad")
-    return {**values, **_size(settings, model), "do_reduce_labels": _reduces_labels(settings)}
+    return {**values, **_size(settings, model, choices), "do_reduce_labels": _reduces_labels(settings)}
 
 
 def crop_size(settings: Settings, model: Settings) -> list[int] | None:
@@ -153,19 +153,30 @@ def _per_channel(value: Any, channels: int) -> list[float] | None:
     return [float(number) for number in (numbers * channels if len(numbers) == 1 else numbers)]
 
 
-def _size(settings: Settings, model: Settings) -> dict[str, Any]:
-    """Return the options about the size of test images: of the step Resize, or the crop size of training.
+def _size(settings: Settings, model: Settings, choices: Choices) -> dict[str, Any]:
+    """Return the options about the size of test images: of the step that resizes, or the crop size of training.
 
     A Resize that keeps the aspect ratio takes the largest image whose longer side is at most the larger number, and
-    whose shorter side is at most the smaller. One that does not keep it takes (width, height). Without the step, images
-    keep their size.
+    whose shorter side is at most the smaller, as ResizeShortestEdge does. One that does not keep it takes (width,
+    height). Without such a step, images keep their size. Steps that a size cannot say become notes.
     """
     steps = _steps(settings.get("test_pipeline"))
     outer = next((step for step in steps if _kind(step) == "MultiScaleFlipAug"), None)  # of 0.x
-    resize = next((step for step in steps if _kind(step) == "Resize"), None)
+    resize = next((step for step in steps if _kind(step) in ("Resize", "ResizeShortestEdge")), None)
+    for step in steps:
+        if _kind(step) == "ResizeToMultiple":
+            divisor = step.get("size_divisor", 32)
+            choices.notes.append(
+                f"mmsegmentation stretches test images to multiples of {divisor} pixels; fastuper does with "
+                f"size_divisor={divisor} of the image processor"
+            )
     if steps and resize is None:
         return {"do_resize": False}
-    if resize is not None:
+    if resize is not None and _kind(resize) == "ResizeShortestEdge":
+        short, longest = _pair(resize.get("scale")), resize.get("max_size")
+        if short is not None and type(longest) is int:
+            return {"size": {"shortest_edge": min(short), "longest_edge": longest}}
+    elif resize is not None:
         scale = resize.get("scale", resize.get("img_scale", outer.get("img_scale") if outer else None))
         if isinstance(scale, list | tuple) and scale and isinstance(scale[0], list | tuple):
             scale = scale[0]
@@ -173,7 +184,13 @@ def _size(settings: Settings, model: Settings) -> dict[str, Any]:
             if resize.get("keep_ratio", outer is not None or "img_scale" in resize):
                 return {"size": {"shortest_edge": min(pair), "longest_edge": max(pair)}}
             return {"size": {"height": pair[1], "width": pair[0]}}
-        if scale is None and resize.get("scale_factor", 1.0) == 1.0:
+        if scale is None:
+            factor = resize.get("scale_factor", 1.0)
+            if factor != 1.0:
+                choices.notes.append(
+                    f"mmsegmentation resizes test images by the factor {factor}; fastuper does not resize them: do so "
+                    "before"
+                )
             return {"do_resize": False}
     crop = crop_size(settings, model)
     return {} if crop is None else {"size": {"height": crop[0], "width": crop[1]}}

@@ -18,6 +18,7 @@ from fastuper import UperNetConfig, UperNetForSemanticSegmentation, UperNetImage
 from fastuper.models.converted import build_converted, save_converted
 from fastuper.weights.conversion import Choices, Conversion, Source
 from fastuper.weights.convert import check_filled, convert_source
+from fastuper.weights.errors import CheckpointError
 from tests.parity.foreign_mmseg import (
     BasicBlock,
     ConvNext,
@@ -387,6 +388,13 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
                 "do_reduce_labels": False,
             },
         ),
+        (
+            {
+                "data_preprocessor": {"bgr_to_rgb": True, **NORM},
+                "test_pipeline": [{"type": "mmseg.ResizeShortestEdge", "scale": (96, 64), "max_size": 200}],
+            },
+            {**IMAGENET, "size": {"shortest_edge": 64, "longest_edge": 200}, "do_reduce_labels": False},
+        ),
         ({}, {**IMAGENET, "do_reduce_labels": False}),
     ],
 )
@@ -394,6 +402,35 @@ def test_preprocessing(config, expected):
     conversion = convert_source(Source("x.pth", tensors("convnext"), {**NOTHING, **config}), Choices())
     assert dict(conversion.preprocessing) == expected
     UperNetImageProcessor.from_dict(dict(conversion.preprocessing))
+
+
+@pytest.mark.parametrize(
+    ("step", "note"),
+    [
+        ({"type": "Resize", "scale_factor": 0.5, "keep_ratio": True}, "by the factor 0.5; fastuper does not"),
+        ({"type": "ResizeToMultiple", "size_divisor": 16}, "multiples of 16 pixels"),
+    ],
+)
+def test_sizes_that_a_processor_cannot_say_are_noted(step, note):
+    config = {**NOTHING, "data_preprocessor": {"size": (64, 64), **NORM}, "test_pipeline": [step]}
+    conversion = convert_source(Source("x.pth", tensors("convnext"), config), Choices())
+    assert conversion.preprocessing["do_resize"] is False
+    assert any(note in line for line in conversion.notes)
+
+
+def test_a_configuration_may_have_full_names_of_classes():
+    """mmpretrain's Swin has the same names and other shifts, and is refused by either form of its name."""
+    full = {
+        "type": "mmseg.models.SwinTransformer",
+        "norm_cfg": {"type": "torch.nn.LayerNorm"},
+        "act_cfg": {"type": "torch.nn.ReLU"},
+    }
+    head = {"type": "mmseg.models.UPerHead", "norm_cfg": {"type": "torch.nn.SyncBatchNorm"}}
+    found = convert_source(Source("x.pth", tensors("swin"), settings(full, head)), Choices())
+    assert found.config["backbone_config"]["hidden_act"] == "relu"
+    values = settings({**full, "type": "mmpretrain.models.SwinTransformer"}, head)
+    with pytest.raises(CheckpointError, match=r"mmpretrain's SwinTransformer with pad_small_map=False"):
+        convert_source(Source("x.pth", tensors("swin"), values), Choices())
 
 
 def test_options_say_how_images_are_normalized():

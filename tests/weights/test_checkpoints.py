@@ -106,6 +106,13 @@ def test_what_runners_and_scripts_write_is_read_without_its_classes(tmp_path, zi
     assert read_source(path).settings["lr"] == 0.1
 
 
+def test_a_text_that_changes_other_files_is_not_read(tmp_path):
+    torch.save({"meta": {"cfg": "_base_ = ['swin.py']\n" + TEXT}, "state_dict": TENSORS}, tmp_path / "x.pth")
+    source = read_source(tmp_path / "x.pth")
+    assert source.settings == {}
+    assert "it changes other files (_base_)" in source.notes[0]
+
+
 class Call:
     """A pickle that calls a function."""
 
@@ -312,6 +319,7 @@ _base_ = ['a.py']
 size = (512, 512)
 base = dict(a=1, b=None)
 model = dict(size=size, crop=size, **base, scales=[2 * 3, 1 / 2, -1.5, +2, 7 // 2], text='x' 'y', on=True)
+dotted = dict({{'a.b': dict(x=1)}}, c=2)
 other: int = {{'k': [dict()], 3: 4}}
 x = open({str(trap)!r}, 'w')
 y = dict(a=os.system('touch {trap}'), b=2, c=[undefined, 1 / 0, 9 ** 9 ** 9, 'a' * 10 ** 10])
@@ -330,6 +338,7 @@ def f(): pass
         "text": "xy",
         "on": True,
     }
+    assert values["dotted"] == {"a.b": {"x": 1}, "c": 2}
     assert values["other"] == {"k": [{}], 3: 4}
     assert values["y"]["b"] == 2
     for unread in (values["x"], values["y"]["a"], *values["y"]["c"], values["z"]):
