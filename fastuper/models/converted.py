@@ -27,7 +27,7 @@ from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper.weights.conversion import Conversion, Row, Translated
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
-from fastuper.weights.timm import to_timm
+from fastuper.weights.timm import FINAL_NORMS, timm_arguments, to_timm
 from fastuper.weights.writing import as_independent, atomic_weights, split_weights
 
 MODELS: dict[str, Any] = {
@@ -123,16 +123,20 @@ def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
     config = backbone_config_from(values.get("backbone_config") or values)
     tensors, _ = read_weights(folder)
     heads = [name for name in tensors if name.startswith(("decode_head.", "auxiliary_head."))]
-    translated = to_timm(config.to_dict(), tensors, checkpoint_names(config.model_type))
+    # timm's classifier has a norm after the last map. Without such a norm, only a model of features_only=True is filled.
+    kind = config.model_type
+    features_only = kind in FINAL_NORMS and not any(OUTPUT_NORMS in name for name in tensors)
+    translated = to_timm(config.to_dict(), tensors, checkpoint_names(kind), features_only)
     own = build_backbone(config).state_dict()
     made = {row.source for row in translated.rows}
-    if missing := [n for n in own if n not in made and not checkpoint_names(config.model_type).is_computed(n)]:
+    if missing := [n for n in own if n not in made and not checkpoint_names(kind).is_computed(n)]:
         missing = [name for name in missing if not name.startswith(OUTPUT_NORMS)]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of the backbone's tensors, such as {listed(missing, 2)}")
     rows = [*translated.rows, *(Row(name, (), "timm has no heads of a UPerNet") for name in heads)]
-    lines = [f"{folder}: the {config.model_type} backbone, by timm's names", *_counts(rows)]
-    lines.append("load it by timm.create_model(NAME, num_classes=0, checkpoint_path=...), NAME of the same network")
+    lines = [f"{folder}: the {kind} backbone, by timm's names", *_counts(rows)]
+    arguments = timm_arguments(config.to_dict(), features_only)
+    lines.append(f"load it by timm.create_model(NAME, {arguments}, checkpoint_path=...), NAME of the same network")
     return Translated(translated.tensors, rows), lines
 
 

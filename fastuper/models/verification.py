@@ -22,6 +22,7 @@ from fastuper.models.converted import Converted
 from fastuper.weights.conversion import Source
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.mmseg_backbones import short_types
+from fastuper.weights.smp import wrapper_of
 
 LARGEST = 1e-4
 """The largest difference of outputs, relative to the largest output, with which a conversion counts as right."""
@@ -272,7 +273,9 @@ def _of_smp(source: Source, _: Converted) -> Run:
         model = smp.UPerNet(**{**values, "encoder_weights": None, "activation": None})  # the outputs are logits
     except Exception as error:  # its class depends on the values
         raise NotVerifiable(f"segmentation_models_pytorch does not build the model ({error})") from None
-    model = _load(model, source.tensors, "segmentation_models_pytorch")
+    prefix = wrapper_of(source.tensors) or ""
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()}
+    model = _load(model, tensors, "segmentation_models_pytorch")
 
     def run(pixels: torch.Tensor) -> list[torch.Tensor]:
         output = model(pixels)

@@ -18,9 +18,6 @@ from fastuper.weights.families import NORMS, Tensors, preprocessing, refuse
 from fastuper.weights.timm import FAMILIES, Part, convert_family, size_of
 from fastuper.weights.transformers import BACKBONE
 
-WRAPPERS = ("", "model.")
-"""What stands before smp's names: nothing, or the attribute of smp's own example for Lightning."""
-
 LEVELS = 4
 """The maps that the head reads, of smp's encoder_depth=5."""
 
@@ -37,14 +34,24 @@ NOT_RESNET = {
 }
 
 
+def wrapper_of(tensors: Tensors) -> str | None:
+    """Return what stands before smp's names: "", or the attribute of a LightningModule ("model." in smp's example).
+
+    None if the names are not those of smp's UPerNet.
+    """
+    last = "segmentation_head.0.weight"
+    prefixes = (name.removesuffix(last) for name in tensors if name.endswith(last))
+    return next((prefix for prefix in prefixes if prefix + "decoder.psp.out_conv.0.weight" in tensors), None)
+
+
+def _has_config(settings: Mapping[str, Any]) -> bool:
+    """Return True for smp's config.json, which has all values; the hyperparameters of Lightning may lack some."""
+    return settings.get("_model_class") == "UPerNet" and "encoder_name" in settings
+
+
 def is_smp(source: Source) -> bool:
     """Return True for the names of smp's UPerNet, or for its config.json."""
-    if source.settings.get("_model_class") == "UPerNet" and "encoder_name" in source.settings:
-        return True
-    return any(
-        {f"{prefix}decoder.psp.out_conv.0.weight", f"{prefix}segmentation_head.0.weight"} <= source.tensors.keys()
-        for prefix in WRAPPERS
-    )
+    return _has_config(source.settings) or wrapper_of(source.tensors) is not None
 
 
 def convert(source: Source, choices: Choices) -> Conversion:
@@ -55,7 +62,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
             config.json.
     """
     place, settings = source.place, source.settings
-    prefix = next((p for p in WRAPPERS if p + "segmentation_head.0.weight" in source.tensors), "")
+    prefix = wrapper_of(source.tensors) or ""
     bare = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items() if name.startswith(prefix)}
     colours = {name: source.tensors[name] for name in COLOURS if prefix and name in source.tensors}
     if strange := [n for n in source.tensors if not n.startswith(prefix) and n not in colours]:
@@ -72,7 +79,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
     classes, width = _shape(head.tensors, "decode_head.classifier.weight", place)[:2]
     channels = part.config["num_channels"]
     for name, found in (("classes", classes), ("decoder_channels", width), ("in_channels", channels)):
-        if settings.get(name, found) != found:
+        if _has_config(settings) and settings.get(name, found) != found:
             raise CheckpointError(
                 f"{place}: its config.json has {name}={shown(settings[name])}, and its tensors have {found}"
             )
@@ -149,8 +156,11 @@ def _notes(settings: Mapping[str, Any], bare: Tensors, channels: int) -> list[st
     activation = settings.get("activation")
     if activation not in (None, "identity"):
         notes.append(f"logits are those before the activation {shown(activation)}, which smp's model applies to them")
-    if not settings:
-        notes.append("there is no config.json: upsampling=4, and no activation after the logits, as smp's defaults are")
+    if not _has_config(settings):
+        notes.append(
+            "there is no config.json of smp: upsampling=4, output_stride=32, and the norms, activations and poolings of "
+            "smp's defaults, of which no tensor shows another choice"
+        )
     if any(name.startswith("classification_head.") for name in bare):
         notes.append("the classification head is left out: fastuper's UPerNet has none")
     if channels != 3:
@@ -206,13 +216,19 @@ def _convert_encoder(tensors: Tensors, settings: Mapping[str, Any], choices: Cho
             f"{place} is over {what}; ResNets, and timm's ConvNeXt, ResNet and Swin (tu-), can be converted"
         )
     arguments = _arguments(settings)
-    size = arguments.get("img_size") or size_of(name)
+    # smp's config.json has all arguments: without img_size the network is built for the size that its name ends with.
+    size = arguments.get("img_size") or (size_of(name) if _has_config(settings) else None)
     timm_settings = {"architecture": name.removeprefix("tu-"), "model_args": arguments, "image_size": size}
     part = convert_family(family, tensors, Source(place, tensors, timm_settings), choices, prefix)
     if len(part.config["depths"]) != LEVELS:
         raise CheckpointError(
             f"{place}: its encoder has {len(part.config['depths'])} stages; it cannot be converted: fastuper's UPerNet "
             f"reads {LEVELS}"
+        )
+    if part.config.get("patch_size", 4) != 4:
+        raise CheckpointError(
+            f"{place}: its encoder has patches of {shown(part.config['patch_size'])} pixels; it cannot be converted: "
+            "smp's logits have the image's size with patches of 4 only"
         )
     return part
 

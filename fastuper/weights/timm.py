@@ -203,11 +203,11 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
     act = arguments.get("act_layer") if isinstance(arguments, Mapping) else None
     if act is not None:
         config["hidden_act"] = ACTIVATIONS[act]
-    known = OTHER_NORMS.get((tuple(config["depths"]), tuple(config["hidden_sizes"])))
-    if known is not None and architecture in ("", *OTHER_NORMS.values()):
+    known = architecture or OTHER_NORMS.get((tuple(config["depths"]), tuple(config["hidden_sizes"])))
+    if known in OTHER_NORMS.values() and not (isinstance(arguments, Mapping) and arguments.get("norm_eps")):
         raise CheckpointError(
-            f"{place} has the shapes of timm's {known}, whose norms have an epsilon of 1e-5, and fastuper's have 1e-6; "
-            "it cannot be converted"
+            f"{place} is timm's {known} by its name or its shapes: its norms have an epsilon of 1e-5, and fastuper's "
+            "have 1e-6; it cannot be converted"
         )
     return Part(config, translated, "ConvNeXt")
 
@@ -566,6 +566,25 @@ def to_timm(
         for part in (QKV if ".self.qkv." in row.source else ("",))
     ]
     return replace(translated, rows=rows)
+
+
+def timm_arguments(config: Mapping[str, Any], features_only: bool) -> str:
+    """Return the arguments of `timm.create_model`, as Python text, with which a model takes the tensors of `to_timm`.
+
+    Args:
+        config: see `to_timm`.
+        features_only: see there.
+    """
+    kind = config["model_type"]
+    arguments: dict[str, Any] = {"features_only": True} if features_only else {"num_classes": 0}
+    if kind == "convnext":
+        arguments["conv_mlp"] = False  # some names have 1x1 convolutions in place of linear layers
+    if kind == "swin_timm":
+        size = config["image_size"]
+        arguments["img_size"] = tuple(size) if isinstance(size, list) else size
+    if kind == "swin" or config.get("always_partition"):
+        arguments["always_partition"] = True
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def _joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
