@@ -428,7 +428,7 @@ def test_a_configuration_may_have_full_names_of_classes():
     head = {"type": "mmseg.models.UPerHead", "norm_cfg": {"type": "torch.nn.SyncBatchNorm"}}
     found = convert_source(Source("x.pth", tensors("swin"), settings(full, head)), Choices())
     assert found.config["backbone_config"]["hidden_act"] == "relu"
-    values = settings({**full, "type": "mmpretrain.models.SwinTransformer"}, head)
+    values = settings({**full, "type": "mmpretrain.models.backbones.swin_transformer.SwinTransformer"}, head)
     with pytest.raises(CheckpointError, match=r"mmpretrain's SwinTransformer with pad_small_map=False"):
         convert_source(Source("x.pth", tensors("swin"), values), Choices())
 
