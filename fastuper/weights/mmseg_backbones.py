@@ -82,7 +82,8 @@ def short_types(value: Any) -> Any:
     """Return settings in which each `type` is a name of mmengine's registries, as "SwinTransformer".
 
     A configuration that imports classes is written with their full names, as "mmseg.models.SwinTransformer" and
-    "torch.nn.LayerNorm". The library stays before the names of mmpretrain and mmcls, whose networks are others.
+    "torch.nn.LayerNorm". The library stays before the names of mmpretrain and mmcls, whose networks are others. Names
+    of unknown libraries stay as they are.
     """
     if isinstance(value, list | tuple):
         return type(value)(short_types(part) for part in value)
@@ -92,8 +93,10 @@ def short_types(value: Any) -> Any:
     kind = made.get("type")
     if isinstance(kind, str) and kind.count(".") > 1:
         library, name = kind.partition(".")[0], kind.rpartition(".")[2]
-        own = library in ("mmpretrain", "mmcls") and name not in REGISTERED
-        made["type"] = f"{library}.{name}" if own else REGISTERED.get(name, name)
+        if name in REGISTERED or library in ("mmseg", "mmcv", "mmengine", "torch"):
+            made["type"] = REGISTERED.get(name, name)
+        elif library in ("mmpretrain", "mmcls"):
+            made["type"] = f"{library}.{name}"
     return made
 
 

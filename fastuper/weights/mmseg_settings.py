@@ -43,7 +43,9 @@ def classes_of(source: Source, count: int, choices: Choices) -> dict[str, Any]:
                 "fastuper labels it above 0.5. The logits are the same"
             )
         if names is not None and len(names) <= 2:
-            return {"id2label": {0: names[-1]}}
+            # Label maps have the background too, as the palette of two classes.
+            colours = {"palette": [list(colour) for colour in palette]} if palette and len(palette) == 2 else {}
+            return {"id2label": {0: names[-1]}, **colours}
     if names is None or len(names) != count:
         if names is not None:
             choices.notes.append(f"the checkpoint has {len(names)} names for {count} classes; they are left out")

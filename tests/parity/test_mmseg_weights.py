@@ -428,7 +428,7 @@ def test_a_configuration_may_have_full_names_of_classes():
     head = {"type": "mmseg.models.UPerHead", "norm_cfg": {"type": "torch.nn.SyncBatchNorm"}}
     found = convert_source(Source("x.pth", tensors("swin"), settings(full, head)), Choices())
     assert found.config["backbone_config"]["hidden_act"] == "relu"
-    values = settings({**full, "type": "mmpretrain.models.SwinTransformer"}, head)
+    values = settings({**full, "type": "mmpretrain.models.backbones.swin_transformer.SwinTransformer"}, head)
     with pytest.raises(CheckpointError, match=r"mmpretrain's SwinTransformer with pad_small_map=False"):
         convert_source(Source("x.pth", tensors("swin"), values), Choices())
 
@@ -467,8 +467,9 @@ def test_classes_colours_crop_and_tests():
 @pytest.mark.parametrize(("head", "threshold"), [({}, "0.3"), ({"threshold": 0.7}, "0.7"), ({"threshold": 0.5}, None)])
 def test_one_class_has_a_threshold(head, threshold):
     state = foreign(ConvNext(), CONVNEXT, classes=1, auxiliary=None).state_dict()
-    source = Source("x.pth", state, settings({"a": 1}, head), ("background", "road"))
+    source = Source("x.pth", state, settings({"a": 1}, head), ("background", "road"), ((0, 0, 0), (255, 0, 9)))
     found = convert_source(source, Choices())
     assert found.config["id2label"] == {0: "road"}
+    assert found.config["palette"] == [[0, 0, 0], [255, 0, 9]]
     notes = [note for note in found.notes if "probability of the only class" in note]
     assert (f"is above {threshold};" in notes[0]) if threshold else not notes
