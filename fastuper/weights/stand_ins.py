@@ -108,7 +108,7 @@ def _names(path: Path, is_zip: bool) -> set[str]:
 def _add_names(file: IO[bytes], found: set[str]) -> None:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL":
-            module, _, name = argument.partition(" ")
+            module, _, name = str(argument).partition(" ")
             # Pickles have the names of Python 2, which torch.load translates in the same way.
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
             found.add(f"{module}.{name}")
