@@ -123,7 +123,7 @@ def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
     config = backbone_config_from(values.get("backbone_config") or values)
     tensors, _ = read_weights(folder)
     heads = [name for name in tensors if name.startswith(("decode_head.", "auxiliary_head."))]
-    # timm's classifier has a norm after the last map. Without one, only a model of features_only=True is filled.
+    # timm's classifier has a norm after the last map. Without such a norm, only features_only=True can be filled.
     kind = config.model_type
     features_only = kind in FINAL_NORMS and not any(OUTPUT_NORMS in name for name in tensors)
     translated = to_timm(config.to_dict(), tensors, checkpoint_names(kind), features_only)

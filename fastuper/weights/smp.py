@@ -158,8 +158,8 @@ def _notes(settings: Mapping[str, Any], bare: Tensors, channels: int) -> list[st
         notes.append(f"logits are those before the activation {shown(activation)}, which smp's model applies to them")
     if not _has_config(settings):
         notes.append(
-            "there is no config.json of smp: upsampling=4, output_stride=32, and the norms, activations and poolings "
-            "of smp's defaults, of which no tensor shows another choice"
+            "there is no config.json of smp: upsampling=4, output_stride=32, and the epsilons, activations and "
+            "poolings of smp's and timm's defaults; no tensor shows another choice"
         )
     if any(name.startswith("classification_head.") for name in bare):
         notes.append("the classification head is left out: fastuper's UPerNet has none")

@@ -206,8 +206,8 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
     known = architecture or OTHER_NORMS.get((tuple(config["depths"]), tuple(config["hidden_sizes"])))
     if known in OTHER_NORMS.values() and not (isinstance(arguments, Mapping) and arguments.get("norm_eps")):
         raise CheckpointError(
-            f"{place} is timm's {known} by its name or its shapes: its norms have an epsilon of 1e-5, and fastuper's "
-            "have 1e-6; it cannot be converted"
+            f"{place} has the name or the shapes of timm's {known}, whose norms have an epsilon of 1e-5, and "
+            "fastuper's have 1e-6; it cannot be converted"
         )
     return Part(config, translated, "ConvNeXt")
 

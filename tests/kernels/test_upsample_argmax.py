@@ -91,7 +91,7 @@ def test_align_corners(way):
     assert not torch.equal(run(logits, sizes), run(logits, sizes, align_corners=True))
     with pytest.raises(ValueError, match="resample with align_corners=False only"):
         upsample_argmax(logits, sizes, align_corners=True, backend="triton")
-    for wrong in ([True], [True] * 3, [0, 1], [None, True]):
+    for wrong in ([True], [True] * 3, [0, 1], [None, True], 1, None):
         with pytest.raises(ValueError, match="once or for each of 2 sizes"):
             upsample_argmax(logits, sizes, align_corners=wrong)
 

@@ -124,6 +124,19 @@ def test_a_checkpoint_of_lightning():
     assert found.tensors.keys() == plain.tensors.keys()
     with pytest.raises(CheckpointError, match=r"beside smp's UPerNet, such as loss\.weight"):
         converted({**tensors, "loss.weight": torch.zeros(2)})
+    # Another attribute, and hyperparameters of the user's own, which are no arguments of smp's.
+    state = {f"net.{key}": tensor for key, tensor in model.state_dict().items()}
+    found = converted(state, {"encoder_name": "resnet18", "classes": ["road", "roof"], "activation": None})
+    assert found.tensors.keys() == plain.tensors.keys()
+    assert "no config.json of smp" in " ".join(found.notes)
+
+
+def test_hyperparameters_do_not_tell_the_image_size():
+    """smp's config.json without img_size says that Swin was built for its name's size; Lightning's need not have it."""
+    model = network("tu-swin, one window last")  # windows of 3, built for 96: all tables have one size
+    settings = {"encoder_name": "tu-swin_tiny_patch4_window3_192"}
+    for options in ({}, {"image_size": [96, 96]}):
+        assert converted(model.state_dict(), settings, **options).config["backbone_config"]["image_size"] == 96
 
 
 def test_what_is_left_out_is_said():
@@ -215,6 +228,13 @@ def test_tensors_are_refused_by_name(resnet, case, tmp_path: Path):
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=message):
         fastuper.UperNetForSemanticSegmentation.from_pretrained(tmp_path / "x.pth")
+
+
+def test_patches_of_another_size_are_refused():
+    """smp's logits are then larger than the image."""
+    model = UPerNet(features("swin_tiny_patch4_window7_224", **SWIN, img_size=32, patch_size=2), channels_last=True)
+    with pytest.raises(CheckpointError, match=r"patches of 2 pixels; .* patches of 4 only"):
+        converted(model.state_dict())
 
 
 def test_windows_of_another_image_size_are_refused():

@@ -186,7 +186,7 @@ def check_corners(align_corners: Any, count: int) -> tuple[bool, ...]:
     Raises:
         ValueError: it is neither a truth value nor one for each step.
     """
-    corners = (align_corners,) * count if isinstance(align_corners, bool) else tuple(align_corners)
+    corners = tuple(align_corners) if isinstance(align_corners, list | tuple) else (align_corners,) * count
     if len(corners) != count or not all(isinstance(aligned, bool) for aligned in corners):
         raise ValueError(f"align_corners must be True or False, once or for each of {count} sizes, got {align_corners}")
     return corners if any(corners) else ()
