@@ -108,6 +108,10 @@ def _save_backbone(converted: Converted, folder: Path) -> None:
         config.save_pretrained(folder)
 
 
+LAST_NORMS = ("norm.", "head.norm.")
+"""The norm of timm's last map in Swins and ConvNeXts."""
+
+
 def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
     """Return a backbone by timm's names, and lines about it.
 
@@ -119,6 +123,8 @@ def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
         OSError: it has no config.json.
         ValueError: timm has no such backbone.
     """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give a model folder")
     values = read_json(folder / "config.json")
     config = backbone_config_from(values.get("backbone_config") or values)
     tensors, _ = read_weights(folder)
@@ -132,7 +138,14 @@ def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
         raise CheckpointError(f"{folder} lacks {len(missing)} of the backbone's tensors, such as {listed(missing, 2)}")
     rows = [*translated.rows, *(Row(name, (), "timm has no heads of a UPerNet") for name in heads)]
     lines = [f"{folder}: the {config.model_type} backbone, by timm's names", *_counts(rows)]
-    lines.append("load it by timm.create_model(NAME, num_classes=0, checkpoint_path=...), NAME of the same network")
+    if config.model_type != "resnet" and not any(name.startswith(LAST_NORMS) for name in translated.tensors):
+        lines.append("timm's last norm has no values in the folder: load by load_state_dict(..., strict=False)")
+    else:
+        lines.append("load it by timm.create_model(NAME, num_classes=0, checkpoint_path=...), NAME of the same network")
+    if config.model_type == "convnext":
+        lines.append(
+            "timm's small ConvNeXts (atto to nano) have convolutions in place of linear layers: conv_mlp=False"
+        )
     return Translated(translated.tensors, rows), lines
 
 
