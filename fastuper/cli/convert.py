@@ -161,9 +161,9 @@ def convert_checkpoint(
     except EXPECTED_ERRORS as error:
         typer.echo(f"fastuper: cannot write {about(place, error)}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"written to {output}")
+    typer.echo(printable(f"written to {output}"))
     if report is not None:
-        typer.echo(f"report in {report}")
+        typer.echo(printable(f"report in {report}"))
 
 
 Result = tuple[Sequence["Row"], Sequence[str], list[str], Callable[[Path], None]]

@@ -108,6 +108,9 @@ def _save_backbone(converted: Converted, folder: Path) -> None:
         config.save_pretrained(folder)
 
 
+"""The norm of timm's last map in Swins and ConvNeXts."""
+
+
 def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
     """Return a backbone by timm's names, and lines about it.
 
@@ -119,6 +122,8 @@ def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
         OSError: it has no config.json.
         ValueError: timm has no such backbone.
     """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give a model folder")
     values = read_json(folder / "config.json")
     config = backbone_config_from(values.get("backbone_config") or values)
     tensors, _ = read_weights(folder)

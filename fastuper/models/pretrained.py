@@ -26,7 +26,7 @@ from fastuper.weights.conversion import Conversion
 from fastuper.weights.convert import check_filled, is_foreign, read_converted
 from fastuper.weights.dialects import describe
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.reading import Stored, described, find_weights, iterate_weights, stored_tensors
+from fastuper.weights.reading import FLOATING, Stored, described, find_weights, iterate_weights, stored_tensors
 from fastuper.weights.transformers import Names, adapter_key_mapping, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
@@ -477,14 +477,27 @@ def check_conversion(model: nn.Module, conversion: Conversion, place: str) -> li
         The names of the tensors that get initial values.
 
     Raises:
-        CheckpointError: it does not; the message names tensors.
+        CheckpointError: it does not, or holds integers in place of weights; the message names tensors.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in _own_tensors(model).items()}
+    tensors = _own_tensors(model)
+    own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = getattr(model, "config", None)
     names = (
         checkpoint_names(getattr(config, "model_type", "")) if conversion.kind == "backbone" else backbone_names(model)
     )
-    return check_filled(place, conversion, own, [name for name in own if names.is_computed(name)])
+    initial = check_filled(place, conversion, own, [name for name in own if names.is_computed(name)])
+    sources = {target: row.source for row in conversion.rows for target in row.targets}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and name in sources and conversion.tensors[name].dtype not in FLOATING.values():
+            raise _no_weights(place, sources[name])
+    return initial
+
+
+def _no_weights(place: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{place}: {name} holds no float16, bfloat16, float32 or float64; quantised weights are not supported: load "
+        "the checkpoint that they were made from"
+    )
 
 
 def _wanted_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -601,10 +614,7 @@ def _compare(
         elif there.shape != own[ours].shape:
             mismatched.add((ours, there.shape, tuple(own[ours].shape)))
         elif own[ours].is_floating_point() and there.dtype is None:
-            raise CheckpointError(
-                f"{_place(files)}: {theirs} holds no float16, bfloat16, float32 or float64; quantised weights are not "
-                "supported: load the checkpoint that they were made from"
-            )
+            raise _no_weights(_place(files), theirs)
         else:
             places[theirs] = ours
             loaded |= names_of[own[ours]]

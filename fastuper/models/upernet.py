@@ -281,6 +281,12 @@ class UperNetForSemanticSegmentation(PyramidModel):
         model_type = self.backbone.config.model_type
         names = checkpoint_names(model_type)
         weights = backbone_state_dict(weights, model_type, names)
+        own = self.backbone.state_dict()
+        if wrong := [name for name in weights if name in own and weights[name].shape != own[name].shape]:
+            raise CheckpointError(
+                f"{config.backbone} does not fit its configuration: {wrong[0]} has shape "
+                f"{tuple(weights[wrong[0]].shape)}, and the backbone {tuple(own[wrong[0]].shape)}"
+            )
         missing, unexpected = self.backbone.load_state_dict(weights, strict=False)
         # A classifier has no norms of the stages' outputs, and computed buffers have their values already.
         if not any(name.startswith(OUTPUT_NORMS) for name in weights):

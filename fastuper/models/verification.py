@@ -8,7 +8,7 @@ import importlib.util
 import re
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from fastuper.io.messages import listed, shown
 from fastuper.models.converted import Converted
 from fastuper.weights.conversion import Source
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.mmseg_backbones import short_types
+from fastuper.weights.mmseg_backbones import BATCH_NORMS, short_types
 from fastuper.weights.smp import wrapper_of
 
 LARGEST = 1e-4
@@ -88,7 +88,7 @@ def verify_converted(
     ours = _maps if converted.conversion.kind == "backbone" else _logits
     pixels, expected = _run_at_a_size(run, converted, draw)
     found = ours(converted, pixels, len(expected))
-    difference = max(map(_difference, found, expected))
+    difference = float(torch.tensor(list(map(_difference, found, expected))).max())  # `max` of Python passes over NaN
     size = " x ".join(map(str, pixels.shape[2:]))
     if not difference <= LARGEST:
         raise CheckpointError(
@@ -183,17 +183,15 @@ def _of_mmseg(source: Source, converted: Converted) -> Run:
     try:
         with _stand_in_for_mmcv_ops():
             importlib.import_module("mmseg.models")
-            registries = [importlib.import_module("mmseg.registry").MODELS]
-            registries.append(registries[0].parent)
+            models = importlib.import_module("mmseg.registry").MODELS
             if "mmpretrain." in repr(settings) or "mmcls." in repr(settings):
                 importlib.import_module("mmpretrain.models")
-                registries.append(importlib.import_module("mmpretrain.registry").MODELS)
     except (ImportError, AssertionError, RuntimeError, AttributeError) as error:
         raise NotVerifiable(f"mmsegmentation does not import: {error}") from None
     values = _for_today(short_types({key: settings[key] for key in NETWORK if key in settings}))
-    _check_kinds(values, {name for registry in registries for name in registry.module_dict})
+    _check_kinds(values)
     try:
-        model = registries[0].build(values)
+        model = models.build(values)
     except Exception as error:  # its class depends on the configuration
         raise NotVerifiable(f"mmsegmentation does not build the model ({type(error).__name__}: {error})") from None
     model = _load(model, source.tensors, "mmsegmentation")
@@ -205,7 +203,7 @@ def _of_mmseg(source: Source, converted: Converted) -> Run:
     return run
 
 
-NETWORK = ("type", "backbone", "neck", "decode_head", "auxiliary_head", "test_cfg")
+NETWORK = ("type", "backbone", "neck", "decode_head", "test_cfg")
 """The settings of a segmentor that its logits depend on."""
 
 NOT_RUN = ("init_cfg", "pretrained", "loss_decode", "sampler", "_delete_")
@@ -222,25 +220,33 @@ def _for_today(value: Any) -> Any:
     kind = made.get("type")
     if isinstance(kind, str):
         kind = kind.replace("mmcls.", "mmpretrain.")
-        made["type"] = "BN" if kind == "SyncBN" else kind
+        made["type"] = "BN" if kind in BATCH_NORMS else kind
     return made
 
 
-def _check_kinds(value: Any, known: Collection[str]) -> None:
-    """Refuse a name of a class that mmengine would import: it imports any that is not registered, and calls it.
+KINDS = (
+    *("EncoderDecoder", "UPerHead", "FCNHead", "Feature2Pyramid", "MultiLevelNeck"),
+    *("SwinTransformer", "ConvNeXt", "ResNet", "ResNetV1c", "ResNetV1d", "BEiT", "MAE", "VisionTransformer"),
+    *("BN", "BN2d", "LN", "LN2d", "GELU", "ReLU", "Conv2d", "DropPath", "Dropout"),
+)
+"""The modules that may be built. Others of mmsegmentation read files that their arguments name, or fetch weights."""
+
+
+def _check_kinds(value: Any) -> None:
+    """Refuse a name of any other class: mmengine imports what is not registered, and calls it.
 
     Raises:
-        NotVerifiable: a `type` is not registered.
+        NotVerifiable: a `type` is none of `KINDS`.
     """
     if isinstance(value, list | tuple):
         for part in value:
-            _check_kinds(part, known)
+            _check_kinds(part)
     elif isinstance(value, dict):
         kind = value.get("type", "EncoderDecoder")
-        if not isinstance(kind, str) or re.sub(r"^(mmseg|mmpretrain|mmengine)\.", "", kind) not in known:
-            raise NotVerifiable(f"its configuration names {shown(kind)}, which is no module of mmsegmentation")
+        if not isinstance(kind, str) or re.sub(r"^(mmseg|mmpretrain|mmengine)\.", "", kind) not in KINDS:
+            raise NotVerifiable(f"its configuration names {shown(kind)}, which is no module of the UPerNets here")
         for part in value.values():
-            _check_kinds(part, known)
+            _check_kinds(part)
 
 
 FILES = ("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "encoder_weights")

@@ -12,13 +12,13 @@ import torch
 
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
-from fastuper.weights.config_text import read_config_text
+from fastuper.weights.config_text import check_values, read_config_text
 from fastuper.weights.conversion import Row, Source
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.filenames import INDEX, PICKLE, SAFETENSORS
 from fastuper.weights.official import has_official_files, official_source
 from fastuper.weights.reading import check_dense, iterate_weights, load_pickle, read_weights
-from fastuper.weights.stand_ins import as_values
+from fastuper.weights.stand_ins import Inert, as_values
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 """The ends of the names of weight files."""
@@ -130,11 +130,14 @@ def _read_file(path: Path, weights_key: str | None, settings: Mapping[str, Any],
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not a dict of tensors; save the model's state_dict()"
         )
-    tensors = _state_dict(path, content, weights_key, found)
-    check_dense(path, tensors)
-    meta = as_values(content.get("meta")) or {}
-    read = _settings(content, meta, found)
-    classes, palette = _labels(meta, found)
+    try:
+        tensors = _state_dict(path, content, weights_key, found)
+        check_dense(path, tensors)
+        meta = as_values(content.get("meta")) or {}
+        read = _settings(content, meta, found)
+        classes, palette = _labels(meta, found)
+    except (TypeError, AttributeError) as error:  # dictionaries with numbers in place of their methods
+        raise CheckpointError(f"{path} holds objects of another form than a checkpoint's ({error})") from None
     return _source(str(path), tensors, {**read, **settings}, found, classes, palette)
 
 
@@ -191,6 +194,9 @@ def _state_dict(
     if not known:
         if "optimizer" in content or {"state", "param_groups"} <= content.keys():
             raise CheckpointError(f"{path} holds the state of an optimizer and no weights of a model")
+        for key in (*PLAIN, *AVERAGED):
+            if isinstance(parts := content.get(key), Mapping) and parts:
+                raise CheckpointError(f"{path}: its {key} is no state dict: {_fault(key, parts)}")
         raise CheckpointError(
             f"{path} has no weights: no state dict under {', '.join(PLAIN[:2])} or another name; "
             f"it has {listed(content, 4)}"
@@ -213,6 +219,17 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
+def _fault(key: str, parts: Mapping[Any, Any]) -> str:
+    """Return why a mapping is no state dict, and the remedy."""
+    for name, value in parts.items():
+        if _is_state_dict(value):
+            return f"choose the one inside it by the weights key {key}.{name}"
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            kind = "of another library's class" if isinstance(value, Inert) else f"of type {type(value).__name__}"
+            return f"{shown(name)} is {kind}; it must map names to tensors of PyTorch"
+    return "it maps no names to tensors"
+
+
 # What a checkpoint says about its model -------------------------------------------------------------------------------
 
 
@@ -225,20 +242,18 @@ def _settings(content: Mapping[Any, Any], meta: Mapping[Any, Any], notes: list[s
         ("args", content.get("args")),
         ("hyper_parameters", content.get("hyper_parameters")),
     ):
-        if isinstance(given, str):
-            try:
+        try:
+            if isinstance(given, str):
                 values = read_config_text(given)
-            except CheckpointError as error:
-                notes.append(f"its configuration, {place}, is not read: {error}")
-                continue
-            if "_base_" not in values:
+                if "_base_" in values:
+                    # What such a text leaves out is in those files, and not the library's default.
+                    raise CheckpointError("it changes other files (_base_), which are not here")
                 return values
-            # What such a text leaves out is in those files, and not the library's default.
-            notes.append(
-                f"its configuration, {place}, is not read: it changes other files (_base_), which are not here"
-            )
-        elif (values := as_values(given)) is not None:
-            return {str(name): value for name, value in values.items()}
+            if (values := as_values(given)) is not None:
+                check_values(values)
+                return {str(name): value for name, value in values.items()}
+        except CheckpointError as error:
+            notes.append(f"its configuration, {place}, is not read: {error}")
     return {}
 
 

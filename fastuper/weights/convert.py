@@ -54,12 +54,15 @@ OURS = re.compile(
 def is_foreign(source: str | os.PathLike[str]) -> bool:
     """Return True if a path is a file, or a folder of another library; False for a model folder and a Hub id.
 
+    A name that ends as a weight file's does is a file, also where there is none.
+
     Raises:
         OSError: the folder's config.json is not valid JSON.
     """
     path = Path(source)
     if not os.path.isdir(source):  # `Path.is_dir` raises an error for names of great length
-        return os.path.isfile(source) and path.suffix.lower() != ".json"
+        suffix = path.suffix.lower()
+        return (os.path.isfile(source) and suffix != ".json") or suffix in (".pth", ".pt", ".ckpt", ".safetensors")
     if (path / "config.json").is_file():
         values = read_json(path / "config.json")
         return "architecture" in values or "encoder_name" in values

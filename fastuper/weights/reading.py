@@ -20,7 +20,7 @@ from fastuper.io.hub import HubOptions, find_file
 from fastuper.io.messages import listed, shown
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.filenames import INDEX, PICKLE, SAFETENSORS, with_variant
-from fastuper.weights.stand_ins import load_with_stand_ins
+from fastuper.weights.stand_ins import UnknownProtocol, load_with_stand_ins
 
 FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """The dtypes that weights may have, by their names in safetensors files."""
@@ -227,9 +227,15 @@ def load_pickle(path: Path) -> Any:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise CheckpointError(
+                        f"{path} is a program of TorchScript, which is not run; save the state_dict() of its model"
+                    )
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise CheckpointError(f"{path} is compressed, and torch.save compresses nothing; save it again")
         return load_with_stand_ins(path, is_zip)
+    except UnknownProtocol as error:
+        raise CheckpointError(f"{path} is {error}; save the model's state_dict() by torch.save") from None
     except pickle.UnpicklingError as error:
         if not re.search(r"GLOBAL|global|reduce|NEWOBJ|can only (create|build)", str(error), re.IGNORECASE):
             raise CheckpointError(f"{path} is damaged ({_reason(error)}); fetch it again") from None
@@ -240,6 +246,8 @@ def load_pickle(path: Path) -> Any:
     except (CheckpointError, PermissionError, MemoryError):
         raise
     except Exception as error:  # its class (AssertionError, struct.error, ...) depends on the place of the damage
+        if "legacy .tar" in str(error):
+            raise CheckpointError(f"{path} is a tar archive of PyTorch 0.1; save it again by torch.save") from None
         raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch it again") from None
 
 

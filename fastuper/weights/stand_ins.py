@@ -7,6 +7,7 @@ that only makes such values becomes a class that ignores its arguments. Names of
 
 from __future__ import annotations
 
+import pickle
 import pickletools
 import re
 import zipfile
@@ -14,6 +15,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 import torch
@@ -29,6 +31,9 @@ DATA = re.compile(
 
 MAPPINGS = re.compile(r"(.*Dict|dict|defaultdict|CfgNode)")
 """The last part of the name of a class of mappings; a plain mapping replaces it, with its items."""
+
+BOMB = "builtins.bytearray"
+"""A class that `torch.load` calls itself: a few bytes can ask it for all memory. No checkpoint needs it."""
 
 LISTS = re.compile(r"(deque|list|ConfigList)")
 """The last part of the name of a class of lists; a plain list replaces it."""
@@ -73,12 +78,26 @@ def load_with_stand_ins(path: Path, is_zip: bool) -> Any:
         is_zip: whether it is a zip archive; files of PyTorch before 1.6 are none, and cannot be mapped into memory.
 
     Raises:
-        pickle.UnpicklingError: it names a class or function that may be code.
+        pickle.UnpicklingError: it names a class or function that may be code, or that takes memory without end.
+        UnknownProtocol: it is a pickle of another protocol than `torch.save` writes.
         Exception: the file is damaged; the class depends on the place of the damage.
     """
-    stand_ins: list[Any] = [(_stand_in(name), name) for name in _names(path, is_zip) if DATA.fullmatch(name)]
-    with torch.serialization.safe_globals(stand_ins):
+    names, protocol = _names(path, is_zip)
+    if protocol in (4, 5):
+        raise UnknownProtocol(f"a pickle of protocol {protocol}, and PyTorch's restricted reader takes 2, torch.save's")
+    if BOMB in names:
+        raise pickle.UnpicklingError(f"GLOBAL {BOMB} is not allowed")
+    stand_ins: list[Any] = [(_stand_in(name), name) for name in names if DATA.fullmatch(name)]
+    with _LOCK, torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+class UnknownProtocol(Exception):
+    """A pickle that `torch.load` does not read; the message says which."""
+
+
+_LOCK = Lock()
+"""PyTorch has one list of safe names a process: two threads would restore each other's."""
 
 
 def _stand_in(name: str) -> type:
@@ -86,28 +105,34 @@ def _stand_in(name: str) -> type:
     return InertMapping if MAPPINGS.fullmatch(last) else InertList if LISTS.fullmatch(last) else Inert
 
 
-def _names(path: Path, is_zip: bool) -> set[str]:
-    """Return the full names of the classes and functions in a file's pickles, as far as it is not damaged."""
+def _names(path: Path, is_zip: bool) -> tuple[set[str], int]:
+    """Return the full names of the classes and functions in a file's pickles, and the highest protocol of them.
+
+    Of a damaged file they are those before the damage.
+    """
     found: set[str] = set()
+    protocols = [0]
     try:
         if is_zip:
             with zipfile.ZipFile(path) as archive:
                 for entry in archive.namelist():
                     if entry.endswith("/data.pkl"):
                         with archive.open(entry) as file:
-                            _add_names(file, found)
+                            _add_names(file, found, protocols)
         else:
             with path.open("rb") as file:
                 for _ in range(4):  # a magic number, a version, the system's sizes, and the content
-                    _add_names(file, found)
+                    _add_names(file, found, protocols)
     except Exception:  # damage, which torch.load reports
-        return found
-    return found
+        pass
+    return found, max(protocols)
 
 
-def _add_names(file: IO[bytes], found: set[str]) -> None:
+def _add_names(file: IO[bytes], found: set[str], protocols: list[int]) -> None:
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "GLOBAL":
+        if opcode.name == "PROTO":
+            protocols.append(argument)
+        elif opcode.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
             # Pickles have the names of Python 2, which torch.load translates in the same way.
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))

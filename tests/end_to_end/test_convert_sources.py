@@ -179,6 +179,12 @@ def test_a_backbone_alone(tmp_path):
         UperNetForSemanticSegmentation.from_pretrained(tmp_path / "hub")
 
 
+def test_a_file_that_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.pth: there is no such file or folder"):
+        UperNetForSemanticSegmentation.from_pretrained(tmp_path / "no.pth")
+    refused(run(tmp_path / "no", tmp_path / "b", "--to", "timm"), tmp_path / "b", "no has no config.json; give a model")
+
+
 # Verification ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +251,7 @@ def changed(checkpoint: dict[str, Any], change: Callable[[dict[str, torch.Tensor
 
 
 WEIGHT = "decode_head.fpn_convs.0.conv.weight"
+NO_FLOATS = (f"{WEIGHT} holds no float16, bfloat16, float32 or float64; quantised weights",)
 BAD_FILES: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
     "a tensor less": (lambda c: changed(c, lambda t: t.pop(WEIGHT)), ("lacks 1 of the model's",)),
     "a tensor more": (
@@ -255,6 +262,8 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = 
         lambda c: changed(c, lambda t: t.update({WEIGHT: t[WEIGHT][:1]})),
         (f"{WEIGHT} becomes", "of shape (1, "),
     ),
+    "integers": (lambda c: changed(c, lambda t: t.update({WEIGHT: t[WEIGHT].long()})), NO_FLOATS),
+    "complex numbers": (lambda c: changed(c, lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.complex64)})), NO_FLOATS),
     "a part": (lambda c: changed(c, lambda t: [t.pop(n) for n in list(t) if n.startswith("backbone.")]), ()),
     "an optimizer": (lambda c: {"optimizer": {}}, ("holds the state of an optimizer",)),
     "settings of another form": (lambda c: {**c, "meta": {"cfg": "model = dict(backbone=3, decode_head=[1])"}}, ()),
@@ -367,6 +376,9 @@ def test_half_of_a_state_dict_is_refused_everywhere(file, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"does not fit its configuration: it lacks \d+ of the backbone's tensors"
     ):
+        UperNetForSemanticSegmentation(UperNetConfig(backbone=str(folder), use_pretrained_backbone=True))
+    torch.save({name: tensor.flatten()[:1] for name, tensor in backbone.items()}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"does not fit its configuration: embedder\.\S+ has shape \(1,\), and"):
         UperNetForSemanticSegmentation(UperNetConfig(backbone=str(folder), use_pretrained_backbone=True))
 
 

@@ -30,8 +30,9 @@ class Touch:
         (LOSS, "command='mkdir {trap}', type='os.system'"),
         (LOSS, "class_weight='{folder}/weights.pkl', type='CrossEntropyLoss', use_sigmoid=False"),
         (LOSS, "type='trap_module.Loss'"),
+        ("type='SwinTransformer'", "type='TIMMBackbone', model_name='vgg11', checkpoint_path='{folder}/weights.pkl'"),
     ],
-    ids=["function", "pickle of class weights", "module"],
+    ids=["function", "pickle of class weights", "module", "weights of a backbone"],
 )
 def test_no_code_that_a_configuration_names_runs(
     code: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -49,3 +50,4 @@ def test_no_code_that_a_configuration_names_runs(
     result = convert(made.path, tmp_path / "converted")
     assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     assert not trap.exists()
+    assert "TIMMBackbone" not in after or "not verified: its configuration names 'TIMMBackbone'" in result.output

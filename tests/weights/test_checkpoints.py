@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import types
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,22 @@ def test_code_is_refused_and_does_not_run(tmp_path, code, zipped):
     assert not trap.exists()
 
 
+def test_a_few_bytes_that_ask_for_all_memory_are_refused(tmp_path):
+    torch.save({"model": TENSORS, "x": Call(bytearray, 10**15)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth contains code .*bytearray is not allowed\); it was not run"):
+        read_source(tmp_path / "a.pth")
+    traps: list[Any] = [[0] * 10]
+    for _ in range(30):
+        traps.append([traps[-1]] * 10)
+    endless: list[Any] = []
+    endless.append(endless)
+    for trap, reason in ((traps, "more than"), (endless, "nested more than"), (1 << 1000, "an integer beyond")):
+        torch.save({"model": TENSORS, "args": {"depths": trap}}, tmp_path / "a.pth")
+        source = read_source(tmp_path / "a.pth")
+        assert source.settings == {}
+        assert f"its configuration, args, is not read: {reason}" in source.notes[0]
+
+
 @pytest.mark.parametrize("module", ["mmengine.utils", "mmcv.runner"])
 def test_a_function_under_a_librarys_name_does_not_run(tmp_path, module):
     """Names of data are replaced, never looked up: a file may name any function there."""
@@ -222,6 +239,13 @@ NO_STATE_DICT: dict[str, tuple[Any, str | None, str]] = {
     "numbers": ({"epoch": 3}, None, "it has epoch"),
     "a list": ([torch.zeros(2)], None, "holds a list, not a dict of tensors"),
     "two of unknown names": ({"a": TENSORS, "b": TENSORS}, None, r"has 2 state dicts \(a, b\); choose by the weights"),
+    "arrays of NumPy": (
+        {"model": {"a": np.zeros(2)}},
+        None,
+        "its model is no state dict: 'a' is of another library's class; it must map names to tensors of PyTorch",
+    ),
+    "a number among tensors": ({"model": TENSORS | {"c": 3}}, None, "its model is no state dict: 'c' is of type int"),
+    "a state dict inside": ({"model": {"b": TENSORS}}, None, "choose the one inside it by the weights key model.b"),
     "no such key": ({"model": TENSORS}, "model_ema", "has no state dict 'model_ema'; its state dicts: model"),
     "a key of something else": ({"model": TENSORS, "epoch": 3}, "epoch", "'epoch' is no state dict"),
     "a sparse tensor": ({"model": {"a": torch.eye(2).to_sparse()}}, None, "'a' is sparse, quantised or without"),
@@ -271,6 +295,30 @@ def test_classes_and_colours(tmp_path):
         "it has 1 names of classes and 2 colours: the colours are not read",
     )
     assert "its configuration, meta['cfg'], is not read: no Python (line 1: " in read(cfg="model = dict(")[2]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+def test_pickles_that_pytorch_does_not_read(tmp_path, zipped, recwarn):
+    torch.save(TENSORS, tmp_path / "a.pth", pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"a\.pth is a pickle of protocol 4, .*; save the model's state_dict\(\)"):
+        read_source(tmp_path / "a.pth")
+    assert not recwarn.list
+
+
+def test_a_program_of_torchscript_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a/data.pkl", "a/code/__torch__.py", "a/constants.pkl"):
+            archive.writestr(name, b"")
+    with pytest.raises(CheckpointError, match=r"a\.pt is a program of TorchScript, which is not run; save the state"):
+        read_source(tmp_path / "a.pt")
+
+
+def test_a_mapping_whose_methods_are_replaced_is_refused(tmp_path):
+    content = collections.OrderedDict(model=TENSORS)
+    content.get = 3  # type: ignore[assignment, method-assign]
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth holds objects of another form than a checkpoint's"):
+        read_source(tmp_path / "a.pth")
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -348,6 +396,25 @@ def f(): pass
     for use in (bool, list, len, int, lambda value: value == 3, lambda value: value["a"], lambda value: 3 in value):
         with pytest.raises(CheckpointError, match="has 'undefined' where a value is expected, and only literals are"):
             use(values["y"]["c"][0])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a = [0, 0]\n" + "a = [a, a]\n" * 60, "more than 1048576 values"),
+        ("a = {}\n" + "a = [a]\n" * 2000, "nested more than 100 deep"),
+        ("a = -0x" + "F" * 100_000, "an integer beyond"),
+    ],
+)
+def test_texts_that_are_traps(text, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        read_config_text(text)
+
+
+def test_an_expression_that_is_no_literal_is_named_by_its_first_line():
+    values = read_config_text("a = 9999999\n" + "a = a * a\n" * 40 + "b = 'ä', f(\n1)\nc = f'" + "{1}" * 100_000 + "'")
+    assert (values["a"].text, values["b"][1].text) == ("a * a", "f(")
+    assert len(values["c"].text) == 1000
 
 
 @pytest.mark.parametrize("text", ["a = (", "a\0", "(" * 5000, "a = " + "-" * 100_000 + "1", "x" * (5 * 2**20)])
