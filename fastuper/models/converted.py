@@ -144,7 +144,7 @@ def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
         lines.append("load it by timm.create_model(NAME, num_classes=0, checkpoint_path=...), NAME of the same network")
     if config.model_type == "convnext":
         lines.append(
-            "timm's small ConvNeXts (atto to nano) have convolutions in place of linear layers: conv_mlp=False"
+            "timm's small ConvNeXts (atto to nano) have convolutions for linear layers: give conv_mlp=False"
         )
     return Translated(translated.tensors, rows), lines
 
