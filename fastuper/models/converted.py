@@ -108,7 +108,6 @@ def _save_backbone(converted: Converted, folder: Path) -> None:
         config.save_pretrained(folder)
 
 
-
 def backbone_for_timm(folder: Path) -> tuple[Translated, list[str]]:
     """Return a backbone by timm's names, and lines about it.
 

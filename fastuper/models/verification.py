@@ -22,7 +22,7 @@ from fastuper.models.converted import Converted
 from fastuper.weights.conversion import Source
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.mmseg_backbones import BATCH_NORMS, short_types
-from fastuper.weights.smp import wrapper_of
+from fastuper.weights.smp import has_config, wrapper_of
 
 LARGEST = 1e-4
 """The largest difference of outputs, relative to the largest output, with which a conversion counts as right."""
@@ -268,12 +268,23 @@ def _check_architecture(name: str) -> None:
         raise NotVerifiable(f"timm has no model {shown(name)}")
 
 
-def _of_smp(source: Source, _: Converted) -> Run:
+def _of_smp(source: Source, converted: Converted) -> Run:
     values = {key: value for key, value in _arguments(source.settings).items() if not key.startswith("_")}
     if not isinstance(encoder := values.get("encoder_name"), str):
         raise NotVerifiable("the checkpoint has no config.json from which segmentation_models_pytorch builds a model")
     if encoder.startswith(("tu-", "timm-")):
         _check_architecture(encoder.partition("-")[2])
+    if not has_config(source.settings):  # hyperparameters of the user's own: tensors tell the rest
+        config: Any = converted.model.config
+        backbone = config.backbone_config
+        sizes = {"img_size": backbone.image_size} if backbone.model_type == "swin_timm" else {}
+        values = {
+            "encoder_name": encoder,
+            "classes": config.num_labels,
+            "decoder_channels": config.hidden_size,
+            **sizes,
+        }
+        values["in_channels"] = backbone.num_channels
     smp = importlib.import_module("segmentation_models_pytorch")
     try:
         model = smp.UPerNet(**{**values, "encoder_weights": None, "activation": None})  # the outputs are logits

@@ -44,14 +44,14 @@ def wrapper_of(tensors: Tensors) -> str | None:
     return next((prefix for prefix in prefixes if prefix + "decoder.psp.out_conv.0.weight" in tensors), None)
 
 
-def _has_config(settings: Mapping[str, Any]) -> bool:
+def has_config(settings: Mapping[str, Any]) -> bool:
     """Return True for smp's config.json, which has all values; the hyperparameters of Lightning may lack some."""
     return settings.get("_model_class") == "UPerNet" and "encoder_name" in settings
 
 
 def is_smp(source: Source) -> bool:
     """Return True for the names of smp's UPerNet, or for its config.json."""
-    return _has_config(source.settings) or wrapper_of(source.tensors) is not None
+    return has_config(source.settings) or wrapper_of(source.tensors) is not None
 
 
 def convert(source: Source, choices: Choices) -> Conversion:
@@ -79,7 +79,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
     classes, width = _shape(head.tensors, "decode_head.classifier.weight", place)[:2]
     channels = part.config["num_channels"]
     for name, found in (("classes", classes), ("decoder_channels", width), ("in_channels", channels)):
-        if _has_config(settings) and settings.get(name, found) != found:
+        if has_config(settings) and settings.get(name, found) != found:
             raise CheckpointError(
                 f"{place}: its config.json has {name}={shown(settings[name])}, and its tensors have {found}"
             )
@@ -156,7 +156,7 @@ def _notes(settings: Mapping[str, Any], bare: Tensors, channels: int) -> list[st
     activation = settings.get("activation")
     if activation not in (None, "identity"):
         notes.append(f"logits are those before the activation {shown(activation)}, which smp's model applies to them")
-    if not _has_config(settings):
+    if not has_config(settings):
         notes.append(
             "there is no config.json of smp: upsampling=4, output_stride=32, and the epsilons, activations and "
             "poolings of smp's and timm's defaults; no tensor shows another choice"
@@ -217,7 +217,7 @@ def _convert_encoder(tensors: Tensors, settings: Mapping[str, Any], choices: Cho
         )
     arguments = _arguments(settings)
     # smp's config.json has all arguments: without img_size the network is built for the size that its name ends with.
-    size = arguments.get("img_size") or (size_of(name) if _has_config(settings) else None)
+    size = arguments.get("img_size") or (size_of(name) if has_config(settings) else None)
     timm_settings = {"architecture": name.removeprefix("tu-"), "model_args": arguments, "image_size": size}
     part = convert_family(family, tensors, Source(place, tensors, timm_settings), choices, prefix)
     if len(part.config["depths"]) != LEVELS:
