@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastuper.models.upernet
 from fastuper import (
     ConvNextConfig,
     ResNetConfig,
@@ -67,8 +66,8 @@ def batch(count: int = 2, size: int = 64) -> dict[str, torch.Tensor]:
 def formed(monkeypatch):
     """Return a list with one item for each computation of full-size logits."""
     calls: list[int] = []
-    resize = fastuper.models.upernet._resize
-    monkeypatch.setattr(fastuper.models.upernet, "_resize", lambda *args: calls.append(1) or resize(*args))
+    full_size = UperNetForSemanticSegmentation._full_size
+    monkeypatch.setattr(UperNetForSemanticSegmentation, "_full_size", lambda *args: calls.append(1) or full_size(*args))
     return calls
 
 
@@ -122,8 +121,10 @@ def test_logits_are_computed_under_the_autocast_of_the_forward_pass(then, now, m
     def autocast(dtype: torch.dtype | None) -> Any:
         return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
-    original, states = fastuper.models.upernet._resize, []
-    monkeypatch.setattr(fastuper.models.upernet, "_resize", lambda *args: states.append(state()) or original(*args))
+    original, states = UperNetForSemanticSegmentation._full_size, []
+    monkeypatch.setattr(
+        UperNetForSemanticSegmentation, "_full_size", lambda *args: states.append(state()) or original(*args)
+    )
     network = model()
     with autocast(then):
         output = network(**batch())

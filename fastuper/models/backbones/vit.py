@@ -604,5 +604,5 @@ register(
     ViTPyramidBackbone,
     presets=PRESETS,
     depths=depths,
-    names=Names(parts=("embeddings", "encoder", "neck")),
+    names=Names(parts=("embeddings", "encoder", "neck"), unused=("embeddings.mask_token",)),
 )
