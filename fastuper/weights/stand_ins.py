@@ -130,7 +130,7 @@ def _names(path: Path, is_zip: bool) -> tuple[set[str], int]:
 
 def _add_names(file: IO[bytes], found: set[str], protocols: list[int]) -> None:
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "PROTO":
+        if opcode.name == "PROTO" and isinstance(argument, int):
             protocols.append(argument)
         elif opcode.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
