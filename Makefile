@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The last Transformers 4, with whose names and defaults the Hub's UPerNet checkpoints were saved.
 TRANSFORMERS4 := .cache/transformers-4.56.2
+# mmsegmentation, mmpretrain, segmentation_models_pytorch and timm, in a virtual environment of their own. Beside it an
+# old timm, whose Swin is that of Swin's own repository.
+FOREIGN := .cache/foreign
 # One worker for each core; idle workers take tests from busy ones.
 PARALLEL := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-scenes test test-exhaustive test-fast test-transformers4 test-minimum accuracy bench bench-quick compiled gpu-check lint format types clean
+.PHONY: help setup demo train-scenes test test-exhaustive test-fast test-transformers4 test-foreign test-minimum accuracy bench bench-quick compiled gpu-check lint format types clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /  make \1\t/' | expand -t 26
@@ -45,6 +48,16 @@ $(TRANSFORMERS4)/.installed: $(STAMP)
 
 test-transformers4: $(TRANSFORMERS4)/.installed ## run the parity tests against Transformers 4.56.2
 	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity -m "not slow and not exhaustive" $(PARALLEL)
+
+$(FOREIGN)/.installed: pyproject.toml tests/foreign/requirements.txt
+	$(PYTHON) -m venv $(FOREIGN)
+	$(FOREIGN)/bin/python -m pip install --quiet --upgrade pip
+	$(FOREIGN)/bin/python -m pip install --quiet --requirement tests/foreign/requirements.txt --editable .
+	$(FOREIGN)/bin/python -m pip install --quiet --no-deps --target $(FOREIGN)/timm-0.6.13 timm==0.6.13
+	@touch $@
+
+test-foreign: $(FOREIGN)/.installed ## convert checkpoints that the real mmsegmentation, smp and timm make, and compare logits
+	$(FOREIGN)/bin/python -m pytest tests/foreign $(PARALLEL)
 
 test-minimum: ## run the tests of `make test` with the oldest versions that pyproject.toml allows, in a second virtual environment
 	$(PYTHON) -m venv .cache/minimum

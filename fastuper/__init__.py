@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fastuper.models.backbones.resnet import ResNetConfig
     from fastuper.models.backbones.resnet_deep_stem import DeepStemResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
+    from fastuper.models.backbones.swin_timm import TimmSwinConfig
+    from fastuper.models.backbones.vit import ViTPyramidConfig
     from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
     from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
@@ -25,11 +27,13 @@ __all__ = [
     "DeepStemResNetConfig",
     "ResNetConfig",
     "SwinConfig",
+    "TimmSwinConfig",
     "UnifiedPerceptualParsingConfig",
     "UperNetConfig",
     "UperNetForSemanticSegmentation",
     "UperNetForUnifiedPerceptualParsing",
     "UperNetImageProcessor",
+    "ViTPyramidConfig",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
@@ -41,10 +45,12 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
             "DeepStemResNetConfig": "fastuper.models.backbones.resnet_deep_stem",
             "ResNetConfig": "fastuper.models.backbones.resnet",
             "SwinConfig": "fastuper.models.backbones.swin",
+            "TimmSwinConfig": "fastuper.models.backbones.swin_timm",
             "UnifiedPerceptualParsingConfig": "fastuper.models.parsing_configuration",
             "UperNetConfig": "fastuper.models.upernet_configuration",
             "UperNetForSemanticSegmentation": "fastuper.models.upernet",
             "UperNetForUnifiedPerceptualParsing": "fastuper.models.parsing",
             "UperNetImageProcessor": "fastuper.data.processor",
+            "ViTPyramidConfig": "fastuper.models.backbones.vit",
         },
     )

@@ -5,12 +5,23 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+FOREIGN = Path(__file__).parent / "foreign"
 
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
     # Before PyTorch is imported. Workers that wait for each other's threads are slower than a single worker.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/foreign to `make test-foreign`, which has the real libraries, unless the command names it."""
+    if collection_path != FOREIGN:
+        return None
+    named = (Path(argument.split("::")[0]).resolve() for argument in config.args)
+    return None if any(path.is_relative_to(FOREIGN) for path in named) else True
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

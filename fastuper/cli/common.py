@@ -28,6 +28,7 @@ EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
 KINDS = {
     "upernet": ("semantic segmentation", "segment"),
+    "fastuper_upernet": ("semantic segmentation", "segment"),
     "unified_perceptual_parsing": ("Unified Perceptual Parsing", "parse"),
 }
 """What a model is for, and the command that runs it on photos, by the `model_type` in config.json."""
@@ -55,7 +56,7 @@ _model_option = partial(
     "-m",
     parser=not_empty,
     metavar="FOLDER|HUB_ID",
-    help="Checkpoint: a folder, or the id of a Hub repository.",
+    help="Checkpoint: a folder, or the id of a Hub repository; or a file of another library (see `fastuper convert`).",
 )
 ModelOption = Annotated[str, _model_option()]
 OptionalModelOption = Annotated[
@@ -114,16 +115,17 @@ def _load(network_class: Any, model: str, device: str, dtype: Dtype) -> tuple[An
     from fastuper.data.processor import UperNetImageProcessor
     from fastuper.io.files import read_json
     from fastuper.io.hub import find_file
+    from fastuper.weights.convert import is_foreign
 
     chosen = choose_device(device)
     try:
-        config = find_file(model, "config.json")
+        config = None if is_foreign(model) else find_file(model, "config.json")
         kind = read_json(config).get("model_type") if config else None
         for model_type, (task, command) in KINDS.items():
-            if kind == model_type != network_class.config_class.model_type:
+            if kind == model_type and not network_class.config_class.reads(kind):
                 raise ValueError(f"it is a model for {task}; use it with `fastuper {command}`")
         network = network_class.from_pretrained(model, dtype=dtype, device=chosen).eval()
-        if find_file(model, "preprocessor_config.json"):
+        if is_foreign(model) or find_file(model, "preprocessor_config.json"):
             processor = UperNetImageProcessor.from_pretrained(model)
         else:
             processor = UperNetImageProcessor()

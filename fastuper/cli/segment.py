@@ -82,7 +82,7 @@ class _Segment(PhotoCommand):
             typer.echo(f"{classes} classes: the label maps are 16-bit grey PNGs, without colours", err=True)
         super().__init__(network, processor, {})
         self.id2label = class_names(network)
-        self.palette = class_palette(self.id2label)
+        self.palette = class_palette(self.id2label, getattr(network.config, "palette", None))
 
     def prepare(self, photo: Image.Image) -> list[torch.Tensor]:
         return [self.processor(images=[photo], return_tensors="pt")["pixel_values"]]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
 from itertools import count
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,14 +66,19 @@ def ade20k_palette() -> NDArray[np.uint8]:
     return _ade20k()[1].copy()
 
 
-def class_palette(classes: int | Mapping[int, str]) -> NDArray[np.uint8]:
+def class_palette(classes: int | Mapping[int, str], stored: Any = None) -> NDArray[np.uint8]:
     """Return a colour for each class, (N, 3) uint8; the same classes always get the same colours.
 
     Args:
         classes: the number N of classes, or a checkpoint's `id2label`. The names of ADE20K or of generated scenes get
             their usual colours. All other classes get N different colours. Their hues are a golden angle apart, so that
             neighbouring classes differ most.
+        stored: the value `palette` of a config.json: (red, green, blue) of each class, 0 to 255. It is used if it has a
+            colour for each class.
     """
+    count_of_classes = classes if isinstance(classes, int) else len(classes)
+    if isinstance(stored, list | tuple) and len(stored) == count_of_classes and all(map(_is_colour, stored)):
+        return np.array(stored, dtype=np.uint8)
     if isinstance(classes, Mapping):
         names = tuple(str(classes.get(index, "")).strip() for index in range(len(classes)))
         if names == ade20k_names():
@@ -91,6 +97,10 @@ def class_palette(classes: int | Mapping[int, str]) -> NDArray[np.uint8]:
         red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
         colours.setdefault((round(red * 255), round(green * 255), round(blue * 255)))
     return np.array(list(colours), dtype=np.uint8).reshape(classes, 3)
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(level in range(256) for level in value)
 
 
 def class_name(id2label: Mapping[int, str], index: int) -> str:

@@ -8,6 +8,7 @@ torchvision.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -40,9 +41,13 @@ from fastuper.io.bounds import check_bounds, plain
 from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file, upload
 from fastuper.io.messages import format_size, listed, shown
+from fastuper.weights.convert import is_foreign, read_converted
+from fastuper.weights.official import PREPROCESSING
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.dispatch.files import atomic_path
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
+
+logger = logging.getLogger("fastuper")
 
 Image: TypeAlias = "PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str]"
 Images: TypeAlias = "Image | Sequence[Image]"
@@ -104,7 +109,6 @@ OWN_TYPE = "UperNetImageProcessor"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CAFFE_MEAN_BGR = (102.9801, 115.9465, 122.7717)
 
 # The number of rows of 8-bit pixels that are looked up in a table at a time.
 ROWS = 64
@@ -355,16 +359,7 @@ class UperNetImageProcessor:
         Raises:
             TypeError, ValueError: an option is of a wrong type or out of range; the message names it.
         """
-        official: dict[str, Any] = {
-            "size": {"shortest_edge": 450, "longest_edge": 1000},
-            "size_divisor": 8,
-            "antialias": False,
-            "do_flip_channel_order": True,
-            "do_rescale": False,
-            "image_mean": CAFFE_MEAN_BGR,
-            "image_std": (1.0, 1.0, 1.0),
-        }
-        return cls(**{**official, **options})
+        return cls(**{**PREPROCESSING, **options})
 
     @classmethod
     def from_pretrained(
@@ -378,12 +373,14 @@ class UperNetImageProcessor:
         local_files_only: bool = False,
         force_download: bool = False,
         return_unused_kwargs: bool = False,
+        source_options: Mapping[str, Any] | None = None,
         **overrides: Any,
     ) -> Any:
-        """Read the `preprocessor_config.json` of a checkpoint.
+        """Read the `preprocessor_config.json` of a checkpoint, or what the checkpoint of another library says itself.
 
         Args:
-            source: a folder, the file itself, or the id of a Hub repository.
+            source: a folder, the file itself, or the id of a Hub repository; or the checkpoint of another library, a
+                file or a folder. What such a checkpoint does not say has this class's defaults; a warning says so.
             token: the Hub's access token, for private repositories.
             cache_dir: the folder of downloads.
             subfolder: the file's folder inside the source.
@@ -392,10 +389,12 @@ class UperNetImageProcessor:
             force_download: download the file again, even if the cache has it.
             return_unused_kwargs: True to return the processor and a dictionary of the unknown overrides, in place of an
                 error.
+            source_options: for the checkpoint of another library, as in the model's `from_pretrained`.
             **overrides: constructor arguments that replace values of the file. `image_processor_filename` is another
                 name of the file.
 
         Raises:
+            CheckpointError: the checkpoint of another library cannot be converted.
             OSError: there is no such file, or it is not JSON.
             TypeError: an override is unknown.
             ValueError: the file belongs to another class, or an option is out of range.
@@ -409,9 +408,18 @@ class UperNetImageProcessor:
             unused = {name: overrides.pop(name) for name in list(overrides) if name not in known}
         # Before the file is read: an error in an override must not name the file.
         overrides = _checked_overrides(cls.__name__, overrides)
-        path = _find_options(source, filename, options)
+        path: str | os.PathLike[str]
+        if not options.subfolder and is_foreign(source) and not (Path(source) / filename).is_file():
+            path, values = source, dict(read_converted(source, source_options).preprocessing)
+            if not values:
+                logger.warning("%s does not say how images are prepared: the default settings are used", source)
+        elif source_options:
+            raise TypeError(f"source_options are for the checkpoint of another library, and {source} is none")
+        else:
+            path = _find_options(source, filename, options)
+            values = read_json(path)
         try:
-            processor = cls.from_dict(read_json(path), **overrides)
+            processor = cls.from_dict(values, **overrides)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None
         return (processor, unused) if return_unused_kwargs else processor

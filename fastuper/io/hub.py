@@ -61,7 +61,10 @@ def find_file(source: str | os.PathLike[str], filename: str, options: HubOptions
             raise OSError(f"{path} is a {kind}, where a file is expected")
         return None
     if os.path.exists(source):
-        raise NotADirectoryError(f"{source} is a file; give the folder that holds config.json and the weights")
+        raise NotADirectoryError(
+            f"{source} is a file; give the folder that holds config.json and the weights (`fastuper convert` makes "
+            "one of another library's checkpoint)"
+        )
     try:
         return Path(
             hf_hub_download(

@@ -28,7 +28,7 @@ from fastuper.weights.reading import FLOATING
 logger = logging.getLogger(__name__)
 
 # Values that describe the same thing. Overriding one of them removes the saved values of the others.
-LABELS = ("id2label", "label2id", "num_labels")
+LABELS = ("id2label", "label2id", "num_labels", "palette")
 LEVELS = ("out_features", "out_indices")
 LINKED = {
     "id2label": LABELS,
@@ -68,6 +68,7 @@ class Config(ConfigMethods):
     """
 
     model_type: ClassVar[str] = ""
+    other_model_types: ClassVar[tuple[str, ...]] = ()  # more values of "model_type" in files of this class
 
     def __init__(
         self,
@@ -278,10 +279,10 @@ class Config(ConfigMethods):
             options = take_arguments(cls.__name__, overrides, options)
         path = _find_config(pretrained_model_name_or_path, options)
         values = read_json(path)
-        if values.get("model_type") != cls.model_type:
+        if not cls.reads(values.get("model_type")):
             # The configuration of a whole model may hold one of this class, as a UPerNet's holds its backbone's.
             parts = (part for part in values.values() if isinstance(part, dict))
-            values = next((part for part in parts if part.get("model_type") == cls.model_type), values)
+            values = next((part for part in parts if cls.reads(part.get("model_type"))), values)
         cls._check_file(path, values)
         try:
             config = cls.from_dict(values)
@@ -314,10 +315,15 @@ class Config(ConfigMethods):
         return read_json(_find_config(pretrained_model_name_or_path, options)), kwargs
 
     @classmethod
+    def reads(cls, model_type: Any) -> bool:
+        """Return whether a config.json with this `model_type` is of this class."""
+        return model_type in (cls.model_type, *cls.other_model_types)
+
+    @classmethod
     def _check_file(cls, path: Path, values: Mapping[str, Any]) -> None:
         """Refuse the config.json of another kind of model, and of another library."""
         if "model_type" in values:
-            if values["model_type"] != cls.model_type:
+            if not cls.reads(values["model_type"]):
                 raise ValueError(
                     f"{path} describes a {shown(values['model_type'])} model; {cls.__name__} reads {cls.model_type!r}: "
                     "load it with the library that wrote it"
@@ -328,8 +334,8 @@ class Config(ConfigMethods):
             library = next((name for key, name in LIBRARIES.items() if key in values), None)
             origin = f"it was written by {library}" if library else f"it has none of the values of {cls.__name__}"
             raise ValueError(
-                f"{path} has no model_type, and {origin}; load the model with the library that wrote it, or convert it "
-                f"to Transformers' format (model_type {cls.model_type!r})"
+                f"{path} has no model_type (here {cls.model_type!r}), and {origin}; run `fastuper convert` on its "
+                "folder, or load the model with the library that wrote it"
             )
 
     def __eq__(self, other: object) -> bool:
@@ -435,6 +441,11 @@ class BackboneConfig(Config):
             ValueError: they are not, or do not.
         """
         self._select(self._out_features, self._out_indices)
+
+    def read_all_stages(self) -> None:
+        """Select all stages if only the last is selected, for heads that read a pyramid of maps."""
+        if self.out_features == self.stage_names[-1:]:
+            self.out_features = self.stage_names[1:]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in types that JSON supports."""

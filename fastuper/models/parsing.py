@@ -23,7 +23,7 @@ from fastuper.models.parsing_configuration import (
 )
 from fastuper.models.parsing_loss import check_parsing_labels, parsing_losses
 from fastuper.models.pyramid_model import PyramidModel, check_finite
-from fastuper.weights.official import Source, load_parsing, read_official
+from fastuper.weights.official import Weights, load_parsing, read_official
 from fastuper_kernels.dispatch.torch_private import BatchNorm
 from fastuper_kernels.ops.upsample_argmax import holds_labels, label_dtype
 
@@ -68,8 +68,8 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
         cls,
         folder: str | os.PathLike[str] | None = None,
         *,
-        encoder: Source | None = None,
-        decoder: Source | None = None,
+        encoder: Weights | None = None,
+        decoder: Weights | None = None,
         labels: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         **values: Any,
     ) -> UperNetForUnifiedPerceptualParsing:

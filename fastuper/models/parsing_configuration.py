@@ -12,6 +12,7 @@ from fastuper.io.messages import shown
 from fastuper.models.backbones.registry import PRESETS
 from fastuper.models.configuration import as_list
 from fastuper.models.pyramid_configuration import PyramidConfig, as_dict
+from fastuper.models.upernet_configuration import OPTIONS
 
 POOLINGS = ("precise_roi", "adaptive")
 """The poolings of the pyramid pooling module; the official code has the first."""
@@ -122,6 +123,9 @@ class UnifiedPerceptualParsingConfig(PyramidConfig):
         super().check()
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling={shown(self.pooling)} is not known; known are {', '.join(POOLINGS)}")
+        for name, default in OPTIONS.items():
+            if getattr(self, name, default) != default:
+                raise ValueError(f"{name} is an option of UperNetConfig, and no model with parsing heads has it")
         weights = _by_task("loss_weights", self.loss_weights)
         for task in {*self.tasks, *weights}:
             WEIGHT.check(f"loss_weights[{task!r}]", weights.get(task))

@@ -22,9 +22,11 @@ from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.configuration import as_dtype
 from fastuper.models.memory import check_memory
 from fastuper.models.model_methods import ModelMethods
+from fastuper.weights.conversion import Conversion
+from fastuper.weights.convert import check_filled, is_foreign, read_converted
 from fastuper.weights.dialects import describe
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.reading import Stored, described, find_weights, iterate_weights, stored_tensors
+from fastuper.weights.reading import FLOATING, Stored, described, find_weights, iterate_weights, stored_tensors
 from fastuper.weights.transformers import Names, adapter_key_mapping, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
@@ -166,9 +168,13 @@ class PretrainedMixin(ModelMethods):
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         backbone: nn.Module | str | None = None,
+        source_options: Mapping[str, Any] | None = None,
         **config_overrides: Any,
     ) -> Model:
         """Load a checkpoint from a folder or a Hub repository, in evaluation mode.
+
+        A file, or a folder of another library, is converted in memory: docs/migrate.md lists what can be. Warnings say
+        which values were chosen. `fastuper convert` writes the same model as a folder.
 
         A checkpoint may lack the auxiliary head, which only training needs. With `ignore_mismatched_sizes=True` it may
         also lack the head, a classifier, the head of a task, or the norms of the backbone's outputs
@@ -177,6 +183,7 @@ class PretrainedMixin(ModelMethods):
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a Hub repository; None with `config` and `state_dict`.
+                Or the checkpoint of another library, a file or a folder.
             config: a configuration in place of the checkpoint's: this library's, Transformers', a dictionary, or the
                 folder or repository that has it.
             state_dict: weights in place of the checkpoint's files; they are copied.
@@ -202,6 +209,8 @@ class PretrainedMixin(ModelMethods):
                 then be missing, and are newly initialised.
             backbone: the module that is the backbone of a model of `over`: the weights are copied into it. A text is
                 the attribute `backbone` of the configuration.
+            source_options: for the checkpoint of another library: values that it does not say itself, by their names in
+                `fastuper.weights.conversion.OPTIONS`, and `weights_key`, the name of a state dict in the file.
             **config_overrides: attributes of the configuration to change, such as `loss_ignore_index=0`. Arguments of
                 Transformers without an effect here (`low_cpu_mem_usage`, `attn_implementation="sdpa"`) are accepted.
 
@@ -217,7 +226,8 @@ class PretrainedMixin(ModelMethods):
             RuntimeError: tensors have another shape than the checkpoint's (the message lists them), the model exceeds
                 the memory, or the default device is "meta" and no device is given.
             TypeError: an argument is unknown or not supported; the message gives the remedy.
-            ValueError: `dtype` is not a dtype, or `torch_dtype` contradicts it.
+            ValueError: `dtype` is not a dtype, or `torch_dtype` contradicts it; an option of `source_options` is
+                unknown, or contradicts the checkpoint.
         """
         source = pretrained_model_name_or_path or "state_dict"
         if pretrained_model_name_or_path is None and (config is None or state_dict is None):
@@ -231,6 +241,12 @@ class PretrainedMixin(ModelMethods):
             config_overrides["backbone"] = backbone
         target = _device(device, device_map)
         wanted_dtype = _wanted_dtype(dtype, torch_dtype)
+        conversion = None
+        if config is None and state_dict is None and not options.subfolder and is_foreign(source):
+            conversion = _converted(cls, source, source_options)
+            config, state_dict = conversion.config, conversion.tensors
+        elif source_options:
+            raise TypeError(f"source_options are for the checkpoint of another library, and {source} is none")
         if config is None:
             options = pin_revision(source, options)
         labels = {"num_labels": num_labels, "id2label": id2label, "label2id": label2id}
@@ -249,6 +265,10 @@ class PretrainedMixin(ModelMethods):
                 model = cls(config) if module is None else cls(config, backbone=module)
             # The files' headers are compared with the model before memory is allocated for it.
             places, info = _compare(model, stored, files)
+            if conversion is not None:
+                info["missing_keys"] = {n for n in info["missing_keys"] if not n.startswith(conversion.initialised)}
+                if not config_overrides and all(value is None for value in labels.values()):
+                    check_conversion(model, conversion, str(source))
             if info["mismatched_keys"] and not ignore_mismatched_sizes:
                 raise RuntimeError(_shapes_message(source, info["mismatched_keys"]))
             if not output_loading_info:
@@ -425,6 +445,61 @@ class PretrainedMixin(ModelMethods):
 # ----------------------------------------------------------------------------------------- the steps of from_pretrained
 
 
+def _converted(cls: type[PretrainedMixin], source: StrPath, options: Mapping[str, Any] | None) -> Conversion:
+    """Convert the checkpoint of another library, and log what was chosen.
+
+    Raises:
+        CheckpointError: it cannot be converted, or is no model of this class.
+    """
+    conversion = read_converted(source, options)
+    if conversion.kind != cls.config_class.model_type:
+        remedy = "load it with the class of that model"
+        if conversion.kind == "backbone":
+            remedy = (
+                "write it to a folder by `fastuper convert`, and build the model from UperNetConfig(backbone=FOLDER, "
+                "use_pretrained_backbone=True)"
+            )
+        raise CheckpointError(f"{source} is {conversion.dialect}, no {cls.__name__}; {remedy}")
+    if conversion.notes:
+        logger.warning("%s (%s): %s", source, conversion.dialect, "; ".join(conversion.notes))
+    return conversion
+
+
+def check_conversion(model: nn.Module, conversion: Conversion, place: str) -> list[str]:
+    """Check that a conversion fills a model; see `check_filled`.
+
+    Args:
+        model: the model, which may be on the meta device.
+        conversion: the conversion.
+        place: the checkpoint, for messages.
+
+    Returns:
+        The names of the tensors that get initial values.
+
+    Raises:
+        CheckpointError: it does not, or holds integers in place of weights; the message names tensors.
+    """
+    tensors = _own_tensors(model)
+    own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = getattr(model, "config", None)
+    names = (
+        checkpoint_names(getattr(config, "model_type", "")) if conversion.kind == "backbone" else backbone_names(model)
+    )
+    initial = check_filled(place, conversion, own, [name for name in own if names.is_computed(name)])
+    sources = {target: row.source for row in conversion.rows for target in row.targets}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and name in sources and conversion.tensors[name].dtype not in FLOATING.values():
+            raise _no_weights(place, sources[name])
+    return initial
+
+
+def _no_weights(place: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{place}: {name} holds no float16, bfloat16, float32 or float64; quantised weights are not supported: load "
+        "the checkpoint that they were made from"
+    )
+
+
 def _wanted_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the dtype that the caller names; None for "auto"."""
     named = [as_dtype(name) for name in (dtype, torch_dtype) if name is not None and name != "auto"]
@@ -539,10 +614,7 @@ def _compare(
         elif there.shape != own[ours].shape:
             mismatched.add((ours, there.shape, tuple(own[ours].shape)))
         elif own[ours].is_floating_point() and there.dtype is None:
-            raise CheckpointError(
-                f"{_place(files)}: {theirs} holds no float16, bfloat16, float32 or float64; quantised weights are not "
-                "supported: load the checkpoint that they were made from"
-            )
+            raise _no_weights(_place(files), theirs)
         else:
             places[theirs] = ours
             loaded |= names_of[own[ours]]

@@ -12,6 +12,9 @@ from fastuper.models.backbones.foreign import CUSTOM, TIMM, transformers_model_t
 from fastuper.models.backbones.registry import FAMILIES
 from fastuper.models.configuration import BackboneConfig, Config, ForeignBackboneConfig
 
+MARK = "fastuper_"
+"""What a backbone's `model_type` begins with, in the config.json of a model that Transformers must refuse."""
+
 
 class PyramidConfig(Config):
     """Base of the configurations of models with a backbone and a feature pyramid: `backbone_config`.
@@ -39,12 +42,8 @@ class PyramidConfig(Config):
     @backbone_config.setter
     def backbone_config(self, config: Any) -> None:
         self._backbone_config = config = None if config is None else backbone_config_from(config)
-        if (
-            isinstance(config, BackboneConfig)
-            and self._reads_all_stages
-            and config.out_features == config.stage_names[-1:]
-        ):
-            config.out_features = config.stage_names[1:]
+        if isinstance(config, BackboneConfig) and self._reads_all_stages:
+            config.read_all_stages()
 
     @property
     def _reads_all_stages(self) -> bool:
@@ -69,7 +68,7 @@ def backbone_config_from(config: Any) -> BackboneConfig | ForeignBackboneConfig:
     """Return a copy of a backbone's configuration, in a class of ours.
 
     Args:
-        config: our configuration, Transformers', or a dictionary with "model_type".
+        config: our configuration, Transformers', or a dictionary with "model_type", which may begin with `MARK`.
 
     Raises:
         TypeError: `config` is neither a configuration nor a dictionary.
@@ -84,6 +83,7 @@ def backbone_config_from(config: Any) -> BackboneConfig | ForeignBackboneConfig:
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ValueError(f"the backbone's model_type must be a text, got {shown(model_type)}")
+    model_type = model_type.removeprefix(MARK)
     if model_type in FAMILIES:
         return FAMILIES[model_type].config(**values)
     if model_type in (CUSTOM, TIMM) or model_type in transformers_model_types():

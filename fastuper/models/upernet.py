@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastuper.io.messages import listed
 from fastuper.models.backbones import Backbone, build_backbone
+from fastuper.models.backbones.foreign import OUTPUT_NORMS, pretrained_transformers_backbone
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.cuda_graph import CapturedFunction
 from fastuper.models.heads.fcn import FCNHead
@@ -55,6 +57,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
         backbone: its `forward(pixel_values)` returns `feature_maps`.
         decode_head: the UPerNet head, from feature maps to logits at stride 4.
         auxiliary_head: the auxiliary head; None if `config.use_auxiliary_head` is False.
+        align_corners: of the resampling (bilinear) of logits, the auxiliary head's too, to the images' or labels' size.
     """
 
     config_class = UperNetConfig
@@ -72,6 +75,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
         channels = self.backbone.channels
         self.decode_head = UperNetHead(self.config, channels)
         self.auxiliary_head = FCNHead(self.config, channels) if self.config.use_auxiliary_head else None
+        self.align_corners = self.config.aligns_output
         self._complete()
         if given.use_pretrained_backbone:
             self._load_backbone(given)
@@ -136,9 +140,9 @@ class UperNetForSemanticSegmentation(PyramidModel):
 
         logits: Any = None
         if output_logits is None and loss is not None and return_dict and is_eager() and not in_ddp():
-            logits = Deferred(partial(_full_size, coarse, size), coarse.device.type)
+            logits = Deferred(partial(self._full_size, coarse, size), coarse.device.type)
         elif output_logits is not False:
-            logits = _full_size(coarse, size)
+            logits = self._full_size(coarse, size)
         output = known_to_transformers(SemanticSegmenterOutput)(loss, logits, hidden_states, attentions)
         return output if return_dict else output.to_tuple()
 
@@ -153,7 +157,8 @@ class UperNetForSemanticSegmentation(PyramidModel):
         Args:
             pixel_values: (B, C, H, W), as for `forward`.
             target_sizes: (height, width) of each label map, one an image; the images' own size if None. As in
-                Transformers, logits are resampled to the images' size and then to this one.
+                Transformers, logits are resampled to the images' size and then to this one, by the processor's rule
+                (align_corners=False).
             dtype: the integer dtype of the label maps; None for the smallest that holds the classes (uint8, uint16 or
                 int32), which takes an eighth or a quarter of int64's memory.
 
@@ -172,10 +177,10 @@ class UperNetForSemanticSegmentation(PyramidModel):
         logits = as_two_classes(self._coarse_logits(pixel_values))
         dtype = dtype or label_dtype(logits.shape[1])
         if logits.is_cuda and all(target == targets[0] for target in targets):  # in one launch
-            labels = list(upsample_argmax(logits, _steps(size, targets[0]), dtype=dtype))
+            labels = list(self._label_maps(logits, size, targets[0], dtype))
         else:
             labels = [
-                upsample_argmax(image, _steps(size, target), dtype=dtype)[0]
+                self._label_maps(image, size, target, dtype)[0]
                 for image, target in zip(logits.split(1), targets, strict=True)
             ]
         check_finite([logits], [pixel_values])  # the last step: all work is launched before the host waits for a GPU
@@ -201,7 +206,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
         def labels(x: torch.Tensor) -> torch.Tensor:
             assert target_size is not None
             coarse = as_two_classes(self._coarse_logits(x))
-            return upsample_argmax(coarse, _steps(size, (target_size[0], target_size[1])))
+            return self._label_maps(coarse, size, (target_size[0], target_size[1]), torch.int64)
 
         return CapturedFunction(self, logits if target_size is None else labels, pixel_values)
 
@@ -209,6 +214,23 @@ class UperNetForSemanticSegmentation(PyramidModel):
         """Return the logits at the size of the finest feature map."""
         maps, _, _ = self._features(pixel_values, False, False)
         return self.decode_head(maps)
+
+    def _full_size(self, coarse: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """Return logits (B, num_labels, h, w) resampled to `size`, contiguous."""
+        # The head's logits are channels_last; resampled in that layout, they would have to be copied at full size.
+        coarse = coarse.contiguous()
+        return F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners).contiguous()
+
+    def _label_maps(
+        self, coarse: torch.Tensor, size: tuple[int, int], target: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return label maps (B, *target) of logits (B, classes, h, w): resampled to the images' size, then to target.
+
+        The first step is the network's, the second the image processor's.
+        """
+        if target == size:
+            return upsample_argmax(coarse, [size], dtype=dtype, align_corners=self.align_corners)
+        return upsample_argmax(coarse, [size, target], dtype=dtype, align_corners=[self.align_corners, False])
 
     def _classes(self) -> dict[str, int]:
         """Return the number of classes of each head, by its name; without a head whose number only its logits show."""
@@ -233,12 +255,12 @@ class UperNetForSemanticSegmentation(PyramidModel):
         self, coarse: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """Return the cross entropy of logits (B, num_labels, h, w), resampled to the labels' size (H, W)."""
-        ignore_index = self.config.loss_ignore_index
+        options = {"ignore_index": self.config.loss_ignore_index, "align_corners": self.align_corners}
         if num_items_in_batch is None:
-            return upsample_cross_entropy(coarse, labels, ignore_index=ignore_index)
+            return upsample_cross_entropy(coarse, labels, **options)
         # The loss is computed in float32: the sum over an image can exceed the largest number of float16.
         wide = coarse.to(torch.promote_types(coarse.dtype, torch.float32))
-        total = upsample_cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
+        total = upsample_cross_entropy(wide, labels, reduction="sum", **options)
         count = torch.as_tensor(num_items_in_batch, device=total.device)
         loss = total / (count + (count == 0))  # 0 if all pixels are ignored, as without the argument
         return loss if is_autocast(total.device.type) else loss.to(coarse.dtype)
@@ -253,41 +275,33 @@ class UperNetForSemanticSegmentation(PyramidModel):
         if self.device.type == "meta":  # from_pretrained loads a checkpoint with all weights next
             return
         if not isinstance(self.backbone, Backbone):
-            from transformers import AutoBackbone
-
-            self.backbone = AutoBackbone.from_pretrained(config.backbone, **(config.backbone_kwargs or {}))
+            self.backbone = pretrained_transformers_backbone(self.backbone, config.backbone)
             return
         weights, _ = read_weights(config.backbone)
         model_type = self.backbone.config.model_type
         names = checkpoint_names(model_type)
         weights = backbone_state_dict(weights, model_type, names)
+        own = self.backbone.state_dict()
+        if wrong := [name for name in weights if name in own and weights[name].shape != own[name].shape]:
+            raise CheckpointError(
+                f"{config.backbone} does not fit its configuration: {wrong[0]} has shape "
+                f"{tuple(weights[wrong[0]].shape)}, and the backbone {tuple(own[wrong[0]].shape)}"
+            )
         missing, unexpected = self.backbone.load_state_dict(weights, strict=False)
         # A classifier has no norms of the stages' outputs, and computed buffers have their values already.
-        missing = [n for n in missing if not n.startswith("hidden_states_norms.") and not names.is_computed(n)]
+        if not any(name.startswith(OUTPUT_NORMS) for name in weights):
+            missing = [name for name in missing if not name.startswith(OUTPUT_NORMS)]
+        missing = [name for name in missing if not names.is_computed(name)]
         if missing or unexpected:
             raise CheckpointError(
-                f"{config.backbone} does not fit its configuration: missing {missing}, unexpected {unexpected}"
+                f"{config.backbone} does not fit its configuration: it lacks {len(missing)} of the backbone's tensors "
+                f"({listed(missing, 2)}), and has {len(unexpected)} that the backbone lacks ({listed(unexpected, 2)})"
             )
 
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether `transformers.Trainer` should pass `num_items_in_batch`; it counts the labels that are not -100."""
         return self.config.loss_ignore_index == -100
-
-
-def _full_size(coarse: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Return logits (B, num_labels, h, w) resampled to `size`, contiguous."""
-    # The head's logits are channels_last; resampled in that layout, they would have to be copied at full size.
-    return _resize(coarse.contiguous(), size).contiguous()
-
-
-def _resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def _steps(size: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return the sizes that logits are resampled through: the images', then the label map's if it differs."""
-    return [size] if target == size else [size, target]
 
 
 def _with_backbone_config(config: UperNetConfig) -> UperNetConfig:

@@ -9,11 +9,17 @@ from typing import Any
 
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, find_file
-from fastuper.io.messages import shown
+from fastuper.io.messages import listed, shown
 from fastuper.models.backbones.foreign import TIMM
 from fastuper.models.backbones.resnet import ResNetConfig
 from fastuper.models.configuration import BackboneConfig, ForeignBackboneConfig, as_list, overridden
-from fastuper.models.pyramid_configuration import PyramidConfig, as_dict, backbone_config_from
+from fastuper.models.pyramid_configuration import MARK, PyramidConfig, as_dict, backbone_config_from
+
+WITH_OPTIONS = "fastuper_upernet"
+"""The `model_type` in the config.json of a model with options that Transformers lacks."""
+
+OPTIONS: Mapping[str, Any] = {"align_corners": False, "output_align_corners": None, "feature_norms": False}
+"""The options that Transformers lacks, and their defaults."""
 
 
 class UperNetConfig(PyramidConfig):
@@ -42,6 +48,11 @@ class UperNetConfig(PyramidConfig):
         auxiliary_num_convs: the number of 3x3 convolutions before the auxiliary head's classifier.
         auxiliary_concat_input: True to concatenate the auxiliary head's input before its classifier.
         loss_ignore_index: the label of pixels that the loss leaves out.
+        align_corners: of every resampling (bilinear) of the head and of the logits, the auxiliary head's too, as for
+            `F.interpolate`. With True the head's fused convolutions do not run.
+        output_align_corners: of the resampling of the logits alone; None for `align_corners`.
+        feature_norms: True for a LayerNorm over the channels (epsilon 1e-6) of each feature map before the head. The
+            auxiliary head reads the map before its norm.
         **extra: see `Config`.
 
     Raises:
@@ -49,6 +60,7 @@ class UperNetConfig(PyramidConfig):
     """
 
     model_type = "upernet"
+    other_model_types = (WITH_OPTIONS,)
 
     def __init__(
         self,
@@ -67,6 +79,9 @@ class UperNetConfig(PyramidConfig):
         auxiliary_num_convs: int = 1,
         auxiliary_concat_input: bool = False,
         loss_ignore_index: int = 255,
+        align_corners: bool = False,
+        output_align_corners: bool | None = None,
+        feature_norms: bool = False,
         **extra: Any,
     ):
         if backbone_config is not None:
@@ -98,6 +113,9 @@ class UperNetConfig(PyramidConfig):
         self.auxiliary_num_convs = auxiliary_num_convs
         self.auxiliary_concat_input = auxiliary_concat_input
         self.loss_ignore_index = loss_ignore_index
+        self.align_corners = align_corners
+        self.output_align_corners = output_align_corners
+        self.feature_norms = feature_norms
         self.check()
         if backbone_config is None and backbone is None:
             backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
@@ -105,8 +123,10 @@ class UperNetConfig(PyramidConfig):
 
     @classmethod
     def _check_file(cls, path: Path, values: Mapping[str, Any]) -> None:
-        """Refuse the config.json of another kind of model, and one that has a folder outside its own read."""
+        """Refuse another kind of model, options that Transformers would overlook, and a folder outside the file's."""
         super()._check_file(path, values)
+        if fault := _overlooked(values):
+            raise ValueError(f"{path}: {fault}")
         named = values.get("backbone")
         if values.get("use_timm_backbone") or not isinstance(named, str):
             return
@@ -115,6 +135,24 @@ class UperNetConfig(PyramidConfig):
                 f"{path} names the backbone {shown(named)}, a folder outside its own, which is not read; give the file "
                 "a backbone_config, or pass config=UperNetConfig(backbone=...)"
             )
+
+    @property
+    def aligns_output(self) -> bool:
+        """`align_corners` of the resampling of the logits."""
+        return bool(self.align_corners if self.output_align_corners is None else self.output_align_corners)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values, in types that JSON supports.
+
+        Options that Transformers lacks are left out at their defaults. With another value of one, "model_type" is
+        "fastuper_upernet" and the backbone's begins with "fastuper_": Transformers refuses both, and cannot load
+        another network than this.
+        """
+        return _marked(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the values that define the network: all but those that every configuration has by default."""
+        return _marked(super().to_diff_dict())
 
     @property
     def _reads_all_stages(self) -> bool:
@@ -133,9 +171,30 @@ def upernet_config_from(config: Any) -> UperNetConfig:
         config.check()  # attributes may have been set since the configuration was made
         return config
     values = as_dict(config)
-    if values is None or values.get("model_type", "upernet") != "upernet":
+    if values is None or not UperNetConfig.reads(values.get("model_type", UperNetConfig.model_type)):
         raise TypeError(f"expected a UperNetConfig, ours or Transformers', got {type(config).__name__}")
+    if fault := _overlooked(values):
+        raise ValueError(fault)
     return UperNetConfig.from_dict(values)
+
+
+def _marked(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a config.json without options at their defaults, and with model types by `to_dict`."""
+    values = {name: value for name, value in values.items() if name not in OPTIONS or value != OPTIONS[name]}
+    if OPTIONS.keys().isdisjoint(values):
+        return values
+    backbone = values.get("backbone_config")
+    if backbone is not None:
+        values["backbone_config"] = {**backbone, "model_type": MARK + backbone["model_type"]}
+    return {**values, "model_type": WITH_OPTIONS}
+
+
+def _overlooked(values: Mapping[str, Any]) -> str:
+    """Return what is wrong with options in a config.json that Transformers would read without them; "" if nothing."""
+    given = [name for name, default in OPTIONS.items() if values.get(name, default) != default]
+    if not given or values.get("model_type") != UperNetConfig.model_type:
+        return ""
+    return f"Transformers would overlook {listed(given)}: a model with such options has the model_type {WITH_OPTIONS!r}"
 
 
 def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBackboneConfig:

@@ -77,7 +77,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         lr = recipe.learning_rate
         if recipe.layer_decay != 1:
             config: Any = model.config
-            lr *= learning_rate_scale(name, recipe.layer_decay, config.backbone_config.model_type)
+            lr *= learning_rate_scale(name, recipe.layer_decay, config.backbone_config)
         weight_decay = recipe.weight_decay if decays(name, parameter) else 0.0
         group = groups.setdefault((lr, weight_decay), {"params": [], "lr": lr, "weight_decay": weight_decay})
         group["params"].append((name, parameter))
@@ -90,21 +90,21 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(tables)
 
 
-def learning_rate_scale(name: str, layer_decay: float, backbone_type: str) -> float:
+def learning_rate_scale(name: str, layer_decay: float, backbone_config: Any) -> float:
     """Return the factor of a parameter's learning rate: `layer_decay` to the power of its depth, and 1 in the heads.
 
     Args:
         name: the parameter's name in a UPerNet.
         layer_decay: the factor for one step of depth.
-        backbone_type: the `model_type` of the backbone's configuration. Its family defines the depths; the rule of
-            ConvNeXt's authors is `fastuper.models.backbones.stage_depths`.
+        backbone_config: the backbone's configuration. Its family defines the depths; the rule of ConvNeXt's authors is
+            `fastuper.models.backbones.stage_depths`.
 
     Raises:
         ValueError: the backbone's family has no layer depths.
     """
-    depth = layer_depths(backbone_type)
+    depth = layer_depths(backbone_config.model_type)
     inside = name.removeprefix("backbone.")
-    return 1.0 if inside == name else layer_decay ** depth(inside)
+    return 1.0 if inside == name else layer_decay ** depth(inside, backbone_config)
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, power: float) -> float:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from fastuper.data.folders import SPLIT_NAMES, FolderDataset, Layout, find_splits, open_dataset
@@ -17,10 +18,13 @@ from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.samples import IGNORE_INDEX, DataError, checked_classes
 from fastuper.evaluation.loop import check_classes, classes_of
 from fastuper.io.hub import find_file
+from fastuper.io.messages import listed
 from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config
 from fastuper.recipes.recipes import BACKBONES
+from fastuper.weights.convert import is_foreign, read_converted
+from fastuper.weights.errors import CheckpointError
 
 
 def ignore_note(message: str) -> None:
@@ -99,7 +103,7 @@ def find_classes(
         raise DataError(one_class(training, seen))
     highest = max(seen.classes)
     if model is not None:
-        names = classes_of(UperNetConfig.from_pretrained(model))
+        names = classes_of(_read_checkpoint(model)[0])
         if highest < len(names):
             notify(f"the data names no classes: using the names of {model}; classes.txt, one name a line, sets others")
             return names
@@ -148,7 +152,7 @@ def build_model(
     common: dict[str, Any] = {"id2label": id2label, "loss_ignore_index": ignore_index}
     heads: dict[str, Any] = {"hidden_size": hidden_size, "auxiliary_channels": hidden_size // 2}
     if model is not None:
-        config = UperNetConfig.from_pretrained(model)
+        config, tensors = _read_checkpoint(model)
         if config.num_labels == 1 and len(id2label) == 2:
             common["id2label"] = {0: id2label[1]}
         elif config.num_labels != len(id2label):
@@ -171,14 +175,42 @@ def build_model(
     if drop_path_rate is not None:
         set_drop_path_rate(config, drop_path_rate)
     if model is None:
-        network = UperNetForSemanticSegmentation(config)
+        network: UperNetForSemanticSegmentation = UperNetForSemanticSegmentation(config)
     else:
-        network = UperNetForSemanticSegmentation.from_pretrained(
-            model, config=config, dtype="float32", ignore_mismatched_sizes=True
+        loaded: Any = UperNetForSemanticSegmentation.from_pretrained(
+            None if tensors else model,
+            config=config,
+            state_dict=tensors,
+            dtype="float32",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-        if find_file(model, "preprocessor_config.json"):
+        network, info = loaded
+        classifiers = {name for name, _, _ in info["mismatched_keys"] if ".classifier." in name}
+        others = {name for name, _, _ in info["mismatched_keys"]} | info["missing_keys"]
+        wrong = [name for name in sorted(others - classifiers) if not name.startswith("auxiliary_head.")]
+        if wrong := [name for name in wrong if not name.endswith("num_batches_tracked")]:
+            raise CheckpointError(
+                f"{model} lacks {len(wrong)} of the model's tensors, or has them in other shapes, such as "
+                f"{listed(wrong, 2)}; give a whole UPerNet, or its backbone as --backbone"
+            )
+        if tensors or find_file(model, "preprocessor_config.json"):
             return network, UperNetImageProcessor.from_pretrained(model)
     return network, UperNetImageProcessor(size={"height": image_size, "width": image_size})
+
+
+def _read_checkpoint(
+    model: str | os.PathLike[str],
+) -> tuple[UperNetConfig, Mapping[str, torch.Tensor] | None]:
+    """Return a checkpoint's configuration; of another library's checkpoint also its tensors, converted."""
+    if not is_foreign(model):
+        return UperNetConfig.from_pretrained(model), None
+    conversion = read_converted(model)
+    if conversion.kind != "upernet":
+        raise CheckpointError(
+            f"{model} is {conversion.dialect}, no UPerNet; `fastuper convert` makes a --backbone of it"
+        )
+    return UperNetConfig.from_dict(dict(conversion.config)), conversion.tensors
 
 
 def set_drop_path_rate(config: UperNetConfig, rate: float) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-CONVERT = (
-    "convert the file to Transformers' names, or load a converted checkpoint, such as those of openmmlab on the Hub"
-)
+CONVERT = "run `fastuper convert` on the file"
 LIBRARIES = (
     (r".*\.(lora_[AB]|base_layer)\.", "a LoRA adapter of peft", "load its base model, then the adapter with peft"),
     (r"(decode|auxiliary)_head\.conv_seg\.", "mmsegmentation", CONVERT),

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
+from fastuper.weights.conversion import Choices, Conversion, Dialect, Rule, Source, translate
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import iterate_weights
 
@@ -35,39 +36,68 @@ ENCODER = re.compile(r"(conv|bn)[123]\.|layer\d+\.")
 DECODER = re.compile(r"ppm_|fpn_|conv_fusion\.|(scene|object|part|material)_head\.")
 POOL_SCALES = (1, 2, 3, 6)
 
-Source = Mapping[str, torch.Tensor] | str | os.PathLike[str]
+Weights = Mapping[str, torch.Tensor] | str | os.PathLike[str]
+
+PREPROCESSING: Mapping[str, Any] = {
+    "size": {"shortest_edge": 450, "longest_edge": 1000},
+    "size_divisor": 8,
+    "antialias": False,
+    "do_flip_channel_order": True,
+    "do_rescale": False,
+    "image_mean": (102.9801, 115.9465, 122.7717),
+    "image_std": (1.0, 1.0, 1.0),
+}
+"""How the official code prepares images: OpenCV's pixels in the order BGR, less Caffe's means."""
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
+def _encoder_pairs() -> Iterator[tuple[str, str]]:
+    for kind, official, index in (("convolution", "conv", 0), ("normalization", "bn", 1)):
+        for layer in range(3):
+            yield f"embedder.embedder.{layer}.{kind}.", f"{official}{layer + 1}."
+            for stage in range(9):
+                block = f"encoder.stages.{stage}.layers.#."
+                yield f"{block}layer.{layer}.{kind}.", f"layer{stage + 1}.#.{official}{layer + 1}."
+                if layer == 0:
+                    yield f"{block}shortcut.{kind}.", f"layer{stage + 1}.#.downsample.{index}."
+
+
+def _decoder_pairs() -> Iterator[tuple[str, str]]:
+    for ours, official in (("conv.", "0."), ("batch_norm.", "1.")):
+        yield f"psp_modules.#.1.{ours}", f"ppm_conv.#.{official}"
+        yield f"bottleneck.{ours}", f"ppm_last_conv.{official}"
+        yield f"lateral_convs.#.{ours}", f"fpn_in.#.{official}"
+        yield f"fpn_convs.#.{ours}", f"fpn_out.#.0.{official}"
+        yield f"fpn_bottleneck.{ours}", f"conv_fusion.{official}"
+        for head in HEADS:
+            yield f"{head}.conv.{ours}", f"{head}.0.{official}"
+    for head in HEADS:
+        yield f"{head}.classifier.", f"{head}.2." if head == "scene_head" else f"{head}.1."
+
+
+ENCODER_PAIRS = tuple(_encoder_pairs())
+DECODER_PAIRS = tuple(_decoder_pairs())
+"""Beginnings of names in our modules, and the official ones; # stands for a number."""
+
+
+def _rule(name: str, target: str) -> Rule:
+    number = "\\1" if "#" in name else ""
+    last = "\\2" if number else "\\1"
+    return Rule(re.escape(name).replace("\\#", r"(\d+)") + r"(\w+)", (target.replace("#", number) + last,))
+
+
+SUMS = Rule(rf".*\.({'|'.join(TEMPORARY)})", (), "the official BatchNorm's sums while it trains")
+FROM_ENCODER = (SUMS, *(_rule(official, ours) for ours, official in ENCODER_PAIRS))
+FROM_DECODER = (SUMS, *(_rule(official, ours) for ours, official in DECODER_PAIRS))
+TO_ENCODER = tuple(_rule(ours, official) for ours, official in ENCODER_PAIRS)
+TO_DECODER = tuple(_rule(ours, official) for ours, official in DECODER_PAIRS)
+
+
 def encoder_name(name: str) -> str | None:
     """Return the official name of a tensor of a ResNet with a deep stem; None for a tensor of another module."""
-    kinds = {"convolution": "conv", "normalization": "bn"}
-    if match := re.fullmatch(r"embedder\.embedder\.(\d+)\.(convolution|normalization)\.(\w+)", name):
-        return f"{kinds[match[2]]}{int(match[1]) + 1}.{match[3]}"
-    layer = r"(layer\.\d+|shortcut)\.(convolution|normalization)\.(\w+)"
-    if match := re.fullmatch(rf"encoder\.stages\.(\d+)\.layers\.(\d+)\.{layer}", name):
-        stage, block, place, kind, last = match.groups()
-        if place == "shortcut":
-            official = f"downsample.{list(kinds).index(kind)}"
-        else:
-            official = f"{kinds[kind]}{int(place.removeprefix('layer.')) + 1}"
-        return f"layer{int(stage) + 1}.{block}.{official}.{last}"
-    return None
-
-
-DECODER_NAMES = (
-    (r"psp_modules\.(\d+)\.1\.", r"ppm_conv.\1."),
-    (r"bottleneck\.", r"ppm_last_conv."),
-    (r"lateral_convs\.(\d+)\.", r"fpn_in.\1."),
-    (r"fpn_convs\.(\d+)\.", r"fpn_out.\1.0."),
-    (r"fpn_bottleneck\.", r"conv_fusion."),
-    (r"scene_head\.classifier\.", r"scene_head.2."),
-    (r"(object|part|material)_head\.classifier\.", r"\1_head.1."),
-    (r"(scene|object|part|material)_head\.conv\.", r"\1_head.0."),
-)
-"""Beginnings of names in `ParsingHead`, and the official ones; inside, "conv." is "0." and "batch_norm." is "1."."""
+    return _official_name(name, TO_ENCODER)
 
 
 def decoder_name(name: str) -> str | None:
@@ -75,10 +105,13 @@ def decoder_name(name: str) -> str | None:
 
     The modules of `UperNetHead` have the same names, except its classifier.
     """
-    for pattern, official in DECODER_NAMES:
-        if match := re.match(pattern, name):
-            rest = name[match.end() :]
-            return match.expand(official) + re.sub(r"^conv\.", "0.", re.sub(r"^batch_norm\.", "1.", rest))
+    return _official_name(name, TO_DECODER)
+
+
+def _official_name(name: str, rules: Sequence[Rule]) -> str | None:
+    for rule in rules:
+        if match := re.fullmatch(rule.pattern, name):
+            return match.expand(rule.targets[0])
     return None
 
 
@@ -122,7 +155,7 @@ class LoadReport:
 
 
 def load_parsing(
-    model: torch.nn.Module, encoder: Source | State | None = None, decoder: Source | State | None = None
+    model: torch.nn.Module, encoder: Weights | State | None = None, decoder: Weights | State | None = None
 ) -> LoadReport:
     """Load official weights into a model of Unified Perceptual Parsing.
 
@@ -183,7 +216,7 @@ def load_parsing(
     return LoadReport(loaded, dict(left_out), tuple(sorted(kept)))
 
 
-def read_state(source: Source | State, part: str) -> State:
+def read_state(source: Weights | State, part: str) -> State:
     """Return the state dict of an official file.
 
     Args:
@@ -377,8 +410,8 @@ class OfficialCheckpoint:
 def read_official(
     folder: str | os.PathLike[str] | None = None,
     *,
-    encoder: Source | None = None,
-    decoder: Source | None = None,
+    encoder: Weights | None = None,
+    decoder: Weights | None = None,
     labels: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> OfficialCheckpoint:
     """Read an official checkpoint.
@@ -448,6 +481,71 @@ def find_official(folder: str | os.PathLike[str]) -> list[tuple[Path, Path]]:
         return (int(match[1]) if match else -1), epoch
 
     return [(found["encoder"][epoch], found["decoder"][epoch]) for epoch in sorted(both, key=number)]
+
+
+def has_official_files(folder: Path) -> bool:
+    """Return True if a folder has a file of an official encoder or decoder."""
+    return any(
+        path.name.startswith(("encoder_", "decoder_")) and path.suffix in (".pth", ".safetensors")
+        for path in folder.iterdir()
+    )
+
+
+def official_source(folder: Path) -> Source:
+    """Read the encoder and the decoder of a folder as one source, "encoder." or "decoder." before each name.
+
+    Raises:
+        CheckpointError, ValueError, OSError: as `read_official`.
+    """
+    checkpoint = read_official(folder)
+    states = {"encoder": checkpoint.encoder, "decoder": checkpoint.decoder}
+    tensors = {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.tensors.items()}
+    settings = {"labels": checkpoint.labels, "object_parts": checkpoint.object_parts}
+    return Source(os.fspath(folder), tensors, settings, notes=checkpoint.notes)
+
+
+def _recognises(source: Source) -> bool:
+    return any(name.startswith("decoder.ppm_") for name in source.tensors) and any(
+        name.startswith("encoder.layer") for name in source.tensors
+    )
+
+
+def _convert(source: Source, choices: Choices) -> Conversion:
+    parts = {
+        part: {n.removeprefix(f"{part}."): t for n, t in source.tensors.items() if n.startswith(f"{part}.")}
+        for part in ("encoder", "decoder")
+    }
+    encoder, decoder = (State(source.place, tensors) for tensors in parts.values())
+    checkpoint = OfficialCheckpoint(encoder, decoder, source.settings["labels"], source.settings["object_parts"])
+    values = {**checkpoint.values(), "pooling": choices.settle("pooling", None, "precise_roi")}
+    notes = ["no texture head: the official code has none (--texture-head adds one with random weights)"]
+    initialised: tuple[str, ...] = ()
+    if choices.settle("texture_head", None, False):
+        values["tasks"] = [*values["tasks"], "texture"]
+        notes, initialised = (
+            ["the texture head has random weights: train it before use"],
+            ("decode_head.texture_head.",),
+        )
+    made = [
+        translate(tensors, rules, source.place, f"{part}.", target)
+        for (part, tensors), rules, target in zip(
+            parts.items(), (FROM_ENCODER, FROM_DECODER), ("backbone.", "decode_head."), strict=True
+        )
+    ]
+    return Conversion(
+        "Unified Perceptual Parsing's official code",
+        "unified_perceptual_parsing",
+        values,
+        made[0].tensors | made[1].tensors,
+        made[0].rows + made[1].rows,
+        PREPROCESSING,
+        notes,
+        initialised,
+        "it has no Unified Perceptual Parsing",
+    )
+
+
+DIALECT = Dialect("Unified Perceptual Parsing's official code", _recognises, _convert)
 
 
 def _length(state: State, name: str) -> int:

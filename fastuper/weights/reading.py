@@ -20,6 +20,7 @@ from fastuper.io.hub import HubOptions, find_file
 from fastuper.io.messages import listed, shown
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.filenames import INDEX, PICKLE, SAFETENSORS, with_variant
+from fastuper.weights.stand_ins import UnknownProtocol, load_with_stand_ins
 
 FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """The dtypes that weights may have, by their names in safetensors files."""
@@ -202,38 +203,66 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _read_pickle(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    _check_file(path)
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise CheckpointError(f"{path} is compressed, and torch.save compresses nothing; save it again")
-        # Files of PyTorch before 1.6 are not zip archives, and cannot be mapped into memory.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        if not re.search(r"GLOBAL|global|reduce|NEWOBJ|can only (create|build)", str(error), re.IGNORECASE):
-            raise CheckpointError(f"{path} is damaged ({_reason(error)}); fetch it again") from None
-        raise CheckpointError(
-            f"{path} contains code that would run on loading ({_reason(error)}); it was not run. "
-            "Ask its author for model.safetensors, or convert it on a machine that may run it"
-        ) from None
-    except (CheckpointError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # its class (AssertionError, struct.error, ...) depends on the place of the damage
-        raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch it again") from None
+    content = load_pickle(path)
     values = content if isinstance(content, Mapping) else {"": content}
     if content is not values or not all(isinstance(value, torch.Tensor) for value in values.values()):
         inner = [key for key, value in values.items() if key and isinstance(value, Mapping)]
         where = f" (but dicts under {listed(inner)})" if inner else ""
         raise CheckpointError(f"{path} does not hold a dict of tensors{where}; save `model.state_dict()`")
+    check_dense(path, values)
+    for name, tensor in values.items():
+        yield str(name), tensor
+
+
+def load_pickle(path: Path) -> Any:
+    """Return the content of a file of `torch.save`, with inert objects in place of those that are no tensors.
+
+    No code of the file runs. The tensors are views of the file, if it is a zip archive.
+
+    Raises:
+        CheckpointError: the file is damaged or compressed, or contains code.
+    """
+    _check_file(path)
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise CheckpointError(
+                        f"{path} is a program of TorchScript, which is not run; save the state_dict() of its model"
+                    )
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise CheckpointError(f"{path} is compressed, and torch.save compresses nothing; save it again")
+        return load_with_stand_ins(path, is_zip)
+    except UnknownProtocol as error:
+        raise CheckpointError(f"{path} is {error}; save the model's state_dict() by torch.save") from None
+    except pickle.UnpicklingError as error:
+        if not re.search(r"GLOBAL|global|reduce|NEWOBJ|can only (create|build)", str(error), re.IGNORECASE):
+            raise CheckpointError(f"{path} is damaged ({_reason(error)}); fetch it again") from None
+        raise CheckpointError(
+            f"{path} contains code that would run on loading ({_reason(error)}); it was not run. "
+            "Ask its author for model.safetensors, or load it on a machine that may run it and save its state_dict()"
+        ) from None
+    except (CheckpointError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # its class (AssertionError, struct.error, ...) depends on the place of the damage
+        if "legacy .tar" in str(error):
+            raise CheckpointError(f"{path} is a tar archive of PyTorch 0.1; save it again by torch.save") from None
+        raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch it again") from None
+
+
+def check_dense(path: Path, tensors: Mapping[Any, torch.Tensor]) -> None:
+    """Refuse tensors that a pickle does not hold whole: sparse, quantised, meta tensors, and views of few values.
+
+    Raises:
+        CheckpointError: the message names the tensor.
+    """
     size = path.stat().st_size
-    for name, tensor in content.items():
+    for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.nbytes > size:
             raise CheckpointError(
                 f"{path}: {shown(name)} is sparse, quantised or without values; save it as a dense tensor"
             )
-        yield str(name), tensor
 
 
 def _reason(error: Exception) -> str:

@@ -24,6 +24,10 @@ SHARED = tuple(
 """The beginnings of the names of shared tensors: those of the backbone and the pyramid, not those of classifiers."""
 
 
+COUNTS = ("num_batches_tracked", "relative_position_index")
+"""Ends of the names of buffers that no result depends on, or that follow from the configuration."""
+
+
 @dataclass(frozen=True)
 class SharedWeights:
     """The result of `copy_shared_weights`: names of tensors, in the order of their model.
@@ -55,7 +59,8 @@ def copy_shared_weights(source: nn.Module, target: nn.Module) -> SharedWeights:
         The names of the tensors that were copied, and of those that were not.
 
     Raises:
-        CheckpointError: no tensor fits, or a shared tensor has another shape; the target does not change.
+        CheckpointError: no tensor fits, a shared tensor has another shape, or a part (the backbone, the pooling, ...)
+            has other tensors in both models; the target does not change.
     """
     theirs, ours = source.state_dict(), target.state_dict()
     common = [name for name in ours if name.startswith(SHARED) and name in theirs]
@@ -71,6 +76,16 @@ def copy_shared_weights(source: nn.Module, target: nn.Module) -> SharedWeights:
             f"{tuple(ours[name].shape)} in the target; both need the same backbone, hidden_size, pool_channels and "
             "pool_scales"
         )
+    for part in SHARED:
+        both = [
+            {name for name in names if name.startswith(part) and not name.endswith(COUNTS)} for names in (theirs, ours)
+        ]
+        if all(both) and both[0] != both[1] and both[0] & both[1]:
+            other = sorted(both[0] ^ both[1])
+            raise CheckpointError(
+                f"{part[:-1]} is not the same network in both models: {len(other)} tensors are in one of them alone, "
+                f"such as {listed(other, 2)}; both need the same backbone and pool_scales"
+            )
     for name in common:
         ours[name].copy_(theirs[name])
     copied = set(common)

@@ -249,6 +249,22 @@ def test_ade20k_colours_are_used_for_ade20k_names_only() -> None:
     np.testing.assert_array_equal(class_palette(names | {7: "cot"}), class_palette(150))
 
 
+@pytest.mark.parametrize(
+    ("stored", "used"),
+    [
+        ([[1, 2, 3], [0, 255, 0]], True),
+        (((1, 2, 3), (0, 255, 0)), True),
+        ([[1, 2, 3]], False),
+        ([[1, 2, 3], [0, 256, 0]], False),
+        ([[1, 2, 3], "red"], False),
+        ("ab", False),
+    ],
+)
+def test_colours_of_a_configuration_are_used_if_each_class_has_one(stored, used) -> None:
+    expected = np.array(stored, dtype=np.uint8) if used else class_palette(2)
+    np.testing.assert_array_equal(class_palette({0: "a", 1: "b"}, stored), expected)
+
+
 @pytest.mark.parametrize("count", [1, 2, 19, 256, 3000])
 def test_class_colours_are_distinct_and_repeatable(count: int) -> None:
     palette = class_palette(count)

@@ -48,10 +48,12 @@ def test_a_converted_folder_is_the_model_in_memory(source, tmp_path):
     assert all(torch.equal(found[task], wanted[task]) for task in model.config.tasks)
     assert UperNetImageProcessor.from_pretrained(output).to_dict() == UperNetImageProcessor.for_parsing().to_dict()
     for line in (
-        "loaded ",
-        "left out 38 tensors _tmp_running_mean: the official BatchNorm's sums while it trains",
+        "tensors, 0 of them with changed values",
+        "left out 114 tensors (encoder.bn1._tmp_running_mean, encoder.bn1._tmp_running_var, ...): the official Batch",
         "no texture head: the official code has none",
-        f"model in {output}",
+        "pooling: precise_roi (the default; the checkpoint does not say)",
+        "Transformers cannot load the folder: it has no Unified Perceptual Parsing",
+        f"written to {output}",
     ):
         assert line in result.output
 
@@ -65,7 +67,7 @@ def test_options(source, tmp_path):
     assert config.pooling == "adaptive"
     assert config.tasks[-1] == "texture"
     assert "taking the highest, encoder_epoch_40.pth" in result.output
-    assert "kept the values of decode_head.texture_head" in result.output
+    assert "tensors that the source cannot have (decode_head.texture_head." in result.output
     assert "the texture head has random weights: train it before use" in result.output
 
 
@@ -84,7 +86,13 @@ def test_bad_files_are_refused_in_one_line(source, tmp_path):
     (source / "labels.json").write_text('{"object": ["-"]}')
     refused(run(source, output), output, "labels.json has 1 names of object")
     (source / "labels.json").unlink()
-    refused(run(source, output), output, "has 3 scene channels, the model 365: give the model the labels")
+    refused(
+        run(source, output),
+        output,
+        "decoder.scene_head.2.weight becomes",
+        "(3, 16, 1, 1), and the model has (365, ",
+        "labels.json",
+    )
     saved(source, decoder, encoder)
     refused(run(source, output), output, "encoder_epoch_40.pth is no official encoder", "pass it as decoder=")
     (source / "decoder_epoch_40.pth").write_bytes(b"\0" * 100)
@@ -95,12 +103,10 @@ def test_bad_files_are_refused_in_one_line(source, tmp_path):
 
 
 KINDS = {
-    "timm": {"architecture": "resnet50"},
-    "segmentation_models_pytorch": {"encoder_name": "resnet34"},
-    "Transformers or fastuper already": {"model_type": "upernet"},
-    "mmsegmentation": "decode_head.conv_seg.weight",
-    "an unknown library": "weights",
-    "no checkpoint": None,
+    "Transformers or fastuper already; load it with from_pretrained": {"model_type": "upernet"},
+    "is of mmsegmentation, and ": "decode_head.conv_seg.weight",
+    "is of an unknown library": "weights",
+    "has no checkpoint: no file that ends with .safetensors, .pth": None,
 }
 
 
@@ -110,15 +116,18 @@ def test_other_kinds_are_refused_by_name(kind, tmp_path):
     source.mkdir()
     if isinstance(content, dict):
         (source / "config.json").write_text(json.dumps(content))
+        torch.save({"weights": torch.zeros(2)}, source / "pytorch_model.bin")
     elif content is not None:
         torch.save({content: torch.zeros(2)}, source / "a.pth")
-    refused(run(source, output), output, kind, "what can be converted: Unified Perceptual Parsing's official code")
+    known = "what can be converted: Unified Perceptual Parsing's official code" if isinstance(content, str) else ""
+    refused(run(source, output), output, kind, known)
 
 
 def test_sources_that_are_no_folders(source, tmp_path):
     output = tmp_path / "model"
-    refused(run(source / "encoder_epoch_40.pth", output), output, "it is a file; give the folder that contains it")
-    refused(run(tmp_path / "nowhere", output), output, "there is no such folder")
+    encoder = run(source / "encoder_epoch_40.pth", output)
+    refused(encoder, output, "is one of the two files of Unified", "give the folder that contains it")
+    refused(run(tmp_path / "nowhere", output), output, "there is no such file or folder")
     assert run(source).exit_code == 2
     assert run(source, output, "--pooling", "max").exit_code == 2
 

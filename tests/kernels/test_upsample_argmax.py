@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.cpu import argmax
@@ -15,18 +16,23 @@ from tests.kernels.common import LAYOUTS, elements_of_calls, laid_out, parameter
 from tests.kernels.test_upsample_add import resampling_matrix
 
 
-def resampled(logits: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
-    """Return float64 logits, resampled through each size in turn."""
+def resampled(logits: torch.Tensor, sizes: list[tuple[int, int]], corners: list[bool] | None = None) -> torch.Tensor:
+    """Return float64 logits, resampled through each size in turn, with `align_corners` of each step."""
     logits = logits.double()
-    for height, width in sizes:
+    for (height, width), aligned in zip(sizes, corners or [False] * len(sizes), strict=True):
+        if aligned:
+            logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=True)
+            continue
         rows, columns = resampling_matrix(logits.shape[2], height), resampling_matrix(logits.shape[3], width)
         logits = torch.einsum("yh,bchw,xw->bcyx", rows, logits, columns)
     return logits
 
 
-def check(logits: torch.Tensor, sizes: list[tuple[int, int]], labels: torch.Tensor) -> None:
+def check(
+    logits: torch.Tensor, sizes: list[tuple[int, int]], labels: torch.Tensor, corners: list[bool] | None = None
+) -> None:
     """Check that the labels are the best class wherever the best two differ by more than rounding."""
-    full = resampled(logits, sizes)
+    full = resampled(logits, sizes, corners)
     assert labels.shape == (len(logits), *sizes[-1])
     if logits.shape[1] == 1:
         assert not labels.any()
@@ -48,6 +54,7 @@ def test_signature():
         ("first", "keyword-only", 0),
         ("groups", "keyword-only", None),
         ("slices", "keyword-only", None),
+        ("align_corners", "keyword-only", False),
     ]
 
 
@@ -61,12 +68,32 @@ sizes_of = st.tuples(st.integers(1, 15), st.integers(1, 15))
     size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     sizes=st.lists(sizes_of, min_size=1, max_size=3),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    corners=st.lists(st.booleans(), min_size=3, max_size=3),
 )
-def test_any_sizes(batch, classes, size, sizes, dtype):
-    logits = random(batch, classes, *size).to(dtype)
-    labels = upsample_argmax(logits, sizes)
+def test_any_sizes(batch, classes, size, sizes, dtype, corners):
+    logits, corners = random(batch, classes, *size).to(dtype), corners[: len(sizes)]
+    labels = upsample_argmax(logits, sizes, align_corners=corners)
     assert labels.dtype == torch.int64
-    check(logits, sizes, labels)
+    check(logits, sizes, labels, corners)
+
+
+@pytest.mark.parametrize("way", ["eager", "traced"])
+def test_align_corners(way):
+    """A flag for all steps or for each, in many tiles, with groups too; Triton's kernels decline."""
+    run = upsample_argmax if way == "eager" else lambda *args, **kwargs: traced(upsample_argmax, *args, **kwargs)
+    logits, sizes = random(2, 7, 9, 8), [(31, 40), (150, 133)]
+    for value, corners in ((True, [True, True]), ([True, False], [True, False]), ([False, True], [False, True])):
+        check(logits, sizes, run(logits, sizes, align_corners=value), corners)
+        check(logits[:, 2:], sizes, run(logits, sizes, align_corners=value, first=2) - 2, corners)
+        groups = torch.ones(2, 150, 133, dtype=torch.int64)
+        labels = run(logits, sizes, groups=groups, slices=[(0, 2), (2, 7)], align_corners=value)
+        check(logits[:, 2:], sizes, labels, corners)
+    assert not torch.equal(run(logits, sizes), run(logits, sizes, align_corners=True))
+    with pytest.raises(ValueError, match="resample with align_corners=False only"):
+        upsample_argmax(logits, sizes, align_corners=True, backend="triton")
+    for wrong in ([True], [True] * 3, [0, 1], [None, True], 1, None):
+        with pytest.raises(ValueError, match="once or for each of 2 sizes"):
+            upsample_argmax(logits, sizes, align_corners=wrong)
 
 
 @pytest.mark.parametrize("limit", [1, 4 * 11 * 31 * 4, 10**9], ids=["one-row", "four-rows", "all-rows"])

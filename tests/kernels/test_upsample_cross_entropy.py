@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -53,11 +54,13 @@ def truth(
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    align_corners: Sequence[bool] = (),
 ) -> torch.Tensor:
     """Return the loss by PyTorch's operators; for one class it is binary cross entropy."""
     labels = labels.long()
-    for size in sizes or [labels.shape[1:]]:
-        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+    sizes = sizes or [labels.shape[1:]]
+    for size, aligned in zip(sizes, align_corners or [False] * len(sizes), strict=True):
+        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=aligned)
     if logits.shape[1] > 1:
         weight = None if weight is None else weight.to(logits.dtype)
         return F.cross_entropy(
@@ -94,6 +97,7 @@ def test_signature():
         ("weight", "keyword-only", None),
         ("label_smoothing", "keyword-only", 0.0),
         ("reduction", "keyword-only", "mean"),
+        ("align_corners", "keyword-only", False),
     ]
 
 
@@ -111,13 +115,26 @@ size_of = st.tuples(st.integers(1, 15), st.integers(1, 15))
     weighted=st.booleans(),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     seed=st.integers(0, 99),
+    corners=st.lists(st.booleans(), min_size=3, max_size=3),
 )
-def test_any_sizes(batch, classes, size, sizes, layout, smoothing, weighted, reduction, seed):
+def test_any_sizes(batch, classes, size, sizes, layout, smoothing, weighted, reduction, seed, corners):
     logits = laid_out(5 * random(batch, classes, *size, seed=seed), layout)
     labels = labels_of(batch, classes, sizes[-1], seed=seed)
     labels[0, 0, 0] = 0  # at least one pixel is not ignored
     weight = weight_of(classes) if weighted and classes > 1 else None
-    compare(logits, labels, sizes, weight=weight, label_smoothing=smoothing, reduction=reduction)
+    options = {"label_smoothing": smoothing, "reduction": reduction, "align_corners": corners[: len(sizes)]}
+    compare(logits, labels, sizes, weight=weight, **options)
+
+
+def test_align_corners():
+    """Over several blocks; Triton's kernels decline."""
+    logits, labels = random(2, 5, 9, 11), labels_of(2, 5, (70, 131))
+    compare(logits, labels, [(20, 30), (70, 131)], align_corners=[True, False], label_smoothing=0.2)
+    aligned = upsample_cross_entropy(logits, labels, align_corners=True)
+    torch.testing.assert_close(aligned, truth(logits, labels, align_corners=[True]))
+    assert abs(aligned - upsample_cross_entropy(logits, labels)) > 1e-4
+    with pytest.raises(ValueError, match="resample with align_corners=False only"):
+        upsample_cross_entropy(logits, labels, align_corners=True, backend="triton")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

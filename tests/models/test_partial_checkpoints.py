@@ -155,11 +155,6 @@ def test_a_caller_that_reads_the_missing_keys_gets_a_partial_load(load):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            {"_model_class": "UPerNet", "encoder_name": "resnet34", "classes": 3},
-            "written by segmentation_models_pytorch",
-        ),
-        ({"architecture": "resnet50", "num_classes": 3, "pretrained_cfg": {}}, "written by timm"),
         ({"_class_name": "UNet2DModel", "in_channels": 3}, "written by diffusers"),
         ({}, "has none of the values of UperNetConfig"),
         ({"model_type": "segformer"}, "describes a 'segformer' model; .* load it with the library that wrote it"),
@@ -171,6 +166,23 @@ def test_the_config_of_another_library(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         UperNetForSemanticSegmentation.from_pretrained(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "library"),
+    [
+        ({"_model_class": "UPerNet", "encoder_name": "resnet34"}, "segmentation_models_pytorch"),
+        ({"architecture": "resnet50"}, "timm"),
+    ],
+)
+def test_the_config_of_a_library_that_can_be_converted(tmp_path, content, library):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=rf"config\.json has no model_type .*written by {library}; run `fastuper convert`"
+    ):
+        UperNetConfig.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has no checkpoint: no file that ends with"):
+        UperNetForSemanticSegmentation.from_pretrained(tmp_path)
 
 
 def test_a_backbone_outside_the_folder(model, tmp_path):

@@ -32,6 +32,7 @@ from fastuper import (
     UperNetConfig,
     UperNetForSemanticSegmentation,
     UperNetImageProcessor,
+    ViTPyramidConfig,
 )
 from fastuper.models.pretrained import PretrainedMixin, rename_on_load
 from fastuper.weights.errors import CheckpointError
@@ -59,6 +60,21 @@ BACKBONES = {
             embed_dim=4, depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, out_features=STAGES
         ),
         16,
+    ),
+    "vit_pyramid": (
+        lambda: ViTPyramidConfig(
+            image_size=[32, 48],
+            patch_size=8,
+            hidden_size=8,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=12,
+            use_relative_position_bias=True,
+            layer_scale_init_value=0.1,
+            final_norm=True,
+            neck="transposed",
+        ),
+        8,
     ),
 }
 

@@ -181,7 +181,7 @@ REFUSED = {
     "depths-list": (
         TypeError,
         lambda: register("toy", ToyConfig, ToyBackbone, depths=[3, 4]),
-        r"backbone 'toy': depths must be a function of a name, got \[3, 4\]",
+        r"backbone 'toy': depths must be a function of a name and a configuration, got \[3, 4\]",
     ),
     "names-dictionary": (
         TypeError,
@@ -233,6 +233,17 @@ def test_layer_depths_are_the_published_ones(family):
             expected = 6 - int(part[2])
         else:
             expected = 7
-        assert depths(name) == expected, name
+        assert depths(name, backbone.config) == expected, name
         found.add(expected)
     assert found == {3, 4, 5, 6, 7} | ({0} if not family.startswith("resnet") else set())
+
+
+def test_layer_depths_of_a_vision_transformer():
+    with torch.device("meta"):
+        backbone = build_backbone(PRESETS["deit-small-16"]())
+    depths = layer_depths("vit_pyramid")
+    found = {name: depths(name, backbone.config) for name, _ in backbone.named_parameters()}
+    assert found["embeddings.cls_token"] == found["embeddings.patch_embeddings.projection.weight"] == 13
+    assert found["encoder.layers.0.mlp.layers.0.weight"] == 12
+    assert found["encoder.layers.11.attention.query.bias"] == 1
+    assert {depth for name, depth in found.items() if name.startswith("neck.")} == {0}

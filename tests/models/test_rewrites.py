@@ -357,13 +357,13 @@ def test_eight_threads(family):
 def test_plans_are_bounded_and_no_inference_tensors():
     rewrites._cached_window_plan.cache_clear()
     with torch.inference_mode(), torch.device("meta"):
-        plan = rewrites.window_plan(1, 30, 20, 7, 3, torch.float32)
+        plan = rewrites.window_plan(1, 30, 20, (7, 7), (3, 3), True, torch.float32)
     assert not any(t.is_inference() or t.is_meta for t in (plan.gather, plan.padding, plan.scatter, plan.mask))
     for width in range(1, 60):
-        rewrites.window_plan(1, 5, width, 4, 2, torch.float32)
+        rewrites.window_plan(1, 5, width, (4, 4), (2, 2), True, torch.float32)
     assert rewrites._cached_window_plan.cache_info().currsize <= 32
     before = rewrites._cached_window_plan.cache_info()
-    rewrites.window_plan(1, 1024, 1024, 7, 3, torch.float32)  # too large for the cache
+    rewrites.window_plan(1, 1024, 1024, (7, 7), (3, 3), True, torch.float32)  # too large for the cache
     assert rewrites._cached_window_plan.cache_info() == before
 
 

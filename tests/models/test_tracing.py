@@ -320,16 +320,28 @@ def test_the_loss_exported_without_logits():
     assert all(tensor.shape != (2, 5, 64, 96) for tensor in made)
 
 
+def decided(logits: torch.Tensor) -> torch.Tensor:
+    """Return the pixels (B, H, W) whose best class leads by more than float32 rounds: nearly all of them."""
+    best = logits.topk(2, dim=1).values
+    leads = best[:, 0] - best[:, 1] > 1e-5 * best.abs().max()
+    assert leads.float().mean() > 0.99
+    return leads
+
+
 @pytest.mark.exhaustive
 def test_segment_in_one_graph():
-    """Compiled labels are equal. Each number of images needs a graph, because the result is a list of that length."""
+    """Compiled labels are equal where float32 decides.
+
+    Each number of images needs a graph, because the result is a list of that length.
+    """
     model, counter = whole("resnet"), CompileCounterWithBackend("eager")
     compiled = torch.compile(model.segment, backend=counter, fullgraph=True)
     for batch, height, width in [(2, 96, 128), (2, 97, 101), (2, 131, 66), (2, 70, 203)]:
         (pixels,) = image_inputs(batch, height, width)
-        for ours, theirs in zip(compiled(pixels), model.segment(pixels), strict=True):
+        clear = decided(model(pixels).logits)
+        for ours, theirs, pixel in zip(compiled(pixels), model.segment(pixels), clear, strict=True):
             assert ours.dtype == torch.int64
-            assert torch.equal(ours, theirs)
+            assert torch.equal(ours[pixel], theirs[pixel])
     assert counter.frame_count <= COMPILATIONS + 1 + parities("resnet")
     targets = [(50, 60), (97, 40)]
     compiled = torch.compile(model.segment, backend="eager", fullgraph=True)
@@ -342,11 +354,9 @@ def test_segment_exported():
     inputs = [(pixels[:2],) for (pixels,) in exported_images_for("resnet")]
     program = torch.export.export(model, inputs[0], dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},))
     for (pixels,) in inputs:
-        best = model.model(pixels).logits.topk(2, dim=1).values
-        decided = best[:, 0] - best[:, 1] > 1e-5 * best.abs().max()
-        assert decided.float().mean() > 0.99
-        for ours, theirs, clear in zip(program.module()(pixels), model(pixels), decided, strict=True):
-            assert torch.equal(ours[clear], theirs[clear])
+        clear = decided(model.model(pixels).logits)
+        for ours, theirs, pixel in zip(program.module()(pixels), model(pixels), clear, strict=True):
+            assert torch.equal(ours[pixel], theirs[pixel])
 
 
 @pytest.mark.exhaustive

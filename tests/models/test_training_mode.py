@@ -13,8 +13,14 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastuper.models.upernet
-from fastuper import ConvNextConfig, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+from fastuper import (
+    ConvNextConfig,
+    ResNetConfig,
+    SwinConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    ViTPyramidConfig,
+)
 
 BACKBONES = {
     "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 2, 1], drop_path_rate=0.3),
@@ -24,6 +30,22 @@ BACKBONES = {
     # At least 16 channels: with fewer, oneDNN 3.12's backward pass of strided 1x1 convolutions writes out of bounds (on
     # AVX512, two threads, an odd number of images).
     "resnet": lambda: ResNetConfig(embedding_size=16, hidden_sizes=[32, 32, 32, 32], depths=[2, 2, 2, 2]),
+    "vit_pyramid": lambda: ViTPyramidConfig(
+        image_size=64,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        intermediate_size=32,
+        use_absolute_embeddings=False,
+        use_relative_position_bias=True,
+        layer_scale_init_value=0.1,
+        hidden_dropout_prob=0.2,
+        attention_probs_dropout_prob=0.1,
+        drop_path_rate=0.3,
+        neck="transposed",
+        neck_scales=[2, 1, 0.5, 0.25],
+    ),
 }
 
 
@@ -44,8 +66,8 @@ def batch(count: int = 2, size: int = 64) -> dict[str, torch.Tensor]:
 def formed(monkeypatch):
     """Return a list with one item for each computation of full-size logits."""
     calls: list[int] = []
-    resize = fastuper.models.upernet._resize
-    monkeypatch.setattr(fastuper.models.upernet, "_resize", lambda *args: calls.append(1) or resize(*args))
+    full_size = UperNetForSemanticSegmentation._full_size
+    monkeypatch.setattr(UperNetForSemanticSegmentation, "_full_size", lambda *args: calls.append(1) or full_size(*args))
     return calls
 
 
@@ -99,8 +121,10 @@ def test_logits_are_computed_under_the_autocast_of_the_forward_pass(then, now, m
     def autocast(dtype: torch.dtype | None) -> Any:
         return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
-    original, states = fastuper.models.upernet._resize, []
-    monkeypatch.setattr(fastuper.models.upernet, "_resize", lambda *args: states.append(state()) or original(*args))
+    original, states = UperNetForSemanticSegmentation._full_size, []
+    monkeypatch.setattr(
+        UperNetForSemanticSegmentation, "_full_size", lambda *args: states.append(state()) or original(*args)
+    )
     network = model()
     with autocast(then):
         output = network(**batch())

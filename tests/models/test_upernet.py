@@ -18,6 +18,7 @@ from fastuper import (
     UperNetConfig,
     UperNetForSemanticSegmentation,
     UperNetImageProcessor,
+    ViTPyramidConfig,
 )
 
 BACKBONES = {
@@ -25,6 +26,15 @@ BACKBONES = {
     "swin": lambda: SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4),
     "resnet": lambda: ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
     "resnet_deep_stem": lambda: DeepStemResNetConfig([8, 8, 16], hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
+    "vit_pyramid": lambda: ViTPyramidConfig(
+        image_size=64,
+        patch_size=16,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=24,
+        neck_channels=12,
+    ),
 }
 
 

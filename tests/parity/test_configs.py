@@ -16,6 +16,7 @@ import transformers
 import fastuper
 from bench.numerics import error
 from bench.pairs import STAGES, VERSION_5, images, load, randomize
+from fastuper.models.upernet_configuration import OPTIONS
 from tests.parity.models import FAMILIES, backbone_config, config
 
 CLASSES = ["UperNetConfig", "ConvNextConfig", "SwinConfig", "ResNetConfig"]
@@ -32,7 +33,7 @@ def as_list(value: Any) -> Any:
 @pytest.mark.parametrize("name", CLASSES)
 def test_arguments_and_their_order(name):
     expected = [p.name for p in inspect.signature(getattr(transformers, name).__init__).parameters.values()]
-    given = [p.name for p in inspect.signature(getattr(fastuper, name).__init__).parameters.values()]
+    given = [key for key in inspect.signature(getattr(fastuper, name).__init__).parameters if key not in OPTIONS]
     assert given == [*expected[:-1], "extra"]
 
 
@@ -40,7 +41,7 @@ def test_arguments_and_their_order(name):
 def test_defaults(name):
     theirs, ours = getattr(transformers, name)(), getattr(fastuper, name)()
     parameters = inspect.signature(type(ours).__init__).parameters
-    names = [key for key in parameters if key not in ("self", "extra", "backbone_config")]
+    names = [key for key in parameters if key not in ("self", "extra", "backbone_config", *OPTIONS)]
     later_removed = {"backbone", "use_pretrained_backbone", "use_timm_backbone", "backbone_kwargs"}
     for key in names:
         if not (VERSION_5 and key in later_removed):

@@ -139,10 +139,14 @@ def test_a_replaced_stem_decides_the_channels(place):
         ({"stem_widths": "deep"}, "stem_widths must be a list of one or more numbers .*, got 'deep'"),
         ({"stem_widths": []}, "stem_widths must be a list"),
         ({"stem_widths": [8, 0, 8]}, r"stem_widths\[1\] must be a whole number of at least 1"),
+        ({"strides": [1, 2]}, r"strides=\[1, 2\] must be 4 numbers, as many as stages"),
+        ({"dilations": [1] * 5}, r"dilations=.* must be 4 numbers"),
+        ({"multi_grid": [1, 2, 4, 8]}, r"multi_grid=.* must be 3 numbers, as many as blocks in the last stage"),
+        ({"strides": [2] * 4, "downsample_in_first_stage": True}, "either strides or downsample_in_first_stage"),
         ({"embedding_size": 64}, r"embedding_size=64 must be the last of stem_widths=\[64, 64, 128\]; leave it out"),
     ],
 )
-def test_wrong_widths_are_refused(values, message):
+def test_wrong_values_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         fastuper.DeepStemResNetConfig(**values)
 

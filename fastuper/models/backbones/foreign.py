@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastuper.io.messages import reason, shown
+from fastuper.io.messages import listed, reason, shown
 from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.outputs import BackboneOutput
+from fastuper.weights.errors import CheckpointError
 from fastuper.weights.transformers import Names
 from fastuper_kernels.dispatch.modes import is_eager
 
@@ -273,6 +274,39 @@ def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
             raise ValueError(
                 f"Transformers cannot build a {config.model_type!r} backbone of its configuration: {reason(error)}"
             ) from error
+
+
+OUTPUT_NORMS = "hidden_states_norms."
+"""The norms of a backbone's returned maps, which a classifier lacks."""
+
+ADDED = (OUTPUT_NORMS, "fpn", "layernorm.", "norm.")
+"""Parts of Transformers' backbones that a classifier may lack, each as a whole."""
+
+
+def pretrained_transformers_backbone(backbone: nn.Module, source: str) -> nn.Module:
+    """Return a backbone of Transformers with the weights of a checkpoint, usually a classifier's.
+
+    Args:
+        backbone: a backbone of the same configuration, as `transformers_backbone` returns it.
+        source: a folder or the id of a Hub repository.
+
+    Raises:
+        CheckpointError: the checkpoint has only a part of the backbone's tensors.
+    """
+    network: Any = type(backbone)  # AutoBackbone of Transformers 5.24 loads no folder
+    loaded, info = network.from_pretrained(source, config=backbone.config, output_loading_info=True)
+    own = [name for name in loaded.state_dict() if not NAMES.is_computed(name)]
+    missing = {name for name in info["missing_keys"] if not NAMES.is_computed(name)}
+    for part in ADDED:
+        whole = {name for name in own if name.startswith(part)}
+        if whole <= missing:
+            missing -= whole
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} of the {len(own)} tensors of a {type(backbone).__name__}, such as "
+            f"{listed(sorted(missing), 2)}; it belongs to another model, or to another version of Transformers"
+        )
+    return loaded
 
 
 def transformers_model_types() -> frozenset[str]:

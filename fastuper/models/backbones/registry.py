@@ -19,7 +19,7 @@ from fastuper.models.configuration import BackboneConfig, ForeignBackboneConfig
 from fastuper.weights.transformers import Names
 
 Preset: TypeAlias = Callable[[], BackboneConfig]
-Depths: TypeAlias = Callable[[str], int]
+Depths: TypeAlias = Callable[[str, Any], int]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Family:
         network: its network; `network(config)` builds it.
         presets: functions that return a configuration, by the preset's name ("convnext-tiny").
         depths: returns how many times layer-wise learning rate decay applies to a parameter, from the parameter's name
-            in the network; see `stage_depths`. None if the family does not support the decay.
+            in the network and the backbone's configuration; see `stage_depths`. None if the family does not support the
+            decay.
         names: the names of its tensors in the checkpoints of Transformers, where they are not the network's.
 
     Raises:
@@ -64,7 +65,10 @@ class Family:
             if not callable(preset):
                 raise TypeError(f"preset {name!r} must be a function that returns a configuration, got {preset!r}")
         if self.depths is not None and not callable(self.depths):
-            raise TypeError(f"backbone {self.model_type!r}: depths must be a function of a name, got {self.depths!r}")
+            raise TypeError(
+                f"backbone {self.model_type!r}: depths must be a function of a name and a configuration, got "
+                f"{self.depths!r}"
+            )
         if not isinstance(self.names, Names):
             raise TypeError(f"backbone {self.model_type!r}: names must be a Names, got {self.names!r}")
 
@@ -188,7 +192,7 @@ def stage_depths(blocks: str) -> Depths:
     """
     pattern = re.compile(blocks)
 
-    def depth(name: str) -> int:
+    def depth(name: str, config: Any) -> int:
         if name.startswith("hidden_states_norms."):
             return 0
         match = pattern.match(name)

@@ -6,6 +6,7 @@ Modules and parameters are named as in the Hub's checkpoints.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,6 +22,21 @@ from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.norms import batch_norm
 from fastuper.models.outputs import BackboneOutput
 from fastuper.weights.transformers import Names
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage's blocks do besides their widths.
+
+    Attributes:
+        stride: of the first block.
+        dilations: of each block's 3x3 convolution; of a basic block's first convolution.
+        averages: True if the first block's shortcut averages squares of stride x stride pixels before its convolution.
+    """
+
+    stride: int
+    dilations: tuple[int, ...]
+    averages: bool = False
 
 
 class ResNetConfig(BackboneConfig):
@@ -82,15 +98,25 @@ class ResNetConfig(BackboneConfig):
         if self.layer_type == "bottleneck" and min(self.hidden_sizes) < 4:
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be at least 4 where layer_type is 'bottleneck'")
 
+    def plans(self) -> list[StagePlan]:
+        """Return the plan of each stage."""
+        return [
+            StagePlan(2 if i > 0 or self.downsample_in_first_stage else 1, (1,) * depth)
+            for i, depth in enumerate(self.depths)
+        ]
+
 
 class ResNetConvLayer(nn.Module):
     """Convolution with "same" padding, BatchNorm, activation."""
 
     rewrite = rewrites.RESNET_CONV_LAYER
 
-    def __init__(self, dim_in: int, dim: int, kernel_size: int = 3, stride: int = 1, act: str = "linear"):
+    def __init__(
+        self, dim_in: int, dim: int, kernel_size: int = 3, stride: int = 1, act: str = "linear", dilation: int = 1
+    ):
         super().__init__()
-        self.convolution = nn.Conv2d(dim_in, dim, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        padding = kernel_size // 2 * dilation
+        self.convolution = nn.Conv2d(dim_in, dim, kernel_size, stride, padding, dilation, bias=False)
         self.normalization = nn.BatchNorm2d(dim)
         self.activation = activation(act)
 
@@ -99,6 +125,18 @@ class ResNetConvLayer(nn.Module):
         if rewrites.apply_to(self, x):
             return rewrites.run(self, x)
         return self.activation(batch_norm(self.normalization, self.convolution(x)))
+
+
+class ResNetAveragedShortcut(ResNetConvLayer):
+    """A shortcut that averages squares of stride x stride pixels, then convolves: ResNet-D."""
+
+    def __init__(self, dim_in: int, dim: int, stride: int):
+        super().__init__(dim_in, dim, 1)
+        self.pooler = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
+        return super().forward(self.pooler(x))
 
 
 class ResNetEmbeddings(nn.Module):
@@ -128,18 +166,25 @@ class ResNetEmbeddings(nn.Module):
 class ResNetLayer(Checkpointed):
     """One block: the convolutions of its type, a shortcut, and the activation of their sum."""
 
-    def __init__(self, config: ResNetConfig, dim_in: int, dim: int, stride: int):
+    def __init__(
+        self, config: ResNetConfig, dim_in: int, dim: int, stride: int, dilation: int = 1, averages: bool = False
+    ):
         super().__init__()
-        changes_shape = dim_in != dim or stride != 1
-        self.shortcut = ResNetConvLayer(dim_in, dim, 1, stride) if changes_shape else nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
+        if dim_in != dim or stride != 1:
+            self.shortcut = (
+                ResNetAveragedShortcut(dim_in, dim, stride) if averages else ResNetConvLayer(dim_in, dim, 1, stride)
+            )
         # As in Transformers, hidden_act follows the stem and the sums; between convolutions the activation is ReLU.
         if config.layer_type == "basic":
-            self.layer = nn.Sequential(ResNetConvLayer(dim_in, dim, 3, stride, "relu"), ResNetConvLayer(dim, dim, 3))
+            self.layer = nn.Sequential(
+                ResNetConvLayer(dim_in, dim, 3, stride, "relu", dilation), ResNetConvLayer(dim, dim, 3)
+            )
         else:
             strides = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
             self.layer = nn.Sequential(
                 ResNetConvLayer(dim_in, dim // 4, 1, strides[0], "relu"),
-                ResNetConvLayer(dim // 4, dim // 4, 3, strides[1], "relu"),
+                ResNetConvLayer(dim // 4, dim // 4, 3, strides[1], "relu", dilation),
                 ResNetConvLayer(dim // 4, dim, 1),
             )
         self.activation = activation(config.hidden_act)
@@ -152,10 +197,12 @@ class ResNetLayer(Checkpointed):
 class ResNetStage(nn.Module):
     """The blocks; the first block changes the size and the channels."""
 
-    def __init__(self, config: ResNetConfig, dim_in: int, dim: int, stride: int, depth: int):
+    def __init__(self, config: ResNetConfig, dim_in: int, dim: int, plan: StagePlan):
         super().__init__()
+        first, *others = plan.dilations
         self.layers = nn.Sequential(
-            ResNetLayer(config, dim_in, dim, stride), *(ResNetLayer(config, dim, dim, 1) for _ in range(depth - 1))
+            ResNetLayer(config, dim_in, dim, plan.stride, first, plan.averages),
+            *(ResNetLayer(config, dim, dim, 1, dilation) for dilation in others),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,8 +217,7 @@ class ResNetEncoder(Encoder):
         super().__init__()
         sizes = [config.embedding_size, *config.hidden_sizes]
         self.stages = nn.ModuleList(
-            ResNetStage(config, sizes[i], sizes[i + 1], 2 if i > 0 or config.downsample_in_first_stage else 1, depth)
-            for i, depth in enumerate(config.depths)
+            ResNetStage(config, sizes[i], sizes[i + 1], plan) for i, plan in enumerate(config.plans())
         )
 
     def steps(

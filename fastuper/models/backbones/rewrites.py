@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastuper.models.backbones.layers import DropPath, pad_to_multiple
-from fastuper.models.backbones.windows import shifted_window_mask, window_partition
+from fastuper.models.backbones.layers import DropPath
+from fastuper.models.backbones.windows import Sides, shifted, shifted_window_mask, window_partition
 from fastuper.models.gradient_checkpointing import recomputed
 from fastuper.models.norms import fold, is_fixed_norm
 from fastuper.models.untouched import is_exactly, is_supported_conv, is_untouched
@@ -298,16 +298,17 @@ class WindowPlan:
     mask: torch.Tensor
 
 
-def make_window_plan(batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> WindowPlan:
+def make_window_plan(
+    batch: int, height: int, width: int, window: Sides, shift: Sides, pads_before_shift: bool, dtype: torch.dtype
+) -> WindowPlan:
     """Return the plan for maps (batch, height, width, C), on the CPU, with masks of a dtype."""
     with torch.inference_mode(False), torch.device("cpu"):
-        index = pad_to_multiple(
-            torch.arange(1, batch * height * width + 1).view(batch, height, width, 1), window, window
-        )
-        windows = window_partition(index.roll((-shift, -shift), dims=(1, 2)), window).squeeze(-1)
-        rows, columns = index.shape[1] // window, index.shape[2] // window
+        index = torch.arange(1, batch * height * width + 1).view(batch, height, width, 1)
+        index = shifted(index, window, shift, pads_before_shift)
+        windows = window_partition(index, window).squeeze(-1)
+        rows, columns = index.shape[1] // window[0], index.shape[2] // window[1]
         groups = [windows.shape[0], 0, 0, 0]
-        if shift:
+        if any(shift):
             group = 2 * (torch.arange(rows) == rows - 1)[:, None] + (torch.arange(columns) == columns - 1)
             group = group.flatten().repeat(batch)
             windows = windows[group.argsort(stable=True)]
@@ -324,22 +325,25 @@ def make_window_plan(batch: int, height: int, width: int, window: int, shift: in
 _cached_window_plan = lru_cache(maxsize=32)(make_window_plan)
 
 
-def window_plan(batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> WindowPlan:
+def window_plan(
+    batch: int, height: int, width: int, window: Sides, shift: Sides, pads_before_shift: bool, dtype: torch.dtype
+) -> WindowPlan:
     """Return `make_window_plan`'s result, from a bounded cache for small maps; its arguments alone determine it."""
     make = _cached_window_plan if batch * height * width <= CACHED_POSITIONS else make_window_plan
-    return make(batch, height, width, window, shift, dtype)
+    return make(batch, height, width, window, shift, pads_before_shift, dtype)
 
 
 def _attend_in_plan(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
     """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
     batch, height, width, channels = x.shape
-    plan = window_plan(batch, height, width, block.window_size, block.shift_size, x.dtype)
+    window, shift = block.window_size, block.shift_size
+    plan = window_plan(batch, height, width, window, shift, block.pads_before_shift, x.dtype)
     positions = block.layernorm_before(x).reshape(-1, channels)
     windows = F.embedding(plan.gather, positions)  # a parallel index_select
     del positions
     if plan.padding.numel():
         windows.index_fill_(0, plan.padding, 0.0)
-    attended = attend_in_groups(block.attention.self, windows.view(-1, block.window_size**2, channels), plan)
+    attended = attend_in_groups(block.attention.self, windows.view(-1, window[0] * window[1], channels), plan)
     positions = F.embedding(plan.scatter, attended.view(-1, channels)).view(x.shape)
     dense = block.attention.output.dense
     return linear(positions, dense.weight, dense.bias, residual=x)

@@ -29,9 +29,11 @@ from fastuper.models.backbones.layers import (
 )
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.backbones.windows import (
-    crop,
+    Sides,
     relative_position_index,
+    shifted,
     shifted_window_mask,
+    unshifted,
     window_partition,
     window_reverse,
 )
@@ -142,6 +144,20 @@ class SwinConfig(BackboneConfig):
         if self.use_absolute_embeddings and any(image < patch for image, patch in sides):
             raise ValueError(f"image_size={self.image_size} must be at least patch_size={self.patch_size}")
 
+    def windows(self, stage: int) -> tuple[Sides, Sides]:
+        """Return the window of a stage, counted from 0, and the shift of every second block."""
+        return (self.window_size, self.window_size), (self.window_size // 2, self.window_size // 2)
+
+    @property
+    def pads_before_shift(self) -> bool:
+        """Whether maps are padded to whole windows before they are shifted, or after."""
+        return True
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether the returned maps are normed."""
+        return True
+
     @property
     def num_layers(self) -> int:
         """The number of stages."""
@@ -239,12 +255,12 @@ class SwinPatchMerging(nn.Module):
 class SwinSelfAttention(nn.Module):
     """Multi-head attention within windows, with a learned bias for each relative position."""
 
-    def __init__(self, config: SwinConfig, dim: int, heads: int):
+    def __init__(self, config: SwinConfig, dim: int, heads: int, window: Sides):
         super().__init__()
         self.num_attention_heads, self.attention_head_size, self.all_head_size = heads, dim // heads, dim
-        window = config.window_size
-        self.window_size = (window, window)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.window_size = window
+        positions = (2 * window[0] - 1) * (2 * window[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(positions, heads))
         self.relative_position_index: torch.Tensor
         self.register_buffer("relative_position_index", relative_position_index(window))
         self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
@@ -318,9 +334,9 @@ class SwinAttention(nn.Module):
 
     parts: ClassVar = {"self": SwinSelfAttention, "output": SwinDense}
 
-    def __init__(self, config: SwinConfig, dim: int, heads: int):
+    def __init__(self, config: SwinConfig, dim: int, heads: int, window: Sides):
         super().__init__()
-        self.self = SwinSelfAttention(config, dim, heads)
+        self.self = SwinSelfAttention(config, dim, heads, window)
         self.output = SwinDense(dim, dim, config.hidden_dropout_prob)
 
     def forward(
@@ -337,12 +353,12 @@ class SwinLayer(Checkpointed):
     rewrite = rewrites.SWIN_LAYER
     parts: ClassVar = {"attention": SwinAttention, "intermediate": SwinIntermediate, "output": SwinDense}
 
-    def __init__(self, config: SwinConfig, dim: int, heads: int, shift: int, drop_prob: float):
+    def __init__(self, config: SwinConfig, dim: int, heads: int, window: Sides, shift: Sides, drop_prob: float):
         super().__init__()
-        self.window_size = config.window_size
-        self.shift_size = shift
+        self.window_size, self.shift_size = window, shift
+        self.pads_before_shift = config.pads_before_shift
         self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.attention = SwinAttention(config, dim, heads)
+        self.attention = SwinAttention(config, dim, heads, window)
         self.drop_path = drop_path(drop_prob)
         self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.intermediate = SwinIntermediate(config, dim)
@@ -362,28 +378,27 @@ class SwinLayer(Checkpointed):
         """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding."""
         window, shift = self.window_size, self.shift_size
         batch, height, width, _ = x.shape
-        rows, columns = (height + window - 1) // window, (width + window - 1) // window
-        x = pad_to_multiple(x, window, window)
+        rows, columns = (height + window[0] - 1) // window[0], (width + window[1] - 1) // window[1]
+        x = shifted(x, window, shift, self.pads_before_shift)
         mask = None
-        if shift:
-            x = x.roll((-shift, -shift), dims=(1, 2))
+        if any(shift):
             mask = shifted_window_mask(rows, columns, window, shift, x.dtype, x.device).repeat(batch, 1, 1)
         windows, weights = self.attention(window_partition(x, window), mask, output_attentions)
         x = window_reverse(windows, window, batch, rows, columns)
-        if shift:
-            x = x.roll((shift, shift), dims=(1, 2))
-        return crop(x, height, width), weights
+        return unshifted(x, height, width, shift, self.pads_before_shift), weights
 
 
 class SwinStage(nn.Module):
     """The blocks, then (except in the last stage) patch merging."""
 
-    def __init__(self, config: SwinConfig, dim: int, heads: int, drop_probs: list[float], merges: bool):
+    def __init__(
+        self, config: SwinConfig, dim: int, heads: int, windows: tuple[Sides, Sides], probs: list[float], merges: bool
+    ):
         super().__init__()
         self.config, self.dim = config, dim
-        shift = config.window_size // 2
+        window, shift = windows
         self.blocks = nn.ModuleList(
-            SwinLayer(config, dim, heads, shift if i % 2 else 0, p) for i, p in enumerate(drop_probs)
+            SwinLayer(config, dim, heads, window, shift if i % 2 else (0, 0), p) for i, p in enumerate(probs)
         )
         self.downsample = SwinPatchMerging(dim) if merges else None
 
@@ -411,7 +426,7 @@ class SwinEncoder(Encoder):
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(config.depths)
         last = self.num_layers - 1
         self.layers = nn.ModuleList(
-            SwinStage(config, config.embed_dim * 2**i, heads, rates[i].tolist(), merges=i < last)
+            SwinStage(config, config.embed_dim * 2**i, heads, config.windows(i), rates[i].tolist(), merges=i < last)
             for i, heads in enumerate(config.num_heads)
         )
 
@@ -432,7 +447,7 @@ class SwinEncoder(Encoder):
 
 
 class SwinBackbone(Backbone):
-    """Swin; it returns the normed maps of the stages in `config.out_features`, each before its patch merging."""
+    """Swin; it returns the maps of the stages in `config.out_features`, each before its patch merging, and normed."""
 
     config: SwinConfig
 
@@ -441,9 +456,8 @@ class SwinBackbone(Backbone):
         super().__init__(config, [config.embed_dim, *stages])
         self.embeddings = SwinEmbeddings(config)
         self.encoder = SwinEncoder(config)
-        self.hidden_states_norms = nn.ModuleDict(
-            {name: nn.LayerNorm(dim) for name, dim in zip(self.out_features, self.channels, strict=True)}
-        )
+        dims = zip(self.out_features, self.channels, strict=True) if config.norms_outputs else ()
+        self.hidden_states_norms = nn.ModuleDict({name: nn.LayerNorm(dim) for name, dim in dims})
 
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
@@ -460,8 +474,9 @@ class SwinBackbone(Backbone):
                 x = x.contiguous()  # the norm reads it, so that it gets gradients, as in Transformers
                 hidden_states.append(x)
             if name in self.out_features:
-                normed = self.hidden_states_norms[name](x.permute(0, 2, 3, 1))
-                feature_maps.append(normed.permute(0, 3, 1, 2))
+                if self.config.norms_outputs:
+                    x = self.hidden_states_norms[name](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                feature_maps.append(x)
             if weights is not None:
                 attentions.append(weights)
         return BackboneOutput(
@@ -473,7 +488,8 @@ class SwinBackbone(Backbone):
     def initialize_tensor(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Fill one parameter or buffer with its initial value."""
         if name == "relative_position_index":
-            tensor.copy_(relative_position_index(self.config.window_size, tensor.device))
+            window: Any = module.window_size
+            tensor.copy_(relative_position_index(window, tensor.device))
         elif name in ("relative_position_bias_table", "position_embeddings"):
             nn.init.zeros_(tensor)
         else:

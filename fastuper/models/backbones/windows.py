@@ -1,28 +1,57 @@
 """Windows of a map: cut, put together, shifted (Swin Transformer, https://arxiv.org/abs/2103.14030).
 
-Maps are (B, H, W, C). A window has L = window * window positions.
+Maps are (B, H, W, C). A window (height, width) has L = height * width positions.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fastuper.models.backbones.layers import pad_to_multiple
 from fastuper_kernels.dispatch.modes import is_eager
 
+Sides = tuple[int, int]
+"""(height, width), or (rows, columns)."""
 
-def window_partition(x: torch.Tensor, window: int) -> torch.Tensor:
-    """Cut maps (B, H, W, C), H and W multiples of the window, into (B * windows, L, C)."""
+
+def window_partition(x: torch.Tensor, window: Sides) -> torch.Tensor:
+    """Cut maps (B, H, W, C), H and W multiples of the window's, into (B * windows, L, C)."""
     batch, height, width, channels = x.shape
-    rows, columns = height // window, width // window
-    x = x.view(batch, rows, window, columns, window, channels)
-    return x.transpose(2, 3).reshape(batch * rows * columns, window * window, channels)
+    rows, columns = height // window[0], width // window[1]
+    x = x.view(batch, rows, window[0], columns, window[1], channels)
+    return x.transpose(2, 3).reshape(batch * rows * columns, window[0] * window[1], channels)
 
 
-def window_reverse(windows: torch.Tensor, window: int, batch: int, rows: int, columns: int) -> torch.Tensor:
-    """Put windows (B * rows * columns, L, C) together into maps (B, rows * window, columns * window, C)."""
+def window_reverse(windows: torch.Tensor, window: Sides, batch: int, rows: int, columns: int) -> torch.Tensor:
+    """Put windows (B * rows * columns, L, C) together into maps (B, rows * height, columns * width, C)."""
     channels = windows.shape[-1]
-    x = windows.view(batch, rows, columns, window, window, channels)
-    return x.transpose(2, 3).reshape(batch, rows * window, columns * window, channels)
+    x = windows.view(batch, rows, columns, *window, channels)
+    return x.transpose(2, 3).reshape(batch, rows * window[0], columns * window[1], channels)
+
+
+def shifted(x: torch.Tensor, window: Sides, shift: Sides, pads_before_shift: bool) -> torch.Tensor:
+    """Return maps (B, H, W, C) padded with zeros to whole windows, and shifted cyclically.
+
+    Args:
+        x: the maps.
+        window: the window.
+        shift: the rows and columns by which the maps move up and left.
+        pads_before_shift: True to shift the padded maps, False to pad the shifted maps.
+    """
+    if pads_before_shift:
+        x = pad_to_multiple(x, *window)
+    if any(shift):
+        x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+    return x if pads_before_shift else pad_to_multiple(x, *window)
+
+
+def unshifted(x: torch.Tensor, height: int, width: int, shift: Sides, pads_before_shift: bool) -> torch.Tensor:
+    """Return maps (B, height, width, C) of the result of `shifted`: its steps undone, the last first."""
+    if not pads_before_shift:
+        x = crop(x, height, width)
+    if any(shift):
+        x = x.roll(shift, dims=(1, 2))
+    return crop(x, height, width) if pads_before_shift else x
 
 
 def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -35,7 +64,7 @@ def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def shifted_window_mask(
-    rows: int, columns: int, window: int, shift: int, dtype: torch.dtype, device: torch.device
+    rows: int, columns: int, window: Sides, shift: Sides, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Return the mask of shifted windows, (rows * columns, L, L), which is added to attention scores.
 
@@ -43,18 +72,19 @@ def shifted_window_mask(
     four regions of the map. The mask is -100 between positions of different regions, and 0 within a region.
     """
 
-    def regions(n: int) -> torch.Tensor:
-        index = torch.arange(n * window, device=device)
-        return (index >= (n - 1) * window).long() + (index >= n * window - shift).long()
+    def regions(n: int, side: int, shift: int) -> torch.Tensor:
+        index = torch.arange(n * side, device=device)
+        return (index >= (n - 1) * side).long() + (index >= n * side - shift).long()
 
-    region = regions(rows)[:, None] * 3 + regions(columns)[None, :]
+    region = regions(rows, window[0], shift[0])[:, None] * 3 + regions(columns, window[1], shift[1])[None, :]
     region = window_partition(region[None, :, :, None], window).squeeze(-1)
     differs = region[:, None, :] != region[:, :, None]
     return torch.zeros(differs.shape, dtype=dtype, device=device).masked_fill_(differs, -100.0)
 
 
-def relative_position_index(window: int, device: torch.device | None = None) -> torch.Tensor:
+def relative_position_index(window: Sides, device: torch.device | None = None) -> torch.Tensor:
     """Return the row of the relative position bias table for each pair of positions in a window, (L, L)."""
-    y, x = torch.meshgrid(torch.arange(window, device=device), torch.arange(window, device=device), indexing="ij")
+    height, width = window
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     y, x = y.flatten(), x.flatten()
-    return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
+    return (y[:, None] - y + height - 1) * (2 * width - 1) + (x[:, None] - x + width - 1)

@@ -20,8 +20,11 @@ class UperNetHead(PyramidHead):
     """A feature pyramid with pyramid pooling on top; all levels are fused at the finest size and classified.
 
     Args:
-        config: `hidden_size`, `pool_scales` and `num_labels`.
+        config: `hidden_size`, `pool_scales`, `num_labels`, `align_corners` and `feature_norms`.
         in_channels: channels of the backbone's feature maps, finest first.
+
+    Attributes:
+        feature_norms: a LayerNorm of each feature map, over its channels; None if `config.feature_norms` is False.
     """
 
     classifier: Any  # a convolution, or a user's module
@@ -30,6 +33,9 @@ class UperNetHead(PyramidHead):
         classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
         super().__init__(in_channels, config.hidden_size, config.pool_scales, classifier=classifier)
         self.config = config
+        self.align_corners = self.psp_modules.align_corners = config.align_corners
+        norms = (nn.LayerNorm(channels, eps=1e-6) for channels in in_channels)
+        self.feature_norms = nn.ModuleList(norms) if config.feature_norms else None
 
     def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, num_labels, H, W) at the first map's size.
@@ -41,6 +47,11 @@ class UperNetHead(PyramidHead):
             ValueError: the number of maps, or of their channels, does not fit the modules that read them.
         """
         self.check(feature_maps)
+        if self.feature_norms is not None:
+            feature_maps = [
+                norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                for norm, x in zip(self.feature_norms, feature_maps, strict=True)
+            ]
         pooled = self.psp_forward(feature_maps)
         if strips.apply_to(self, feature_maps, self.outputs()):
             return strips.run(self, feature_maps, pooled, self.outputs())["logits"]

@@ -16,13 +16,22 @@ ROWS, COLUMNS = 64, 64
 BLOCK_BYTES = 2 << 20
 
 
-def argmax(logits: torch.Tensor, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, first: int = 0) -> torch.Tensor:
-    """Return `upsample_argmax` of checked, ordinary logits (B, classes, H, W), on any device, without gradients."""
+def argmax(
+    logits: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    first: int = 0,
+    corners: tuple[bool, ...] = (),
+) -> torch.Tensor:
+    """Return `upsample_argmax` of checked, ordinary logits (B, classes, H, W), on any device, without gradients.
+
+    `corners` is `align_corners` of each size, or empty if it is False for all; as in all functions of this file.
+    """
     logits = finite(logits[:, first:])
     labels = logits.new_empty((len(logits), *sizes[-1]), dtype=dtype)
     with torch.no_grad(), without_autocast(logits):
         for image, result in zip(logits, labels, strict=True):
-            _label(image, sizes, result, first)
+            _label(tiles(image, sizes, corners), len(image), result, first)
     return labels
 
 
@@ -48,6 +57,7 @@ def argmax_in_slices(
     groups: torch.Tensor,
     slices: Sequence[tuple[int, int]],
     dtype: torch.dtype,
+    corners: tuple[bool, ...] = (),
 ) -> torch.Tensor:
     """Return `upsample_argmax` with groups, of checked, ordinary logits, on any device, without gradients.
 
@@ -58,7 +68,7 @@ def argmax_in_slices(
     labels = maps[0].new_zeros((len(maps[0]), *sizes[-1]), dtype=dtype)
     with torch.no_grad(), without_autocast(labels):
         for *images, group, result in zip(*maps, groups, labels, strict=True):
-            for tile in zip(*(tiles(image, sizes) for image in images), strict=True):
+            for tile in zip(*(tiles(image, sizes, corners) for image in images), strict=True):
                 place = tile[0].rows, tile[0].columns
                 _label_in_slices(tile, numbers_of(group[place], len(slices)), slices, result[place])
     return labels
@@ -135,12 +145,13 @@ class Tile(NamedTuple):
             yield slice(first, last), (matrix[first - start : last - start] @ wide).view(last - first, -1, classes)
 
 
-def tiles(image: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Tile]:
+def tiles(image: torch.Tensor, sizes: Sequence[tuple[int, int]], corners: tuple[bool, ...] = ()) -> Iterator[Tile]:
     """Yield the tiles of the label map of one image (classes, H, W)."""
     _, h, w = image.shape
     dtype = torch.promote_types(image.dtype, torch.float32)
-    rows = blocks_of(bilinear_chain, ((h, *(size[0] for size in sizes)),), dtype, image.device, size=ROWS)
-    columns = blocks_of(bilinear_chain, ((w, *(size[1] for size in sizes)),), dtype, image.device, size=COLUMNS)
+    heights, widths = (h, *(size[0] for size in sizes)), (w, *(size[1] for size in sizes))
+    rows = blocks_of(bilinear_chain, (heights, corners), dtype, image.device, size=ROWS)
+    columns = blocks_of(bilinear_chain, (widths, corners), dtype, image.device, size=COLUMNS)
     for block in rows:
         # The classes are last: PyTorch's argmax over neighbours is several times faster than over distant values.
         lines = image[:, block.first : block.last].permute(1, 2, 0).to(dtype).contiguous()
@@ -154,13 +165,13 @@ def _strips(same: Sequence[Tile]) -> Iterator[tuple[slice, list[torch.Tensor]]]:
         yield strips[0][0], [strip for _, strip in strips]
 
 
-def _label(image: torch.Tensor, sizes: Sequence[tuple[int, int]], labels: torch.Tensor, first: int) -> None:
-    """Write the labels (height, width) of one image (classes, H, W), whose classes count from `first`."""
-    all_classes = torch.arange(len(image), device=image.device)
-    for tile in tiles(image, sizes):
+def _label(tiles_of_image: Iterator[Tile], classes: int, labels: torch.Tensor, first: int) -> None:
+    """Write the labels (height, width) of one image from its tiles, whose classes count from `first`."""
+    all_classes = torch.arange(classes, device=labels.device)
+    for tile in tiles_of_image:
         # On a GPU the host would have to wait for the number of rivals.
-        rivals = _rivals(tile.source) if image.device.type == "cpu" else all_classes
-        for rows, full in (tile.of(rivals) if len(rivals) < len(image) else tile).strips():
+        rivals = _rivals(tile.source) if labels.device.type == "cpu" else all_classes
+        for rows, full in (tile.of(rivals) if len(rivals) < classes else tile).strips():
             labels[rows, tile.columns] = (rivals + first)[full.argmax(dim=-1)]
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from fastuper_kernels.dispatch.modes import is_eager
 
@@ -255,12 +256,31 @@ def _cached(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_cached
-def bilinear_chain(sizes: tuple[int, ...]) -> Band:
-    """Return the band that resamples (bilinear, align_corners=False) from the first size through each later size."""
-    band = Band.bilinear(sizes[0], sizes[1])
-    for size_in, size_out in pairwise(sizes[1:]):
-        band = Band.bilinear(size_in, size_out) @ band
-    return band
+def bilinear_chain(sizes: tuple[int, ...], corners: tuple[bool, ...] = ()) -> Band:
+    """Return the band that resamples (bilinear) from the first size through each later size.
+
+    Args:
+        sizes: the input positions, then the output positions of each step.
+        corners: `align_corners` of each step; empty if it is False for all.
+    """
+    corners = corners or (False,) * (len(sizes) - 1)
+    steps = zip(pairwise(sizes), corners, strict=True)
+    return reduce(lambda before, band: band @ before, (Band.bilinear(*pair, align_corners=c) for pair, c in steps))
+
+
+def interpolate_chain(
+    x: torch.Tensor, sizes: Sequence[tuple[int, int]], corners: tuple[bool, ...] = ()
+) -> torch.Tensor:
+    """Return x (B, C, h, w) after the bands of `bilinear_chain` on rows and columns, by PyTorch's operator.
+
+    Args:
+        x: the map.
+        sizes: the (height, width) of each step.
+        corners: `align_corners` of each step; empty if it is False for all.
+    """
+    for size, aligned in zip(sizes, corners or (False,) * len(sizes), strict=True):
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=aligned)
+    return x
 
 
 # The ways to pool one axis of a map into cells.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from fastuper_kernels.cpu.band import bilinear_chain, blocks_of
+from fastuper_kernels.cpu.band import bilinear_chain, blocks_of, interpolate_chain
 from fastuper_kernels.dispatch.modes import is_eager, without_autocast
 from fastuper_kernels.dispatch.torch_private import is_batched
 
@@ -22,12 +22,16 @@ LEAST_SUM = 1e-20
 
 
 class Options(NamedTuple):
-    """The arguments of `upsample_cross_entropy` that are not tensors; `sizes` is never None here."""
+    """The arguments of `upsample_cross_entropy` that are not tensors; `sizes` is never None here.
+
+    `corners` is `align_corners` of each size, or empty if it is False for all.
+    """
 
     sizes: list[tuple[int, int]]
     ignore_index: int
     label_smoothing: float
     reduction: str
+    corners: tuple[bool, ...] = ()
 
 
 def cross_entropy(
@@ -64,8 +68,7 @@ def whole_cross_entropy(
         logits = logits.to(torch.promote_types(dtype, torch.float32))
         if weight is not None:
             weight = weight.to(logits.dtype)
-        for size in options.sizes:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        logits = interpolate_chain(logits, options.sizes, options.corners)
         loss = F.cross_entropy(
             logits,
             labels,
@@ -205,8 +208,9 @@ def _image_losses(
         share = weights * (smoothing / classes)
         spread = (x * share).sum(2).clamp_(min=-limit)
         spread_gradient = torch.zeros_like(spread)
-    rows = blocks_of(bilinear_chain, ((h, *(size[0] for size in options.sizes)),), x.dtype, x.device, size=ROWS)
-    columns = blocks_of(bilinear_chain, ((w, *(size[1] for size in options.sizes)),), x.dtype, x.device, size=COLUMNS)
+    heights, widths = (h, *(size[0] for size in options.sizes)), (w, *(size[1] for size in options.sizes))
+    rows = blocks_of(bilinear_chain, (heights, options.corners), x.dtype, x.device, size=ROWS)
+    columns = blocks_of(bilinear_chain, (widths, options.corners), x.dtype, x.device, size=COLUMNS)
     for block in rows:
         lines = slice(block.first, block.last)
         for part in columns:

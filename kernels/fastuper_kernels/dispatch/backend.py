@@ -15,7 +15,7 @@ BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def takes_triton(backend: str, *tensors: torch.Tensor | None) -> bool:
+def takes_triton(backend: str, *tensors: torch.Tensor | None, obstacle: str | None = None) -> bool:
     """Return True if an operation on these operands runs Triton's kernels.
 
     Args:
@@ -24,6 +24,7 @@ def takes_triton(backend: str, *tensors: torch.Tensor | None) -> bool:
             Tensor, exported calls and torch.func transforms take PyTorch's operators.
         tensors: the operands. The device and the dtype of the first operand decide. None stands for an operand that
             is left out.
+        obstacle: the reason that the operation's kernels cannot take its other arguments; None if they can.
 
     Raises:
         ValueError: `backend` is unknown, or "triton" although the kernels cannot take these operands. The message
@@ -35,10 +36,10 @@ def takes_triton(backend: str, *tensors: torch.Tensor | None) -> bool:
     if backend == "auto":
         backend = _of_environment()
         if backend == "auto":
-            return given[0].is_cuda and _obstacle(given) is None
+            return given[0].is_cuda and obstacle is None and _obstacle(given) is None
     if backend == "torch":
         return False
-    if reason := _obstacle(given):
+    if reason := obstacle or _obstacle(given):
         raise ValueError(f'backend="triton": {reason}')
     return True
 

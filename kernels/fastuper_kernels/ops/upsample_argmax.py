@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from fastuper_kernels.cpu.argmax import argmax, argmax_in_slices, finite, slice_table
+from fastuper_kernels.cpu.band import interpolate_chain
 from fastuper_kernels.dispatch.backend import takes_triton
 from fastuper_kernels.dispatch.modes import is_eager, is_ordinary
+
+ALIGNED = "the kernels resample with align_corners=False only"
 
 
 def upsample_argmax(
@@ -22,9 +24,10 @@ def upsample_argmax(
     first: int = 0,
     groups: torch.Tensor | None = None,
     slices: Sequence[tuple[int, int]] | None = None,
+    align_corners: bool | Sequence[bool] = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Resample logits through each size in turn (bilinear, align_corners=False) and return the best class.
+    """Resample logits through each size in turn (bilinear) and return the best class.
 
     The chain of resamplings is one linear map of the rows and one of the columns. It is applied block by block, in
     float32 at least: the resampled logits of an image are never held whole. Each block leaves out the classes that
@@ -40,6 +43,7 @@ def upsample_argmax(
         first: the first class that competes: classes before it are never a label.
         groups: (B, height, width), integers: places in `slices`. Other groups, negative or larger, have empty slices.
         slices: the classes [start, stop) of each group; with groups only.
+        align_corners: as for `F.interpolate`, of all steps or of each. Triton's kernels take False only.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
@@ -52,15 +56,17 @@ def upsample_argmax(
 
     Raises:
         TypeError: `dtype` is no `torch.dtype`.
-        ValueError: no logits, no sizes, sizes that are not pairs of positive integers, a dtype that is not an integer
-            or too small for the classes, a first class that does not exist, groups of another shape or dtype, slices
-            that are not ranges of classes, or a backend that cannot take the logits.
+        ValueError: no logits, no sizes, sizes that are not pairs of positive integers, another number of
+            `align_corners` than of sizes, a dtype that is not an integer or too small for the classes, a first class
+            that does not exist, groups of another shape or dtype, slices that are not ranges of classes, or a backend
+            that cannot take the logits.
     """
     if logits.ndim != 4 or min(logits.shape[1:]) < 1 or not logits.is_floating_point():
         raise ValueError(
             f"logits must be (B, classes, H, W) of floating-point numbers, got {tuple(logits.shape)} of {logits.dtype}"
         )
     sizes = check_sizes(sizes)
+    corners = check_corners(align_corners, len(sizes))
     if groups is not None or slices is not None:
         groups, slices = check_groups(groups, slices, first, logits, sizes[-1])
     classes = logits.shape[1] if slices is None else max(1, *(stop - start for start, stop in slices))
@@ -69,21 +75,21 @@ def upsample_argmax(
     if not 0 <= first < logits.shape[1]:
         raise ValueError(f"first must be one of the {logits.shape[1]} classes, got {first}")
     if groups is None or slices is None:
-        if takes_triton(backend, logits):
+        if takes_triton(backend, logits, obstacle=ALIGNED if corners else None):
             from fastuper_kernels.gpu.upsample_argmax import upsample_argmax as kernel
 
             return kernel(logits, *_sides(sizes), dtype, first)
         if is_eager() and is_ordinary(logits):
-            return argmax(logits, sizes, dtype, first)
-        return reference(finite(logits), sizes, dtype=dtype, first=first)
-    if takes_triton(backend, logits, groups):
+            return argmax(logits, sizes, dtype, first, corners)
+        return reference(finite(logits), sizes, dtype=dtype, first=first, align_corners=align_corners)
+    if takes_triton(backend, logits, groups, obstacle=ALIGNED if corners else None):
         from fastuper_kernels.gpu.upsample_argmax import upsample_argmax_in_slices
 
         starts, stops = _sides(slices)
         return upsample_argmax_in_slices(logits, *_sides(sizes), groups, starts, stops, dtype)
     if is_eager() and is_ordinary(logits, groups):
-        return argmax_in_slices([logits], sizes, groups, slices, dtype)
-    return reference(finite(logits), sizes, dtype=dtype, groups=groups, slices=slices)
+        return argmax_in_slices([logits], sizes, groups, slices, dtype, corners)
+    return reference(finite(logits), sizes, dtype=dtype, groups=groups, slices=slices, align_corners=align_corners)
 
 
 def label_dtype(classes: int) -> torch.dtype:
@@ -111,10 +117,10 @@ def reference(
     first: int = 0,
     groups: torch.Tensor | None = None,
     slices: Sequence[tuple[int, int]] | None = None,
+    align_corners: bool | Sequence[bool] = False,
 ) -> torch.Tensor:
     """The definition of `upsample_argmax`, for finite logits."""
-    for size in sizes:
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    logits = interpolate_chain(logits, sizes, check_corners(align_corners, len(sizes)))
     if groups is None or slices is None:
         labels = logits[:, first:].argmax(dim=1)
         return (labels + first if first else labels).to(dtype)
@@ -172,6 +178,18 @@ def check_sizes(sizes: Any) -> list[tuple[int, int]]:
     if not pairs or any(height < 1 or width < 1 for height, width in pairs):
         raise ValueError(f"sizes must be one or more positive (height, width), got {sizes}")
     return pairs
+
+
+def check_corners(align_corners: Any, count: int) -> tuple[bool, ...]:
+    """Return `align_corners` of each of `count` steps; empty if it is False for all.
+
+    Raises:
+        ValueError: it is neither a truth value nor one for each step.
+    """
+    corners = tuple(align_corners) if isinstance(align_corners, list | tuple) else (align_corners,) * count
+    if len(corners) != count or not all(isinstance(aligned, bool) for aligned in corners):
+        raise ValueError(f"align_corners must be True or False, once or for each of {count} sizes, got {align_corners}")
+    return corners if any(corners) else ()
 
 
 def _integer(value: Any) -> Any:

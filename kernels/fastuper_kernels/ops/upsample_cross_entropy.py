@@ -10,7 +10,7 @@ import torch
 from fastuper_kernels.cpu.cross_entropy import Options, cross_entropy, reduced, whole_cross_entropy
 from fastuper_kernels.dispatch.backend import takes_triton
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager, is_ordinary
-from fastuper_kernels.ops.upsample_argmax import check_sizes
+from fastuper_kernels.ops.upsample_argmax import ALIGNED, check_corners, check_sizes
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -24,9 +24,10 @@ def upsample_cross_entropy(
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    align_corners: bool | Sequence[bool] = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Resample logits through each size in turn (bilinear, align_corners=False) and compare them with labels.
+    """Resample logits through each size in turn (bilinear) and compare them with labels.
 
     The result is `F.cross_entropy` of the resampled logits. They are computed block by block, in float32 at least, and
     never held whole. Their gradient is added up on the coarse grid, and is not held whole either. For "mean" and "sum"
@@ -41,6 +42,7 @@ def upsample_cross_entropy(
         weight: (classes,), the weights of the classes as in `F.cross_entropy`; (2,) if there is one class.
         label_smoothing: from 0 to 1; this share of each label is spread over all classes.
         reduction: "mean" (by the weights of the labels), "sum" or "none".
+        align_corners: as for `F.interpolate`, of all steps or of each. Triton's kernels take False only.
         backend: "auto", "triton" or "torch"; see `fastuper_kernels.dispatch.backend`.
 
     Returns:
@@ -55,6 +57,7 @@ def upsample_cross_entropy(
 
     Raises:
         ValueError: no logits, no labels, or labels of another batch or device; sizes that do not end with the labels';
+            another number of `align_corners` than of sizes;
             a weight of another shape, or a weight that requires a gradient; an unknown reduction, or a smoothing
             outside [0, 1]; or a backend that cannot take the operands. On a CPU also labels that are not a class. On a
             GPU nothing checks the labels, because the host would wait for their values: such labels stop PyTorch's
@@ -64,14 +67,15 @@ def upsample_cross_entropy(
     sizes = check_sizes([labels.shape[1:]] if sizes is None else sizes)
     if tuple(sizes[-1]) != tuple(labels.shape[1:]):
         raise ValueError(f"the last of sizes must be the labels' {tuple(labels.shape[1:])}, got {sizes}")
-    options = Options(sizes, ignore_index, label_smoothing, reduction)
+    corners = check_corners(align_corners, len(sizes))
+    options = Options(sizes, ignore_index, label_smoothing, reduction, corners)
     if is_autocast(logits.device.type) and logits.dtype != torch.float64:
         logits = logits.float()
     logits, labels = as_two_classes(logits), labels.long()
     eager = is_eager() and is_ordinary(logits, labels, weight)
     if eager and logits.device.type == "cpu":
         check_values(labels, logits.shape[1], ignore_index)
-    if takes_triton(backend, logits, labels, weight):
+    if takes_triton(backend, logits, labels, weight, obstacle=ALIGNED if corners else None):
         from fastuper_kernels.gpu.upsample_cross_entropy import upsample_cross_entropy as kernel
 
         heights, widths = (list(side) for side in zip(*sizes, strict=True))
@@ -89,10 +93,12 @@ def reference(
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    align_corners: bool | Sequence[bool] = False,
 ) -> torch.Tensor:
     """The definition of `upsample_cross_entropy`."""
     sizes = check_sizes([labels.shape[1:]] if sizes is None else sizes)
-    options = Options(sizes, ignore_index, label_smoothing, reduction)
+    corners = check_corners(align_corners, len(sizes))
+    options = Options(sizes, ignore_index, label_smoothing, reduction, corners)
     return whole_cross_entropy(as_two_classes(logits), labels.long(), weight, options)
 
 

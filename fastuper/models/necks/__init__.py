@@ -1,0 +1,1 @@
+"""Necks: modules between a backbone and the heads."""
