@@ -246,9 +246,15 @@ def load_pickle(path: Path) -> Any:
     except (CheckpointError, PermissionError, MemoryError):
         raise
     except Exception as error:  # its class (AssertionError, struct.error, ...) depends on the place of the damage
-        if "legacy .tar" in str(error):
+        # An archive with a member begins with its name; PyTorch takes a file of zeros for an empty archive.
+        if "legacy .tar" in str(error) and not _begins_with_zero(path):
             raise CheckpointError(f"{path} is a tar archive of PyTorch 0.1; save it again by torch.save") from None
         raise CheckpointError(f"{path} is truncated or damaged ({_reason(error)}); fetch it again") from None
+
+
+def _begins_with_zero(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"\0"
 
 
 def check_dense(path: Path, tensors: Mapping[Any, torch.Tensor]) -> None:
