@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastuper.models.backbones.layers import DropPath
+from fastuper.models.backbones.layers import DropPath, pair
 from fastuper.models.backbones.windows import Sides, shifted, shifted_window_mask, window_partition
 from fastuper.models.gradient_checkpointing import recomputed
 from fastuper.models.norms import fold, is_fixed_norm
@@ -336,7 +336,7 @@ def window_plan(
 def _attend_in_plan(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
     """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
     batch, height, width, channels = x.shape
-    window, shift = block.window_size, block.shift_size
+    window, shift = pair(block.window_size), pair(block.shift_size)
     plan = window_plan(batch, height, width, window, shift, block.pads_before_shift, x.dtype)
     positions = block.layernorm_before(x).reshape(-1, channels)
     windows = F.embedding(plan.gather, positions)  # a parallel index_select

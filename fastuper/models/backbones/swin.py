@@ -355,7 +355,8 @@ class SwinLayer(Checkpointed):
 
     def __init__(self, config: SwinConfig, dim: int, heads: int, window: Sides, shift: Sides, drop_prob: float):
         super().__init__()
-        self.window_size, self.shift_size = window, shift
+        # Numbers where both sides are equal, as in Transformers.
+        self.window_size, self.shift_size = _number(window), _number(shift)
         self.pads_before_shift = config.pads_before_shift
         self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.attention = SwinAttention(config, dim, heads, window)
@@ -376,7 +377,7 @@ class SwinLayer(Checkpointed):
 
     def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding."""
-        window, shift = self.window_size, self.shift_size
+        window, shift = pair(self.window_size), pair(self.shift_size)
         batch, height, width, _ = x.shape
         rows, columns = (height + window[0] - 1) // window[0], (width + window[1] - 1) // window[1]
         x = shifted(x, window, shift, self.pads_before_shift)
@@ -386,6 +387,10 @@ class SwinLayer(Checkpointed):
         windows, weights = self.attention(window_partition(x, window), mask, output_attentions)
         x = window_reverse(windows, window, batch, rows, columns)
         return unshifted(x, height, width, shift, self.pads_before_shift), weights
+
+
+def _number(sides: Sides) -> int | Sides:
+    return sides[0] if sides[0] == sides[1] else sides
 
 
 class SwinStage(nn.Module):
