@@ -16,6 +16,9 @@ from fastuper.weights.errors import CheckpointError
 LONGEST = 2**20
 """The longest text that is read, in characters."""
 
+BRACES = 20_000
+"""The largest number of opening braces: the time to parse an f-string grows as the square of its parts."""
+
 PARTS = 2**20
 """The largest number of values in a configuration, those inside lists and dictionaries among them."""
 
@@ -72,6 +75,8 @@ def read_config_text(text: str) -> dict[str, Any]:
     """
     if len(text) > LONGEST:
         raise CheckpointError(f"more than {LONGEST} characters, and no configuration")
+    if text.count("{") > BRACES:
+        raise CheckpointError(f"more than {BRACES} braces, and no configuration")
     try:
         values = _Reader(text).values
     except SyntaxError as error:

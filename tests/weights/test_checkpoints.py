@@ -404,6 +404,7 @@ def f(): pass
         ("a = [0, 0]\n" + "a = [a, a]\n" * 60, "more than 1048576 values"),
         ("a = {}\n" + "a = [a]\n" * 2000, "nested more than 100 deep"),
         ("a = -0x" + "F" * 100_000, "an integer beyond"),
+        ("a = f'" + "{1}" * 300_000 + "'", "more than 20000 braces"),
     ],
 )
 def test_texts_that_are_traps(text, reason):
@@ -412,7 +413,7 @@ def test_texts_that_are_traps(text, reason):
 
 
 def test_an_expression_that_is_no_literal_is_named_by_its_first_line():
-    values = read_config_text("a = 9999999\n" + "a = a * a\n" * 40 + "b = 'ä', f(\n1)\nc = f'" + "{1}" * 100_000 + "'")
+    values = read_config_text("a = 9999999\n" + "a = a * a\n" * 40 + "b = 'ä', f(\n1)\nc = f'" + "{1}" * 1000 + "'")
     assert (values["a"].text, values["b"][1].text) == ("a * a", "f(")
     assert len(values["c"].text) == 1000
 
