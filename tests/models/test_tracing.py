@@ -265,6 +265,7 @@ def test_the_model_exported(family, training):
     check_exported(model, exported_images_for(family), training)
 
 
+@pytest.mark.exhaustive
 def test_the_loss_in_one_graph():
     model = whole("resnet", True)
     other, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
