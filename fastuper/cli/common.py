@@ -115,7 +115,7 @@ def _load(network_class: Any, model: str, device: str, dtype: Dtype) -> tuple[An
     from fastuper.data.processor import UperNetImageProcessor
     from fastuper.io.files import read_json
     from fastuper.io.hub import find_file
-    from fastuper.weights.convert import is_foreign
+    from fastuper.weights.dialects import is_foreign
 
     chosen = choose_device(device)
     try:

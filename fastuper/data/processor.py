@@ -41,7 +41,7 @@ from fastuper.io.bounds import check_bounds, plain
 from fastuper.io.files import read_json
 from fastuper.io.hub import HubOptions, find_file, upload
 from fastuper.io.messages import format_size, listed, shown
-from fastuper.weights.convert import is_foreign, read_converted
+from fastuper.weights.dialects import is_foreign
 from fastuper.weights.official import PREPROCESSING
 from fastuper_kernels import upsample_argmax
 from fastuper_kernels.dispatch.files import atomic_path
@@ -410,6 +410,8 @@ class UperNetImageProcessor:
         overrides = _checked_overrides(cls.__name__, overrides)
         path: str | os.PathLike[str]
         if not options.subfolder and is_foreign(source) and not (Path(source) / filename).is_file():
+            from fastuper.weights.convert import read_converted  # every dialect, which other uses need not load
+
             path, values = source, dict(read_converted(source, source_options).preprocessing)
             if not values:
                 logger.warning("%s does not say how images are prepared: the default settings are used", source)

@@ -18,7 +18,6 @@ from fastuper.data.processor import UperNetImageProcessor
 from fastuper.io.files import read_json
 from fastuper.io.messages import listed, printable
 from fastuper.models.backbones import build_backbone
-from fastuper.models.backbones.foreign import OUTPUT_NORMS
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper.models.pretrained import check_conversion
@@ -28,6 +27,7 @@ from fastuper.weights.conversion import Conversion, Row, Translated
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
 from fastuper.weights.timm import FINAL_NORMS, timm_arguments, to_timm
+from fastuper.weights.transformers import OUTPUT_NORMS
 from fastuper.weights.writing import as_independent, atomic_weights, split_weights
 
 MODELS: dict[str, Any] = {

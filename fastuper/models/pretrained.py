@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -22,14 +22,15 @@ from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.configuration import as_dtype
 from fastuper.models.memory import check_memory
 from fastuper.models.model_methods import ModelMethods
-from fastuper.weights.conversion import Conversion
-from fastuper.weights.convert import check_filled, is_foreign, read_converted
-from fastuper.weights.dialects import describe
+from fastuper.weights.dialects import describe, is_foreign
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import FLOATING, Stored, described, find_weights, iterate_weights, stored_tensors
 from fastuper.weights.transformers import Names, adapter_key_mapping, hub_name
 from fastuper.weights.writing import WeightFiles, as_independent, atomic_weights, remove_replaced, split_weights
 from fastuper_kernels.dispatch.torch_private import buffers_of, parameters_of
+
+if TYPE_CHECKING:
+    from fastuper.weights.conversion import Conversion
 
 logger = logging.getLogger("fastuper")
 
@@ -451,6 +452,8 @@ def _converted(cls: type[PretrainedMixin], source: StrPath, options: Mapping[str
     Raises:
         CheckpointError: it cannot be converted, or is no model of this class.
     """
+    from fastuper.weights.convert import read_converted  # every dialect, which other models need not load
+
     conversion = read_converted(source, options)
     if conversion.kind != cls.config_class.model_type:
         remedy = "load it with the class of that model"
@@ -479,6 +482,8 @@ def check_conversion(model: nn.Module, conversion: Conversion, place: str) -> li
     Raises:
         CheckpointError: it does not, or holds integers in place of weights; the message names tensors.
     """
+    from fastuper.weights.convert import check_filled
+
     tensors = _own_tensors(model)
     own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = getattr(model, "config", None)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastuper.io.messages import listed
 from fastuper.models.backbones import Backbone, build_backbone
-from fastuper.models.backbones.foreign import OUTPUT_NORMS, pretrained_transformers_backbone
+from fastuper.models.backbones.foreign import pretrained_transformers_backbone
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.cuda_graph import CapturedFunction
 from fastuper.models.heads.fcn import FCNHead
@@ -26,7 +26,7 @@ from fastuper.models.untouched import is_exactly, is_hooked_inside, is_untouched
 from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config, upernet_config_from
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
-from fastuper.weights.transformers import backbone_state_dict
+from fastuper.weights.transformers import OUTPUT_NORMS, backbone_state_dict
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_autocast, is_eager
 from fastuper_kernels.dispatch.torch_private import in_ddp

@@ -23,7 +23,8 @@ from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config
 from fastuper.recipes.recipes import BACKBONES
-from fastuper.weights.convert import is_foreign, read_converted
+from fastuper.weights.convert import read_converted
+from fastuper.weights.dialects import is_foreign
 from fastuper.weights.errors import CheckpointError
 
 

@@ -18,7 +18,6 @@ from fastuper.weights.errors import CheckpointError
 from fastuper.weights.families import (
     COMPUTED,
     HEAD,
-    NORMS,
     Tensors,
     convnext_values,
     named,
@@ -28,6 +27,7 @@ from fastuper.weights.families import (
     swin_values,
 )
 from fastuper.weights.mmseg_backbones import BackboneDialect, BackbonePart, Settings, integers, split
+from fastuper.weights.transformers import OUTPUT_NORMS
 
 # Names ----------------------------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ def convert_swin_classifier(source: Source, choices: Choices) -> Conversion:
         translated.rows,
         preprocessing(choices, config["num_channels"]),
         (SHIFTS,),
-        (NORMS,),
+        (OUTPUT_NORMS,),
     )
 
 
@@ -165,7 +165,7 @@ def convert_convnext_classifier(source: Source, choices: Choices) -> Conversion:
         translated.tensors,
         translated.rows,
         preprocessing(choices, config["num_channels"]),
-        initialised=(NORMS,),
+        initialised=(OUTPUT_NORMS,),
     )
 
 
@@ -230,7 +230,7 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
             "as positions by channels",
             lambda table: [table.flatten(2).transpose(1, 2).contiguous()],
         ),
-        *(named(f"norm{stage}.*", f"{NORMS}stage{stage + 1}.*") for stage in range(stages)),
+        *(named(f"norm{stage}.*", f"{OUTPUT_NORMS}stage{stage + 1}.*") for stage in range(stages)),
     ]
     translated = translate(tensors, rules, place, prefix)
     config = swin_values(translated.tensors, place)
@@ -278,7 +278,10 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
     returned = choices.settle("out_indices", known, every)
     rules = [named(*pair) for pair in convnext_pairs(stages)]
     for stage in every:
-        target, unused = f"{NORMS}stage{stage + 1}.*", Rule(rf"norm{stage}\.\w+", (), "the head does not read this map")
+        target, unused = (
+            f"{OUTPUT_NORMS}stage{stage + 1}.*",
+            Rule(rf"norm{stage}\.\w+", (), "the head does not read this map"),
+        )
         rules.append(named(f"norm{stage}.*", target) if stage in returned else unused)
     translated = translate(tensors, rules, place, prefix)
     config = convnext_values(translated.tensors, place)

@@ -7,10 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from fastuper.io.files import read_json
 from fastuper.io.messages import listed, shown
 from fastuper.weights import authors, mmseg, official, smp, timm
 from fastuper.weights.checkpoints import read_source
@@ -49,27 +47,6 @@ OTHER_NETWORKS = (
 OURS = re.compile(
     r"(decode_head|auxiliary_head)\.classifier\.|backbone\.embeddings\.|(embeddings|encoder\.(stages|layers))\."
 )
-
-
-def is_foreign(source: str | os.PathLike[str]) -> bool:
-    """Return True if a path is a file, or a folder of another library; False for a model folder and a Hub id.
-
-    A name that ends as a weight file's does is a file, also where there is none.
-
-    Raises:
-        OSError: the folder's config.json is not valid JSON.
-    """
-    path = Path(source)
-    if not os.path.isdir(source):  # `Path.is_dir` raises an error for names of great length
-        suffix = path.suffix.lower()
-        return (os.path.isfile(source) and suffix != ".json") or suffix in (".pth", ".pt", ".ckpt", ".safetensors")
-    if (path / "config.json").is_file():
-        values = read_json(path / "config.json")
-        return "architecture" in values or "encoder_name" in values
-    return any(
-        entry.suffix.lower() in (".pth", ".pt", ".ckpt") or entry.name.startswith("encoder_")
-        for entry in path.iterdir()
-    )
 
 
 def read_converted(source: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Conversion:

@@ -1,9 +1,16 @@
-"""Recognises state dicts whose names are not the Hub's, for the message of an error."""
+"""Recognises the checkpoints of other libraries: by their files, and by the names in a state dict.
+
+Every model imports this file; the dialects themselves are imported when a checkpoint is converted.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from fastuper.io.files import read_json
 
 CONVERT = "run `fastuper convert` on the file"
 LIBRARIES = (
@@ -24,6 +31,27 @@ WRAPPERS = {
     "base_model": "peft",
 }
 """Modules that wrap a model, by the component that they put before the names."""
+
+
+def is_foreign(source: str | os.PathLike[str]) -> bool:
+    """Return True if a path is a file, or a folder of another library; False for a model folder and a Hub id.
+
+    A name that ends as a weight file's does is a file, also where there is none.
+
+    Raises:
+        OSError: the folder's config.json is not valid JSON.
+    """
+    path = Path(source)
+    if not os.path.isdir(source):  # `Path.is_dir` raises an error for names of great length
+        suffix = path.suffix.lower()
+        return (os.path.isfile(source) and suffix != ".json") or suffix in (".pth", ".pt", ".ckpt", ".safetensors")
+    if (path / "config.json").is_file():
+        values = read_json(path / "config.json")
+        return "architecture" in values or "encoder_name" in values
+    return any(
+        entry.suffix.lower() in (".pth", ".pt", ".ckpt") or entry.name.startswith("encoder_")
+        for entry in path.iterdir()
+    )
 
 
 def describe(names: Iterable[str], own: Collection[str]) -> str:

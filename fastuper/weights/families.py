@@ -20,9 +20,6 @@ from fastuper.weights.mmseg_backbones import ratio
 
 Tensors = Mapping[str, torch.Tensor]
 
-NORMS = "hidden_states_norms."
-"""The beginning of the names of the norms of a backbone's maps; a classifier has none."""
-
 COMPUTED = "computed from the configuration"
 """Why a buffer that follows from the window's size is left out."""
 

@@ -14,9 +14,9 @@ from typing import Any
 from fastuper.io.messages import listed, shown
 from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule, Source, translate
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.families import NORMS, Tensors, preprocessing, refuse
+from fastuper.weights.families import Tensors, preprocessing, refuse
 from fastuper.weights.timm import FAMILIES, Part, convert_family, size_of
-from fastuper.weights.transformers import BACKBONE
+from fastuper.weights.transformers import BACKBONE, OUTPUT_NORMS
 
 LEVELS = 4
 """The maps that the head reads, of smp's encoder_depth=5."""
@@ -261,7 +261,7 @@ def _head_rules(own_norms: bool) -> list[Rule]:
     """
     rules = [Rule(r"classification_head\..*", (), "the classification head, which fastuper's UPerNet does not have")]
     for level in range(LEVELS):
-        norm = f"{BACKBONE}{NORMS}stage{level + 1}" if own_norms else f"decode_head.feature_norms.{level}"
+        norm = f"{BACKBONE}{OUTPUT_NORMS}stage{level + 1}" if own_norms else f"decode_head.feature_norms.{level}"
         note = "the backbone's own norm of this map is the same function" if own_norms else ""
         rules.append(Rule(rf"decoder\.feature_norms\.{level}\.(weight|bias)", (rf"{norm}.\1",), note))
     blocks = [

@@ -22,7 +22,6 @@ from fastuper.weights.conversion import Choices, Conversion, Dialect, Row, Rule,
 from fastuper.weights.errors import CheckpointError
 from fastuper.weights.families import (
     HEAD,
-    NORMS,
     Tensors,
     convnext_values,
     named,
@@ -33,7 +32,7 @@ from fastuper.weights.families import (
     swin_values,
     timm_swin_values,
 )
-from fastuper.weights.transformers import BACKBONE, Names, backbone_state_dict
+from fastuper.weights.transformers import BACKBONE, OUTPUT_NORMS, Names, backbone_state_dict
 
 WRAPPERS = ("backbone._backbone.", "_backbone.", "timm_model.", "model.", "body.", "")
 """What libraries put before timm's names: a UPerNet, backbone and classifier of Transformers, timm's own wrappers."""
@@ -370,7 +369,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
         part.translated.rows,
         preprocessing(choices, part.config["num_channels"], mean, std),
         part.notes,
-        (NORMS,) if part.config["model_type"] in ("convnext", "swin") else (),
+        (OUTPUT_NORMS,) if part.config["model_type"] in ("convnext", "swin") else (),
         ONLY_FASTUPER.get(part.config["model_type"], ""),
     )
 

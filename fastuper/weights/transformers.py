@@ -17,6 +17,7 @@ from fastuper.weights.errors import CheckpointError
 
 T = TypeVar("T")
 BACKBONE = "backbone."  # the backbone's prefix in a UPerNet
+OUTPUT_NORMS = "hidden_states_norms."  # the norms of a backbone's returned maps, which a classifier lacks
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fastuper.io.messages import listed, reason, shown
 from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.outputs import BackboneOutput
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.transformers import Names
+from fastuper.weights.transformers import OUTPUT_NORMS, Names
 from fastuper_kernels.dispatch.modes import is_eager
 
 TIMM = "timm_backbone"  # the model type of all of timm's models, in Transformers too
@@ -275,9 +275,6 @@ def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
                 f"Transformers cannot build a {config.model_type!r} backbone of its configuration: {reason(error)}"
             ) from error
 
-
-OUTPUT_NORMS = "hidden_states_norms."
-"""The norms of a backbone's returned maps, which a classifier lacks."""
 
 ADDED = (OUTPUT_NORMS, "fpn", "layernorm.", "norm.")
 """Parts of Transformers' backbones that a classifier may lack, each as a whole."""
