@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
     from fastuper.models.upernet import UperNetForSemanticSegmentation
     from fastuper.models.upernet_configuration import UperNetConfig
+    from fastuper.patch.acceleration import accelerate, explain, restore
 
 __all__ = [
     "BatchFeature",
@@ -34,6 +35,9 @@ __all__ = [
     "UperNetForUnifiedPerceptualParsing",
     "UperNetImageProcessor",
     "ViTPyramidConfig",
+    "accelerate",
+    "explain",
+    "restore",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes every name for one of a module that has __getattr__
@@ -52,5 +56,8 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
             "UperNetForUnifiedPerceptualParsing": "fastuper.models.parsing",
             "UperNetImageProcessor": "fastuper.data.processor",
             "ViTPyramidConfig": "fastuper.models.backbones.vit",
+            "accelerate": "fastuper.patch.acceleration",
+            "explain": "fastuper.patch.acceleration",
+            "restore": "fastuper.patch.acceleration",
         },
     )

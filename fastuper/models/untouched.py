@@ -24,18 +24,26 @@ def is_untouched(*modules: nn.Module) -> bool:
     `forward`. Its class is neither PyTorch's nor this library's. It has parametrizations. One of its parameters is not
     an ordinary tensor (it is quantised, for example).
     """
+    return not any(touched_by(module) for module in modules)
+
+
+def touched_by(module: nn.Module) -> str:
+    """Return what makes `is_untouched(module)` False, in words; "" if it is True."""
+    kind = type(module)
     if has_global_hooks():
-        return False
-    for module in modules:
-        if type(module).__module__.split(".")[0] not in ("torch", "fastuper"):
-            return False
-        if "parametrizations" in children_of(module):
-            return False
-        if _is_replaced(module) or has_hooks(module):
-            return False
-        if any(type(p) not in PARAMETER_CLASSES for p in parameters_of(module).values() if p is not None):
-            return False
-    return True
+        return "a hook is registered on all modules"
+    if kind.__module__.split(".")[0] not in ("torch", "fastuper"):
+        return f"its class is {kind.__name__} of {kind.__module__.split('.')[0]}"
+    if "parametrizations" in children_of(module):
+        return "it has parametrizations"
+    if _is_replaced(module):
+        return "its forward was replaced"
+    if has_hooks(module):
+        return "a hook is registered on it"
+    for parameter in parameters_of(module).values():
+        if parameter is not None and type(parameter) not in PARAMETER_CLASSES:
+            return f"a parameter is of the class {type(parameter).__name__}"
+    return ""
 
 
 def is_hooked_inside(module: nn.Module) -> bool:

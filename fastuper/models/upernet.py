@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -217,9 +218,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
 
     def _full_size(self, coarse: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """Return logits (B, num_labels, h, w) resampled to `size`, contiguous."""
-        # The head's logits are channels_last; resampled in that layout, they would have to be copied at full size.
-        coarse = coarse.contiguous()
-        return F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners).contiguous()
+        return full_size(coarse, size, self.align_corners)
 
     def _label_maps(
         self, coarse: torch.Tensor, size: tuple[int, int], target: tuple[int, int], dtype: torch.dtype
@@ -302,6 +301,13 @@ class UperNetForSemanticSegmentation(PyramidModel):
     def accepts_loss_kwargs(self) -> bool:
         """Whether `transformers.Trainer` should pass `num_items_in_batch`; it counts the labels that are not -100."""
         return self.config.loss_ignore_index == -100
+
+
+def full_size(coarse: torch.Tensor, size: Sequence[int], align_corners: bool = False) -> torch.Tensor:
+    """Return logits (B, num_labels, h, w) resampled (bilinear) to `size`, contiguous."""
+    # The head's logits are channels_last; resampled in that layout, they would have to be copied at full size.
+    coarse = coarse.contiguous()
+    return F.interpolate(coarse, size=list(size), mode="bilinear", align_corners=align_corners).contiguous()
 
 
 def _with_backbone_config(config: UperNetConfig) -> UperNetConfig:

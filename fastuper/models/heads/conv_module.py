@@ -10,24 +10,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.models.norms import batch_norm, fold, is_fixed_norm
-from fastuper.models.untouched import is_exactly, is_supported_conv
+from fastuper.models.untouched import is_exactly, is_supported_conv, is_untouched
 from fastuper_kernels import conv_bn_relu, upsample_add, upsampled_conv3x3
 
 
-class ConvModule(nn.Module):
-    """Convolution without bias and with "same" padding, BatchNorm, ReLU.
+class FusedConv(nn.Module):
+    """The fused form of a block of a convolution, a norm and an activation: the base of `ConvModule`.
 
-    Args:
-        dim_in: input channels.
-        dim: output channels.
-        kernel_size: odd.
+    A subclass has the three modules. It may be a block of another library, which names them otherwise.
+
+    Attributes:
+        conv: the convolution.
+        batch_norm: the norm.
+        activation: the activation.
     """
 
-    def __init__(self, dim_in: int, dim: int, kernel_size: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim_in, dim, kernel_size, padding=kernel_size // 2, bias=False)
-        self.batch_norm = nn.BatchNorm2d(dim)
-        self.activation = nn.ReLU()
+    conv: Any
+    batch_norm: Any
+    activation: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, H, W)."""
@@ -82,14 +82,30 @@ class ConvModule(nn.Module):
         return y if upsampled is None else upsample_add(upsampled, y)
 
 
+class ConvModule(FusedConv):
+    """Convolution without bias and with "same" padding, BatchNorm, ReLU.
+
+    Args:
+        dim_in: input channels.
+        dim: output channels.
+        kernel_size: odd.
+    """
+
+    def __init__(self, dim_in: int, dim: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim_in, dim, kernel_size, padding=kernel_size // 2, bias=False)
+        self.batch_norm = nn.BatchNorm2d(dim)
+        self.activation = nn.ReLU()
+
+
 def is_fusible(module: Any, kernel_size: tuple[int, int] | None = None) -> bool:
-    """Return True if a module is an untouched `ConvModule` that is fusible and, if given, has this kernel size."""
-    fusible = is_exactly(module, ConvModule) and module.is_fusible()
+    """Return True if a module is an untouched `FusedConv` that is fusible and, if given, has this kernel size."""
+    fusible = isinstance(module, FusedConv) and is_untouched(module) and module.is_fusible()
     return fusible and kernel_size in (None, module.conv.kernel_size)
 
 
 def channels_of_maps(module: Any) -> int | None:
-    """Return the number of channels that a module takes; None if it is not an untouched `ConvModule`."""
+    """Return the number of channels that a module takes; None if it is not an untouched `FusedConv`."""
     return module.conv.in_channels if is_fusible(module) else None
 
 

@@ -15,12 +15,97 @@ from torch import nn
 
 from fastuper.models.gradient_checkpointing import Checkpointed
 from fastuper.models.heads.conv_module import ConvModule, channels_of_maps, convolve_levels, is_fusible, resample
-from fastuper.models.heads.pooling import PyramidPooling, is_pooling_branch
-from fastuper.models.untouched import is_exactly
+from fastuper.models.heads.pooling import PooledCells, PyramidPooling, is_pooling_branch, parts_of
+from fastuper.models.untouched import is_untouched
 from fastuper_kernels import upsample_add
 
 
-class PyramidHead(Checkpointed):
+class PyramidSteps(nn.Module):
+    """The steps of the heads over a feature pyramid (https://arxiv.org/abs/1807.10221): the base of `PyramidHead`.
+
+    A subclass has the modules. It may be a head of another library, which names them otherwise.
+
+    Attributes:
+        psp_modules: the pyramid pooling, a `PooledCells`.
+        bottleneck: the 3x3 `FusedConv` that fuses the coarsest map and its pooled cells.
+        lateral_convs: a 1x1 `FusedConv` for each finer map.
+        fpn_convs: a 3x3 `FusedConv` for each finer level.
+        fpn_bottleneck: the 3x3 `FusedConv` that fuses all levels.
+        align_corners: of the resampling (bilinear) of levels; True excludes the fused convolutions.
+    """
+
+    psp_modules: Any
+    bottleneck: Any
+    lateral_convs: Any
+    fpn_convs: Any
+    fpn_bottleneck: Any
+    align_corners: Any = False
+
+    def check(self, feature_maps: Sequence[torch.Tensor]) -> None:
+        """Refuse feature maps that do not fit the modules that read them; a touched module decides for itself.
+
+        Raises:
+            ValueError: the number of maps, their number of dimensions or of channels is wrong.
+        """
+        branches = self.psp_modules.branches() if _is_own_pooling(self.psp_modules) else []
+        top = parts_of(branches[0])[1] if len(branches) and is_pooling_branch(branches[0]) else None
+        expected = [channels_of_maps(module) for module in (*self.lateral_convs, top)]
+        fits = len(feature_maps) == len(expected) and all(
+            x.ndim == 4 and channels in (None, x.shape[1]) for x, channels in zip(feature_maps, expected, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"feature maps must be (B, C, H, W) with in_channels={expected} channels, finest first, "
+                f"got {[tuple(x.shape) for x in feature_maps]}"
+            )
+
+    def psp_forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Pyramid pooling: fuse the last map with its averages over s x s cells.
+
+        Args:
+            feature_maps: (B, C_l, H_l, W_l), finest first; only the last is read.
+
+        Returns:
+            (B, hidden_size, H, W), H and W being the last map's.
+        """
+        x, pooling = feature_maps[-1], self.psp_modules
+        if isinstance(pooling, PooledCells) and pooling.resample_first:
+            return self.bottleneck(torch.cat([x, *pooling(x)], dim=1))
+        # An untouched pooling is not called: `convolve_levels` resamples its cells without maps at full size.
+        fused = _is_own_pooling(pooling) and pooling.align_corners == self.align_corners
+        return convolve_levels(self.bottleneck, [x, *(pooling.cells(x) if fused else pooling(x))], self.align_corners)
+
+    def top_down(self, maps: Sequence[torch.Tensor], pooled: torch.Tensor) -> list[torch.Tensor]:
+        """Add each level, upsampled, to the next finer one.
+
+        [1/4, 1/8, 1/16] and the pooled 1/32 -> [1/4, 1/8, 1/16, 1/32]
+
+        Args:
+            maps: (B, C_l, H_l, W_l), finest first, the coarsest excluded. Finer maps may be left out, and their levels
+                are then missing.
+            pooled: the coarsest level, from `psp_forward`.
+
+        Returns:
+            (B, hidden_size, H_l, W_l) for each level, finest first, before its 3x3 convolution.
+        """
+        merged = [pooled]
+        laterals = self.lateral_convs[len(self.lateral_convs) - len(maps) :]
+        for x, lateral in reversed(list(zip(maps, laterals, strict=True))):
+            merged.insert(0, add_lateral(lateral, x, merged[0], self.align_corners))
+        return merged
+
+    def smooth(self, merged: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Convolve each level from `top_down` but the coarsest (3x3). Returns the levels, of the same shapes."""
+        *finer, coarsest = merged
+        convs = self.fpn_convs[len(self.fpn_convs) - len(finer) :]
+        return [*(conv(x) for conv, x in zip(convs, finer, strict=True)), coarsest]
+
+    def fuse(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Convolve all levels, concatenated at the size of the finest. Returns (B, hidden_size, H, W)."""
+        return convolve_levels(self.fpn_bottleneck, levels, self.align_corners)
+
+
+class PyramidHead(PyramidSteps, Checkpointed):
     """Base of the heads over a feature pyramid (https://arxiv.org/abs/1807.10221); parameters are named as on the Hub.
 
     Args:
@@ -66,68 +151,9 @@ class PyramidHead(Checkpointed):
         self.fpn_convs = nn.ModuleList(ConvModule(dim, dim, 3) for _ in lower)
         self.fpn_bottleneck = ConvModule(len(self.in_channels) * dim, dim, 3)
 
-    def check(self, feature_maps: Sequence[torch.Tensor]) -> None:
-        """Refuse feature maps that do not fit the modules that read them; a touched module decides for itself.
 
-        Raises:
-            ValueError: the number of maps, their number of dimensions or of channels is wrong.
-        """
-        branches: Any = self.psp_modules if is_exactly(self.psp_modules, PyramidPooling) else []
-        top = branches[0][1] if len(branches) and is_pooling_branch(branches[0]) else None
-        expected = [channels_of_maps(module) for module in (*self.lateral_convs, top)]
-        fits = len(feature_maps) == len(expected) and all(
-            x.ndim == 4 and channels in (None, x.shape[1]) for x, channels in zip(feature_maps, expected, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"feature maps must be (B, C, H, W) with in_channels={expected} channels, finest first, "
-                f"got {[tuple(x.shape) for x in feature_maps]}"
-            )
-
-    def psp_forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Pyramid pooling: fuse the last map with its averages over s x s cells.
-
-        Args:
-            feature_maps: (B, C_l, H_l, W_l), finest first; only the last is read.
-
-        Returns:
-            (B, hidden_size, H, W), H and W being the last map's.
-        """
-        x, pooling = feature_maps[-1], self.psp_modules
-        if isinstance(pooling, PyramidPooling) and pooling.resample_first:
-            return self.bottleneck(torch.cat([x, *pooling(x)], dim=1))
-        # An untouched pooling is not called: `convolve_levels` resamples its cells without maps at full size.
-        fused = is_exactly(pooling, PyramidPooling) and pooling.align_corners == self.align_corners
-        return convolve_levels(self.bottleneck, [x, *(pooling.cells(x) if fused else pooling(x))], self.align_corners)
-
-    def top_down(self, maps: Sequence[torch.Tensor], pooled: torch.Tensor) -> list[torch.Tensor]:
-        """Add each level, upsampled, to the next finer one.
-
-        [1/4, 1/8, 1/16] and the pooled 1/32 -> [1/4, 1/8, 1/16, 1/32]
-
-        Args:
-            maps: (B, C_l, H_l, W_l), finest first, the coarsest excluded. Finer maps may be left out, and their levels
-                are then missing.
-            pooled: the coarsest level, from `psp_forward`.
-
-        Returns:
-            (B, hidden_size, H_l, W_l) for each level, finest first, before its 3x3 convolution.
-        """
-        merged = [pooled]
-        laterals = self.lateral_convs[len(self.lateral_convs) - len(maps) :]
-        for x, lateral in reversed(list(zip(maps, laterals, strict=True))):
-            merged.insert(0, add_lateral(lateral, x, merged[0], self.align_corners))
-        return merged
-
-    def smooth(self, merged: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Convolve each level from `top_down` but the coarsest (3x3). Returns the levels, of the same shapes."""
-        *finer, coarsest = merged
-        convs = self.fpn_convs[len(self.fpn_convs) - len(finer) :]
-        return [*(conv(x) for conv, x in zip(convs, finer, strict=True)), coarsest]
-
-    def fuse(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Convolve all levels, concatenated at the size of the finest. Returns (B, hidden_size, H, W)."""
-        return convolve_levels(self.fpn_bottleneck, levels, self.align_corners)
+def _is_own_pooling(pooling: Any) -> bool:
+    return isinstance(pooling, PooledCells) and is_untouched(pooling)
 
 
 def add_lateral(lateral: Any, x: torch.Tensor, above: torch.Tensor, align_corners: bool = False) -> torch.Tensor:

@@ -16,7 +16,7 @@ from fastuper_kernels.cpu.upsampled_conv import UpsampledConv3x3
 from fastuper_kernels.dispatch.modes import autocast, is_eager_inference
 
 if TYPE_CHECKING:
-    from fastuper.models.heads.pyramid import PyramidHead
+    from fastuper.models.heads.pyramid import PyramidSteps
 
 # Bytes of a strip of a map of hidden_size channels at the finest level. A strip fits a CPU's cache, and is so small
 # that malloc reuses its memory for the next strip; with 16 MB the memory went back to the system each time, and each
@@ -44,7 +44,7 @@ class Output(NamedTuple):
 Outputs = Mapping[str, Output]
 
 
-def apply_to(head: PyramidHead, feature_maps: Sequence[torch.Tensor], outputs: Outputs) -> bool:
+def apply_to(head: PyramidSteps, feature_maps: Sequence[torch.Tensor], outputs: Outputs) -> bool:
     """Return True if outputs should be computed in strips: large maps, eager inference on a CPU, untouched modules."""
     if len(feature_maps) < 2 or len(outputs) == 0:
         return False
@@ -66,7 +66,7 @@ def apply_to(head: PyramidHead, feature_maps: Sequence[torch.Tensor], outputs: O
 
 
 def run(
-    head: PyramidHead, feature_maps: Sequence[torch.Tensor], pooled: torch.Tensor | None, outputs: Outputs
+    head: PyramidSteps, feature_maps: Sequence[torch.Tensor], pooled: torch.Tensor | None, outputs: Outputs
 ) -> dict[str, torch.Tensor]:
     """Return the logits (B, classes, H, W) of each output; the coarser levels are computed whole, as in `forward`.
 
@@ -90,7 +90,7 @@ def run(
 
 
 def tail(
-    head: PyramidHead, x: torch.Tensor, above: torch.Tensor, levels: Sequence[torch.Tensor], outputs: Outputs
+    head: PyramidSteps, x: torch.Tensor, above: torch.Tensor, levels: Sequence[torch.Tensor], outputs: Outputs
 ) -> dict[str, torch.Tensor]:
     """Compute the finest level, fuse all levels and classify, one image and one strip at a time.
 
@@ -130,7 +130,7 @@ def of_feature_map(x: torch.Tensor, output: Output) -> torch.Tensor:
 
 
 def _tail_of_image(
-    head: PyramidHead,
+    head: PyramidSteps,
     outputs: Outputs,
     logits: Mapping[str, torch.Tensor],
     x: torch.Tensor,
@@ -262,7 +262,7 @@ class _Logits(_Rows):
         self.logits[:, :, self.end : self.end + rows.shape[2]] = rows
 
 
-def _pyramid_modules(head: PyramidHead, outputs: Outputs) -> list[tuple[Any, tuple[int, int]]]:
+def _pyramid_modules(head: PyramidSteps, outputs: Outputs) -> list[tuple[Any, tuple[int, int]]]:
     """Return the modules at the finest level that outputs need, with the sizes of their kernels."""
     reads = {output.reads for output in outputs.values()}
     modules: list[tuple[Any, tuple[int, int]]] = []

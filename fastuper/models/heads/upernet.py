@@ -8,34 +8,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastuper.models.backbones.layers import LayerNorm2d
 from fastuper.models.heads import strips
 from fastuper.models.heads.conv_module import classify
-from fastuper.models.heads.pyramid import PyramidHead
+from fastuper.models.heads.pyramid import PyramidHead, PyramidSteps
 
 if TYPE_CHECKING:
     from fastuper.models.upernet_configuration import UperNetConfig
 
 
-class UperNetHead(PyramidHead):
-    """A feature pyramid with pyramid pooling on top; all levels are fused at the finest size and classified.
-
-    Args:
-        config: `hidden_size`, `pool_scales`, `num_labels`, `align_corners` and `feature_norms`.
-        in_channels: channels of the backbone's feature maps, finest first.
+class UperNetSteps(PyramidSteps):
+    """The head's forward: the base of `UperNetHead`, and of other libraries' heads.
 
     Attributes:
-        feature_norms: a LayerNorm of each feature map, over its channels; None if `config.feature_norms` is False.
+        classifier: a convolution, or a user's module.
+        feature_norms: a module for each feature map; None for none.
     """
 
-    classifier: Any  # a convolution, or a user's module
-
-    def __init__(self, config: UperNetConfig, in_channels: Sequence[int]):
-        classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
-        super().__init__(in_channels, config.hidden_size, config.pool_scales, classifier=classifier)
-        self.config = config
-        self.align_corners = self.psp_modules.align_corners = config.align_corners
-        norms = (nn.LayerNorm(channels, eps=1e-6) for channels in in_channels)
-        self.feature_norms = nn.ModuleList(norms) if config.feature_norms else None
+    classifier: Any
+    feature_norms: Any
 
     def forward(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, num_labels, H, W) at the first map's size.
@@ -48,10 +39,7 @@ class UperNetHead(PyramidHead):
         """
         self.check(feature_maps)
         if self.feature_norms is not None:
-            feature_maps = [
-                norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-                for norm, x in zip(self.feature_norms, feature_maps, strict=True)
-            ]
+            feature_maps = [norm(x) for norm, x in zip(self.feature_norms, feature_maps, strict=True)]
         pooled = self.psp_forward(feature_maps)
         if strips.apply_to(self, feature_maps, self.outputs()):
             return strips.run(self, feature_maps, pooled, self.outputs())["logits"]
@@ -65,3 +53,23 @@ class UperNetHead(PyramidHead):
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, num_labels, H, W) of the fused levels (B, hidden_size, H, W)."""
         return classify(self.classifier, x)
+
+
+class UperNetHead(UperNetSteps, PyramidHead):
+    """A feature pyramid with pyramid pooling on top; all levels are fused at the finest size and classified.
+
+    Args:
+        config: `hidden_size`, `pool_scales`, `num_labels`, `align_corners` and `feature_norms`.
+        in_channels: channels of the backbone's feature maps, finest first.
+
+    Attributes:
+        feature_norms: a LayerNorm of each feature map, over its channels; None if `config.feature_norms` is False.
+    """
+
+    def __init__(self, config: UperNetConfig, in_channels: Sequence[int]):
+        classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        super().__init__(in_channels, config.hidden_size, config.pool_scales, classifier=classifier)
+        self.config = config
+        self.align_corners = self.psp_modules.align_corners = config.align_corners
+        norms = (LayerNorm2d(channels, eps=1e-6) for channels in in_channels)
+        self.feature_norms = nn.ModuleList(norms) if config.feature_norms else None

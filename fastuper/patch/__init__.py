@@ -1,0 +1,1 @@
+"""Acceleration of other libraries' models in place: `accelerate`, `restore`, `explain`."""

@@ -1,0 +1,185 @@
+"""`accelerate` makes another library's UPerNet faster in place; `restore` undoes it, `explain` shows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+
+from torch import nn
+
+from fastuper.models.heads.conv_module import FusedConv
+from fastuper.models.heads.pooling import PooledCells
+from fastuper.models.heads.pyramid import PyramidSteps
+from fastuper.models.pyramid_model import PyramidModel
+from fastuper.models.untouched import touched_by
+from fastuper.patch.accelerated import MODELS, REPLACEMENTS, Accelerated, KnownModel, why_touched_inside
+
+FILES = {
+    "transformers.models.upernet": "fastuper.patch.transformers",
+}
+"""The file of this folder that replaces the classes of a package; it is imported when a model has such a class."""
+
+WIDTH = 140
+"""Characters of a line of the table of `explain`, where it is not written to a terminal."""
+
+KNOWN = (
+    "Transformers' UperNetForSemanticSegmentation, BeitForSemanticSegmentation and "
+    "Data2VecVisionForSemanticSegmentation, segmentation_models_pytorch's UPerNet, mmsegmentation's EncoderDecoder "
+    "with UPerHead"
+)
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Make another library's UPerNet faster, in place: the same object, arguments, results, parameters and names.
+
+    Only the `forward` of its modules changes. Evaluation and training use less arithmetic and memory. A hooked,
+    replaced or quantised module is called as before. Optimizers, DistributedDataParallel, Trainers and pipelines that
+    hold the model keep working.
+
+    Args:
+        model: one of these models, or a module that holds some (DistributedDataParallel, PEFT, `nn.Sequential`):
+            Transformers' `UperNetForSemanticSegmentation` over any backbone, `BeitForSemanticSegmentation` and
+            `Data2VecVisionForSemanticSegmentation`; segmentation_models_pytorch's `UPerNet`; mmsegmentation's
+            `EncoderDecoder` with `UPerHead`.
+
+    Returns:
+        The model itself. `fastuper.restore(model)` undoes the change, `fastuper.explain(model)` shows its parts.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it holds no model that `accelerate` knows, or a model whose head was replaced; or it is accelerated
+            already, as a whole or in part. Nothing has changed.
+    """
+    found = _known_models(model)
+    if not found:
+        if any(isinstance(part, PyramidModel) for part in model.modules()):
+            raise ValueError(f"{type(model).__name__} is a model of fastuper, which needs no acceleration")
+        raise ValueError(f"{type(model).__name__} is no model that accelerate knows, and holds none; known are {KNOWN}")
+    faults = [f"{known.words}: {fault}" for part, known in found if (fault := known.fault(part))]
+    if faults:
+        raise ValueError(f"the model is not whole, and nothing was changed: {faults[0]}")
+    parts = list(dict.fromkeys(part for whole, _ in found for part in whole.modules()))
+    done = sum(isinstance(part, Accelerated) for part in parts)
+    if done:
+        whole = not any(type(part) in REPLACEMENTS for part in parts)
+        extent = "is accelerated already" if whole else "is accelerated in part"
+        raise ValueError(f"{type(model).__name__} {extent}; call fastuper.restore(model) first")
+    changed: list[nn.Module] = []
+    try:
+        for part in parts:
+            if type(part) in REPLACEMENTS:
+                part.__class__ = REPLACEMENTS[type(part)]
+                changed.append(part)
+    except TypeError:
+        _restore(changed)
+        raise
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`: give each accelerated module its own class again.
+
+    Args:
+        model: an accelerated model, a copy of one, or a module that holds some.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: no part of it is accelerated.
+    """
+    _check_module(model)
+    accelerated = [part for part in model.modules() if isinstance(part, Accelerated)]
+    if not accelerated:
+        raise ValueError(f"no part of {type(model).__name__} is accelerated")
+    _restore(accelerated)
+    return model
+
+
+def explain(model: nn.Module) -> None:
+    """Print a table of a model's parts: which are accelerated, which are not, and why.
+
+    Args:
+        model: a model that `accelerate` knows, accelerated or not; a model of fastuper; or a module that holds some.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it holds no such model.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = list(_rows(model))
+    if not rows:
+        raise ValueError(f"{type(model).__name__} holds no model that explain knows; known are {KNOWN}, and fastuper's")
+    table = Table(title=type(model).__name__, title_justify="left")
+    for column in ("part", "class", "state", "why"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    console.print(table)
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _known_models(model: nn.Module) -> list[tuple[nn.Module, KnownModel]]:
+    """Return the known models in a module, itself included."""
+    _check_module(model)
+    kinds = {base for part in model.modules() for base in type(part).__mro__}  # a user's subclass is known by its base
+    for package, file in FILES.items():
+        if any(f"{kind.__module__}.".startswith(f"{package}.") for kind in kinds):
+            import_module(file)
+    return [(part, known) for part in model.modules() for known in MODELS if isinstance(part, known.kind)]
+
+
+def _rows(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows of `explain`: parts with the same place but for numbers, and in the same state, share a row."""
+    wholes = [part for part, _ in _known_models(model)]
+    wholes += [part for part in model.modules() if isinstance(part, PyramidModel)]
+    groups: dict[tuple[str, str, str, str], int] = {}
+    for path, whole in model.named_modules():
+        if whole not in wholes:
+            continue
+        for name, part in whole.named_modules(prefix=path):
+            if (state := _state(part)) is not None:
+                place = re.sub(r"\b\d+\b", "*", name) or "the model"
+                key = (place, type(part).__name__, *state)
+                groups[key] = groups.get(key, 0) + 1
+        for name, child in whole.named_children():
+            if all(_state(part) is None for part in child.modules()) and any(True for _ in child.parameters()):
+                key = (
+                    f"{path}.{name}".lstrip("."),
+                    type(child).__name__,
+                    "as it is",
+                    "fastuper has no faster way for it",
+                )
+                groups[key] = 1
+    for (place, kind, state_of, why), count in groups.items():
+        yield place if count == 1 else f"{place} ({count})", kind, state_of, why
+
+
+def _state(part: nn.Module) -> tuple[str, str] | None:
+    """Return the state of a part of a model, and the reason; None for a part that no row shows."""
+    if type(part) in REPLACEMENTS:
+        return "as it is", "call fastuper.accelerate(model)"
+    if isinstance(part, Accelerated):
+        why = touched_by(part) or part.why_not()
+    elif isinstance(part, FusedConv | PyramidSteps | PooledCells) or hasattr(type(part), "rewrite"):
+        why = touched_by(part) or why_touched_inside(part)
+    else:
+        return None
+    return ("called as it is", why) if why else ("accelerated", "")
+
+
+def _restore(parts: Sequence[nn.Module]) -> None:
+    for part in parts:
+        assert isinstance(part, Accelerated)
+        part.__class__ = part.replaces  # type: ignore[assignment]

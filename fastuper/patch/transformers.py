@@ -1,0 +1,149 @@
+"""Transformers' UPerNet, accelerated: its heads, and the model, whose auxiliary head runs only for a loss."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.upernet import modeling_upernet as theirs
+
+from fastuper.models.heads.conv_module import FusedConv
+from fastuper.models.heads.pooling import BranchParts, PooledCells
+from fastuper.models.heads.upernet import UperNetSteps
+from fastuper.models.outputs import Deferred, SemanticSegmenterOutput, known_to_transformers
+from fastuper.models.untouched import is_hooked_inside
+from fastuper.models.upernet import full_size
+from fastuper.patch.accelerated import MODELS, Accelerated, KnownModel, why_not_fusible
+from fastuper_kernels import upsample_cross_entropy
+from fastuper_kernels.dispatch.modes import is_eager
+from fastuper_kernels.dispatch.torch_private import in_ddp
+
+
+class UperNetConvModule(Accelerated, FusedConv, theirs.UperNetConvModule, replaces=theirs.UperNetConvModule):
+    """A convolution, BatchNorm and ReLU, in one step."""
+
+    def why_not(self) -> str:
+        """See `Accelerated.why_not`."""
+        return why_not_fusible(self)
+
+
+class UperNetPyramidPoolingBlock(
+    Accelerated, BranchParts, theirs.UperNetPyramidPoolingBlock, replaces=theirs.UperNetPyramidPoolingBlock
+):
+    """A branch of the pyramid pooling. Transformers calls the modules in its list `layers`, not its children."""
+
+    def parts(self) -> list[nn.Module]:
+        """Return the modules in the list."""
+        return list(self.layers)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to (B, channels, s, s)."""
+        return theirs.UperNetPyramidPoolingBlock.forward(self, input)
+
+
+class UperNetPyramidPoolingModule(
+    Accelerated, PooledCells, theirs.UperNetPyramidPoolingModule, replaces=theirs.UperNetPyramidPoolingModule
+):
+    """The pyramid pooling. Transformers calls the modules in its list `blocks`, not its children."""
+
+    def branches(self) -> list[nn.Module]:
+        """Return the modules in the list."""
+        return list(self.blocks)
+
+
+class UperNetHead(Accelerated, UperNetSteps, theirs.UperNetHead, replaces=theirs.UperNetHead):  # type: ignore[misc]
+    """UPerNet's head."""
+
+    feature_norms = None
+
+
+class UperNetFCNHead(Accelerated, theirs.UperNetFCNHead, replaces=theirs.UperNetFCNHead):
+    """The auxiliary head; its convolutions are faster, and the model runs it only for a loss."""
+
+    def why_not(self) -> str:
+        """See `Accelerated.why_not`."""
+        return ""
+
+
+class UperNetForSemanticSegmentation(
+    Accelerated, theirs.UperNetForSemanticSegmentation, replaces=theirs.UperNetForSemanticSegmentation
+):
+    """The model: without labels no auxiliary head, with labels no logits at full size unless they are read."""
+
+    def why_not(self) -> str:
+        """See `Accelerated.why_not`."""
+        return ""
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | SemanticSegmenterOutput:
+        """Segment images, as `transformers.UperNetForSemanticSegmentation.forward` does.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised.
+            output_attentions: whether to return the attention weights; the configuration's value if None.
+            output_hidden_states: whether to return the backbone's hidden states; the configuration's value if None.
+            labels: (B, H, W), integers in [0, num_labels) or `config.loss_ignore_index`.
+            return_dict: whether to return an output object (True) or its tuple; the configuration's value if None.
+            **kwargs: not read, as in Transformers 5; Transformers 4 raises a TypeError.
+
+        Returns:
+            The fields of Transformers' `SemanticSegmenterOutput`. If labels are given, `logits` are computed when they
+            are first read. If all labels are ignored, the loss is 0 (Transformers: NaN).
+
+        Raises:
+            ValueError: labels are given, and the model has one class.
+        """
+        if labels is not None and self.config.num_labels == 1:
+            raise ValueError("The number of labels should be greater than one")
+        config = self.config
+        if return_dict is None:
+            return_dict = config.return_dict and not getattr(config, "torchscript", False)
+        outputs = self.backbone.forward_with_filtered_kwargs(
+            pixel_values,
+            output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+        )
+        assert pixel_values is not None  # the backbone has read it
+        size, features = pixel_values.shape[2:], outputs.feature_maps
+        coarse = self.decode_head(features)
+        loss = None
+        if labels is not None:
+            loss = self._cross_entropy(coarse, labels)
+            if self.auxiliary_head is not None:
+                loss = loss + config.auxiliary_loss_weight * self._cross_entropy(self.auxiliary_head(features), labels)
+        elif self.auxiliary_head is not None and is_hooked_inside(self.auxiliary_head):
+            self.auxiliary_head(features)  # for its hooks
+
+        logits: Any = None
+        if loss is not None and return_dict and is_eager() and not in_ddp():
+            logits = Deferred(partial(full_size, coarse, size), coarse.device.type)
+        else:
+            logits = full_size(coarse, size)
+        if return_dict:
+            kind = known_to_transformers(SemanticSegmenterOutput)
+            return kind(loss, logits, outputs.hidden_states, outputs.attentions)
+        output = (logits, *(outputs[1:] if output_hidden_states else outputs[2:]))
+        return output if loss is None else (loss, *output)
+
+    def _cross_entropy(self, coarse: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross entropy of logits (B, num_labels, h, w), resampled to the labels' size (H, W)."""
+        return upsample_cross_entropy(coarse, labels, ignore_index=self.config.loss_ignore_index)
+
+
+MODELS.append(
+    KnownModel(
+        "Transformers' UperNetForSemanticSegmentation",
+        theirs.UperNetForSemanticSegmentation,
+        "decode_head",
+        theirs.UperNetHead,
+    )
+)
