@@ -36,8 +36,10 @@ from fastuper_kernels.dispatch.torch_private import parameters_of
 
 if TYPE_CHECKING:
     from fastuper.models.backbones.convnext import ConvNextLayer
+    from fastuper.models.backbones.convnextv2 import ConvNextV2Layer
     from fastuper.models.backbones.resnet import ResNetConvLayer
-    from fastuper.models.backbones.swin import SwinLayer, SwinPatchMerging, SwinSelfAttention
+    from fastuper.models.backbones.swin import SwinLayer, SwinPatchMerging, WindowAttention
+    from fastuper.models.backbones.swinv2 import Swinv2Layer, Swinv2PatchMerging
 
 HIDDEN_BYTES = 2**22
 """Bytes of an MLP's hidden layer, or of attention's queries, that are in memory at once, for maps of any size. They fit
@@ -224,6 +226,60 @@ def _train_convnext(block: ConvNextLayer, x: torch.Tensor) -> torch.Tensor:
 CONVNEXT_LAYER = Rewrite(_can_infer_convnext, _infer_convnext, _can_train_convnext, _train_convnext)
 
 
+# ConvNeXt V2 ----------------------------------------------------------------------------------------------------------
+
+
+def _can_infer_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> bool:
+    mlp = block.layernorm, block.pwconv1, block.act, block.pwconv2
+    untouched = is_exactly(block.dwconv, nn.Conv2d) and is_untouched_mlp(*mlp) and are_own(block, "grn")
+    return untouched and does_nothing(block.drop_path) and on_cpu_without_gradients(x, block.dwconv, block.grn, *mlp)
+
+
+def _infer_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> torch.Tensor:
+    maps = block.dwconv(x).permute(0, 2, 3, 1)
+    residuals = x.permute(0, 2, 3, 1)
+    out = [_convnextv2_mlp(block, *pair) for pair in zip(maps, residuals, strict=True)]
+    return torch.stack(out).permute(0, 3, 1, 2)
+
+
+def _convnextv2_mlp(block: ConvNextV2Layer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Return `residual + pwconv2(grn(act(pwconv1(layernorm(x)))))` for the maps (H, W, C) of one image.
+
+    GRN multiplies each channel of the hidden layer by one number and adds another, once the channel's norm is known.
+    The second layer does both: its weight is multiplied, and its bias changed, so that the hidden layer is read once.
+    """
+    norm, first, act, second, grn = block.layernorm, block.pwconv1, block.act, block.pwconv2, block.grn
+    channels, name = x.shape[-1], fused_activation(act)
+    positions = x.reshape(-1, channels)
+    step = max(1, HIDDEN_BYTES // (first.out_features * x.element_size()))
+    parts, norms = [], []
+    for part in positions.split(step):
+        hidden = F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        hidden = linear(hidden, first.weight, first.bias, activation=name)
+        hidden = hidden if name else act(hidden)
+        parts.append(hidden)
+        norms.append(torch.linalg.vector_norm(hidden, dim=0))
+    scale = 1 + grn.weight.flatten() * grn.relative(torch.linalg.vector_norm(torch.stack(norms), dim=0))
+    weight = second.weight * scale
+    bias = F.linear(grn.bias.flatten(), second.weight, second.bias)
+    out = [linear(hidden, weight, bias) for hidden in parts]
+    return residual + torch.cat(out).view(x.shape)
+
+
+def _can_train_convnextv2(block: ConvNextV2Layer) -> bool:
+    return is_untouched_mlp(block.layernorm, block.pwconv1, block.act, block.pwconv2) and are_own(block, "grn")
+
+
+def _train_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> torch.Tensor:
+    out = block.dwconv(x).permute(0, 2, 3, 1)
+    out = recomputed(lambda x: block.pwconv1(block.layernorm(x)), out)
+    out = recomputed(lambda x: block.pwconv2(block.grn(block.act(x))), out)
+    return x + block.drop_path(out.permute(0, 3, 1, 2))
+
+
+CONVNEXTV2_LAYER = Rewrite(_can_infer_convnextv2, _infer_convnextv2, _can_train_convnextv2, _train_convnextv2)
+
+
 # Swin: blocks ---------------------------------------------------------------------------------------------------------
 
 
@@ -335,28 +391,33 @@ def window_plan(
 
 def _attend_in_plan(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
     """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
-    batch, height, width, channels = x.shape
-    window, shift = pair(block.window_size), pair(block.shift_size)
-    plan = window_plan(batch, height, width, window, shift, block.pads_before_shift, x.dtype)
-    positions = block.layernorm_before(x).reshape(-1, channels)
-    windows = F.embedding(plan.gather, positions)  # a parallel index_select
-    del positions
-    if plan.padding.numel():
-        windows.index_fill_(0, plan.padding, 0.0)
-    attended = attend_in_groups(block.attention.self, windows.view(-1, window[0] * window[1], channels), plan)
-    positions = F.embedding(plan.scatter, attended.view(-1, channels)).view(x.shape)
+    plan, attended = _attended_windows(block, block.layernorm_before(x))
+    positions = F.embedding(plan.scatter, attended).view(x.shape)
     dense = block.attention.output.dense
     return linear(positions, dense.weight, dense.bias, residual=x)
 
 
-def attend_in_groups(attention: SwinSelfAttention, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
+def _attended_windows(block: SwinLayer | Swinv2Layer, x: torch.Tensor) -> tuple[WindowPlan, torch.Tensor]:
+    """Return the plan for a map (B, H, W, C), and the heads' results in its windows, (windows * L, C)."""
+    batch, height, width, channels = x.shape
+    window, shift = pair(block.window_size), pair(block.shift_size)
+    plan = window_plan(batch, height, width, window, shift, block.pads_before_shift, x.dtype)
+    windows = F.embedding(plan.gather, x.reshape(-1, channels))  # a parallel index_select
+    del x
+    if plan.padding.numel():
+        windows.index_fill_(0, plan.padding, 0.0)
+    windows = windows.view(-1, window[0] * window[1], channels)
+    return plan, attend_in_groups(block.attention.self, windows, plan).view(-1, channels)
+
+
+def attend_in_groups(attention: WindowAttention, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
     """Return the result of `attention` in evaluation for a plan's windows (windows, L, C), each group with its mask.
 
     The loop runs some windows at a time: their queries, keys and values stay in the cache.
     """
     _, length, channels = windows.shape
     step = max(1, HIDDEN_BYTES // (length * channels * windows.element_size()))
-    bias, out = attention.bias() + plan.mask, None
+    bias, out = attention.bias() + attention.mask_weight * plan.mask, None
     start = 0
     for mask, size in zip(bias.split(1), plan.groups, strict=True):
         for first in range(start, start + size, step):
@@ -367,7 +428,10 @@ def attend_in_groups(attention: SwinSelfAttention, windows: torch.Tensor, plan: 
             )
             if out is None:
                 out = windows.new_empty(windows.shape, dtype=query.dtype)
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
+            query, key = attention.compared(query, key)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask.to(query.dtype), scale=attention.scale
+            )
             out[first:last] = attended.transpose(1, 2).reshape(last - first, length, channels)
         start += size
     return windows if out is None else out
@@ -386,6 +450,77 @@ def _infer_merging(merging: SwinPatchMerging, x: torch.Tensor) -> torch.Tensor:
 
 
 SWIN_PATCH_MERGING = Rewrite(_can_infer_merging, _infer_merging)
+
+
+# Swin V2 --------------------------------------------------------------------------------------------------------------
+
+
+def _can_infer_swinv2(block: Swinv2Layer, x: torch.Tensor, output_attentions: bool) -> bool:
+    if output_attentions or not are_own(block, "attention", "intermediate", "output"):
+        return False
+    if not are_own(block.attention, "self", "output"):
+        return False
+    attention, output = block.attention.self, block.attention.output
+    linears = attention.query, attention.key, attention.value, output.dense
+    mlp = block.layernorm_after, block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
+    return (
+        all(is_exactly(layer, nn.Linear) for layer in linears)
+        and is_untouched_mlp(*mlp)
+        and is_exactly(block.layernorm_before, nn.LayerNorm)
+        and all(map(does_nothing, (block.drop_path, attention.dropout, output.dropout, block.output.dropout)))
+        and on_cpu_without_gradients(x, attention, *attention.modules(), output.dense, block.layernorm_before, *mlp)
+    )
+
+
+def _infer_swinv2(block: Swinv2Layer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
+    """Attend in a plan of windows. The steps after it are of one position: they run on some positions at a time."""
+    plan, attended = _attended_windows(block, x)
+    first, act, second = block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
+    dense, name = block.attention.output.dense, fused_activation(act)
+    positions = x.reshape(-1, x.shape[-1])
+    step = max(1, HIDDEN_BYTES // (first.out_features * x.element_size()))
+    out: torch.Tensor | None = None
+    for start in range(0, max(1, len(positions)), step):
+        branch = F.embedding(plan.scatter[start : start + step], attended)
+        branch = _normed(linear(branch, dense.weight, dense.bias), block.layernorm_before)
+        part = positions[start : start + step] + branch
+        hidden = linear(part, first.weight, first.bias, activation=name)
+        branch = linear(hidden if name else act(hidden), second.weight, second.bias)
+        part = part.add(_normed(branch, block.layernorm_after))
+        if out is None:
+            out = part.new_empty(positions.shape)
+        out[start : start + step] = part
+    assert out is not None
+    return out.view(x.shape), None
+
+
+def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _can_train_swinv2(block: Swinv2Layer) -> bool:
+    return are_own(block, "intermediate", "output") and is_untouched(block.intermediate.intermediate_act_fn)
+
+
+def _train_swinv2(
+    block: Swinv2Layer, x: torch.Tensor, output_attentions: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    attended, weights = block.attend(x, output_attentions)
+    x = x + block.drop_path(block.layernorm_before(attended))
+    hidden = block.intermediate.dense(x)
+    branch = recomputed(lambda x: block.output(block.intermediate.intermediate_act_fn(x)), hidden)
+    return x + block.drop_path(block.layernorm_after(branch)), weights
+
+
+SWINV2_LAYER = Rewrite(_can_infer_swinv2, _infer_swinv2, _can_train_swinv2, _train_swinv2)
+
+
+def _infer_mergingv2(merging: Swinv2PatchMerging, x: torch.Tensor) -> torch.Tensor:
+    reduction = merging.reduction
+    return merging.norm(linear(merging.squares(x), reduction.weight, reduction.bias))
+
+
+SWINV2_PATCH_MERGING = Rewrite(_can_infer_merging, _infer_mergingv2)
 
 
 # ResNet ---------------------------------------------------------------------------------------------------------------
