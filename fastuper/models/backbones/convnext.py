@@ -147,11 +147,9 @@ class ConvNextLayer(Checkpointed):
         out = self.dwconv(x).permute(0, 2, 3, 1)
         out = self.layernorm(out)
         out = self.pwconv2(self.act(self.pwconv1(out)))
-        return x + self.drop_path(self.scaled(out).permute(0, 3, 1, 2))
-
-    def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x (..., C) by LayerScale, if the block has it."""
-        return x if self.layer_scale_parameter is None else self.layer_scale_parameter * x
+        if self.layer_scale_parameter is not None:
+            out = self.layer_scale_parameter * out
+        return x + self.drop_path(out.permute(0, 3, 1, 2))
 
 
 class ConvNextStage(nn.Module):

@@ -30,12 +30,9 @@ from fastuper.models.backbones.layers import (
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.backbones.windows import (
     Sides,
+    attend_in_windows,
     relative_position_index,
-    shifted,
-    shifted_window_mask,
-    unshifted,
-    window_partition,
-    window_reverse,
+    squares,
 )
 from fastuper.models.configuration import BackboneConfig, as_list
 from fastuper.models.gradient_checkpointing import Checkpointed
@@ -245,15 +242,7 @@ class SwinPatchMerging(nn.Module):
         """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
         if rewrites.apply_to(self, x):
             return rewrites.run(self, x)
-        return self.reduction(self.norm(self.squares(x)))
-
-    def squares(self, x: torch.Tensor) -> torch.Tensor:
-        """Concatenate the channels of each 2x2 square of (B, H, W, C): (B, ceil(H / 2), ceil(W / 2), 4 C)."""
-        x = pad_to_multiple(x, 2, 2)
-        batch, height, width, channels = x.shape
-        x = x.view(batch, height // 2, 2, width // 2, 2, channels)
-        # This is the order of the checkpoints: left column first, the upper position of each column first.
-        return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
+        return self.reduction(self.norm(squares(x)))
 
 
 class WindowAttention(nn.Module):
@@ -403,16 +392,11 @@ class WindowBlock(Checkpointed):
 
     def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding."""
-        window, shift = pair(self.window_size), pair(self.shift_size)
-        batch, height, width, _ = x.shape
-        rows, columns = (height + window[0] - 1) // window[0], (width + window[1] - 1) // window[1]
-        x = shifted(x, window, shift, self.pads_before_shift)
-        mask = None
-        if any(shift):
-            mask = shifted_window_mask(rows, columns, window, shift, x.dtype, x.device).repeat(batch, 1, 1)
-        windows, weights = self.attention(window_partition(x, window), mask, output_attentions)
-        x = window_reverse(windows, window, batch, rows, columns)
-        return unshifted(x, height, width, shift, self.pads_before_shift), weights
+
+        def call(windows: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return self.attention(windows, mask, output_attentions)
+
+        return attend_in_windows(call, x, pair(self.window_size), pair(self.shift_size), self.pads_before_shift)
 
 
 def _number(sides: Sides) -> int | Sides:
@@ -446,6 +430,20 @@ class SwinLayer(WindowBlock):
         # As in Transformers, stochastic depth drops the attention, and never the MLP.
         x = x + self.output(self.intermediate(self.layernorm_after(x)))
         return x, weights
+
+    def attention_parts(self) -> rewrites.AttentionParts | None:
+        """Return the modules of the attention; None if a module that holds them is touched."""
+        if not rewrites.are_own(self, "attention") or not rewrites.are_own(self.attention, "self", "output"):
+            return None
+        heads, output = self.attention.self, self.attention.output
+        return rewrites.AttentionParts(heads, output.dense, (heads.dropout, output.dropout))
+
+    def mlp_parts(self) -> rewrites.MlpParts | None:
+        """Return the modules of the MLP; None if a module that holds them is touched."""
+        if not rewrites.are_own(self, "intermediate", "output"):
+            return None
+        first, act, output = self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output
+        return rewrites.MlpParts((self.layernorm_after, first, act, output.dense), output.dropout)
 
 
 class SwinStage(nn.Module):

@@ -31,7 +31,7 @@ from fastuper.models.backbones.swin import (
     WindowBlock,
     gathered_bias,
 )
-from fastuper.models.backbones.windows import Sides, relative_position_index
+from fastuper.models.backbones.windows import Sides, relative_position_index, squares
 from fastuper.models.configuration import as_list
 from fastuper.weights.transformers import Names
 
@@ -263,7 +263,7 @@ class Swinv2PatchMerging(SwinPatchMerging):
         """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
         if rewrites.apply_to(self, x):
             return rewrites.run(self, x)
-        return self.norm(self.reduction(self.squares(x)))
+        return self.norm(self.reduction(squares(x)))
 
 
 class Swinv2Stage(SwinStage):
