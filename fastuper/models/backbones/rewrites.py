@@ -36,7 +36,7 @@ from fastuper_kernels.dispatch.torch_private import parameters_of
 
 if TYPE_CHECKING:
     from fastuper.models.backbones.convnext import ConvNextLayer
-    from fastuper.models.backbones.convnextv2 import ConvNextV2Layer
+    from fastuper.models.backbones.convnextv2 import ConvNextV2GRN, ConvNextV2Layer
     from fastuper.models.backbones.resnet import ResNetConvLayer
     from fastuper.models.backbones.swin import SwinPatchMerging, WindowAttention
     from fastuper.models.backbones.swinv2 import Swinv2Layer, Swinv2PatchMerging
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 HIDDEN_BYTES = 2**22
 """Bytes of an MLP's hidden layer, or of attention's queries, that are in memory at once, for maps of any size. They fit
 into a cache, and malloc returns the same memory for each part."""
+
+KEPT_BYTES = 2**28
+"""Bytes of the hidden layer of one image that are kept while ConvNeXt V2's GRN needs the norms of its channels. A
+larger hidden layer is computed twice."""
 
 CACHED_POSITIONS = 2**17
 """Positions of the largest map whose window plan is cached. A larger plan takes megabytes. It is made
@@ -256,34 +260,54 @@ def _can_infer_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> bool:
 
 
 def _infer_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> torch.Tensor:
-    maps = block.dwconv(x).permute(0, 2, 3, 1)
-    residuals = x.permute(0, 2, 3, 1)
-    out = [_convnextv2_mlp(block, *pair) for pair in zip(maps, residuals, strict=True)]
-    return torch.stack(out).permute(0, 3, 1, 2)
+    out = block.dwconv(x).permute(0, 2, 3, 1)
+    mlp = block.layernorm, block.pwconv1, block.act, block.grn, block.pwconv2
+    return residual_grn_mlp(x.permute(0, 2, 3, 1), out, *mlp).permute(0, 3, 1, 2)
 
 
-def _convnextv2_mlp(block: ConvNextV2Layer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return `residual + pwconv2(grn(act(pwconv1(layernorm(x)))))` for the maps (H, W, C) of one image.
+def residual_grn_mlp(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    act: nn.Module,
+    grn: ConvNextV2GRN,
+    second: nn.Linear,
+) -> torch.Tensor:
+    """Return `residual + second(grn(act(first(norm(x)))))` for maps (B, H, W, C), one image at a time.
 
-    GRN multiplies each channel of the hidden layer by one number and adds another, once the channel's norm is known.
-    The second layer does both: its weight is multiplied, and its bias changed, so that the hidden layer is read once.
+    When the norms of an image's hidden channels are known, GRN multiplies each channel by one number and adds another.
+    The second layer does both: its weight is multiplied, and its bias changed.
     """
-    norm, first, act, second, grn = block.layernorm, block.pwconv1, block.act, block.pwconv2, block.grn
-    channels, name = x.shape[-1], fused_activation(act)
-    positions = x.reshape(-1, channels)
-    step = max(1, HIDDEN_BYTES // (first.out_features * x.element_size()))
-    parts, norms = [], []
-    for part in positions.split(step):
+    name = fused_activation(act)
+
+    def hidden_layer(part: torch.Tensor) -> torch.Tensor:
         hidden = F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         hidden = linear(hidden, first.weight, first.bias, activation=name)
-        hidden = hidden if name else act(hidden)
-        parts.append(hidden)
-        norms.append(torch.linalg.vector_norm(hidden, dim=0))
-    scale = 1 + grn.weight.flatten() * grn.relative(torch.linalg.vector_norm(torch.stack(norms), dim=0))
-    weight = second.weight * scale
-    bias = F.linear(grn.bias.flatten(), second.weight, second.bias)
-    out = [linear(hidden, weight, bias) for hidden in parts]
-    return residual + torch.cat(out).view(x.shape)
+        return hidden if name else act(hidden)
+
+    bias = linear(grn.bias.flatten(), second.weight, second.bias)
+    position_bytes = first.out_features * x.element_size()
+    step = max(1, HIDDEN_BYTES // position_bytes)
+    out = torch.empty(residual.shape, dtype=torch.promote_types(residual.dtype, x.dtype), device=x.device)
+    for image, other, result in zip(*(maps.flatten(1, 2) for maps in (x, residual, out)), strict=True):
+        kept = hidden_layer(image) if len(image) * position_bytes <= KEPT_BYTES else None
+        parts = image.split(step) if kept is None else kept.split(step)
+        squares = torch.stack([sums_of_squares(hidden_layer(p) if kept is None else p) for p in parts]).sum(0)
+        scale = 1 + grn.weight.flatten() * grn.relative(squares.sqrt())
+        weight = (second.weight * scale).to(second.weight.dtype)
+        if kept is not None:
+            result[:] = linear(kept, weight, bias, residual=other)
+            continue
+        for part, to, place in zip(parts, other.split(step), result.split(step), strict=True):
+            place[:] = linear(hidden_layer(part), weight, bias, residual=to)
+    return out
+
+
+def sums_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Return the sums of the squares of the channels of x (N, C), (C,), at least in float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x * x).sum(0)
 
 
 def _can_train_convnextv2(block: ConvNextV2Layer) -> bool:
@@ -541,25 +565,30 @@ def _can_infer_swinv2(block: Swinv2Layer, x: torch.Tensor, output_attentions: bo
 
 
 def _infer_swinv2(block: Swinv2Layer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
-    """Attend in a plan of windows. The steps after it are of one position: they run on some positions at a time."""
     plan, attended = _attended_windows(block, block.attention.self, x)
+    return _after_attention(block, x, plan.scatter, attended), None
+
+
+def _after_attention(
+    block: Swinv2Layer, x: torch.Tensor, scatter: torch.Tensor, attended: torch.Tensor
+) -> torch.Tensor:
+    """Return the block's result for x (B, H, W, C) from the heads' results in the windows, in parts of the map."""
     first, act, second = block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
     dense, name = block.attention.output.dense, fused_activation(act)
     positions = x.reshape(-1, x.shape[-1])
     step = max(1, HIDDEN_BYTES // (first.out_features * x.element_size()))
     out: torch.Tensor | None = None
     for start in range(0, max(1, len(positions)), step):
-        branch = F.embedding(plan.scatter[start : start + step], attended)
-        branch = _normed(linear(branch, dense.weight, dense.bias), block.layernorm_before)
-        part = positions[start : start + step] + branch
+        stop = start + step
+        branch = F.embedding(scatter[start:stop], attended)
+        part = positions[start:stop] + _normed(linear(branch, dense.weight, dense.bias), block.layernorm_before)
         hidden = linear(part, first.weight, first.bias, activation=name)
         branch = linear(hidden if name else act(hidden), second.weight, second.bias)
-        part = part.add(_normed(branch, block.layernorm_after))
-        if out is None:
-            out = part.new_empty(positions.shape)
-        out[start : start + step] = part
+        part = part + _normed(branch, block.layernorm_after)
+        out = part.new_empty(positions.shape) if out is None else out
+        out[start:stop] = part
     assert out is not None
-    return out.view(x.shape), None
+    return out.view(x.shape)
 
 
 def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:

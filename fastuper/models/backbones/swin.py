@@ -529,6 +529,8 @@ class SwinBackbone(Backbone):
             if name in self.out_features:
                 if self.config.norms_outputs:
                     x = self.hidden_states_norms[name](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                elif output_hidden_states:
+                    x = channels_last(x)
                 feature_maps.append(x)
             if weights is not None:
                 attentions.append(weights)
