@@ -27,6 +27,8 @@ class Accelerated(nn.Module):
     """
 
     replaces: ClassVar[type[nn.Module]]
+    is_shown: ClassVar[bool] = True
+    """False for a part of a block that has no faster way of its own: `explain` shows no row of it."""
 
     def __init_subclass__(cls, replaces: type[nn.Module] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -50,7 +52,7 @@ def why_touched_inside(block: nn.Module) -> str:
     pending = list(block.named_children())
     while pending:
         name, part = pending.pop(0)
-        if isinstance(part, Accelerated | FusedConv):
+        if isinstance(part, FusedConv) or (isinstance(part, Accelerated) and part.is_shown):
             continue
         if why := touched_by(part):
             return f"{name}: {why}"
