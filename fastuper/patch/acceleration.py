@@ -20,6 +20,11 @@ FILES = {
     "transformers.models.resnet": "fastuper.patch.resnet",
     "transformers.models.swin": "fastuper.patch.swin",
     "transformers.models.upernet": "fastuper.patch.transformers",
+    "transformers.models.beit": "fastuper.patch.beit",
+    "transformers.models.data2vec": "fastuper.patch.data2vec",
+    "segmentation_models_pytorch.decoders.upernet": "fastuper.patch.smp",
+    "mmseg.models": "fastuper.patch.mmseg",
+    "timm.models.convnext": "fastuper.patch.timm",
 }
 """The file of this folder that replaces the classes of a package; it is imported when a model has such a class."""
 
