@@ -171,11 +171,13 @@ class ModelOutput(OrderedDict[str, Any]):
 def known_to_transformers(cls: type[Output]) -> type[Output]:
     """Return an output class itself or, once Transformers is imported, a subclass of it and of Transformers' output.
 
-    Transformers' pipelines copy any other mapping into a dictionary, and then read attributes of that dictionary.
+    The subclass inherits Transformers' class of the same name, or else its `ModelOutput`. Transformers' pipelines copy
+    any other mapping into a dictionary, and then read attributes of that dictionary.
     """
     if torch.compiler.is_compiling():
         return cls
     theirs = getattr(sys.modules.get("transformers.utils.generic"), "ModelOutput", None)
+    theirs = getattr(sys.modules.get("transformers.modeling_outputs"), cls.__name__, theirs)
     return cls if theirs is None else _derived(cls, theirs)
 
 

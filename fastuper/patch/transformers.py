@@ -24,6 +24,10 @@ from fastuper_kernels.dispatch.torch_private import in_ddp
 class UperNetConvModule(Accelerated, FusedConv, theirs.UperNetConvModule, replaces=theirs.UperNetConvModule):
     """A convolution, BatchNorm and ReLU, in one step."""
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (B, C_in, H, W) to (B, C, H, W)."""
+        return FusedConv.forward(self, input)
+
     def why_not(self) -> str:
         """See `Accelerated.why_not`."""
         return why_not_fusible(self)
@@ -53,10 +57,18 @@ class UperNetPyramidPoolingModule(
         return list(self.blocks)
 
 
-class UperNetHead(Accelerated, UperNetSteps, theirs.UperNetHead, replaces=theirs.UperNetHead):  # type: ignore[misc]
+class UperNetHead(Accelerated, UperNetSteps, theirs.UperNetHead, replaces=theirs.UperNetHead):
     """UPerNet's head."""
 
     feature_norms = None
+
+    def why_not(self) -> str:
+        """See `Accelerated.why_not`; a touched module inside does not change the head's own steps."""
+        return ""
+
+    def forward(self, encoder_hidden_states: Any) -> torch.Tensor:
+        """Map feature maps (B, C_l, H_l, W_l), finest first, to logits (B, num_labels, H_1, W_1)."""
+        return UperNetSteps.forward(self, encoder_hidden_states)
 
 
 class UperNetFCNHead(Accelerated, theirs.UperNetFCNHead, replaces=theirs.UperNetFCNHead):

@@ -34,6 +34,7 @@ def test_the_keys_of_transformers(family, asked, with_labels):
         inputs["labels"] = segmentation_labels(1, 64, 64)
     with torch.no_grad():
         expected, output = theirs(**inputs), ours(**inputs)
+    assert isinstance(output, type(expected))
     assert list(output.keys()) == list(expected.keys())
     assert len(output) == len(expected)
     for key in output:
