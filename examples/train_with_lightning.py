@@ -48,7 +48,7 @@ class Segmentation(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        recipe = recipe_for("auto", self.model.config.backbone_config.model_type)
+        recipe = recipe_for("auto", self.model.config.backbone_config)
         optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe))
         factor = partial(learning_rate_factor, steps=self.steps, warmup_steps=self.steps // 10, power=1.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -54,7 +54,7 @@ def train_model(
             metavar="NAME|FOLDER|HUB_ID",
             help="Without --model: backbone of a new UPerNet. These names have random weights: convnext- and swin- "
             "with tiny, small, base, large; resnet- with 18, 34, 50, 101, 50-deep-stem, "
-            "101-deep-stem; vit-base-16, deit-small-16, deit-base-16, beit-base-16, beit-large-16. "
+            "101-deep-stem; vit-base-16, deit-small-16, deit-base-16, beit-base-16, beit-large-16, mae-base-16. "
             "A checkpoint's folder, a Hub id and timm/NAME have pretrained weights.",
             show_default="convnext-tiny",
         ),

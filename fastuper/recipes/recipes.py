@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastuper.models.backbones.registry import PRESETS, Preset, layer_depths
+from fastuper.models.backbones.registry import FAMILIES, PRESETS, Preset, layer_depths
 
 BACKBONES: dict[str, Preset] = PRESETS
 """Functions that return a backbone's configuration, by name: the presets of all registered families. They have the
@@ -21,8 +21,8 @@ class Recipe:
     Args:
         learning_rate: of the heads, and of all parameters if `layer_decay` is 1.
         weight_decay: of the parameters for which `decays` returns True.
-        layer_decay: the factor by which the backbone's learning rates fall from stage to stage, towards the image;
-            see `learning_rate_scale`.
+        layer_decay: the factor by which the backbone's learning rates fall towards the image, from stage to stage, or
+            from block to block of a vision transformer; see `learning_rate_scale`.
     """
 
     learning_rate: float
@@ -35,25 +35,41 @@ RECIPES = {
     "convnext": Recipe(learning_rate=1e-4, weight_decay=0.05, layer_decay=0.9),
     # https://arxiv.org/abs/2103.14030.
     "swin": Recipe(learning_rate=6e-5, weight_decay=0.01),
+    # The authors', for BEiT-B, BEiT-L, and BEiT-B without fine-tuning as a classifier:
+    # https://github.com/microsoft/unilm/tree/master/beit/semantic_segmentation/configs/beit/upernet.
+    "beit": Recipe(learning_rate=3e-5, weight_decay=0.05, layer_decay=0.9),
+    "beit-large": Recipe(learning_rate=2e-5, weight_decay=0.05, layer_decay=0.95),
+    "beit-pretrained": Recipe(learning_rate=7e-4, weight_decay=0.05, layer_decay=0.65),
+    # The authors (https://arxiv.org/abs/2111.06377) publish no values: mmsegmentation's, for ViT-B.
+    "mae": Recipe(learning_rate=1e-4, weight_decay=0.05, layer_decay=0.65),
 }
-"""The recipes by name. A recipe with the name of a family of backbones is that family's default."""
+"""The recipes by name."""
 
 
-def recipe_for(name: str, backbone_type: str) -> Recipe:
-    """Return a recipe by name. "auto" is the recipe named like the backbone's family, and Swin's for other families.
+def recipe_for(name: str, backbone_config: Any) -> Recipe:
+    """Return a recipe by name.
 
     Args:
-        name: "auto" or a key of `RECIPES`.
-        backbone_type: the `model_type` of the backbone's configuration.
+        name: a key of `RECIPES`, or "auto" for the published recipe of the backbone. A backbone without a published
+            recipe, or without the layer depths that it needs, has Swin's.
+        backbone_config: the backbone's configuration; None if it is not known.
 
     Raises:
         ValueError: there is no such recipe.
     """
     if name == "auto":
-        name = backbone_type if backbone_type in RECIPES else "swin"
+        name = _published(backbone_config)
     if name not in RECIPES:
         raise ValueError(f"recipe={name!r} is not known; known are auto, {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def _published(backbone_config: Any) -> str:
+    family = None if backbone_config is None else FAMILIES.get(backbone_config.model_type)
+    if family is None:
+        return "swin"
+    name = family.model_type if family.recipe is None else family.recipe(backbone_config)
+    return name if name in RECIPES else "swin"
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -85,8 +101,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Return True if a parameter has weight decay: not in norms, biases, LayerScale, position embeddings and tables."""
-    tables = ("relative_position_bias_table", "position_embeddings", "absolute_pos_embed")
+    """Return True if a parameter has weight decay: not in norms, biases, LayerScale, tokens, positions and tables."""
+    tables = ("relative_position_bias_table", "position_embeddings", "absolute_pos_embed", "pos_embed", "cls_token")
     return parameter.ndim > 1 and not name.endswith(tables)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastuper.io.options import check_options, document_options, option
 
@@ -36,7 +36,10 @@ class TrainingConfig:
         metavar="N",
     )
     recipe: str = option(
-        "auto", "Published learning rate and decays to use: convnext, swin, or auto, by the backbone.", metavar="NAME"
+        "auto",
+        "Published learning rate and decays to use: convnext, swin, beit, beit-large, beit-pretrained, mae, or auto, "
+        "by the backbone.",
+        metavar="NAME",
     )
     learning_rate: float | None = option(
         None,
@@ -51,7 +54,7 @@ class TrainingConfig:
     )
     layer_decay: float | None = option(
         None,
-        "Factor by which the learning rate falls from each backbone stage to the stage before it.",
+        "Factor by which the learning rate falls from each stage of the backbone, or block of a ViT, to its input.",
         more_than=0,
         at_most=1,
         default_text="the recipe's",
@@ -117,19 +120,19 @@ class TrainingConfig:
         from fastuper.recipes.recipes import recipe_for
 
         check_options(self)
-        recipe_for(self.recipe, "")  # refuses a name that RECIPES has not
+        recipe_for(self.recipe, None)  # refuses a name that RECIPES has not
         if self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be fewer than the {self.steps} steps")
 
-    def plan(self, backbone_type: str) -> Plan:
+    def plan(self, backbone_config: Any) -> Plan:
         """Return the recipe and the intervals that training uses.
 
         Args:
-            backbone_type: the `model_type` of the backbone's configuration, which decides the recipe "auto".
+            backbone_config: the backbone's configuration, which decides the recipe "auto".
         """
         from fastuper.recipes.recipes import Recipe, recipe_for
 
-        recipe = recipe_for(self.recipe, backbone_type)
+        recipe = recipe_for(self.recipe, backbone_config)
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         validate_every = self.validate_every or max(self.steps // 10, 1)
         return Plan(

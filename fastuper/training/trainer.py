@@ -98,10 +98,10 @@ class Trainer:
         transform: Callable[[Sample, np.random.Generator], dict[str, Any]] | None = None,
         restart: bool = False,
     ):
-        backbone_type = model.config.backbone_config.model_type
-        self.config, self.plan = config, config.plan(backbone_type)
+        backbone_config: Any = model.config.backbone_config
+        self.config, self.plan = config, config.plan(backbone_config)
         if self.plan.recipe.layer_decay != 1:
-            layer_depths(backbone_type)  # refuses a backbone without layer depths
+            layer_depths(backbone_config.model_type)  # refuses a backbone without layer depths
         self.accelerator = accelerator = make_accelerator(model, config.cpu)
         pieces = accelerator.num_processes * config.accumulate
         if config.batch_size % pieces:

@@ -9,7 +9,8 @@ import torch
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, PolynomialLR
 
 from fastuper import ConvNextConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
-from fastuper.recipes.recipes import BACKBONES, RECIPES, learning_rate_factor, parameter_groups, recipe_for
+from fastuper.models.configuration import ForeignBackboneConfig
+from fastuper.recipes.recipes import BACKBONES, RECIPES, Recipe, learning_rate_factor, parameter_groups, recipe_for
 
 
 def build(backbone_config, **options) -> UperNetForSemanticSegmentation:
@@ -125,8 +126,58 @@ def test_named_resnets_have_the_published_sizes(name, millions):
 
 
 def test_recipes_by_name():
-    assert recipe_for("auto", "convnext") == RECIPES["convnext"]
-    assert recipe_for("auto", "swin") == recipe_for("auto", "resnet") == RECIPES["swin"]
-    assert recipe_for("swin", "convnext") == RECIPES["swin"]
-    with pytest.raises(ValueError, match="'sgd' is not known; known are auto, convnext, swin"):
-        recipe_for("sgd", "swin")
+    convnext = ConvNextConfig()
+    assert recipe_for("auto", convnext) == RECIPES["convnext"]
+    assert recipe_for("swin", convnext) == RECIPES["swin"]
+    foreign = ForeignBackboneConfig("beit")  # it has no layer depths
+    for config in (SwinConfig(), BACKBONES["resnet-18"](), foreign, None):
+        assert recipe_for("auto", config) == RECIPES["swin"]
+    with pytest.raises(ValueError, match=r"'sgd' is not known; known are auto, convnext, swin, beit, .*, mae"):
+        recipe_for("sgd", None)
+
+
+# Of mmsegmentation 1.2.2, configs/: the optimizer's rate and weight decay, layer_decay_rate, the backbone's
+# drop_path_rate and out_indices. The first three have no layer decay.
+VISION_TRANSFORMERS = {
+    "vit-base-16": ("vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512", 6e-5, 0.01, 1, 0.1, [2, 5, 8, 11]),
+    "deit-small-16": ("vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512", 6e-5, 0.01, 1, 0.1, [2, 5, 8, 11]),
+    "deit-base-16": ("vit/vit_deit-b16_mln_upernet_8xb2-160k_ade20k-512x512", 6e-5, 0.01, 1, 0.1, [2, 5, 8, 11]),
+    "beit-base-16": ("beit/beit-base_upernet_8xb2-160k_ade20k-640x640", 3e-5, 0.05, 0.9, 0.1, [3, 5, 7, 11]),
+    "beit-large-16": ("beit/beit-large_upernet_8xb1-amp-160k_ade20k-640x640", 2e-5, 0.05, 0.95, 0.2, [7, 11, 15, 23]),
+    "mae-base-16": ("mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512", 1e-4, 0.05, 0.65, 0.1, [3, 5, 7, 11]),
+}
+
+
+@pytest.mark.parametrize("name", VISION_TRANSFORMERS)
+def test_vision_transformers_have_the_published_recipes(name):
+    _, rate, weight_decay, layer_decay, drop_path, blocks = VISION_TRANSFORMERS[name]
+    config = BACKBONES[name]()
+    assert recipe_for("auto", config) == Recipe(rate, weight_decay, layer_decay)
+    assert (config.drop_path_rate, [place - 1 for place in config.out_indices]) == (drop_path, blocks)
+
+
+def mmsegmentation_vit_scale(name: str, layers: int, decay: float) -> float:
+    """Return mmsegmentation's `layer_wise_vit`: layer 0 is before the blocks, `layers` + 1 is after them."""
+    if name.startswith("backbone.embeddings."):
+        layer = 0
+    elif name.startswith("backbone.encoder.layers."):
+        layer = int(name.split(".")[3]) + 1
+    else:
+        layer = layers + 1
+    return decay ** (layers + 1 - layer)
+
+
+@pytest.mark.parametrize("name", ["beit-large-16", "mae-base-16"])
+def test_groups_of_a_vision_transformer_are_the_published_ones(name):
+    config = BACKBONES[name]()
+    layers, recipe = config.num_hidden_layers, recipe_for("auto", config)
+    groups = parameter_groups(build(config), recipe)
+    scales = set()
+    for group in groups:
+        for parameter_name, parameter in group["params"]:
+            scale = mmsegmentation_vit_scale(parameter_name, layers, recipe.layer_decay)
+            assert group["lr"] == pytest.approx(recipe.learning_rate * scale, rel=1e-12), parameter_name
+            spared = parameter.ndim == 1 or parameter_name.endswith(("_bias_table", "cls_token", "position_embeddings"))
+            assert group["weight_decay"] == (0.0 if spared else 0.05), parameter_name
+            scales.add(scale)
+    assert len(scales) == layers + 2

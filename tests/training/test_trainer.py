@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 import fastuper.training.trainer
-from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
+from fastuper import ConvNextConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.data.augment import TrainingDataset, TrainingTransform
 from fastuper.data.samples import DataError, Sample
 from fastuper.recipes.recipes import RECIPES, parameter_groups
@@ -557,10 +557,10 @@ def test_impossible_configurations_are_named(options, message):
 
 
 def test_recipes_decide_options_that_are_none():
-    plan = TrainingConfig().plan("convnext")
+    plan = TrainingConfig().plan(ConvNextConfig())
     assert (plan.recipe, plan.warmup_steps) == (RECIPES["convnext"], 1500)
     assert (plan.validate_every, plan.save_every) == (16000, 16000)
-    plan = TrainingConfig(steps=100, recipe="swin", learning_rate=1.0, validate_every=7).plan("convnext")
+    plan = TrainingConfig(steps=100, recipe="swin", learning_rate=1.0, validate_every=7).plan(ConvNextConfig())
     assert (plan.recipe.learning_rate, plan.recipe.weight_decay, plan.recipe.layer_decay) == (1.0, 0.01, 1.0)
     assert (plan.warmup_steps, plan.validate_every, plan.save_every) == (10, 7, 7)
 

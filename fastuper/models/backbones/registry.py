@@ -20,6 +20,7 @@ from fastuper.weights.transformers import Names
 
 Preset: TypeAlias = Callable[[], BackboneConfig]
 Depths: TypeAlias = Callable[[str, Any], int]
+RecipeName: TypeAlias = Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Family:
             in the network and the backbone's configuration; see `stage_depths`. None if the family does not support the
             decay.
         names: the names of its tensors in the checkpoints of Transformers, where they are not the network's.
+        recipe: returns the name of the training recipe, in `fastuper.recipes`, from the backbone's configuration. None
+            if the family has one recipe for all sizes, which has the name of the family, or none.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -47,6 +50,7 @@ class Family:
     presets: Mapping[str, Preset] = field(default_factory=dict)
     depths: Depths | None = None
     names: Names = field(default_factory=Names)
+    recipe: RecipeName | None = None
 
     def __post_init__(self) -> None:
         for argument, base in (("config", BackboneConfig), ("network", Backbone)):
@@ -69,6 +73,10 @@ class Family:
                 f"backbone {self.model_type!r}: depths must be a function of a name and a configuration, got "
                 f"{self.depths!r}"
             )
+        if self.recipe is not None and not callable(self.recipe):
+            raise TypeError(
+                f"backbone {self.model_type!r}: recipe must be a function of a configuration, got {self.recipe!r}"
+            )
         if not isinstance(self.names, Names):
             raise TypeError(f"backbone {self.model_type!r}: names must be a Names, got {self.names!r}")
 
@@ -88,6 +96,7 @@ def register(
     presets: Mapping[str, Preset] | None = None,
     depths: Depths | None = None,
     names: Names | None = None,
+    recipe: RecipeName | None = None,
 ) -> Family:
     """Register a family of backbones, so that configurations, checkpoints, recipes and `fastuper train` support it.
 
@@ -98,6 +107,7 @@ def register(
         presets: configurations by name.
         depths: layer depths for the decay of learning rates.
         names: names in checkpoints; the network's names if None.
+        recipe: the name of the training recipe.
 
     Returns:
         The family. `unregister(model_type)` removes it.
@@ -107,7 +117,7 @@ def register(
         ValueError: the model type or the name of a preset is not valid or already registered.
     """
     names = Names() if names is None else names
-    family = Family(model_type, config, network, dict(presets or {}), depths, names)
+    family = Family(model_type, config, network, dict(presets or {}), depths, names, recipe)
     if model_type in FAMILIES:
         raise ValueError(f"a backbone {model_type!r} is already registered: {FAMILIES[model_type].network.__name__}")
     for name in family.presets:

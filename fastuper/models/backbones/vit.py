@@ -565,7 +565,7 @@ class ViTPyramidBackbone(Backbone):
 
 
 # The sizes, epsilons and blocks of mmsegmentation's configurations for ADE20K, with their stochastic depth.
-VIT = partial(ViTPyramidConfig, drop_path_rate=0.1)
+VIT = partial(ViTPyramidConfig, drop_path_rate=0.1, out_indices=[3, 6, 9, 12])
 BEIT = partial(
     ViTPyramidConfig,
     image_size=640,
@@ -580,11 +580,16 @@ BEIT = partial(
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 PRESETS = {
-    "vit-base-16": partial(VIT, final_norm=True, out_indices=[3, 6, 9, 12]),
-    "deit-small-16": partial(VIT, out_indices=[3, 6, 9, 12], **SMALL),
-    "deit-base-16": partial(VIT, out_indices=[3, 6, 9, 12]),
+    "vit-base-16": partial(VIT, final_norm=True),
+    "deit-small-16": partial(VIT, **SMALL),
+    "deit-base-16": VIT,
     "beit-base-16": partial(BEIT, out_indices=[4, 6, 8, 12]),
-    "beit-large-16": partial(BEIT, out_indices=[8, 12, 16, 24], layer_scale_init_value=1e-6, **LARGE),
+    "beit-large-16": partial(
+        BEIT, out_indices=[8, 12, 16, 24], layer_scale_init_value=1e-6, drop_path_rate=0.2, **LARGE
+    ),
+    "mae-base-16": partial(
+        BEIT, image_size=512, out_indices=[4, 6, 8, 12], use_absolute_embeddings=True, layer_scale_init_value=1.0
+    ),
 }
 
 
@@ -598,11 +603,21 @@ def depths(name: str, config: ViTPyramidConfig) -> int:
     return config.num_hidden_layers + 1 if name.startswith("embeddings.") else 0
 
 
+def recipe(config: ViTPyramidConfig) -> str:
+    """Return the name of the published recipe: that of BEiT or MAE, which have relative positions, or that of ViT."""
+    if not config.use_relative_position_bias:
+        return "swin"
+    if config.use_absolute_embeddings:
+        return "mae"
+    return "beit" if config.num_hidden_layers <= 12 else "beit-large"
+
+
 register(
     "vit_pyramid",
     ViTPyramidConfig,
     ViTPyramidBackbone,
     presets=PRESETS,
     depths=depths,
+    recipe=recipe,
     names=Names(parts=("embeddings", "encoder", "neck"), unused=("embeddings.mask_token",)),
 )
