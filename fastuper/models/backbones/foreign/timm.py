@@ -20,87 +20,25 @@ from fastuper_kernels.dispatch.modes import is_eager
 
 TIMM = "timm_backbone"  # the model type of all of timm's models, in Transformers too
 
-OWN = frozenset(
-    [
-        "backbone",
-        "num_channels",
-        "features_only",
-        "freeze_batch_norm_2d",
-        "out_indices",
-        "out_features",
-        "use_pretrained_backbone",
-        "use_timm_backbone",
-        "output_stride",
-        "stage_names",
-        "initializer_range",
-    ]
-)
+_OWN = """
+backbone num_channels features_only freeze_batch_norm_2d out_indices out_features use_pretrained_backbone
+use_timm_backbone output_stride stage_names initializer_range
+"""
+OWN = frozenset(_OWN.split())
 """The values of Transformers' TimmBackboneConfig. All others but those of every configuration are timm's arguments."""
 
-COMMON = frozenset(
-    [
-        "add_cross_attention",
-        "architectures",
-        "attn_implementation",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dtype",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "model_type",
-        "name_or_path",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_labels",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "problem_type",
-        "pruned_heads",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "use_bfloat16",
-        "use_return_dict",
-    ]
-)
+_COMMON = """
+add_cross_attention architectures attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+min_length model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+output_attentions output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p
+torch_dtype torchscript transformers_version typical_p use_bfloat16 use_return_dict
+"""
+COMMON = frozenset(_COMMON.split())
 """The values of every configuration of Transformers, 4 and 5."""
 
 FLEXIBLE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
