@@ -78,6 +78,8 @@ bench: $(VENV)/.bench ## time everything beside the peers, and update tables and
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.parsing
+	$(BIN)/python -m bench.accelerate
+	$(BIN)/python -m bench.backbones
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.plots
 

@@ -22,5 +22,9 @@ TEXTBOOK = ("textbook", "textbook, channels_last")
 OBJECTS = "fastuper, objects alone"
 SEGMENTATION = "fastuper, UperNetForSemanticSegmentation"
 
+# A model of another library, as it is and after `fastuper.accelerate`.
+BEFORE = ("before", "before, channels_last")
+ACCELERATED = "accelerated"
+
 # The reason why a peer is skipped that `--peers` left out.
 NOT_SELECTED = "not asked for"

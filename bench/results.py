@@ -35,6 +35,73 @@ PARSING = {"resnet-50-deep-stem": "ResNet-50, deep stem", "convnext-tiny": "Conv
 LOSS = "loss"  # training.json's key of the loss, which is measured alone too
 TITLES = {**TINY, "convnext-b": "ConvNeXt-B", "swin-b": "Swin-B", "convnext-l": "ConvNeXt-L", "swin-l": "Swin-L"}
 
+
+@dataclass(frozen=True)
+class Acceleration:
+    """A row of bench.accelerate: what is timed, the side of its images, and how many times as fast it is to be."""
+
+    title: str
+    size: int
+    bound: float | None
+
+
+ACCELERATIONS = {
+    "convnext-t": Acceleration("Transformers' UPerNet, ConvNeXt-T", 512, 2.4),
+    "swin-t": Acceleration("Transformers' UPerNet, Swin-T", 512, 2.2),
+    "smp-512": Acceleration("smp's UPerNet, `tu-convnext_tiny`, `decoder_channels=512`", 512, 2.0),
+    "smp-256": Acceleration("smp's UPerNet, `tu-convnext_tiny`, `decoder_channels=256` (the default)", 512, 1.3),
+    "beit-head": Acceleration("the head of Transformers' BEiT-B", 640, 2.5),
+    "beit": Acceleration("Transformers' BEiT-B, the whole model", 640, None),
+}
+"""The rows of bench.accelerate, in the order of its table."""
+
+BACKBONE_RESULTS = FOLDER / "backbones.json"
+FOREIGN_BACKBONES = [
+    "timm/resnext50_32x4d",
+    "timm/efficientnet_b4",
+    "timm/maxvit_tiny_tf_512",
+    "timm/swinv2_tiny_window8_256",
+    "timm/vit_base_patch16_224.mae",
+    "timm/beit_base_patch16_224",
+    "timm/vit_small_patch14_dinov2",
+    "timm/vit_small_patch16_dinov3",
+    "timm/eva02_small_patch14_224",
+    "transformers/dinov2",
+    "transformers/dinov2_with_registers",
+    "transformers/beit",
+    "transformers/vitdet",
+    "transformers/dinov3_vit",
+    "transformers/hiera",
+    "transformers/focalnet",
+    "transformers/hgnet_v2",
+]
+"""The other libraries' backbones of bench.backbones: timm's names, and model types of Transformers (default sizes)."""
+
+_PARITY = {
+    "forward": "tests/parity/test_forward.py::test_any_size",
+    "training step": "tests/parity/test_gradients.py::test_gradients_in_float64",
+    "save and load": "tests/models/test_pretrained.py::test_round_trip",
+    "export": "tests/models/test_backbone_tracing.py::test_export_with_dynamic_sizes",
+}
+TESTED = {
+    "convnext": _PARITY,
+    "convnextv2": _PARITY,
+    "swin": _PARITY,
+    "swinv2": _PARITY,
+    "resnet": _PARITY,
+    "resnet_deep_stem": {
+        "forward": "tests/parity/test_deep_stem.py::test_the_official_encoder",
+        "training step": "tests/parity/test_deep_stem.py::test_gradients",
+        "save and load": "tests/models/test_pretrained.py::test_round_trip",
+    },
+    "vit_pyramid": {
+        "forward": "tests/parity/test_mmseg_vit_weights.py::test_the_same_maps",
+        "training step": "tests/models/test_training_mode.py::test_checkpointing_changes_nothing_but_memory",
+        "save and load": "tests/models/test_pretrained.py::test_round_trip",
+    },
+}
+"""For each family of backbones, and for timm and Transformers: what tests run, and one of the tests."""
+
 MACHINE_EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 Results = dict[str, Any]
@@ -58,6 +125,17 @@ def load_training() -> dict[str, Any] | None:
 def load_parsing() -> dict[str, Any] | None:
     """Return the results of bench.parsing; None if there are none."""
     path = FOLDER / "parsing.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def load_backbones() -> dict[str, Any] | None:
+    """Return the results of bench.backbones; None if there are none."""
+    return json.loads(BACKBONE_RESULTS.read_text()) if BACKBONE_RESULTS.exists() else None
+
+
+def load_acceleration() -> dict[str, Any] | None:
+    """Return the results of bench.accelerate; None if there are none."""
+    path = FOLDER / "accelerate.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -206,6 +284,15 @@ def training_targets(training: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         _judged(Target("ConvNeXt-T, a step, over Transformers", "speedup", 1.8), row.get("faster")),
         _judged(Target("ConvNeXt-T, peak memory of a step", "memory", 0.6), row.get("memory")),
+    ]
+
+
+def acceleration_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the targets of models accelerated in place, each met or missed, from bench.accelerate's results."""
+    return [
+        _judged(Target(row.title, "speedup", row.bound), result["rows"].get(key, {}).get("faster"))
+        for key, row in ACCELERATIONS.items()
+        if row.bound is not None
     ]
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from bench.machine import ABSENT
 from bench.names import (
+    ACCELERATED,
     AUTOCAST,
+    BEFORE,
     COMPILED,
     EAGER,
     FASTUPER,
@@ -31,15 +33,19 @@ from bench.names import (
 )
 from bench.plots import PLOTS, STEPS
 from bench.results import (
+    ACCELERATIONS,
     FOLDER,
     LOSS,
     PARSING,
+    TESTED,
     TINY,
     TITLES,
     Results,
     accuracy,
     best,
     load,
+    load_acceleration,
+    load_backbones,
     load_parsing,
     load_training,
     rules,
@@ -51,6 +57,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 ACCURACY = ROOT / "docs" / "accuracy.md"
+BACKBONES = ROOT / "docs" / "backbones.md"
 NOT_MEASURED = "Not measured yet: `make bench`."
 MEMORY_PEERS = (EAGER[0], WITHOUT_AUXILIARY[0], FASTUPER)
 
@@ -375,6 +382,49 @@ def parsing_table_of(result: dict[str, Any] | None) -> str:
     return "\n".join([*table(head, rows), "", note])
 
 
+def acceleration_table(_: Results | None) -> str:
+    """Return the times of other libraries' models before and after `fastuper.accelerate`, and the targets."""
+    return acceleration_table_of(load_acceleration())
+
+
+def acceleration_table_of(result: dict[str, Any] | None) -> str:
+    """Return the table of bench.accelerate's results."""
+    if result is None:
+        return "Not measured yet: `python -m bench.accelerate`."
+    targets = {target["name"]: target for target in result["targets"]}
+    rows, skipped = [], []
+    for key, row in result["rows"].items():
+        known = ACCELERATIONS[key]
+        title = f"{known.title}, {known.size} x {known.size}"
+        if "skipped" in row:
+            skipped.append(f" {title}: {row['skipped']}.")
+            continue
+        medians = {peer: median(found["rounds"]) for peer, found in row["peers"].items()}
+        errors = {peer: found["error"] for peer, found in row["peers"].items()}
+        target = targets.get(known.title)
+        rows.append(
+            [
+                title,
+                duration(min(medians[peer] for peer in BEFORE)),
+                f"**{duration(medians[ACCELERATED])}**",
+                f"{row['faster']:.2f} x",
+                "-" if target is None else f"{target['bound']:g} x, {verdict(target)}",
+                scientific(max(errors[peer] for peer in BEFORE)),
+                scientific(errors[ACCELERATED]) + ("" if row["accurate"] else " (**above the rule**)"),
+            ]
+        )
+    head = ["", "before", "accelerated", "faster", "target", "error before", "error accelerated"]
+    note = (
+        "Seconds for the logits of one image, float32, 150 classes, random weights. The model as it is runs in the "
+        "better of two memory layouts; the accelerated one is a copy of it. Times are medians of rounds in which all "
+        "take turns. Errors are relative to float64. "
+        + training_source(result)
+        + "".join(skipped)
+        + " `python -m bench.accelerate` repeats the measurement."
+    )
+    return "\n".join([*table(head, rows), "", note])
+
+
 def targets_table(results: Results | None) -> str:
     """Return the targets, the measured values and the verdicts."""
     if results is None or all(target["value"] is None for target in results["targets"]):
@@ -607,6 +657,84 @@ def models_table(results: Results | None) -> str:
     return "\n".join([*table(head, rows), "", note])
 
 
+MMSEG = f"[mmsegmentation]({ZOO}"
+# mIoU on ADE20K's validation set, one scale, as published: the value, the crop, what it was trained on before, source.
+MIOU = {
+    "convnext-tiny": ("46.11", 512, "ImageNet-1K", f"{MMSEG}/convnext)"),
+    "convnext-small": ("48.56", 512, "ImageNet-1K", f"{MMSEG}/convnext)"),
+    "convnext-base": ("48.71", 512, "ImageNet-1K", f"{MMSEG}/convnext)"),
+    "convnext-large": ("53.16", 640, "ImageNet-21K", f"{MMSEG}/convnext)"),
+    "swin-tiny": ("44.41", 512, "ImageNet-1K", f"{MMSEG}/swin)"),
+    "swin-small": ("47.72", 512, "ImageNet-1K", f"{MMSEG}/swin)"),
+    "swin-base": ("50.76", 512, "ImageNet-22K", f"{MMSEG}/swin)"),
+    "swin-large": ("52.25", 512, "ImageNet-22K", f"{MMSEG}/swin)"),
+    "resnet-50-deep-stem": (
+        "40.44",
+        None,
+        "ImageNet-1K",
+        "[CSAIL](https://github.com/CSAILVision/semantic-segmentation-pytorch)",
+    ),
+    "resnet-101-deep-stem": (
+        "41.98",
+        None,
+        "ImageNet-1K",
+        "[CSAIL](https://github.com/CSAILVision/semantic-segmentation-pytorch)",
+    ),
+    "vit-base-16": ("47.73", 512, "ImageNet-21K, ImageNet-1K", f"{MMSEG}/vit)"),
+    "deit-small-16": ("43.82", 512, "ImageNet-1K", f"{MMSEG}/vit)"),
+    "deit-base-16": ("45.46", 512, "ImageNet-1K", f"{MMSEG}/vit)"),
+    "beit-base-16": ("53.08", 640, "BEiT, ImageNet-22K", f"{MMSEG}/beit)"),
+    "beit-large-16": ("56.33", 640, "BEiT, ImageNet-22K", f"{MMSEG}/beit)"),
+    "mae-base-16": ("48.13", 512, "MAE, ImageNet-1K", f"{MMSEG}/mae)"),
+}
+
+
+def backbones_table(_: Results | None) -> str:
+    """Return the table of docs/backbones.md: each backbone's size, published mIoU, time, memory and tests."""
+    return backbones_table_of(load_backbones())
+
+
+def backbones_table_of(result: dict[str, Any] | None) -> str:
+    """Return the table of bench.backbones' results."""
+    if result is None:
+        return "Not measured yet: `python -m bench.backbones`."
+    rows, failed = [], []
+    for name, row in result["rows"].items():
+        if "skipped" in row:
+            failed.append(f"- `{name}`: `{row['skipped'].replace('`', '')}`")
+            continue
+        miou = "-"
+        if name in MIOU:
+            value, crop, data, where = MIOU[name]
+            miou = f"{value} ({data}{'' if crop is None else f', {crop}'}; {where})"
+        library, foreign, _ = name.partition("/")
+        steps = TESTED.get(library if foreign else row["family"], {})
+        rows.append(
+            [
+                f"`{name}`",
+                f"{row['parameters'] / 1e6:.0f} M",
+                miou,
+                duration(median(row["rounds"])) if "rounds" in row else "not timed",
+                f"{row['peak'] / 1e9:.2f} GB",
+                ", ".join(steps),
+            ]
+        )
+    head = ["backbone", "parameters", "published mIoU", "time", "peak memory", "what tests run"]
+    size = result["size"]
+    note = (
+        f"Parameters of the whole UPerNet, {result['classes']} classes, with its auxiliary head. mIoU: ADE20K "
+        "validation, one scale, as the source publishes it, with the pretraining and the crop; not measured again "
+        f"here. Time and memory: logits of a {size} x {size} image, float32, random weights. Times are medians of "
+        "forwards in turns; models of more than 300 M parameters are run and not timed. Peak memory is that of the first "
+        "forward, less the weights. "
+        + training_source(result)
+        + " `python -m bench.backbones` repeats the measurement."
+    )
+    if failed:
+        note += "\n\nBackbones that could not be built or run with these versions:\n\n" + "\n".join(failed)
+    return "\n".join([*table(head, rows), "", note])
+
+
 Draw = Callable[["Results | None"], str]
 SIZES = {
     f"{title}, {size} x {size}": f"logits {key} {size} float32"
@@ -623,6 +751,7 @@ PAGES: dict[Path, dict[str, Draw]] = {
         "exact": exact_lines,
     },
     ACCURACY: {"accuracy": accuracy_table},
+    BACKBONES: {"backbones": backbones_table},
     BENCHMARKS: {
         "targets": targets_table,
         "limits": limits_table,
@@ -636,6 +765,7 @@ PAGES: dict[Path, dict[str, Draw]] = {
         "memory": memory_table,
         "training": training_table,
         "parsing": parsing_table,
+        "accelerate": acceleration_table,
         "waterfall-plot": partial(plot_block, "bench-waterfall", ""),
         "waterfall": waterfall_table,
         "operations": operations_table,

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastuper import UperNetImageProcessor
 from fastuper.weights.options import OPTIONS
-from tests.end_to_end.migrate_page import PAGE, run_section, sections
+from tests.end_to_end.pages import MIGRATE, run_section, sections
 from tests.parity import foreign_authors, foreign_mmseg, foreign_smp
 
 
@@ -83,11 +83,11 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 
 def test_every_section_with_commands_is_run():
-    assert sections().keys() == MAKERS.keys()
+    assert sections(MIGRATE).keys() == MAKERS.keys()
 
 
 def test_the_page_has_every_option():
-    text = PAGE.read_text(encoding="utf-8")
+    text = MIGRATE.read_text(encoding="utf-8")
     for name in (*OPTIONS, "report", "weights_key", "no_verify"):
         assert f"`--{name.replace('_', '-')}" in text, name
 
@@ -96,4 +96,4 @@ def test_the_page_has_every_option():
 def test_commands_run_as_written(heading, tmp_path, monkeypatch):
     MAKERS[heading](tmp_path)
     monkeypatch.chdir(tmp_path)
-    run_section(heading)
+    run_section(MIGRATE, heading)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.end_to_end.migrate_page import run_section, sections
+from tests.end_to_end.pages import MIGRATE, run_section, sections
 from tests.end_to_end.test_migrate import from_transformers
 from tests.foreign.test_conversions import (
     RESNET,
@@ -61,7 +61,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 
 def test_every_section_with_commands_is_run() -> None:
-    assert sections().keys() == MAKERS.keys()
+    assert sections(MIGRATE).keys() == MAKERS.keys()
 
 
 @pytest.mark.parametrize("heading", MAKERS)
@@ -69,4 +69,4 @@ def test_commands_run_as_written(heading: str, tmp_path: Path, monkeypatch: pyte
     torch.manual_seed(0)
     MAKERS[heading](tmp_path)
     monkeypatch.chdir(tmp_path)
-    run_section(heading)
+    run_section(MIGRATE, heading)
