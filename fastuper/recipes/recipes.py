@@ -35,8 +35,16 @@ RECIPES = {
     "convnext": Recipe(learning_rate=1e-4, weight_decay=0.05, layer_decay=0.9),
     # https://arxiv.org/abs/2103.14030.
     "swin": Recipe(learning_rate=6e-5, weight_decay=0.01),
+    # The authors trained with ConvNeXt's code, and published no other values.
+    "convnextv2": Recipe(learning_rate=1e-4, weight_decay=0.05, layer_decay=0.9),
 }
 """The recipes by name. A recipe with the name of a family of backbones is that family's default."""
+
+UNDECAYED = ("relative_position_bias_table", "position_embeddings", "absolute_pos_embed", "logit_scale")
+"""Ends of the names of parameters without weight decay, besides those of one dimension."""
+
+UNDECAYED_MODULES = ("grn", "continuous_position_bias_mlp", "cpb_mlp")
+"""Names of modules whose parameters have no weight decay."""
 
 
 def recipe_for(name: str, backbone_type: str) -> Recipe:
@@ -85,9 +93,14 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Return True if a parameter has weight decay: not in norms, biases, LayerScale, position embeddings and tables."""
-    tables = ("relative_position_bias_table", "position_embeddings", "absolute_pos_embed")
-    return parameter.ndim > 1 and not name.endswith(tables)
+    """Return True if a parameter has weight decay.
+
+    Norms (ConvNeXt V2's GRN too), biases, LayerScale, position embeddings and tables have none, nor have Swin V2's
+    factors of cosines and its networks that compute the biases of positions.
+    """
+    if any(part in UNDECAYED_MODULES for part in name.split(".")):
+        return False
+    return parameter.ndim > 1 and not name.endswith(UNDECAYED)
 
 
 def learning_rate_scale(name: str, layer_decay: float, backbone_config: Any) -> float:

@@ -9,7 +9,14 @@ import torch
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, PolynomialLR
 
 from fastuper import ConvNextConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
-from fastuper.recipes.recipes import BACKBONES, RECIPES, learning_rate_factor, parameter_groups, recipe_for
+from fastuper.recipes.recipes import (
+    BACKBONES,
+    RECIPES,
+    Recipe,
+    learning_rate_factor,
+    parameter_groups,
+    recipe_for,
+)
 
 
 def build(backbone_config, **options) -> UperNetForSemanticSegmentation:
@@ -124,9 +131,25 @@ def test_named_resnets_have_the_published_sizes(name, millions):
     assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
+@pytest.mark.parametrize("name", ["convnextv2-atto", "swinv2-tiny-window8"])
+def test_parameters_without_weight_decay(name):
+    """By the authors' rules: one dimension, GRN, and Swin V2's scales and position biases."""
+    model = build(BACKBONES[name]())
+    groups = parameter_groups(model, Recipe(learning_rate=1e-3, weight_decay=0.05))
+    undecayed = {name for group in groups if not group["weight_decay"] for name, _ in group["params"]}
+    expected = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim < 2 or re.search(r"\.grn\.|\.logit_scale$|\.continuous_position_bias_mlp\.", name)
+    }
+    assert undecayed == expected
+    assert any(dict(model.named_parameters())[name].ndim > 1 for name in undecayed)
+
+
 def test_recipes_by_name():
     assert recipe_for("auto", "convnext") == RECIPES["convnext"]
     assert recipe_for("auto", "swin") == recipe_for("auto", "resnet") == RECIPES["swin"]
-    assert recipe_for("swin", "convnext") == RECIPES["swin"]
-    with pytest.raises(ValueError, match="'sgd' is not known; known are auto, convnext, swin"):
+    assert recipe_for("swin", "convnext") == recipe_for("auto", "swinv2") == RECIPES["swin"]
+    assert recipe_for("auto", "convnextv2") == RECIPES["convnext"]
+    with pytest.raises(ValueError, match="'sgd' is not known; known are auto, convnext, swin, convnextv2"):
         recipe_for("sgd", "swin")
