@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -43,6 +44,14 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES = list(BACKBONES)
+VARIATIONS = ("convnextv2", "swinv2")
+"""Families that share most code with another family. `make test` leaves out their longest tests."""
+
+
+def with_exhaustive_variations(families: list[str]) -> list[Any]:
+    """Return the families as parameters of a test that `make test` leaves out for the variations."""
+    return [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in VARIATIONS)) for name in families]
+
 
 HEAD: dict[str, Any] = {"hidden_size": 24, "auxiliary_channels": 20, "num_labels": 7}
 

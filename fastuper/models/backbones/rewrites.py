@@ -596,7 +596,10 @@ def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
 
 
 def _can_train_swinv2(block: Swinv2Layer) -> bool:
-    return are_own(block, "intermediate", "output") and is_untouched(block.intermediate.intermediate_act_fn)
+    if not are_own(block, "intermediate", "output"):
+        return False
+    first, act, second = block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
+    return is_exactly(first, nn.Linear) and is_exactly(second, nn.Linear) and is_untouched(act, block.output.dropout)
 
 
 def _train_swinv2(

@@ -509,8 +509,9 @@ class SwinBackbone(Backbone):
         super().__init__(config, [config.embed_dim, *stages])
         self.embeddings = SwinEmbeddings(config)
         self.encoder = SwinEncoder(config, self.stage)
-        dims = zip(self.out_features, self.channels, strict=True) if config.norms_outputs else ()
-        self.hidden_states_norms = nn.ModuleDict({name: nn.LayerNorm(dim) for name, dim in dims})
+        if config.norms_outputs:
+            dims = zip(self.out_features, self.channels, strict=True)
+            self.hidden_states_norms = nn.ModuleDict({name: nn.LayerNorm(dim) for name, dim in dims})
 
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
