@@ -84,6 +84,10 @@ if hasattr(theirs, "SwinSelfAttention"):  # Transformers 4
     class SwinLayer(Accelerated, SwinSteps, theirs.SwinLayer, replaces=theirs.SwinLayer):
         """A block."""
 
+        def why_not(self) -> str:
+            """See `Accelerated.why_not`."""
+            return why_touched_inside(self, called=("layernorm_before",))
+
         def forward(
             self,
             hidden_states: torch.Tensor,
@@ -155,7 +159,7 @@ else:
 
         def why_not(self) -> str:
             """See `Accelerated.why_not`."""
-            if why := why_touched_inside(self):
+            if why := why_touched_inside(self, called=("layernorm_before",)):
                 return why
             name = self.attention.config._attn_implementation
             return "" if is_usual(name) else f"attention: its implementation is {name!r}"
