@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastuper import UnifiedPerceptualParsingConfig, UperNetConfig
+from fastuper import UperNetConfig
 from fastuper import UperNetForSemanticSegmentation as Segmentation
-from fastuper import UperNetForUnifiedPerceptualParsing as Parsing
-from fastuper.models.backbones.registry import layer_depths
 from fastuper.recipes import Recipe, parameter_groups
 from tests.models.heads import error, randomize
-from tests.models.test_parsing_configuration import LABELS, PARTS
 
 HEAD: dict[str, Any] = {"hidden_size": 8, "auxiliary_channels": 4, "num_labels": 5}
 SIZES = ((64, 96), (75, 53))
