@@ -51,13 +51,15 @@ def train_model(
         str | None,
         typer.Option(
             parser=not_empty,
-            metavar="NAME|FOLDER|HUB_ID",
+            metavar="NAME|FOLDER|HUB_ID|timm/NAME",
             help="Without --model: backbone of a new UPerNet. These names have random weights: convnext- and swin- "
             "with tiny, small, base, large; convnextv2- with atto, femto, pico, nano, tiny, base, large, huge; "
             "swinv2-tiny-, swinv2-small- and swinv2-base- with window8, window16; swinv2-base- and swinv2-large- with "
             "window12, window12to16, window12to24; resnet- with 18, 34, 50, 101, 50-deep-stem, "
             "101-deep-stem; vit-base-16, deit-small-16, deit-base-16, beit-base-16, beit-large-16, mae-base-16. "
-            "A checkpoint's folder, a Hub id and timm/NAME have pretrained weights.",
+            "These have pretrained weights: timm/NAME, any model of timm with four falling maps, and its vision "
+            "transformers (timm/vit_base_patch16_224.mae); the folder or Hub id (owner/name) of one of these families, "
+            "or of a model type of Transformers' AutoBackbone, such as facebook/dinov2-base.",
             show_default="convnext-tiny",
         ),
     ] = None,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from fastuper.data.samples import IGNORE_INDEX, DataError, checked_classes
 from fastuper.evaluation.loop import check_classes, classes_of
 from fastuper.io.hub import find_file
 from fastuper.io.messages import listed
+from fastuper.models.backbones.foreign import TIMM
 from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config
@@ -135,11 +138,13 @@ def build_model(
         id2label: the names of the data's classes.
         model: a UPerNet checkpoint's folder or Hub id; None builds a new UPerNet.
         backbone: the backbone of a new UPerNet: a name of `fastuper.recipes.BACKBONES` (random weights), a folder or
-            Hub id (the checkpoint's weights), or "timm/NAME" (timm's weights).
+            Hub id (the checkpoint's weights; any model type of ours or of Transformers' `AutoBackbone`), or "timm/NAME"
+            (timm's weights; NAME may have a tag, "vit_base_patch16_224.mae").
         hidden_size: channels of a new UPerNet's decode head; its auxiliary head has half as many.
         drop_path_rate: stochastic depth; None keeps the backbone's own rate.
         ignore_index: the label of ignored pixels.
-        image_size: the size (pixels, square) that the processor resizes to, unless the checkpoint has a processor.
+        image_size: the size (pixels, square) that the processor resizes to, unless the checkpoint has a processor. A
+            timm backbone that takes images of one size only is built for this size.
         notify: called with a line about the weights.
 
     Returns:
@@ -148,7 +153,8 @@ def build_model(
 
     Raises:
         OSError: a checkpoint cannot be loaded.
-        ValueError: the classes are the checkpoint's in another order, or the backbone has no `drop_path_rate`.
+        ValueError: the classes are the checkpoint's in another order; the backbone has no `drop_path_rate`, is of no
+            known name, or takes no images of `image_size`.
     """
     common: dict[str, Any] = {"id2label": id2label, "loss_ignore_index": ignore_index}
     heads: dict[str, Any] = {"hidden_size": hidden_size, "auxiliary_channels": hidden_size // 2}
@@ -169,6 +175,7 @@ def build_model(
         config = UperNetConfig(BACKBONES[backbone](), **common, **heads)
         notify(f"{backbone} starts with random weights")
     else:
+        _check_name(backbone)
         name = backbone.removeprefix("timm/")
         config = UperNetConfig(
             backbone=name, use_timm_backbone=name != backbone, use_pretrained_backbone=True, **common, **heads
@@ -176,7 +183,7 @@ def build_model(
     if drop_path_rate is not None:
         set_drop_path_rate(config, drop_path_rate)
     if model is None:
-        network: UperNetForSemanticSegmentation = UperNetForSemanticSegmentation(config)
+        network = _over_backbone(config, image_size, notify)
     else:
         loaded: Any = UperNetForSemanticSegmentation.from_pretrained(
             None if tensors else model,
@@ -200,6 +207,49 @@ def build_model(
     return network, UperNetImageProcessor(size={"height": image_size, "width": image_size})
 
 
+def _check_name(backbone: str) -> None:
+    """Refuse a name that is neither a folder, an id of a Hub repository ("owner/name") nor "timm/NAME"."""
+    if "/" in backbone or os.path.isdir(backbone):
+        return
+    close = get_close_matches(backbone, BACKBONES, 2)
+    if find_spec("timm"):
+        from timm import list_models
+
+        close += [f"timm/{name}" for name in get_close_matches(backbone, list_models(), 2)]
+    hint = f"like {listed(close, 4)}?" if close else f"names are {listed(BACKBONES, 5)}"
+    raise ValueError(
+        f"no backbone {backbone!r}, {hint} Give one of these names, a folder, a Hub id (owner/name) or timm/NAME"
+    )
+
+
+def _over_backbone(
+    config: UperNetConfig, image_size: int, notify: Callable[[str], None]
+) -> UperNetForSemanticSegmentation:
+    """Return a new UPerNet for images of one size; its backbone, if it takes only one size, is built for it.
+
+    Raises:
+        ValueError: the backbone takes no images of this size.
+    """
+    network: UperNetForSemanticSegmentation = UperNetForSemanticSegmentation(config)
+    largest = network.image_sizes.largest
+    kwargs = config.backbone_kwargs or {}
+    if largest not in (None, (image_size, image_size)) and config.use_timm_backbone and "img_size" not in kwargs:
+        config.backbone_kwargs = {**kwargs, "img_size": image_size}
+        try:
+            network = UperNetForSemanticSegmentation(config)
+        except ValueError as error:
+            assert largest is not None
+            raise ValueError(
+                f"{network.image_sizes.name} takes images of at most {largest[0]} x {largest[1]} pixels, and cannot be "
+                f"built for {image_size} x {image_size}: train with --crop {min(largest)} (image_size)"
+            ) from error
+        notify(f"{config.backbone} is built for images of {image_size} x {image_size} pixels and no larger")
+    padded = network.image_sizes.padded(image_size, image_size)
+    if padded != (image_size, image_size):
+        notify(f"images of {image_size} x {image_size} pixels are padded to {padded[0]} x {padded[1]} for the backbone")
+    return network
+
+
 def _read_checkpoint(
     model: str | os.PathLike[str],
 ) -> tuple[UperNetConfig, Mapping[str, torch.Tensor] | None]:
@@ -218,10 +268,10 @@ def set_drop_path_rate(config: UperNetConfig, rate: float) -> None:
     """Set the stochastic depth of a configuration's backbone, in place.
 
     Raises:
-        ValueError: the backbone's configuration has no `drop_path_rate`.
+        ValueError: the backbone's configuration has no `drop_path_rate`. timm's models refuse it when they are built.
     """
     backbone = config.backbone_config or named_backbone_config(config)
-    if not hasattr(backbone, "drop_path_rate"):
+    if backbone.model_type != TIMM and not hasattr(backbone, "drop_path_rate"):
         raise ValueError(
             f"the configuration of a {backbone.model_type} has no drop_path_rate; leave out --drop-path "
             "(drop_path_rate)"

@@ -200,8 +200,11 @@ def test_stochastic_depth_of_other_libraries_backbones(saved, tmp_path):
     found = config.backbone_config if saved else named_backbone_config(config)
     assert found.to_dict()["drop_path_rate"] == 0.25
     timm = UperNetConfig(backbone="resnet18", use_timm_backbone=True)
-    with pytest.raises(ValueError, match="a timm_backbone has no drop_path_rate; leave out --drop-path"):
-        set_drop_path_rate(timm, 0.25)
+    set_drop_path_rate(timm, 0.25)
+    assert named_backbone_config(timm).to_dict()["drop_path_rate"] == 0.25
+    without = UperNetConfig({"model_type": "hgnet_v2"})
+    with pytest.raises(ValueError, match="a hgnet_v2 has no drop_path_rate; leave out --drop-path"):
+        set_drop_path_rate(without, 0.25)
 
 
 @pytest.mark.usefixtures("tiny_backbone")

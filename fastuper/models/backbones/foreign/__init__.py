@@ -14,7 +14,7 @@ from fastuper.models.backbones.foreign.custom import CUSTOM, CustomBackbone, cus
 from fastuper.models.backbones.foreign.depths import count_layers, foreign_depth
 from fastuper.models.backbones.foreign.measuring import Maps, Sizes
 from fastuper.models.backbones.foreign.pyramids import measured_maps, neck_of
-from fastuper.models.backbones.foreign.timm import TIMM, TimmBackbone, arguments_for_timm
+from fastuper.models.backbones.foreign.timm import TIMM, TRAINING_ONLY, TimmBackbone, arguments_for_timm
 from fastuper.models.backbones.foreign.transformers import (
     NAMES,
     pretrained_transformers_backbone,
@@ -67,4 +67,6 @@ def is_only_here(values: Mapping[str, Any]) -> bool:
     """
     if values.get("neck", "none") != "none" or "output_fmt" in values:
         return True
-    return values.get("model_type") == TIMM and any(x is not None for x in arguments_for_timm(values).values())
+    if values.get("model_type") != TIMM:
+        return False
+    return any(x is not None and name not in TRAINING_ONLY for name, x in arguments_for_timm(values).items())

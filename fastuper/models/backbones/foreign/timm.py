@@ -45,6 +45,10 @@ FLEXIBLE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img
 """Arguments by which timm's models take images of other sizes than their own; the first that a model has is given."""
 
 
+TRAINING_ONLY = frozenset({"attn_drop_rate", "drop_path_rate", "drop_rate", "pos_drop_rate", "proj_drop_rate"})
+"""Arguments of timm's function without which a model computes the same in evaluation."""
+
+
 def arguments_for_timm(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a configuration that timm's function gets as they are, such as `img_size`."""
     return {
