@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from bench import script
-from bench.pairs import STAGES
+from bench.pairs import STAGES, randomize
 from fastuper.patch.accelerated import Accelerated
 from fastuper.scenes import ID2LABEL
 
@@ -23,7 +23,10 @@ BACKBONES = {
 def test_the_example_script_has_the_same_losses(kind, tmp_path):
     channels = {"convnext": 32, "swin": 64}[kind]
     head = {"hidden_size": 32, "auxiliary_channels": 16, "auxiliary_in_channels": channels, "num_labels": len(ID2LABEL)}
-    script.write_checkpoint(tmp_path / "checkpoint", BACKBONES[kind], 64, **head)
+    config = transformers.UperNetConfig(backbone_config=BACKBONES[kind], **head)
+    model = transformers.UperNetForSemanticSegmentation(config)
+    randomize(model)
+    script.write_checkpoint(tmp_path / "checkpoint", model, 64)
     plain, accelerated = (
         script.train(tmp_path / "checkpoint", tmp_path / f"run-{line}", line, steps=20, batch=2)
         for line in (False, True)
