@@ -11,10 +11,12 @@ TYPE_CHECKING = False  # not from `typing`, whose import would take most of this
 if TYPE_CHECKING:
     from fastuper.data.processor import BatchFeature, UperNetImageProcessor
     from fastuper.models.backbones.convnext import ConvNextConfig
+    from fastuper.models.backbones.convnextv2 import ConvNextV2Config
     from fastuper.models.backbones.resnet import ResNetConfig
     from fastuper.models.backbones.resnet_deep_stem import DeepStemResNetConfig
     from fastuper.models.backbones.swin import SwinConfig
     from fastuper.models.backbones.swin_timm import TimmSwinConfig
+    from fastuper.models.backbones.swinv2 import Swinv2Config
     from fastuper.models.backbones.vit import ViTPyramidConfig
     from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
     from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchFeature",
     "ConvNextConfig",
+    "ConvNextV2Config",
     "DeepStemResNetConfig",
     "ResNetConfig",
     "SwinConfig",
+    "Swinv2Config",
     "TimmSwinConfig",
     "UnifiedPerceptualParsingConfig",
     "UperNetConfig",
@@ -46,9 +50,11 @@ if not TYPE_CHECKING:  # a type checker takes every name for one of a module tha
         {
             "BatchFeature": "fastuper.data.processor",
             "ConvNextConfig": "fastuper.models.backbones.convnext",
+            "ConvNextV2Config": "fastuper.models.backbones.convnextv2",
             "DeepStemResNetConfig": "fastuper.models.backbones.resnet_deep_stem",
             "ResNetConfig": "fastuper.models.backbones.resnet",
             "SwinConfig": "fastuper.models.backbones.swin",
+            "Swinv2Config": "fastuper.models.backbones.swinv2",
             "TimmSwinConfig": "fastuper.models.backbones.swin_timm",
             "UnifiedPerceptualParsingConfig": "fastuper.models.parsing_configuration",
             "UperNetConfig": "fastuper.models.upernet_configuration",

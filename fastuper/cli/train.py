@@ -53,7 +53,9 @@ def train_model(
             parser=not_empty,
             metavar="NAME|FOLDER|HUB_ID",
             help="Without --model: backbone of a new UPerNet. These names have random weights: convnext- and swin- "
-            "with tiny, small, base, large; resnet- with 18, 34, 50, 101, 50-deep-stem, "
+            "with tiny, small, base, large; convnextv2- with atto, femto, pico, nano, tiny, base, large, huge; "
+            "swinv2-tiny-, swinv2-small- and swinv2-base- with window8, window16; swinv2-base- and swinv2-large- with "
+            "window12, window12to16, window12to24; resnet- with 18, 34, 50, 101, 50-deep-stem, "
             "101-deep-stem; vit-base-16, deit-small-16, deit-base-16, beit-base-16, beit-large-16, mae-base-16. "
             "A checkpoint's folder, a Hub id and timm/NAME have pretrained weights.",
             show_default="convnext-tiny",

@@ -123,6 +123,7 @@ BOUNDS: dict[str, Bound] = {
     "embed_dim": _whole(1, WIDEST),
     "num_heads": _whole(1, WIDEST, items=STAGES),
     "window_size": _whole(1, 64),
+    "pretrained_window_sizes": _whole(0, 64, items=STAGES),
     "mlp_ratio": Bound(kind=float, more_than=0, at_most=64),
     "encoder_stride": _whole(1, 65_536),
     "hidden_act": TEXT,

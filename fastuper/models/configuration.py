@@ -284,6 +284,7 @@ class Config(ConfigMethods):
             parts = (part for part in values.values() if isinstance(part, dict))
             values = next((part for part in parts if cls.reads(part.get("model_type"))), values)
         cls._check_file(path, values)
+        values = cls._from_file(values)
         try:
             config = cls.from_dict(values)
         except (AttributeError, TypeError, ValueError) as error:
@@ -318,6 +319,11 @@ class Config(ConfigMethods):
     def reads(cls, model_type: Any) -> bool:
         """Return whether a config.json with this `model_type` is of this class."""
         return model_type in (cls.model_type, *cls.other_model_types)
+
+    @classmethod
+    def _from_file(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of a config.json as the constructor takes them."""
+        return values
 
     @classmethod
     def _check_file(cls, path: Path, values: Mapping[str, Any]) -> None:
@@ -460,12 +466,15 @@ class ForeignBackboneConfig(Config):
 
     Args:
         model_type: "timm_backbone" (with the values `backbone`, a timm model's name, and `out_indices`), or a model
-            type of Transformers' `AutoBackbone`.
+            type of Transformers' `AutoBackbone`. Both may have the value `neck`, "transposed", "resized" or "none": the
+            neck over the maps of a vision transformer (`fastuper.models.backbones.foreign.pyramids`).
         **values: all other values of its configuration, unchanged.
     """
 
     def __init__(self, model_type: str, **values: Any):
         self.model_type = model_type  # type: ignore[misc]
+        self.reads_all_stages = False
+        self.layers: Any = None  # the layers of the backbone that was built of this, for layer-wise decay
         self.values = {name: plain(value) for name, value in values.items()}
         super().__init__()
         self.check()
@@ -474,6 +483,10 @@ class ForeignBackboneConfig(Config):
         """Check all values; see `Config.check`."""
         super().check()
         check_foreign_bounds(self.values)
+
+    def read_all_stages(self) -> None:
+        """Select four stages if none or only the last is selected; the backbone does so when it is built."""
+        self.reads_all_stages = True
 
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("values", {})

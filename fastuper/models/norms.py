@@ -8,16 +8,19 @@ import logging
 import torch
 from torch import nn
 
-from fastuper.models.untouched import is_exactly
+from fastuper.models.untouched import is_untouched
 from fastuper_kernels import fold_norm
 from fastuper_kernels.dispatch.modes import is_jit_tracing
 
 logger = logging.getLogger(__name__)
 
+FIXED_IN_EVALUATION: set[type[nn.Module]] = {nn.BatchNorm2d, nn.SyncBatchNorm}
+"""Classes of norms that are a scale and a shift in evaluation. `fastuper.patch` adds those of other libraries."""
+
 
 def is_fixed_norm(norm: nn.Module) -> bool:
     """Return True if a module is an untouched BatchNorm in evaluation with gradients off: a fixed scale and shift."""
-    if not is_exactly(norm, nn.BatchNorm2d):
+    if type(norm) not in FIXED_IN_EVALUATION or not is_untouched(norm):
         return False
     # `torch.jit.trace` traces with the caller's gradients, and again without gradients to check the first trace.
     return not (norm.training or norm.running_var is None or torch.is_grad_enabled() or is_jit_tracing())

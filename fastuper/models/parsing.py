@@ -11,7 +11,6 @@ from torch import nn
 
 from fastuper.data.parsing_labels import WITH_BACKGROUND, known_tasks
 from fastuper.io.bounds import plain
-from fastuper.models.backbones import build_backbone
 from fastuper.models.heads.parsing import ParsingHead
 from fastuper.models.inputs import TargetSizes, check_pixels, check_target_sizes
 from fastuper.models.label_maps import class_map, part_map
@@ -59,8 +58,7 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
     def __init__(self, config: UnifiedPerceptualParsingConfig | Mapping[str, Any], backbone: nn.Module | None = None):
         super().__init__()
         self.config = parsing_config_from(config)
-        self.backbone = build_backbone(self.config.backbone_config, backbone)
-        self.decode_head = ParsingHead(self.config, self.backbone.channels)
+        self.decode_head = ParsingHead(self.config, self._add_backbone(backbone))
         self._complete()
 
     @classmethod
@@ -134,7 +132,8 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
             return_dict: whether to return an output object (True) or its tuple; the configuration's value if None.
 
         Returns:
-            `ParsingOutput`. Logits of maps have the size of the first feature map. Losses have the logits' dtype
+            `ParsingOutput`. Logits of maps have the size of the first feature map; of images that the backbone needs
+            padded, the images' size. Losses have the logits' dtype
             (float32 under autocast).
 
         Raises:
@@ -151,7 +150,7 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
         )
 
         maps, hidden_states, attentions = self._features(pixel_values, output_hidden_states, output_attentions)
-        logits = self.decode_head(maps, tasks)
+        logits = self._logits(maps, pixel_values.shape[2:], tasks)
         losses = {} if targets is None else parsing_losses(logits, targets, config)
         loss: Any = sum(config.loss_weights[task] * term for task, term in losses.items()) if losses else None
         terms = {f"{task}_loss": term for task, term in losses.items()}
@@ -211,7 +210,7 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
         run = known_tasks({*tasks, *(("object",) if "part" in tasks else ())}, config.tasks)
         dtypes = {task: _label_dtype(task, len(config.labels[task]), dtype) for task in run if task != "scene"}
 
-        found = [self.decode_head(self._features(scale, False, False)[0], run) for scale in scales]
+        found = [self._logits(self._features(scale, False, False)[0], scale.shape[2:], run) for scale in scales]
         logits = {task: [by_task[task] for by_task in found] for task in run}
         del found
         # Images of one target size are done in one call.
@@ -229,6 +228,11 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
             Parsing(scene, **{name: own[task] for name, task in names.items() if task in tasks})
             for scene, own in zip(scenes, maps, strict=True)
         ]
+
+    def _logits(self, maps: Any, size: torch.Size, tasks: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the logits of the tasks; those of maps cropped to images of `size`, if the images were padded."""
+        logits = self.decode_head(maps, tasks)
+        return {task: x if x.ndim == 2 else self._cropped(x, size) for task, x in logits.items()}
 
     def _label_maps(
         self,

@@ -42,7 +42,7 @@ class PyramidConfig(Config):
     @backbone_config.setter
     def backbone_config(self, config: Any) -> None:
         self._backbone_config = config = None if config is None else backbone_config_from(config)
-        if isinstance(config, BackboneConfig) and self._reads_all_stages:
+        if config is not None and self._reads_all_stages:
             config.read_all_stages()
 
     @property

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from fastuper.models.backbones import Backbone
-from fastuper.models.backbones.foreign import custom_config
+from fastuper.models.backbones import Backbone, build_backbone
+from fastuper.models.backbones.foreign import Sizes, custom_config, measured_maps, neck_of
 from fastuper.models.backbones.layers import initialize_tensor
 from fastuper.models.gradient_checkpointing import Checkpointed, GradientCheckpointingMixin, checkpointed
 from fastuper.models.model_methods import children_first, own_tensors
@@ -25,11 +26,18 @@ OF_THE_BACKBONE = ("backbone_config", "backbone", "backbone_kwargs", "use_timm_b
 class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
     """Base of the models with a `backbone` and a `decode_head` over its maps.
 
-    A subclass is built by `cls(config, backbone=None)`. Its constructor sets `config`, `backbone` and the heads, and
-    then calls `_complete`.
+    A subclass is built by `cls(config, backbone=None)`. Its constructor sets `config`, calls `_add_backbone`, sets the
+    heads, and then calls `_complete`.
+
+    Attributes:
+        backbone: its `forward(pixel_values)` returns `feature_maps`.
+        neck: makes levels of a vision transformer's maps; None for other backbones, and for ours, which have their own.
+        image_sizes: the sizes of images that the backbone takes; all others are padded.
     """
 
     decode_head: Any
+    neck: Any
+    image_sizes: Sizes
 
     @classmethod
     def over(
@@ -70,6 +78,16 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
     def __init__(self, config: Any = None, backbone: nn.Module | None = None):
         super().__init__()
 
+    def _add_backbone(self, module: nn.Module | None) -> list[int]:
+        """Build the backbone of the configuration, or take a user's module; return the channels of the maps."""
+        self.backbone = build_backbone(self.config.backbone_config, module)
+        self.neck = neck_of(self.backbone)
+        maps = measured_maps(self.backbone)
+        self.image_sizes = Sizes() if maps is None else maps.sizes
+        if self.neck is not None:
+            return self.neck.channels
+        return self.backbone.channels if maps is None else list(maps.channels)
+
     def _complete(self) -> None:
         """Fill the heads with initial values and prepare the model for use; the end of a subclass's constructor."""
         self.register_load_state_dict_pre_hook(rename_on_load)
@@ -91,7 +109,8 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
         )
 
     def _features(self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool) -> Any:
-        """Return the backbone's feature maps, hidden states and attentions."""
+        """Return feature maps, the backbone's hidden states and attentions, of images padded to `image_sizes`."""
+        pixel_values = self.image_sizes.pad(pixel_values)
         call = partial(
             # A backbone of Transformers drops unknown arguments in this method.
             getattr(self.backbone, "forward_with_filtered_kwargs", self.backbone),
@@ -103,7 +122,22 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
             output = checkpointed(call, self.backbone, pixel_values)
         else:
             output = call(pixel_values)
-        return output.feature_maps, output.hidden_states, output.attentions
+        maps = output.feature_maps if self.neck is None else self.neck(output.feature_maps)
+        return maps, output.hidden_states, output.attentions
+
+    def _cropped(self, logits: torch.Tensor, size: Sequence[int], align_corners: bool = False) -> torch.Tensor:
+        """Return the logits of images that were padded, resampled to the padded size and cropped to `size`.
+
+        If the images were not padded, the logits (B, num_labels, h, w) are returned as they are.
+        """
+        if not all(type(side) is int for side in size):
+            return logits
+        height, width = size
+        padded = self.image_sizes.padded(height, width)
+        if padded == (height, width):
+            return logits
+        full = F.interpolate(logits.contiguous(), padded, mode="bilinear", align_corners=align_corners)
+        return full[:, :, :height, :width].contiguous()
 
     @torch.no_grad()
     def initialize(self, names: set[str] | None = None, *, keep_unknown: bool = False) -> None:

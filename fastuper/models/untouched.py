@@ -16,13 +16,16 @@ from fastuper_kernels.dispatch.torch_private import (
     parameters_of,
 )
 
+KNOWN: set[type[nn.Module]] = set()
+"""Classes of other libraries whose `forward` this library knows; `fastuper.patch` adds them."""
+
 
 def is_untouched(*modules: nn.Module) -> bool:
     """Return True if no hook, subclass or parametrization changes these modules. Their children are not checked.
 
     A module is touched in these cases. A hook is registered on it or on all modules. Its instance has another
-    `forward`. Its class is neither PyTorch's nor this library's. It has parametrizations. One of its parameters is not
-    an ordinary tensor (it is quantised, for example).
+    `forward`. Its class is neither PyTorch's nor this library's, nor in `KNOWN`. It has parametrizations. One of its
+    parameters is not an ordinary tensor (it is quantised, for example).
     """
     return not any(touched_by(module) for module in modules)
 
@@ -32,7 +35,7 @@ def touched_by(module: nn.Module) -> str:
     kind = type(module)
     if has_global_hooks():
         return "a hook is registered on all modules"
-    if kind.__module__.split(".")[0] not in ("torch", "fastuper"):
+    if kind.__module__.split(".")[0] not in ("torch", "fastuper") and kind not in KNOWN:
         return f"its class is {kind.__name__} of {kind.__module__.split('.')[0]}"
     if "parametrizations" in children_of(module):
         return "it has parametrizations"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.io.messages import listed
-from fastuper.models.backbones import Backbone, build_backbone
+from fastuper.models.backbones import Backbone
 from fastuper.models.backbones.foreign import pretrained_transformers_backbone
 from fastuper.models.backbones.registry import checkpoint_names
 from fastuper.models.cuda_graph import CapturedFunction
@@ -56,6 +56,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
 
     Attributes:
         backbone: its `forward(pixel_values)` returns `feature_maps`.
+        neck: makes levels of the maps of a vision transformer of timm or Transformers; None for other backbones.
         decode_head: the UPerNet head, from feature maps to logits at stride 4.
         auxiliary_head: the auxiliary head; None if `config.use_auxiliary_head` is False.
         align_corners: of the resampling (bilinear) of logits, the auxiliary head's too, to the images' or labels' size.
@@ -72,8 +73,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
         super().__init__()
         given = upernet_config_from(config)
         self.config = _with_backbone_config(given)
-        self.backbone = build_backbone(self.config.backbone_config, backbone)
-        channels = self.backbone.channels
+        channels = self._add_backbone(backbone)
         self.decode_head = UperNetHead(self.config, channels)
         self.auxiliary_head = FCNHead(self.config, channels) if self.config.use_auxiliary_head else None
         self.align_corners = self.config.aligns_output
@@ -133,8 +133,8 @@ class UperNetForSemanticSegmentation(PyramidModel):
 
         size = pixel_values.shape[2:]
         maps, hidden_states, attentions = self._features(pixel_values, output_hidden_states, output_attentions)
-        coarse = self.decode_head(maps)
-        loss = None if labels is None else self._loss(coarse, maps, labels, num_items_in_batch)
+        coarse = self._cropped(self.decode_head(maps), size, self.align_corners)
+        loss = None if labels is None else self._loss(coarse, maps, size, labels, num_items_in_batch)
         if labels is None and self.auxiliary_head is not None and is_hooked_inside(self.auxiliary_head):
             self.auxiliary_head(maps)  # for its hooks
         del maps  # their memory is free while the logits are resampled to full size
@@ -212,9 +212,9 @@ class UperNetForSemanticSegmentation(PyramidModel):
         return CapturedFunction(self, logits if target_size is None else labels, pixel_values)
 
     def _coarse_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the logits at the size of the finest feature map."""
+        """Return the logits at the size of the finest feature map; of padded images, at the images' size."""
         maps, _, _ = self._features(pixel_values, False, False)
-        return self.decode_head(maps)
+        return self._cropped(self.decode_head(maps), pixel_values.shape[2:], self.align_corners)
 
     def _full_size(self, coarse: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """Return logits (B, num_labels, h, w) resampled to `size`, contiguous."""
@@ -241,13 +241,19 @@ class UperNetForSemanticSegmentation(PyramidModel):
         }
 
     def _loss(
-        self, coarse: torch.Tensor, maps: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+        self,
+        coarse: torch.Tensor,
+        maps: Any,
+        size: torch.Size,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """Return the loss of the head's logits at stride 4, plus that of the auxiliary head on the feature maps."""
         loss = self._cross_entropy(coarse, labels, num_items_in_batch)
         if self.auxiliary_head is None:
             return loss
-        auxiliary_loss = self._cross_entropy(self.auxiliary_head(maps), labels, num_items_in_batch)
+        auxiliary = self._cropped(self.auxiliary_head(maps), size, self.align_corners)
+        auxiliary_loss = self._cross_entropy(auxiliary, labels, num_items_in_batch)
         return loss + self.config.auxiliary_loss_weight * auxiliary_loss
 
     def _cross_entropy(

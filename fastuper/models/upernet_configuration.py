@@ -10,7 +10,8 @@ from typing import Any
 from fastuper.io.files import read_json
 from fastuper.io.hub import CONFIG_NAME, find_file
 from fastuper.io.messages import listed, shown
-from fastuper.models.backbones.foreign import TIMM
+from fastuper.models.backbones.foreign import TIMM, is_only_here
+from fastuper.models.backbones.registry import FAMILIES
 from fastuper.models.backbones.resnet import ResNetConfig
 from fastuper.models.configuration import BackboneConfig, ForeignBackboneConfig, as_list, overridden
 from fastuper.models.pyramid_configuration import MARK, PyramidConfig, as_dict, backbone_config_from
@@ -122,6 +123,10 @@ class UperNetConfig(PyramidConfig):
         self.backbone_config = backbone_config
 
     @classmethod
+    def _from_file(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return _of_transformers(values)
+
+    @classmethod
     def _check_file(cls, path: Path, values: Mapping[str, Any]) -> None:
         """Refuse another kind of model, options that Transformers would overlook, and a folder outside the file's."""
         super()._check_file(path, values)
@@ -144,9 +149,9 @@ class UperNetConfig(PyramidConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return all values, in types that JSON supports.
 
-        Options that Transformers lacks are left out at their defaults. With another value of one, "model_type" is
-        "fastuper_upernet" and the backbone's begins with "fastuper_": Transformers refuses both, and cannot load
-        another network than this.
+        Options that Transformers lacks are left out at their defaults. With another value of one, and over a backbone
+        that Transformers would read as another network (`is_only_here`), "model_type" is "fastuper_upernet" and the
+        backbone's begins with "fastuper_": Transformers refuses both, and cannot load another network than this.
         """
         return _marked(super().to_dict())
 
@@ -175,15 +180,34 @@ def upernet_config_from(config: Any) -> UperNetConfig:
         raise TypeError(f"expected a UperNetConfig, ours or Transformers', got {type(config).__name__}")
     if fault := _overlooked(values):
         raise ValueError(fault)
-    return UperNetConfig.from_dict(values)
+    return UperNetConfig.from_dict(_of_transformers(values))
+
+
+def _of_transformers(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration; of one that Transformers has written, without a neck that it lacks.
+
+    In Transformers the heads read the maps of a vision transformer as they are, and a checkpoint has no neck. Where
+    Transformers can build no network (the auxiliary head reads the third map), the backbone is read as one of ours.
+    """
+    backbone = values.get("backbone_config")
+    given = values.get("backbone_kwargs") if backbone is None else backbone
+    given = dict(given) if isinstance(given, Mapping) else {}
+    named = given.get("out_features") or given.get("out_indices") or [None]
+    is_built = not values.get("use_auxiliary_head", True) or not isinstance(named, Sequence) or len(named) >= 3
+    if "transformers_version" not in values or given.get("model_type") in FAMILIES or "neck" in given or not is_built:
+        return values
+    if backbone is not None:
+        return {**values, "backbone_config": {**given, "neck": "none"}}
+    return {**values, "backbone_kwargs": {**given, "neck": "none"}} if values.get("backbone") else values
 
 
 def _marked(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a config.json without options at their defaults, and with model types by `to_dict`."""
     values = {name: value for name, value in values.items() if name not in OPTIONS or value != OPTIONS[name]}
-    if OPTIONS.keys().isdisjoint(values):
-        return values
     backbone = values.get("backbone_config")
+    is_ours = backbone is None or backbone["model_type"] in FAMILIES
+    if OPTIONS.keys().isdisjoint(values) and (is_ours or not is_only_here(backbone)):
+        return values
     if backbone is not None:
         values["backbone_config"] = {**backbone, "model_type": MARK + backbone["model_type"]}
     return {**values, "model_type": WITH_OPTIONS}
@@ -214,5 +238,7 @@ def named_backbone_config(config: UperNetConfig) -> BackboneConfig | ForeignBack
         raise FileNotFoundError(f"backbone={config.backbone!r} has no {CONFIG_NAME}")
     saved = backbone_config_from(read_json(path))
     if isinstance(saved, BackboneConfig):
+        if overrides.get("neck") == "none" and not hasattr(saved, "neck"):  # of a checkpoint of Transformers
+            overrides = {name: value for name, value in overrides.items() if name != "neck"}
         return type(saved).from_dict(saved.to_dict(), **overrides)
     return ForeignBackboneConfig(saved.model_type, **overridden(saved.values, overrides))

@@ -8,6 +8,7 @@ accelerated module can be pickled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +28,8 @@ class Accelerated(nn.Module):
     """
 
     replaces: ClassVar[type[nn.Module]]
+    is_shown: ClassVar[bool] = True
+    """False for a part of a block that has no faster way of its own: `explain` shows no row of it."""
 
     def __init_subclass__(cls, replaces: type[nn.Module] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -42,15 +45,19 @@ class Accelerated(nn.Module):
         return why_touched_inside(self)
 
 
-def why_touched_inside(block: nn.Module) -> str:
+def why_touched_inside(block: nn.Module, called: Sequence[str] = ()) -> str:
     """Return the first touched module inside a block, and what touched it, in words; "" if there is none.
 
     A module inside that has a faster way of its own is left out, with its children.
+
+    Args:
+        block: the block.
+        called: names of children that are left out: the block calls them, and needs no faster way for them.
     """
-    pending = list(block.named_children())
+    pending = [(name, part) for name, part in block.named_children() if name not in called]
     while pending:
         name, part = pending.pop(0)
-        if isinstance(part, Accelerated | FusedConv):
+        if isinstance(part, FusedConv) or (isinstance(part, Accelerated) and part.is_shown):
             continue
         if why := touched_by(part):
             return f"{name}: {why}"

@@ -16,7 +16,15 @@ from fastuper.models.untouched import touched_by
 from fastuper.patch.accelerated import MODELS, REPLACEMENTS, Accelerated, KnownModel, why_touched_inside
 
 FILES = {
+    "transformers.models.convnext": "fastuper.patch.convnext",
+    "transformers.models.resnet": "fastuper.patch.resnet",
+    "transformers.models.swin": "fastuper.patch.swin",
     "transformers.models.upernet": "fastuper.patch.transformers",
+    "transformers.models.beit": "fastuper.patch.beit",
+    "transformers.models.data2vec": "fastuper.patch.data2vec",
+    "segmentation_models_pytorch.decoders.upernet": "fastuper.patch.smp",
+    "mmseg.models": "fastuper.patch.mmseg",
+    "timm.models.convnext": "fastuper.patch.timm",
 }
 """The file of this folder that replaces the classes of a package; it is imported when a model has such a class."""
 
@@ -168,6 +176,8 @@ def _rows(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
 
 def _state(part: nn.Module) -> tuple[str, str] | None:
     """Return the state of a part of a model, and the reason; None for a part that no row shows."""
+    if not getattr(REPLACEMENTS.get(type(part), part), "is_shown", True):
+        return None
     if type(part) in REPLACEMENTS:
         return "as it is", "call fastuper.accelerate(model)"
     if isinstance(part, Accelerated):

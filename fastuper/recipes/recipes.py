@@ -35,6 +35,8 @@ RECIPES = {
     "convnext": Recipe(learning_rate=1e-4, weight_decay=0.05, layer_decay=0.9),
     # https://arxiv.org/abs/2103.14030.
     "swin": Recipe(learning_rate=6e-5, weight_decay=0.01),
+    # The authors trained with ConvNeXt's code, and published no other values.
+    "convnextv2": Recipe(learning_rate=1e-4, weight_decay=0.05, layer_decay=0.9),
     # The authors', for BEiT-B, BEiT-L, and BEiT-B without fine-tuning as a classifier:
     # https://github.com/microsoft/unilm/tree/master/beit/semantic_segmentation/configs/beit/upernet.
     "beit": Recipe(learning_rate=3e-5, weight_decay=0.05, layer_decay=0.9),
@@ -44,6 +46,19 @@ RECIPES = {
     "mae": Recipe(learning_rate=1e-4, weight_decay=0.05, layer_decay=0.65),
 }
 """The recipes by name."""
+
+UNDECAYED = (
+    "relative_position_bias_table",
+    "position_embeddings",
+    "absolute_pos_embed",
+    "pos_embed",
+    "cls_token",
+    "logit_scale",
+)
+"""Ends of the names of parameters without weight decay, besides those of one dimension."""
+
+UNDECAYED_MODULES = ("grn", "continuous_position_bias_mlp", "cpb_mlp")
+"""Names of modules whose parameters have no weight decay."""
 
 
 def recipe_for(name: str, backbone_config: Any) -> Recipe:
@@ -101,9 +116,14 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Return True if a parameter has weight decay: not in norms, biases, LayerScale, tokens, positions and tables."""
-    tables = ("relative_position_bias_table", "position_embeddings", "absolute_pos_embed", "pos_embed", "cls_token")
-    return parameter.ndim > 1 and not name.endswith(tables)
+    """Return True if a parameter has weight decay.
+
+    Norms (ConvNeXt V2's GRN too), biases, LayerScale, tokens, position embeddings and tables have none, nor have Swin V2's
+    factors of cosines and its networks that compute the biases of positions.
+    """
+    if any(part in UNDECAYED_MODULES for part in name.split(".")):
+        return False
+    return parameter.ndim > 1 and not name.endswith(UNDECAYED)
 
 
 def learning_rate_scale(name: str, layer_decay: float, backbone_config: Any) -> float:

@@ -26,7 +26,7 @@ from fastuper.weights.families import (
     stages_of,
     swin_values,
 )
-from fastuper.weights.mmseg_backbones import BackboneDialect, BackbonePart, Settings, integers, split
+from fastuper.weights.mmseg_backbones import BackboneDialect, BackbonePart, Settings, grn_rules, integers, split
 from fastuper.weights.transformers import OUTPUT_NORMS
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -45,13 +45,14 @@ QKV = ("query", "key", "value")
 """The parts of a layer "qkv", in their order."""
 
 NOT_SWIN = (
-    (r"\.(logit_scale|cpb_mlp|q_bias|v_bias|relative_coords_table)\b", "is of a Swin V2, and fastuper's is Swin V1"),
+    (
+        r"\.(logit_scale|cpb_mlp|q_bias|v_bias|relative_coords_table)\b",
+        "is of a Swin V2, and only Transformers' checkpoints of Swin V2 are read",
+    ),
     (r"\.spatial_mlp\.", "is of a Swin-MLP, which has no attention"),
     (r"\b_?moe_|\.experts\b", "is of a Swin-MoE, a mixture of experts"),
 )
 """Names of other networks, and what they show."""
-
-NOT_CONVNEXT = ((r"\.grn\.", "is of GRN, which ConvNeXt V2 has, and fastuper's is ConvNeXt V1"),)
 
 SHIFTS = (
     "every second block shifts its windows, as in the authors' UPerNets; the classifier does not shift where a map is "
@@ -99,12 +100,15 @@ def swin_rules(
     return [*rules, Rule(r".*\.(relative_position_index|attn_mask)", (), COMPUTED)]
 
 
-def convnext_pairs(stages: int) -> Iterator[tuple[str, str]]:
-    """Yield the names of a ConvNeXt's tensors, the authors' and ours."""
-    yield "downsample_layers.0.0.*", "embeddings.patch_embeddings.*"
-    yield "downsample_layers.0.1.*", "embeddings.layernorm.*"
+def convnext_rules(stages: int) -> list[Rule]:
+    """Return the rules of a ConvNeXt's tensors, V1's or V2's, in the authors' names."""
+    rules = [
+        named("downsample_layers.0.0.*", "embeddings.patch_embeddings.*"),
+        named("downsample_layers.0.1.*", "embeddings.layernorm.*"),
+        *grn_rules(r"stages\.(\d{1,3})\.(\d{1,3})\."),
+    ]
     for stage in range(1, stages):
-        yield f"downsample_layers.{stage}.#.*", f"encoder.stages.{stage}.downsampling_layer.#.*"
+        rules.append(named(f"downsample_layers.{stage}.#.*", f"encoder.stages.{stage}.downsampling_layer.#.*"))
     for theirs, ours in (
         ("dwconv.*", "dwconv.*"),
         ("norm.*", "layernorm.*"),
@@ -112,7 +116,8 @@ def convnext_pairs(stages: int) -> Iterator[tuple[str, str]]:
         ("pwconv2.*", "pwconv2.*"),
         ("gamma", "layer_scale_parameter"),
     ):
-        yield f"stages.#.#.{theirs}", f"encoder.stages.#.layers.#.{ours}"
+        rules.append(named(f"stages.#.#.{theirs}", f"encoder.stages.#.layers.#.{ours}"))
+    return rules
 
 
 # Classifiers ----------------------------------------------------------------------------------------------------------
@@ -148,14 +153,13 @@ def convert_swin_classifier(source: Source, choices: Choices) -> Conversion:
 
 
 def convert_convnext_classifier(source: Source, choices: Choices) -> Conversion:
-    """Convert a classifier of facebookresearch/ConvNeXt to a backbone.
+    """Convert a classifier of facebookresearch/ConvNeXt or ConvNeXt-V2 to a backbone.
 
     Raises:
-        CheckpointError: it is another network (ConvNeXt V2), or its tensors disagree.
+        CheckpointError: it is another network, or its tensors disagree.
     """
     tensors, place = source.tensors, source.place
-    refuse(tensors, NOT_CONVNEXT, place)
-    rules = [named(*pair) for pair in convnext_pairs(stages_of(tensors, r"stages\.(\d{1,2})\."))]
+    rules = convnext_rules(stages_of(tensors, r"stages\.(\d{1,2})\."))
     translated = translate(tensors, [*rules, Rule(r"(norm|head)\.(weight|bias)", (), HEAD)], place)
     config = convnext_values(translated.tensors, place)
     return Conversion(
@@ -270,13 +274,12 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
     Raises:
         CheckpointError: it is a ConvNeXt that ours cannot be, or its tensors disagree.
     """
-    refuse(tensors, NOT_CONVNEXT, place, prefix)
     stages = stages_of(tensors, r"stages\.(\d{1,2})\.")
     every = list(range(stages))
     # The network has a norm for each stage, of which those in out_indices are used.
     known = (integers(settings, "out_indices", place) or every) if settings else None
     returned = choices.settle("out_indices", known, every)
-    rules = [named(*pair) for pair in convnext_pairs(stages)]
+    rules = convnext_rules(stages)
     for stage in every:
         target, unused = (
             f"{OUTPUT_NORMS}stage{stage + 1}.*",
@@ -287,7 +290,7 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
     config = convnext_values(translated.tensors, place)
     config["out_features"] = [f"stage{i + 1}" for i in returned]
     for name in ("drop_path_rate", "layer_scale_init_value"):
-        if name in settings and (name == "drop_path_rate" or config[name]):
+        if name in settings and (name == "drop_path_rate" or config.get(name)):
             config[name] = settings[name]
     return BackbonePart(config, translated, "ConvNeXt of its authors")
 

@@ -16,7 +16,7 @@ import torch
 from fastuper.io.messages import listed, shown
 from fastuper.weights.conversion import Choices, Rule
 from fastuper.weights.errors import CheckpointError
-from fastuper.weights.mmseg_backbones import ratio
+from fastuper.weights.mmseg_backbones import convnext_kind, ratio
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -52,7 +52,7 @@ def refuse(names: Iterable[str], table: Sequence[tuple[str, str]], place: str, p
 
     Args:
         names: names in the file, without `prefix`.
-        table: pairs of a regular expression and what such a tensor shows ("is of GRN, which only ConvNeXt V2 has").
+        table: pairs of a regular expression and what such a tensor shows ("is of a Swin V2").
         place: the file, for the message.
         prefix: the beginning of the names in the file.
     """
@@ -126,13 +126,12 @@ def convnext_values(tensors: Tensors, place: str) -> dict[str, Any]:
             )
     _check_pairs(tensors, place)
     return {
-        "model_type": "convnext",
+        **convnext_kind(tensors, _scale(tensors, place), place),
         "num_channels": channels,
         "patch_size": 4,
         "num_stages": len(depths),
         "hidden_sizes": sizes,
         "depths": depths,
-        "layer_scale_init_value": _scale(tensors, place),
         "out_features": _stages(depths),
     }
 

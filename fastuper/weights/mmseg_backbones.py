@@ -1,4 +1,4 @@
-"""mmsegmentation's backbones: Swin, ConvNeXt (of mmpretrain and mmcls), ResNet, ResNetV1c and ResNetV1d.
+"""mmsegmentation's backbones: Swin, ConvNeXt V1 and V2 (of mmpretrain and mmcls), ResNet, ResNetV1c and ResNetV1d.
 
 Names are those of mmsegmentation 0.x and 1.x, which are the same. A converter takes the tensors of `backbone.` without
 that prefix, and gives them the names of our backbone module.
@@ -226,7 +226,7 @@ def convert_swin(tensors: Tensors, settings: Settings, choices: Choices, place: 
             "windows as large as the map; mmsegmentation's own SwinTransformer can be converted"
         )
     if any(name.startswith("stages.0.blocks.0.attn.w_msa.") and "logit_scale" in name for name in tensors):
-        raise CheckpointError(f"{place}: its backbone is a Swin V2; it cannot be converted: fastuper's is Swin V1")
+        raise CheckpointError(f"{place}: its backbone is a Swin V2; only Transformers' Swin V2 is read")
     width, channels, *patch = shape(tensors, "patch_embed.projection.weight", 4, place, prefix)
     if "patch_embed.norm.weight" not in tensors:
         raise CheckpointError(
@@ -368,16 +368,49 @@ def _as_linear(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.flatten(1) if tuple(tensor.shape[2:]) == (1, 1) else tensor]
 
 
+def grn_rules(block: str, weight: str = "gamma", bias: str = "beta") -> list[Rule]:
+    """Return the rules of ConvNeXt V2's GRN. Its vectors may be (C,) in a dialect; ours are (1, 1, 1, C).
+
+    Args:
+        block: a regular expression for the name of a block's module that has the GRN, with its dot. Its two groups are
+            the numbers of the stage and of the block.
+        weight: the dialect's name of the weight.
+        bias: the dialect's name of the bias.
+    """
+    return [
+        Rule(
+            rf"{block}grn\.{theirs}",
+            (rf"encoder.stages.\1.layers.\2.grn.{ours}",),
+            change=lambda vector: [vector.reshape(1, 1, 1, -1)],
+        )
+        for theirs, ours in ((weight, "weight"), (bias, "bias"))
+    ]
+
+
+def convnext_kind(tensors: Tensors, scale: float, place: str) -> dict[str, Any]:
+    """Return the values that differ between ConvNeXt V1 and V2: the model type, and V1's initial LayerScale.
+
+    Args:
+        tensors: the translated tensors.
+        scale: the initial value of LayerScale; 0 if there is none.
+        place: the file, for the message.
+
+    Raises:
+        CheckpointError: the blocks have GRN and LayerScale.
+    """
+    if not any(".grn." in name for name in tensors):
+        return {"model_type": "convnext", "layer_scale_init_value": scale}
+    if scale:
+        raise CheckpointError(f"{place}: its blocks have GRN and LayerScale, and those of ConvNeXt V2 have GRN alone")
+    return {"model_type": "convnextv2"}
+
+
 def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, place: str, prefix: str) -> BackbonePart:
     """Convert the ConvNeXt of mmpretrain or mmcls.
 
     Raises:
         CheckpointError: it is a ConvNeXt that ours cannot be, or its tensors disagree.
     """
-    if any(".grn." in name for name in tensors):
-        raise CheckpointError(
-            f"{place}: its backbone is a ConvNeXt V2 (with GRN); it cannot be converted: fastuper's is ConvNeXt V1"
-        )
     check_norm(settings, ("LN2d",), 1e-6, place, "its ConvNeXt")
     depths = counts(tensors, r"stages\.(\d{1,2})\.(\d{1,3})\.")
     _, channels, *patch = shape(tensors, "downsample_layers.0.0.weight", 4, place, prefix)
@@ -387,14 +420,12 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
     scaled = "stages.0.0.gamma" in tensors
     returned = sorted(int(match[1]) for name in tensors if (match := re.fullmatch(r"norm(\d{1,2})\.weight", name)))
     config: dict[str, Any] = {
-        "model_type": "convnext",
         "num_channels": channels,
         "patch_size": patch[0],
         "num_stages": len(depths),
         "hidden_sizes": sizes,
         "depths": depths,
         "hidden_act": activation(settings, place, "its ConvNeXt"),
-        "layer_scale_init_value": settings.get("layer_scale_init_value", 1e-6) if scaled else 0.0,
         "drop_path_rate": settings.get("drop_path_rate", 0.0),
         "out_features": [f"stage{i + 1}" for i in choices.settle("out_indices", returned, None)],
     }
@@ -413,9 +444,12 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
             _as_linear,
         ),
         Rule(rf"{block}gamma", (rf"{ours}layer_scale_parameter",)),
+        *grn_rules(block),
         *(Rule(rf"norm{i}\.(weight|bias)", (rf"hidden_states_norms.stage{i + 1}.\1",)) for i in range(len(depths))),
     ]
-    return BackbonePart(config, translate(tensors, rules, place, prefix), "ConvNeXt")
+    translated = translate(tensors, rules, place, prefix)
+    scale = settings.get("layer_scale_init_value", 1e-6) if scaled else 0.0
+    return BackbonePart({**convnext_kind(translated.tensors, scale, place), **config}, translated, "ConvNeXt")
 
 
 # ResNet ---------------------------------------------------------------------------------------------------------------

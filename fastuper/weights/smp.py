@@ -73,7 +73,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
     encoder = {name.removeprefix("encoder."): t for name, t in bare.items() if name.startswith("encoder.")}
     others = {name: tensor for name, tensor in bare.items() if not name.startswith("encoder.")}
     part = _convert_encoder(encoder, settings, choices, place, prefix + "encoder.")
-    own_norms = part.config["model_type"] == "convnext"
+    own_norms = part.config["model_type"] in ("convnext", "convnextv2")
     head = translate(others, _head_rules(own_norms), place, prefix)
     _check_norms(head.tensors, place)
     classes, width = _shape(head.tensors, "decode_head.classifier.weight", place)[:2]

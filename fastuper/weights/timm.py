@@ -32,6 +32,7 @@ from fastuper.weights.families import (
     swin_values,
     timm_swin_values,
 )
+from fastuper.weights.mmseg_backbones import grn_rules
 from fastuper.weights.transformers import BACKBONE, OUTPUT_NORMS, Names, backbone_state_dict
 
 WRAPPERS = ("backbone._backbone.", "_backbone.", "timm_model.", "model.", "body.", "")
@@ -118,10 +119,7 @@ ACTIVATIONS = {
 }
 """timm's names of activations, and ours."""
 
-NOT_CONVNEXT = (
-    (r"\.grn\.", "is of GRN, which ConvNeXt V2 has, and fastuper's is ConvNeXt V1"),
-    (r"\.shortcut\.", "is of a shortcut with a convolution, which ConvNeXt does not have"),
-)
+NOT_CONVNEXT = ((r"\.shortcut\.", "is of a shortcut with a convolution, which ConvNeXt does not have"),)
 NOT_RESNET = (
     (r"\.se\.", "is of an attention over channels (SE, ECA), which ResNet does not have"),
     (r"^maxpool\.", "is of a stem that convolves in place of the pooling, as ResNet-RS's"),
@@ -191,6 +189,7 @@ def convert_convnext(tensors: Tensors, settings: Settings, choices: Choices, pla
             "patches; it cannot be converted"
         )
     rules = [named(*pair) for pair in convnext_pairs(joint)]
+    rules += grn_rules(rf"stages{re.escape(joint)}(\d{{1,3}})\.blocks\.(\d{{1,3}})\.mlp\.", "weight", "bias")
     if any(name.endswith(".mlp.fc1.weight") and tensor.ndim == 4 for name, tensor in tensors.items()):
         block = rf"stages{re.escape(joint)}(\d+)\.blocks\.(\d+)\.mlp\.fc([12])\.weight"
         target = r"encoder.stages.\1.layers.\2.pwconv\3.weight"
@@ -369,7 +368,7 @@ def convert(source: Source, choices: Choices) -> Conversion:
         part.translated.rows,
         preprocessing(choices, part.config["num_channels"], mean, std),
         part.notes,
-        (OUTPUT_NORMS,) if part.config["model_type"] in ("convnext", "swin") else (),
+        (OUTPUT_NORMS,) if part.config["model_type"] in ("convnext", "convnextv2", "swin") else (),
         ONLY_FASTUPER.get(part.config["model_type"], ""),
     )
 
@@ -485,10 +484,10 @@ DIALECTS = (
 
 # Back -----------------------------------------------------------------------------------------------------------------
 
-IN_TIMM = ("convnext", "resnet", "resnet_deep_stem", "swin", "swin_timm")
+IN_TIMM = ("convnext", "convnextv2", "resnet", "resnet_deep_stem", "swin", "swin_timm")
 """The model types that timm has too."""
 
-FINAL_NORMS = {"convnext": "head.norm", "swin": "norm", "swin_timm": "norm"}
+FINAL_NORMS = {"convnext": "head.norm", "convnextv2": "head.norm", "swin": "norm", "swin_timm": "norm"}
 """timm's norm between the last map and the classifier."""
 
 
@@ -527,7 +526,10 @@ def to_timm(
     depths = config["depths"]
     joint = "_" if features_only else "."
     rules = []
-    if kind == "convnext":
+    if kind in ("convnext", "convnextv2"):
+        grn = r"encoder\.stages\.(\d+)\.layers\.(\d+)\.grn\.(\w+)"
+        target = rf"stages{joint}\1.blocks.\2.mlp.grn.\3"
+        rules.append(Rule(grn, (target,), change=lambda vector: [vector.flatten()]))
         pairs: Pairs = convnext_pairs(joint)
         if conv_mlp:
             block = r"encoder\.stages\.(\d+)\.layers\.(\d+)\.pwconv([12])\.weight"
@@ -576,7 +578,7 @@ def timm_arguments(config: Mapping[str, Any], features_only: bool) -> str:
     """
     kind = config["model_type"]
     arguments: dict[str, Any] = {"features_only": True} if features_only else {"num_classes": 0}
-    if kind == "convnext":
+    if kind in ("convnext", "convnextv2"):
         arguments["conv_mlp"] = False  # some names have 1x1 convolutions in place of linear layers
     if kind == "swin_timm":
         size = config["image_size"]

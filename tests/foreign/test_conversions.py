@@ -235,9 +235,16 @@ UPERNETS = {
         transformers=False,
     ),
     "Swin authors' UPerNet": Case(authors_swin),
+    "mmseg ConvNeXt V2": Case(
+        mmseg({**CONVNEXT, "use_grn": True, "layer_scale_init_value": 0.0}, CONVNEXT_CHANNELS, auxiliary={}),
+        transformers=True,
+    ),
     "ConvNeXt authors' UPerNet": Case(authors_convnext),
     "smp ResNet-18, folder": Case(smp("resnet18"), sizes=((64, 64), (96, 32)), transformers=False),
     "smp ResNet-50, state dict": Case(smp("resnet50", "state_dict"), sizes=((64, 96),), transformers=False),
+    "smp ConvNeXt V2, folder": Case(
+        smp("tu-convnextv2_atto", **TIMM_CONVNEXT), sizes=((64, 64), (96, 32)), transformers=False
+    ),
     "smp ConvNeXt, folder": Case(
         smp("tu-convnext_atto", **TIMM_CONVNEXT), sizes=((64, 64), (96, 32)), transformers=False
     ),
@@ -255,6 +262,7 @@ BACKBONES = {
     "timm ResNet-18": Case(timm("resnet18")),
     "timm ResNet-50-D": Case(timm("resnet50d"), transformers=False),
     "timm ConvNeXt": Case(timm("convnext_atto", **TIMM_CONVNEXT)),
+    "timm ConvNeXt V2": Case(timm("convnextv2_atto", **TIMM_CONVNEXT)),
     "timm ConvNeXt, features_only": Case(timm("convnext_atto", "features_only", **TIMM_CONVNEXT)),
     "timm ConvNeXt, Hub folder": Case(timm("convnext_atto", "folder", **TIMM_CONVNEXT)),
     "timm ConvNeXt, 21841 classes": Case(timm("convnext_atto", **TIMM_CONVNEXT, num_classes=21841)),
@@ -426,7 +434,7 @@ def with_norms(made: Made, folder: Path) -> Made:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "resnet" in values["model_type"]:
         return made
-    eps = 1e-6 if values["model_type"] == "convnext" else 1e-5
+    eps = 1e-6 if values["model_type"].startswith("convnext") else 1e-5
 
     def maps(image: torch.Tensor) -> list[torch.Tensor]:
         return [

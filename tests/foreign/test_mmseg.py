@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: swin({"in_index": [0, 1, 2], "in_channels": [8, 16, 32]}),
         "over 3 (feature maps|levels)",
     ),
-    "ConvNeXt V2": (lambda: convnext(use_grn=True, layer_scale_init_value=0.0), "ConvNeXt V2"),
+    "GRN and LayerScale": (lambda: convnext(use_grn=True), "GRN and LayerScale"),
     "ResNeXt": (lambda: settings_of(RESNEXT, WIDE), "ResNeXt"),
     "GroupNorm in the backbone": (
         lambda: resnet(norm_cfg={"type": "GN", "num_groups": 2}),

@@ -91,7 +91,6 @@ REFUSED = {
     "EfficientNet": ("efficientnet-b0", {}, "efficientnet-b0|an encoder with"),
     "MiT": ("mit_b0", {}, "mit_b0|an encoder with"),
     "Swin V2": ("tu-swinv2_tiny_window8_256", {"img_size": 64}, "Swin V2"),
-    "ConvNeXt V2": ("tu-convnextv2_atto", {}, "ConvNeXt V2"),
     "SE-ResNet of timm": ("tu-seresnet18", {}, "SE, ECA"),
     "Wide ResNet": ("tu-wide_resnet50_2", {}, "[Ww]ide"),
 }

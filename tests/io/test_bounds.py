@@ -18,6 +18,7 @@ from fastuper import (
     DeepStemResNetConfig,
     ResNetConfig,
     SwinConfig,
+    Swinv2Config,
     TimmSwinConfig,
     UnifiedPerceptualParsingConfig,
     UperNetConfig,
@@ -36,6 +37,7 @@ CLASSES = (
     UnifiedPerceptualParsingConfig,
     ConvNextConfig,
     SwinConfig,
+    Swinv2Config,
     TimmSwinConfig,
     ResNetConfig,
     DeepStemResNetConfig,
@@ -103,7 +105,7 @@ def test_unusual_networks_are_within_the_bounds(config):
         (lambda: UperNetConfig(id2label={np.int64(0): "a"}, label2id={"a": np.int64(0)}), {"label2id": {"a": 0}}),
         (lambda: changed(UperNetConfig(), "hidden_size", np.uint16(64)), {"hidden_size": 64}),
         (lambda: changed(UperNetConfig(), "other", np.arange(2)), {"other": [0, 1]}),
-        (lambda: ForeignBackboneConfig("swinv2", depths=[np.int64(1)]), {"depths": [1]}),
+        (lambda: ForeignBackboneConfig("focalnet", depths=[np.int64(1)]), {"depths": [1]}),
         (lambda: UperNetImageProcessor(size=np.int64(8), rescale_factor=np.float32(0.5)), {"rescale_factor": 0.5}),
     ],
 )
@@ -140,7 +142,7 @@ def test_attributes_are_checked_when_a_model_is_built():
         (lambda: UperNetConfig(dtype="float8_e5m2"), "not a floating-point dtype of a model's weights"),
         (lambda: UperNetConfig(to_dict="x"), "'to_dict' is not a value of a configuration"),
         (lambda: UperNetConfig(__class__="x"), "'__class__' is not a value of a configuration"),
-        (lambda: ForeignBackboneConfig("swinv2", depths=[10**6]), "depths must be at most 400, got 1000000"),
+        (lambda: ForeignBackboneConfig("focalnet", depths=[10**6]), "depths must be at most 400, got 1000000"),
         (
             lambda: ForeignBackboneConfig("dinov2", unknown=[[float("nan")]]),
             "unknown must be at most 2147483648, got nan",
@@ -161,8 +163,11 @@ def test_values_that_contradict_each_other(make, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "swinv2", "embed_dim": 10**6}, "embed_dim must be at most 16384, got 1000000"),
-        ({"model_type": "swinv2", "num_heads": [0, 1, 1, 1]}, "Transformers cannot build a 'swinv2' backbone"),
+        ({"model_type": "focalnet", "embed_dim": 10**6}, "embed_dim must be at most 16384, got 1000000"),
+        (
+            {"model_type": "pvt_v2", "num_attention_heads": [0, 1, 1, 1]},
+            "Transformers cannot build a 'pvt_v2' backbone",
+        ),
         ({"model_type": "dinov2", "num_hidden_layers": 10**6}, "num_hidden_layers must be at most 400"),
         ({"model_type": "timm_backbone", "backbone": "nosuch"}, "has no model 'nosuch'"),
         ({"model_type": "timm_backbone", "backbone": ["resnet18"]}, r"has no model \['resnet18'\]"),

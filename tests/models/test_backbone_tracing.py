@@ -12,7 +12,7 @@ from bench.numerics import error
 from bench.pairs import images
 from tests.models.pooling import pooling_asks
 from tests.models.test_rewrites import build
-from tests.parity.models import FAMILIES
+from tests.parity.models import FAMILIES, VARIATIONS
 
 # No size in OTHERS is a multiple of 32, or of Swin's patches and windows. The traced size has two windows in the last
 # stage of a Swin: PyTorch would specialise the graph to a single window.
@@ -34,7 +34,7 @@ class Maps(nn.Module):
 
 def model(family: str, training: bool, **values: Any) -> nn.Module:
     # A Swin's second block shifts its windows; further blocks of a stage repeat the first ones.
-    depths = [2, 1, 2, 1] if family == "swin" else [2, 1, 1, 1]
+    depths = [2, 1, 2, 1] if family.startswith("swin") else [2, 1, 1, 1]
     backbone = build(family, depths=depths, **values).train(training)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -43,9 +43,9 @@ def model(family: str, training: bool, **values: Any) -> nn.Module:
 
 
 def case(family: str, training: bool, name: str = "", **values: Any) -> Any:
-    """Trace each family in evaluation, and ConvNeXt in training; the other cases are exhaustive tests."""
+    """Trace four families in evaluation, and ConvNeXt in training; the other cases are exhaustive tests."""
     marks = [pytest.mark.slow] * (family == "swin")
-    if name or (training and family != "convnext"):
+    if name or (training and family != "convnext") or family in VARIATIONS:
         marks = [pytest.mark.exhaustive]
     return pytest.param(family, values, training, marks=marks, id=f"{name or family}-{'train' if training else 'eval'}")
 

@@ -26,9 +26,11 @@ import fastuper.models.pretrained
 import fastuper.weights.writing
 from fastuper import (
     ConvNextConfig,
+    ConvNextV2Config,
     DeepStemResNetConfig,
     ResNetConfig,
     SwinConfig,
+    Swinv2Config,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     UperNetImageProcessor,
@@ -47,6 +49,7 @@ except ImportError:  # not on Windows
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 BACKBONES = {
     "convnext": (lambda: ConvNextConfig(hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1], out_features=STAGES), 8),
+    "convnextv2": (lambda: ConvNextV2Config(hidden_sizes=[4, 6, 8, 10], depths=[1] * 4, out_features=STAGES), 8),
     "resnet": (
         lambda: ResNetConfig(embedding_size=4, hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1], out_features=STAGES),
         8,
@@ -58,6 +61,12 @@ BACKBONES = {
     "swin": (
         lambda: SwinConfig(
             embed_dim=4, depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, out_features=STAGES
+        ),
+        16,
+    ),
+    "swinv2": (
+        lambda: Swinv2Config(
+            64, embed_dim=4, depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, out_features=STAGES
         ),
         16,
     ),

@@ -220,7 +220,7 @@ def test_each_preset_is_its_familys(name):
     assert PRESETS[name]() == other  # no call shares a list with another
 
 
-@pytest.mark.parametrize("family", ["convnext", "resnet", "resnet_deep_stem", "swin"])
+@pytest.mark.parametrize("family", ["convnext", "convnextv2", "resnet", "resnet_deep_stem", "swin", "swinv2"])
 def test_layer_depths_are_the_published_ones(family):
     with torch.device("meta"):
         backbone = build_backbone(next(iter(FAMILIES[family].presets.values()))())
@@ -235,7 +235,7 @@ def test_layer_depths_are_the_published_ones(family):
             expected = 7
         assert depths(name, backbone.config) == expected, name
         found.add(expected)
-    assert found == {3, 4, 5, 6, 7} | ({0} if not family.startswith("resnet") else set())
+    assert found == {3, 4, 5, 6, 7} | ({0} if family in ("convnext", "convnextv2", "swin") else set())
 
 
 def test_layer_depths_of_a_vision_transformer():

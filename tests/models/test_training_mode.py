@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastuper import (
     ConvNextConfig,
+    ConvNextV2Config,
     ResNetConfig,
     SwinConfig,
+    Swinv2Config,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     ViTPyramidConfig,
@@ -24,8 +26,12 @@ from fastuper import (
 
 BACKBONES = {
     "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 2, 1], drop_path_rate=0.3),
+    "convnextv2": lambda: ConvNextV2Config(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 2, 1], drop_path_rate=0.3),
     "swin": lambda: SwinConfig(
         embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, hidden_dropout_prob=0.2
+    ),
+    "swinv2": lambda: Swinv2Config(
+        64, embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, hidden_dropout_prob=0.2
     ),
     # At least 16 channels: with fewer, oneDNN 3.12's backward pass of strided 1x1 convolutions writes out of bounds (on
     # AVX512, two threads, an odd number of images).

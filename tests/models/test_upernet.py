@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from fastuper import (
     ConvNextConfig,
+    ConvNextV2Config,
     DeepStemResNetConfig,
     ResNetConfig,
     SwinConfig,
+    Swinv2Config,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     UperNetImageProcessor,
@@ -23,7 +25,9 @@ from fastuper import (
 
 BACKBONES = {
     "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
+    "convnextv2": lambda: ConvNextV2Config(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
     "swin": lambda: SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4),
+    "swinv2": lambda: Swinv2Config(32, embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 4], window_size=3),
     "resnet": lambda: ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
     "resnet_deep_stem": lambda: DeepStemResNetConfig([8, 8, 16], hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
     "vit_pyramid": lambda: ViTPyramidConfig(

@@ -260,12 +260,17 @@ class LayerNorm(nn.Module):
 
 
 class GRN(nn.Module):
-    """The layer of ConvNeXt V2, in its authors' names; here only its names matter."""
+    """The layer of ConvNeXt V2, in its authors' names, by the paper's algorithm 1."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gx = x.square().sum((1, 2), keepdim=True).sqrt()
+        nx = gx / (gx.mean(-1, keepdim=True) + 1e-6)
+        return self.gamma * (x * nx) + self.beta + x
 
 
 class ConvNextBlock(nn.Module):
@@ -276,12 +281,11 @@ class ConvNextBlock(nn.Module):
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(1e-6 * torch.ones(dim)) if scale else None
-        if grn:
-            self.grn = GRN(4 * dim)
+        self.grn = GRN(4 * dim) if grn else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        out = self.pwconv2(F.gelu(self.pwconv1(out)))
+        out = self.pwconv2(self.grn(F.gelu(self.pwconv1(out))))
         out = out if self.gamma is None else self.gamma * out
         return x + out.permute(0, 3, 1, 2)
 
@@ -295,7 +299,7 @@ class ConvNext(nn.Module):
         dims: channels of each stage.
         channels: of an image.
         scale: False for blocks without LayerScale.
-        grn: True for ConvNeXt V2's names.
+        grn: True for ConvNeXt V2's blocks; `scale` is then False.
         out_indices: the stages whose maps the backbone of a UPerNet returns.
     """
 

@@ -151,8 +151,21 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class GRN(nn.Module):
+    def __init__(self, dim: int, channels_last: bool):
+        super().__init__()
+        self.channels_last = channels_last
+        self.gamma, self.beta = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.channels_last else x.permute(0, 2, 3, 1)
+        norms = x.norm(dim=(1, 2), keepdim=True)
+        x = self.gamma * x * (norms / (norms.mean(-1, keepdim=True) + 1e-6)) + self.beta + x
+        return x if self.channels_last else x.permute(0, 3, 1, 2)
+
+
 class ConvNextBlock(nn.Module):
-    def __init__(self, dim: int, linear: bool, scaled: bool):
+    def __init__(self, dim: int, linear: bool, scaled: bool, grn: bool):
         super().__init__()
         self.linear_pw_conv = linear
         self.depthwise_conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
@@ -160,11 +173,12 @@ class ConvNextBlock(nn.Module):
         self.pointwise_conv1: nn.Module = nn.Linear(dim, 4 * dim) if linear else nn.Conv2d(dim, 4 * dim, 1)
         self.pointwise_conv2: nn.Module = nn.Linear(4 * dim, dim) if linear else nn.Conv2d(4 * dim, dim, 1)
         self.gamma = nn.Parameter(torch.ones(dim)) if scaled else None
+        self.grn = GRN(4 * dim, channels_last=linear) if grn else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.norm(self.depthwise_conv(x))
         out = out.permute(0, 2, 3, 1) if self.linear_pw_conv else out
-        out = self.pointwise_conv2(F.gelu(self.pointwise_conv1(out)))
+        out = self.pointwise_conv2(self.grn(F.gelu(self.pointwise_conv1(out))))
         out = out.permute(0, 3, 1, 2) if self.linear_pw_conv else out
         return x + (out if self.gamma is None else out * self.gamma.view(1, -1, 1, 1))
 
@@ -181,6 +195,7 @@ class ConvNext(nn.Module):
         patch: int = 4,
         linear: bool = True,
         scaled: bool = True,
+        grn: bool = False,
     ):
         super().__init__()
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
@@ -192,7 +207,7 @@ class ConvNext(nn.Module):
                     LayerNorm2d(widths[i - 1], eps=1e-6), nn.Conv2d(widths[i - 1], width, 2, stride=2)
                 )
             self.downsample_layers.append(layer)
-            self.stages.append(nn.Sequential(*(ConvNextBlock(width, linear, scaled) for _ in range(depth))))
+            self.stages.append(nn.Sequential(*(ConvNextBlock(width, linear, scaled, grn) for _ in range(depth))))
             self.add_module(f"norm{i}", LayerNorm2d(width, eps=1e-6))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:

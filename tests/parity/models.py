@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -15,9 +16,23 @@ from bench.pairs import DEVICE, STAGES
 # ConvNeXt.
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext": ("ConvNextConfig", {"hidden_sizes": [16, 24, 40, 56], "depths": [2, 1, 3, 2]}),
+    "convnextv2": ("ConvNextV2Config", {"hidden_sizes": [16, 24, 40, 56], "depths": [2, 1, 3, 2]}),
     "swin": (
         "SwinConfig",
         {"embed_dim": 16, "depths": [2, 1, 3, 2], "num_heads": [2, 4, 4, 8], "window_size": 4, "drop_path_rate": 0.0},
+    ),
+    # At this image size the last stage's map is smaller than the window.
+    "swinv2": (
+        "Swinv2Config",
+        {
+            "image_size": [96, 64],
+            "embed_dim": 16,
+            "depths": [2, 1, 3, 2],
+            "num_heads": [2, 4, 4, 8],
+            "window_size": 4,
+            "pretrained_window_sizes": [3, 3, 0, 2],
+            "drop_path_rate": 0.0,
+        },
     ),
     "resnet-basic": (
         "ResNetConfig",
@@ -29,6 +44,14 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES = list(BACKBONES)
+VARIATIONS = ("convnextv2", "swinv2")
+"""Families that share most code with another family. `make test` leaves out their longest tests."""
+
+
+def with_exhaustive_variations(families: list[str]) -> list[Any]:
+    """Return the families as parameters of a test that `make test` leaves out for the variations."""
+    return [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in VARIATIONS)) for name in families]
+
 
 HEAD: dict[str, Any] = {"hidden_size": 24, "auxiliary_channels": 20, "num_labels": 7}
 

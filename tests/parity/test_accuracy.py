@@ -14,7 +14,7 @@ import torch
 
 from bench.numerics import error, root_mean_square
 from bench.pairs import give_attentions, images, pair
-from tests.parity.models import FAMILIES, as_maps, config, segmentation_labels
+from tests.parity.models import FAMILIES, VARIATIONS, as_maps, config, segmentation_labels
 
 SEEDS = range(5)
 
@@ -62,9 +62,21 @@ def errors_of(family: str, dtype: torch.dtype, training: bool) -> dict[str, dict
     return errors
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "training"),
+    [
+        pytest.param(
+            family,
+            dtype,
+            training,
+            marks=[pytest.mark.exhaustive] * (family in VARIATIONS and training),
+            id=f"{family}-{name}-{'train' if training else 'eval'}",
+        )
+        for family in FAMILIES
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        for training in (False, True)
+    ],
+)
 def test_as_accurate_as_transformers(family, dtype, training, record_property):
     errors = errors_of(family, dtype, training)
     assert {"logits", "loss", "hidden_states.0", "hidden_states.4"} <= errors.keys()

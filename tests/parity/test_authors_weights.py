@@ -79,9 +79,9 @@ def test_every_second_block_of_a_backbone_shifts():
     assert error(found[3], unshifted[3]) > 1e-3
 
 
-@pytest.mark.parametrize("scale", [True, False])
-def test_convnexts_classifier(scale, tmp_path):
-    model = drawn(ConvNext(classes=7, scale=scale, channels=4))
+@pytest.mark.parametrize(("scale", "grn"), [(True, False), (False, False), (False, True)])
+def test_convnexts_classifier(scale, grn, tmp_path):
+    model = drawn(ConvNext(classes=7, scale=scale, grn=grn, channels=4))
     torch.save({"model": model.state_dict()}, tmp_path / "convnext.pth")
     conversion = convert_source(read_source(tmp_path / "convnext.pth"), Choices())
     pixels = images(2, 4, 67, 93)
@@ -110,7 +110,7 @@ def renamed(state: dict[str, torch.Tensor], old: str, new: str) -> dict[str, tor
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
-        (lambda: ConvNext(classes=2, grn=True).state_dict(), r"\.grn\.gamma is of GRN, which ConvNeXt V2 has"),
+        (lambda: ConvNext(classes=2, grn=True).state_dict(), "its blocks have GRN and LayerScale"),
         (
             lambda: renamed(SwinClassifier((64, 64)).state_dict(), "relative_position_bias_table", "logit_scale"),
             "is of a Swin V2",
@@ -176,7 +176,11 @@ def test_convnexts_upernet(values, settings, options):
 
 @pytest.mark.parametrize(
     ("build", "channels"),
-    [(lambda: SwinBackbone(window=3, ape=True), (8, 16, 32, 64)), (lambda: ConvNext(classes=None), (8, 12, 16, 24))],
+    [
+        (lambda: SwinBackbone(window=3, ape=True), (8, 16, 32, 64)),
+        (lambda: ConvNext(classes=None), (8, 12, 16, 24)),
+        (lambda: ConvNext(classes=None, scale=False, grn=True), (8, 12, 16, 24)),
+    ],
 )
 def test_whole_upernets(build, channels):
     model = drawn(EncoderDecoder(build(), UPerHead(channels), FCNHead(channels[2])))

@@ -20,11 +20,8 @@ from tests.parity.models import HEAD, segmentation_labels
 BOUND = 1e-10
 
 AUTO: dict[str, Any] = {
-    "convnextv2": lambda: transformers.ConvNextV2Config(
-        hidden_sizes=[16, 24, 40, 56], depths=[1, 1, 2, 1], out_features=STAGES
-    ),
-    "swinv2": lambda: transformers.Swinv2Config(
-        embed_dim=16, depths=[1, 1, 2, 1], num_heads=[2, 2, 4, 4], window_size=4, image_size=64, out_features=STAGES
+    "pvt_v2": lambda: transformers.PvtV2Config(
+        hidden_sizes=[16, 24, 40, 56], depths=[1, 1, 2, 1], num_attention_heads=[1, 2, 5, 8], out_features=STAGES
     ),
     "dinov2": lambda: transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, out_indices=[1, 2, 3, 4]

@@ -20,6 +20,7 @@ STAGES = ["stage1", "stage2", "stage3", "stage4"]
 # The configuration's arguments, and the channels of the third stage.
 BACKBONES = {
     "convnext": ("ConvNextConfig", {"hidden_sizes": [4, 6, 8, 10], "depths": [1, 1, 2, 1]}, 8),
+    "convnextv2": ("ConvNextV2Config", {"hidden_sizes": [4, 6, 8, 10], "depths": [1, 1, 2, 1]}, 8),
     "resnet-basic": (
         "ResNetConfig",
         {"embedding_size": 4, "hidden_sizes": [4, 6, 8, 10], "depths": [1, 2, 1, 1], "layer_type": "basic"},
@@ -27,6 +28,11 @@ BACKBONES = {
     ),
     "resnet": ("ResNetConfig", {"embedding_size": 4, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 2, 1]}, 16),
     "swin": ("SwinConfig", {"embed_dim": 4, "depths": [2, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}, 16),
+    "swinv2": (
+        "Swinv2Config",
+        {"image_size": 64, "embed_dim": 4, "depths": [2, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 3},
+        16,
+    ),
     "swin-variations": (
         "SwinConfig",
         {

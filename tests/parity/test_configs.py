@@ -19,7 +19,7 @@ from bench.pairs import STAGES, VERSION_5, images, load, randomize
 from fastuper.models.upernet_configuration import OPTIONS
 from tests.parity.models import FAMILIES, backbone_config, config
 
-CLASSES = ["UperNetConfig", "ConvNextConfig", "SwinConfig", "ResNetConfig"]
+CLASSES = ["UperNetConfig", "ConvNextConfig", "ConvNextV2Config", "SwinConfig", "Swinv2Config", "ResNetConfig"]
 
 # Values that one library derives from others, or that do not describe a network.
 DERIVED = {"transformers_version", "id2label", "backbone_config", "num_layers", "hidden_size"}

@@ -12,7 +12,7 @@ import torch
 from bench.numerics import error, root_mean_square
 from bench.pairs import images, named_gradients, pair
 from fastuper_kernels.cpu import winograd
-from tests.parity.models import FAMILIES, config, segmentation_labels
+from tests.parity.models import FAMILIES, VARIATIONS, config, segmentation_labels
 
 BOUND = 1e-10
 
@@ -91,7 +91,13 @@ def test_a_few_steps_of_an_optimizer_end_at_the_same_weights():
     ("family", "training", "hidden_size"),
     [
         *(
-            pytest.param(family, training, 24, id=f"{family}-{'train' if training else 'eval'}")
+            pytest.param(
+                family,
+                training,
+                24,
+                marks=[pytest.mark.exhaustive] * (family in VARIATIONS and not training),
+                id=f"{family}-{'train' if training else 'eval'}",
+            )
             for family in FAMILIES
             for training in (False, True)
         ),

@@ -26,6 +26,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "convnext-concatenation": ("convnext", {}, {"auxiliary_concat_input": True, "auxiliary_num_convs": 2}),
     "convnext-two-levels": ("convnext", {"out_features": ["stage2", "stage4"]}, {"use_auxiliary_head": False}),
     "convnext-pooling": ("convnext", {}, {"pool_scales": [1, 4]}),
+    "convnextv2": ("convnextv2", {}, {}),
+    "swinv2": ("swinv2", {}, {}),
     "swin": ("swin", {}, {}),
     "swin-absolute-embeddings": ("swin", {"use_absolute_embeddings": True}, {}),
     "swin-no-query-bias": ("swin", {"qkv_bias": False}, {"use_auxiliary_head": False}),
@@ -34,6 +36,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "resnet-bottleneck": ("resnet-bottleneck", {"downsample_in_first_stage": True}, {}),
     "resnet-no-auxiliary-head": ("resnet-bottleneck", {}, {"use_auxiliary_head": False}),
 }
+# In Transformers 5 the names differ, and the order inside a block.
+RENAMED = [name for name in VARIANTS if VERSION_5 and name.startswith("swin") and name != "swinv2"]
 
 
 def small(variant: str) -> Any:
@@ -56,7 +60,7 @@ def test_parameters_and_buffers(variant):
     theirs, ours = built(small(variant))
     for kind in ("named_parameters", "named_buffers"):
         expected, names = ([name for name, _ in getattr(model, kind)()] for model in (theirs, ours))
-        if variant.startswith("swin") and VERSION_5:  # renamed, and in another order inside a block
+        if variant in RENAMED:
             assert sorted(as_ours(expected, ours)) == sorted(names)
         else:
             assert expected == names
@@ -64,7 +68,7 @@ def test_parameters_and_buffers(variant):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if not (name.startswith("swin") and VERSION_5)])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in RENAMED])
 def test_modules(variant):
     theirs, ours = built(small(variant))
     expected, names = ([name for name, _ in model.named_modules()] for model in (theirs, ours))
@@ -73,8 +77,11 @@ def test_modules(variant):
 
 
 def test_a_backbone_of_transformers():
-    backbone = transformers.ConvNextV2Config(
-        hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], out_features=["stage1", "stage2", "stage3", "stage4"]
+    backbone = transformers.PvtV2Config(
+        hidden_sizes=[8, 12, 16, 20],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 4],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     head = {"hidden_size": 8, "auxiliary_channels": 8, "auxiliary_in_channels": 16}
     theirs, ours = built(transformers.UperNetConfig(backbone_config=backbone, **head))
@@ -91,7 +98,7 @@ def test_a_timm_backbone():
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
 
 
-@pytest.mark.parametrize("variant", ["convnext", "swin", "resnet-basic"])
+@pytest.mark.parametrize("variant", ["convnext", "convnextv2", "swin", "swinv2", "resnet-basic"])
 def test_weight_decay_of_trainer(tmp_path, variant):
     """Trainer's two groups hold the same parameters: it finds norms by their classes and names."""
     groups = []
@@ -132,7 +139,7 @@ FAST_STEPS = [("convnext", "adamw-fused"), ("resnet-basic", "sgd-momentum"), ("s
     ("variant", "make"),
     [
         pytest.param(variant, make, marks=[pytest.mark.exhaustive] * ((variant, make) not in FAST_STEPS))
-        for variant in ["convnext", "resnet-basic", *([] if VERSION_5 else ["swin"])]
+        for variant in ["convnext", "convnextv2", "resnet-basic", "swinv2", *([] if VERSION_5 else ["swin"])]
         for make in OPTIMIZERS
     ],
 )

@@ -12,6 +12,11 @@ transformers = pytest.importorskip("transformers")
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 CLASSIFIERS = {
     "convnext": ("ConvNext", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
+    "convnextv2": ("ConvNextV2", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
+    "swinv2": (
+        "Swinv2",
+        {"image_size": 64, "embed_dim": 12, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 3, 4], "window_size": 4},
+    ),
     "swin": ("Swin", {"embed_dim": 12, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 3, 4]}),
     "resnet": ("ResNet", {"embedding_size": 8, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 2, 1, 1]}),
 }

@@ -19,6 +19,33 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext-base": ("ConvNext", {"depths": [3, 3, 27, 3], "hidden_sizes": [128, 256, 512, 1024]}),
     "convnext-large": ("ConvNext", {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536]}),
     "convnext-xlarge": ("ConvNext", {"depths": [3, 3, 27, 3], "hidden_sizes": [256, 512, 1024, 2048]}),
+    "convnextv2-atto": ("ConvNextV2", {"depths": [2, 2, 6, 2], "hidden_sizes": [40, 80, 160, 320]}),
+    "convnextv2-femto": ("ConvNextV2", {"depths": [2, 2, 6, 2], "hidden_sizes": [48, 96, 192, 384]}),
+    "convnextv2-pico": ("ConvNextV2", {"depths": [2, 2, 6, 2], "hidden_sizes": [64, 128, 256, 512]}),
+    "convnextv2-nano": ("ConvNextV2", {"depths": [2, 2, 8, 2], "hidden_sizes": [80, 160, 320, 640]}),
+    "convnextv2-tiny": ("ConvNextV2", {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}),
+    "convnextv2-huge": ("ConvNextV2", {"depths": [3, 3, 27, 3], "hidden_sizes": [352, 704, 1408, 2816]}),
+    "swinv2-tiny-window16": (
+        "Swinv2",
+        {
+            "image_size": 256,
+            "embed_dim": 96,
+            "depths": [2, 2, 6, 2],
+            "num_heads": [3, 6, 12, 24],
+            "window_size": 16,
+        },
+    ),
+    "swinv2-large-window12to24": (
+        "Swinv2",
+        {
+            "image_size": 384,
+            "embed_dim": 192,
+            "depths": [2, 2, 18, 2],
+            "num_heads": [6, 12, 24, 48],
+            "window_size": 24,
+            "pretrained_window_sizes": [12, 12, 12, 6],
+        },
+    ),
     "swin-tiny-window7": ("Swin", {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}),
     "swin-small-window7": ("Swin", {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}),
     "swin-base-window7": ("Swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}),
@@ -45,7 +72,7 @@ PARAMETERS = {
 
 
 # One or two of each family; the others differ from these in widths and depths alone.
-RUN = ("convnext-tiny", "swin-tiny-window7", "swin-base-window12", "resnet-18", "resnet-50")
+RUN = ("convnext-tiny", "convnextv2-atto", "swin-tiny-window7", "swin-base-window12", "resnet-18", "resnet-50")
 
 
 def configuration(name: str) -> Any:

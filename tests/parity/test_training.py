@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 import fastuper
 from bench.numerics import error
 from bench.pairs import VERSION_5, images, pair
-from tests.parity.models import FAMILIES, config, segmentation_labels
+from tests.parity.models import FAMILIES, config, segmentation_labels, with_exhaustive_variations
 
 STEPS = 20
 
@@ -34,7 +34,7 @@ def train(model: nn.Module, steps: int = STEPS) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", with_exhaustive_variations(FAMILIES))
 def test_twenty_steps_follow_transformers(family):
     """The steps are in float64, without drop path and dropout."""
     theirs, ours = pair(config(family), train=True)

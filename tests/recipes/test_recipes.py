@@ -125,6 +125,21 @@ def test_named_resnets_have_the_published_sizes(name, millions):
     assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
+@pytest.mark.parametrize("name", ["convnextv2-atto", "swinv2-tiny-window8"])
+def test_parameters_without_weight_decay(name):
+    """By the authors' rules: one dimension, GRN, and Swin V2's scales and position biases."""
+    model = build(BACKBONES[name]())
+    groups = parameter_groups(model, Recipe(learning_rate=1e-3, weight_decay=0.05))
+    undecayed = {name for group in groups if not group["weight_decay"] for name, _ in group["params"]}
+    expected = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim < 2 or re.search(r"\.grn\.|\.logit_scale$|\.continuous_position_bias_mlp\.", name)
+    }
+    assert undecayed == expected
+    assert any(dict(model.named_parameters())[name].ndim > 1 for name in undecayed)
+
+
 def test_recipes_by_name():
     convnext = ConvNextConfig()
     assert recipe_for("auto", convnext) == RECIPES["convnext"]
@@ -132,7 +147,9 @@ def test_recipes_by_name():
     foreign = ForeignBackboneConfig("beit")  # it has no layer depths
     for config in (SwinConfig(), BACKBONES["resnet-18"](), foreign, None):
         assert recipe_for("auto", config) == RECIPES["swin"]
-    with pytest.raises(ValueError, match=r"'sgd' is not known; known are auto, convnext, swin, beit, .*, mae"):
+    with pytest.raises(
+        ValueError, match=r"'sgd' is not known; known are auto, convnext, swin, convnextv2, beit, .*, mae"
+    ):
         recipe_for("sgd", None)
 
 

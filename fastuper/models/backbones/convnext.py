@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -147,23 +147,29 @@ class ConvNextLayer(Checkpointed):
         out = self.dwconv(x).permute(0, 2, 3, 1)
         out = self.layernorm(out)
         out = self.pwconv2(self.act(self.pwconv1(out)))
-        return x + self.drop_path(self.scaled(out).permute(0, 3, 1, 2))
-
-    def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x (..., C) by LayerScale, if the block has it."""
-        return x if self.layer_scale_parameter is None else self.layer_scale_parameter * x
+        if self.layer_scale_parameter is not None:
+            out = self.layer_scale_parameter * out
+        return x + self.drop_path(out.permute(0, 3, 1, 2))
 
 
 class ConvNextStage(nn.Module):
     """A norm and a 2x2 convolution of stride 2 (except in the first stage), then the blocks."""
 
-    def __init__(self, config: ConvNextConfig, dim_in: int, dim: int, stride: int, drop_probs: list[float]):
+    def __init__(
+        self,
+        config: ConvNextConfig,
+        dim_in: int,
+        dim: int,
+        stride: int,
+        drop_probs: list[float],
+        block: type[nn.Module],
+    ):
         super().__init__()
         self.downsampling_layer = nn.ModuleList()
         if dim_in != dim or stride > 1:
             self.downsampling_layer.append(LayerNorm2d(dim_in, eps=1e-6))
             self.downsampling_layer.append(nn.Conv2d(dim_in, dim, kernel_size=2, stride=stride))
-        self.layers = nn.ModuleList(ConvNextLayer(config, dim, p) for p in drop_probs)
+        self.layers = nn.ModuleList(block(config, dim, p) for p in drop_probs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, H // 2, W // 2), at least 1 x 1; the first stage keeps the size."""
@@ -178,14 +184,14 @@ class ConvNextStage(nn.Module):
 
 
 class ConvNextEncoder(Encoder):
-    """The stages."""
+    """The stages, whose blocks are of the class `block`."""
 
-    def __init__(self, config: ConvNextConfig):
+    def __init__(self, config: ConvNextConfig, block: type[nn.Module]):
         super().__init__()
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(config.depths)
         sizes = [config.hidden_sizes[0], *config.hidden_sizes]
         self.stages = nn.ModuleList(
-            ConvNextStage(config, sizes[i], sizes[i + 1], 2 if i > 0 else 1, rates[i].tolist())
+            ConvNextStage(config, sizes[i], sizes[i + 1], 2 if i > 0 else 1, rates[i].tolist(), block)
             for i in range(config.num_stages)
         )
 
@@ -203,11 +209,12 @@ class ConvNextBackbone(Backbone):
     """ConvNeXt; it returns the normed maps of the stages in `config.out_features`."""
 
     config: ConvNextConfig
+    block: ClassVar[type[nn.Module]] = ConvNextLayer
 
     def __init__(self, config: ConvNextConfig):
         super().__init__(config, [config.hidden_sizes[0], *config.hidden_sizes])
         self.embeddings = ConvNextEmbeddings(config)
-        self.encoder = ConvNextEncoder(config)
+        self.encoder = ConvNextEncoder(config, self.block)
         self.hidden_states_norms = nn.ModuleDict(
             {name: LayerNorm2d(dim, eps=1e-6) for name, dim in zip(self.out_features, self.channels, strict=True)}
         )

@@ -178,11 +178,13 @@ def checkpoint_names(model_type: str) -> Names:
 
 
 def layer_depths(model_type: str) -> Depths:
-    """Return a family's function of layer depths; see `Family.depths`.
+    """Return a family's function of layer depths; see `Family.depths`. For backbones of other libraries it counts.
 
     Raises:
         ValueError: there is no such family, or it has no layer depths.
     """
+    if model_type == foreign.TIMM or (model_type not in FAMILIES and model_type in foreign.transformers_model_types()):
+        return foreign.foreign_depth
     family = FAMILIES.get(model_type)
     if family is None or family.depths is None:
         known = ", ".join(sorted(name for name, other in FAMILIES.items() if other.depths is not None))

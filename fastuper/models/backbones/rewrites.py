@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fastuper.models.backbones.layers import DropPath, pair
-from fastuper.models.backbones.windows import Sides, shifted, shifted_window_mask, window_partition
+from fastuper.models.backbones.windows import Sides, shifted, shifted_window_mask, squares, window_partition
 from fastuper.models.gradient_checkpointing import recomputed
 from fastuper.models.norms import fold, is_fixed_norm
 from fastuper.models.untouched import is_exactly, is_supported_conv, is_untouched
@@ -36,12 +36,18 @@ from fastuper_kernels.dispatch.torch_private import parameters_of
 
 if TYPE_CHECKING:
     from fastuper.models.backbones.convnext import ConvNextLayer
+    from fastuper.models.backbones.convnextv2 import ConvNextV2GRN, ConvNextV2Layer
     from fastuper.models.backbones.resnet import ResNetConvLayer
-    from fastuper.models.backbones.swin import SwinLayer, SwinPatchMerging, SwinSelfAttention
+    from fastuper.models.backbones.swin import SwinPatchMerging, WindowAttention
+    from fastuper.models.backbones.swinv2 import Swinv2Layer, Swinv2PatchMerging
 
 HIDDEN_BYTES = 2**22
 """Bytes of an MLP's hidden layer, or of attention's queries, that are in memory at once, for maps of any size. They fit
 into a cache, and malloc returns the same memory for each part."""
+
+KEPT_BYTES = 2**28
+"""Bytes of the hidden layer of one image that are kept while ConvNeXt V2's GRN needs the norms of its channels. A
+larger hidden layer is computed twice."""
 
 CACHED_POSITIONS = 2**17
 """Positions of the largest map whose window plan is cached. A larger plan takes megabytes. It is made
@@ -101,11 +107,15 @@ def on_cpu_without_gradients(x: torch.Tensor, *modules: nn.Module) -> bool:
     return is_eager_inference(x, *(p for module in modules for p in parameters_of(module).values()))
 
 
+DROPS: set[type[nn.Module]] = {DropPath, nn.Dropout}
+"""Classes of modules that return their input in evaluation. `fastuper.patch` adds those of other libraries."""
+
+
 def does_nothing(module: nn.Module) -> bool:
     """Return True if an untouched module returns its input: Identity, and in evaluation DropPath and Dropout."""
     if is_exactly(module, nn.Identity):
         return True
-    return (is_exactly(module, DropPath) or is_exactly(module, nn.Dropout)) and not module.training
+    return type(module) in DROPS and is_untouched(module) and not module.training
 
 
 def are_own(module: Any, *names: str) -> bool:
@@ -118,15 +128,29 @@ def are_own(module: Any, *names: str) -> bool:
 
 def is_untouched_mlp(norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module) -> bool:
     """Return True if `residual_mlp` and `recomputed_mlp` have the result of these modules called one after another."""
-    layers = is_exactly(first, nn.Linear) and is_exactly(second, nn.Linear) and is_exactly(norm, nn.LayerNorm)
+    layers = is_exactly(first, nn.Linear) and is_exactly(second, nn.Linear) and is_layer_norm(norm)
     return layers and is_untouched(act)
+
+
+LAYER_NORMS: set[type[nn.Module]] = {nn.LayerNorm}
+"""Classes of LayerNorms. `fastuper.patch` adds those of other libraries."""
+
+
+def is_layer_norm(norm: nn.Module) -> bool:
+    """Return True if an untouched module is a LayerNorm over the last dimension."""
+    is_norm = type(norm) in LAYER_NORMS and is_untouched(norm)
+    return is_norm and getattr(norm, "data_format", "channels_last") == "channels_last"
+
+
+FUSED_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu"}
+"""`linear`'s names of activations. `fastuper.patch` adds those of other libraries."""
 
 
 def fused_activation(module: nn.Module) -> str | None:
     """Return `linear`'s name of an activation, or None if it fuses no such activation."""
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return "relu" if type(module) is nn.ReLU else None
+    return FUSED_ACTIVATIONS.get(type(module))
 
 
 def residual_mlp(
@@ -218,56 +242,186 @@ def _can_train_convnext(block: ConvNextLayer) -> bool:
 def _train_convnext(block: ConvNextLayer, x: torch.Tensor) -> torch.Tensor:
     out = block.dwconv(x).permute(0, 2, 3, 1)
     out = recomputed_mlp(out, *_convnext_mlp(block))
-    return x + block.drop_path(block.scaled(out).permute(0, 3, 1, 2))
+    scale = block.layer_scale_parameter
+    out = out if scale is None else scale * out
+    return x + block.drop_path(out.permute(0, 3, 1, 2))
 
 
 CONVNEXT_LAYER = Rewrite(_can_infer_convnext, _infer_convnext, _can_train_convnext, _train_convnext)
 
 
+# ConvNeXt V2 ----------------------------------------------------------------------------------------------------------
+
+
+def _can_infer_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> bool:
+    mlp = block.layernorm, block.pwconv1, block.act, block.pwconv2
+    untouched = is_exactly(block.dwconv, nn.Conv2d) and is_untouched_mlp(*mlp) and are_own(block, "grn")
+    return untouched and does_nothing(block.drop_path) and on_cpu_without_gradients(x, block.dwconv, block.grn, *mlp)
+
+
+def _infer_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> torch.Tensor:
+    out = block.dwconv(x).permute(0, 2, 3, 1)
+    mlp = block.layernorm, block.pwconv1, block.act, block.grn, block.pwconv2
+    return residual_grn_mlp(x.permute(0, 2, 3, 1), out, *mlp).permute(0, 3, 1, 2)
+
+
+def residual_grn_mlp(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    act: nn.Module,
+    grn: ConvNextV2GRN,
+    second: nn.Linear,
+) -> torch.Tensor:
+    """Return `residual + second(grn(act(first(norm(x)))))` for maps (B, H, W, C), one image at a time.
+
+    When the norms of an image's hidden channels are known, GRN multiplies each channel by one number and adds another.
+    The second layer does both: its weight is multiplied, and its bias changed.
+    """
+    name = fused_activation(act)
+
+    def hidden_layer(part: torch.Tensor) -> torch.Tensor:
+        hidden = F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        hidden = linear(hidden, first.weight, first.bias, activation=name)
+        return hidden if name else act(hidden)
+
+    bias = linear(grn.bias.flatten(), second.weight, second.bias)
+    position_bytes = first.out_features * x.element_size()
+    step = max(1, HIDDEN_BYTES // position_bytes)
+    out = torch.empty(residual.shape, dtype=torch.promote_types(residual.dtype, x.dtype), device=x.device)
+    for image, other, result in zip(*(maps.flatten(1, 2) for maps in (x, residual, out)), strict=True):
+        kept = hidden_layer(image) if len(image) * position_bytes <= KEPT_BYTES else None
+        parts = image.split(step) if kept is None else kept.split(step)
+        squares = torch.stack([sums_of_squares(hidden_layer(p) if kept is None else p) for p in parts]).sum(0)
+        scale = 1 + grn.weight.flatten() * grn.relative(squares.sqrt())
+        weight = (second.weight * scale).to(second.weight.dtype)
+        if kept is not None:
+            result[:] = linear(kept, weight, bias, residual=other)
+            continue
+        for part, to, place in zip(parts, other.split(step), result.split(step), strict=True):
+            place[:] = linear(hidden_layer(part), weight, bias, residual=to)
+    return out
+
+
+def sums_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Return the sums of the squares of the channels of x (N, C), (C,), at least in float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x * x).sum(0)
+
+
+def _can_train_convnextv2(block: ConvNextV2Layer) -> bool:
+    return is_untouched_mlp(block.layernorm, block.pwconv1, block.act, block.pwconv2) and are_own(block, "grn")
+
+
+def _train_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> torch.Tensor:
+    out = block.dwconv(x).permute(0, 2, 3, 1)
+    out = recomputed(lambda x: block.pwconv1(block.layernorm(x)), out)
+    out = recomputed(lambda x: block.pwconv2(block.grn(block.act(x))), out)
+    return x + block.drop_path(out.permute(0, 3, 1, 2))
+
+
+CONVNEXTV2_LAYER = Rewrite(_can_infer_convnextv2, _infer_convnextv2, _can_train_convnextv2, _train_convnextv2)
+
+
 # Swin: blocks ---------------------------------------------------------------------------------------------------------
 
 
-def _can_infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> bool:
-    # `layernorm_before` is not in the list: `_attend_in_plan` calls the module.
-    if output_attentions or not are_own(block, "attention", "intermediate", "output"):
+class SwinBlock(Protocol):
+    """What the faster ways read of a Swin block. Libraries name and nest its modules differently.
+
+    Attributes:
+        window_size: sides of the windows.
+        shift_size: rows and columns of the shift.
+        pads_before_shift: see `shifted`.
+        layernorm_before: the norm before the attention.
+        drop_path: stochastic depth of the attention.
+    """
+
+    window_size: Any
+    shift_size: Any
+    pads_before_shift: bool
+    layernorm_before: Any
+    drop_path: Any
+
+    def attention_parts(self) -> AttentionParts | None:
+        """Return the modules of the attention; None if a module that holds them is touched."""
+
+    def mlp_parts(self) -> MlpParts | None:
+        """Return the modules of the MLP; None if a module that holds them is touched."""
+
+    def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attention's result for a map (B, H, W, C), and its weights or None."""
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """The modules of attention within windows.
+
+    Attributes:
+        heads: the heads, a `WindowAttention` or a module with the same methods.
+        dense: the layer that mixes the heads.
+        drops: the modules that drop weights or results.
+    """
+
+    heads: Any
+    dense: Any
+    drops: tuple[nn.Module, ...]
+
+    def linears(self) -> tuple[Any, ...]:
+        """Return the linear layers."""
+        return self.heads.query, self.heads.key, self.heads.value, self.dense
+
+
+@dataclass(frozen=True)
+class MlpParts:
+    """The modules of an MLP, in the order of their calls.
+
+    Attributes:
+        layers: the norm, the first linear layer, the activation and the second linear layer.
+        dropout: the dropout of the result.
+    """
+
+    layers: tuple[Any, Any, Any, Any]
+    dropout: nn.Module
+
+
+def _can_infer_swin(block: SwinBlock, x: torch.Tensor, output_attentions: bool) -> bool:
+    # `layernorm_before` is not in the list: `_infer_swin` calls the module.
+    attention, mlp = block.attention_parts(), block.mlp_parts()
+    if output_attentions or attention is None or mlp is None:
         return False
-    if not are_own(block.attention, "self", "output"):
-        return False
-    attention, output = block.attention.self, block.attention.output
-    linears = attention.query, attention.key, attention.value, output.dense
-    mlp = block.layernorm_after, block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
     return (
-        all(is_exactly(layer, nn.Linear) for layer in linears)
-        and is_untouched_mlp(*mlp)
-        and all(map(does_nothing, (block.drop_path, attention.dropout, output.dropout, block.output.dropout)))
-        and on_cpu_without_gradients(x, attention, *linears, *mlp)
+        all(is_exactly(layer, nn.Linear) for layer in attention.linears())
+        and is_untouched_mlp(*mlp.layers)
+        and all(map(does_nothing, (block.drop_path, *attention.drops, mlp.dropout)))
+        and on_cpu_without_gradients(x, *attention.heads.modules(), attention.dense, *mlp.layers)
     )
 
 
-def _infer_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
-    x = _attend_in_plan(block, x)
+def _infer_swin(block: SwinBlock, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
+    attention, mlp = block.attention_parts(), block.mlp_parts()
+    assert attention is not None
+    assert mlp is not None
+    plan, attended = _attended_windows(block, attention.heads, block.layernorm_before(x))
+    positions = F.embedding(plan.scatter, attended).view(x.shape)
+    x = linear(positions, attention.dense.weight, attention.dense.bias, residual=x)
     if x.requires_grad:  # from `layernorm_before`, which may be the user's own
-        return x + _swin_recomputed_mlp(block, x), None
-    act = block.intermediate.intermediate_act_fn
-    return residual_mlp(x, x, block.layernorm_after, block.intermediate.dense, act, block.output.dense), None
+        return x + recomputed_mlp(x, *mlp.layers), None
+    return residual_mlp(x, x, *mlp.layers), None
 
 
-def _can_train_swin(block: SwinLayer) -> bool:
-    if not are_own(block, "intermediate", "output"):
-        return False
-    act = block.intermediate.intermediate_act_fn
-    return is_untouched_mlp(block.layernorm_after, block.intermediate.dense, act, block.output.dense)
+def _can_train_swin(block: SwinBlock) -> bool:
+    mlp = block.mlp_parts()
+    return mlp is not None and is_untouched_mlp(*mlp.layers)
 
 
-def _train_swin(block: SwinLayer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _train_swin(block: SwinBlock, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    mlp = block.mlp_parts()
+    assert mlp is not None
     attended, weights = block.attend(block.layernorm_before(x), output_attentions)
     x = x + block.drop_path(attended)
-    return x + _swin_recomputed_mlp(block, x), weights
-
-
-def _swin_recomputed_mlp(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
-    act = block.intermediate.intermediate_act_fn
-    return recomputed_mlp(x, block.layernorm_after, block.intermediate.dense, act, block.output)
+    return x + mlp.dropout(recomputed_mlp(x, *mlp.layers)), weights
 
 
 SWIN_LAYER = Rewrite(_can_infer_swin, _infer_swin, _can_train_swin, _train_swin)
@@ -333,30 +487,29 @@ def window_plan(
     return make(batch, height, width, window, shift, pads_before_shift, dtype)
 
 
-def _attend_in_plan(block: SwinLayer, x: torch.Tensor) -> torch.Tensor:
-    """Return `x + attend(layernorm_before(x))` for x (B, H, W, C), with one copy into windows and one back."""
+def _attended_windows(
+    block: SwinBlock | Swinv2Layer, heads: WindowAttention, x: torch.Tensor
+) -> tuple[WindowPlan, torch.Tensor]:
+    """Return the plan for a map (B, H, W, C), and the heads' results in its windows, (windows * L, C)."""
     batch, height, width, channels = x.shape
     window, shift = pair(block.window_size), pair(block.shift_size)
     plan = window_plan(batch, height, width, window, shift, block.pads_before_shift, x.dtype)
-    positions = block.layernorm_before(x).reshape(-1, channels)
-    windows = F.embedding(plan.gather, positions)  # a parallel index_select
-    del positions
+    windows = F.embedding(plan.gather, x.reshape(-1, channels))  # a parallel index_select
+    del x
     if plan.padding.numel():
         windows.index_fill_(0, plan.padding, 0.0)
-    attended = attend_in_groups(block.attention.self, windows.view(-1, window[0] * window[1], channels), plan)
-    positions = F.embedding(plan.scatter, attended.view(-1, channels)).view(x.shape)
-    dense = block.attention.output.dense
-    return linear(positions, dense.weight, dense.bias, residual=x)
+    windows = windows.view(-1, window[0] * window[1], channels)
+    return plan, attend_in_groups(heads, windows, plan).view(-1, channels)
 
 
-def attend_in_groups(attention: SwinSelfAttention, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
+def attend_in_groups(attention: WindowAttention, windows: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
     """Return the result of `attention` in evaluation for a plan's windows (windows, L, C), each group with its mask.
 
     The loop runs some windows at a time: their queries, keys and values stay in the cache.
     """
     _, length, channels = windows.shape
     step = max(1, HIDDEN_BYTES // (length * channels * windows.element_size()))
-    bias, out = attention.bias() + plan.mask, None
+    bias, out = attention.bias() + attention.mask_weight * plan.mask, None
     start = 0
     for mask, size in zip(bias.split(1), plan.groups, strict=True):
         for first in range(start, start + size, step):
@@ -367,7 +520,10 @@ def attend_in_groups(attention: SwinSelfAttention, windows: torch.Tensor, plan: 
             )
             if out is None:
                 out = windows.new_empty(windows.shape, dtype=query.dtype)
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
+            query, key = attention.compared(query, key)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask.to(query.dtype), scale=attention.scale
+            )
             out[first:last] = attended.transpose(1, 2).reshape(last - first, length, channels)
         start += size
     return windows if out is None else out
@@ -382,10 +538,89 @@ def _can_infer_merging(merging: SwinPatchMerging, x: torch.Tensor) -> bool:
 
 def _infer_merging(merging: SwinPatchMerging, x: torch.Tensor) -> torch.Tensor:
     reduction = merging.reduction
-    return linear(merging.norm(merging.squares(x)), reduction.weight, reduction.bias)
+    return linear(merging.norm(squares(x)), reduction.weight, reduction.bias)
 
 
 SWIN_PATCH_MERGING = Rewrite(_can_infer_merging, _infer_merging)
+
+
+# Swin V2 --------------------------------------------------------------------------------------------------------------
+
+
+def _can_infer_swinv2(block: Swinv2Layer, x: torch.Tensor, output_attentions: bool) -> bool:
+    if output_attentions or not are_own(block, "attention", "intermediate", "output"):
+        return False
+    if not are_own(block.attention, "self", "output"):
+        return False
+    attention, output = block.attention.self, block.attention.output
+    linears = attention.query, attention.key, attention.value, output.dense
+    mlp = block.layernorm_after, block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
+    return (
+        all(is_exactly(layer, nn.Linear) for layer in linears)
+        and is_untouched_mlp(*mlp)
+        and is_exactly(block.layernorm_before, nn.LayerNorm)
+        and all(map(does_nothing, (block.drop_path, attention.dropout, output.dropout, block.output.dropout)))
+        and on_cpu_without_gradients(x, attention, *attention.modules(), output.dense, block.layernorm_before, *mlp)
+    )
+
+
+def _infer_swinv2(block: Swinv2Layer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
+    plan, attended = _attended_windows(block, block.attention.self, x)
+    return _after_attention(block, x, plan.scatter, attended), None
+
+
+def _after_attention(
+    block: Swinv2Layer, x: torch.Tensor, scatter: torch.Tensor, attended: torch.Tensor
+) -> torch.Tensor:
+    """Return the block's result for x (B, H, W, C) from the heads' results in the windows, in parts of the map."""
+    first, act, second = block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
+    dense, name = block.attention.output.dense, fused_activation(act)
+    positions = x.reshape(-1, x.shape[-1])
+    step = max(1, HIDDEN_BYTES // (first.out_features * x.element_size()))
+    out: torch.Tensor | None = None
+    for start in range(0, max(1, len(positions)), step):
+        stop = start + step
+        branch = F.embedding(scatter[start:stop], attended)
+        part = positions[start:stop] + _normed(linear(branch, dense.weight, dense.bias), block.layernorm_before)
+        hidden = linear(part, first.weight, first.bias, activation=name)
+        branch = linear(hidden if name else act(hidden), second.weight, second.bias)
+        part = part + _normed(branch, block.layernorm_after)
+        out = part.new_empty(positions.shape) if out is None else out
+        out[start:stop] = part
+    assert out is not None
+    return out.view(x.shape)
+
+
+def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _can_train_swinv2(block: Swinv2Layer) -> bool:
+    if not are_own(block, "intermediate", "output"):
+        return False
+    first, act, second = block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
+    return is_exactly(first, nn.Linear) and is_exactly(second, nn.Linear) and is_untouched(act, block.output.dropout)
+
+
+def _train_swinv2(
+    block: Swinv2Layer, x: torch.Tensor, output_attentions: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    attended, weights = block.attend(x, output_attentions)
+    x = x + block.drop_path(block.layernorm_before(attended))
+    hidden = block.intermediate.dense(x)
+    branch = recomputed(lambda x: block.output(block.intermediate.intermediate_act_fn(x)), hidden)
+    return x + block.drop_path(block.layernorm_after(branch)), weights
+
+
+SWINV2_LAYER = Rewrite(_can_infer_swinv2, _infer_swinv2, _can_train_swinv2, _train_swinv2)
+
+
+def _infer_mergingv2(merging: Swinv2PatchMerging, x: torch.Tensor) -> torch.Tensor:
+    reduction = merging.reduction
+    return merging.norm(linear(squares(x), reduction.weight, reduction.bias))
+
+
+SWINV2_PATCH_MERGING = Rewrite(_can_infer_merging, _infer_mergingv2)
 
 
 # ResNet ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ linear layers; the maps that the backbone returns are (B, C, H, W).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -30,12 +30,9 @@ from fastuper.models.backbones.layers import (
 from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.backbones.windows import (
     Sides,
+    attend_in_windows,
     relative_position_index,
-    shifted,
-    shifted_window_mask,
-    unshifted,
-    window_partition,
-    window_reverse,
+    squares,
 )
 from fastuper.models.configuration import BackboneConfig, as_list
 from fastuper.models.gradient_checkpointing import Checkpointed
@@ -135,14 +132,18 @@ class SwinConfig(BackboneConfig):
         if int(self.embed_dim * self.mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} gives the MLPs no channels, with embed_dim={self.embed_dim}")
         for stage, heads in enumerate(self.num_heads):
-            if self.embed_dim * 2**stage % heads:
+            if self.channels(stage) % heads:
                 raise ValueError(
-                    f"the {self.embed_dim * 2**stage} channels of stage {stage + 1} (embed_dim={self.embed_dim}) "
+                    f"the {self.channels(stage)} channels of stage {stage + 1} (embed_dim={self.embed_dim}) "
                     f"are not a multiple of its {heads} attention heads"
                 )
         sides = zip(pair(self.image_size), pair(self.patch_size), strict=True)
         if self.use_absolute_embeddings and any(image < patch for image, patch in sides):
             raise ValueError(f"image_size={self.image_size} must be at least patch_size={self.patch_size}")
+
+    def channels(self, stage: int) -> int:
+        """Return the channels of a stage, counted from 0."""
+        return self.embed_dim * 2**stage
 
     def windows(self, stage: int) -> tuple[Sides, Sides]:
         """Return the window of a stage, counted from 0, and the shift of every second block."""
@@ -241,42 +242,41 @@ class SwinPatchMerging(nn.Module):
         """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
         if rewrites.apply_to(self, x):
             return rewrites.run(self, x)
-        return self.reduction(self.norm(self.squares(x)))
-
-    def squares(self, x: torch.Tensor) -> torch.Tensor:
-        """Concatenate the channels of each 2x2 square of (B, H, W, C): (B, ceil(H / 2), ceil(W / 2), 4 C)."""
-        x = pad_to_multiple(x, 2, 2)
-        batch, height, width, channels = x.shape
-        x = x.view(batch, height // 2, 2, width // 2, 2, channels)
-        # This is the order of the checkpoints: left column first, the upper position of each column first.
-        return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
+        return self.reduction(self.norm(squares(x)))
 
 
-class SwinSelfAttention(nn.Module):
-    """Multi-head attention within windows, with a learned bias for each relative position."""
+class WindowAttention(nn.Module):
+    """Base of the multi-head attentions within windows.
 
-    def __init__(self, config: SwinConfig, dim: int, heads: int, window: Sides):
+    A subclass has the linear layers `query`, `key` and `value`, the dropout `dropout`, and `bias()`, which returns the
+    bias of each relative position, (heads, L, L).
+
+    Args:
+        dim: channels.
+        heads: the number of heads.
+        window: the window.
+        scale: the factor of the products of queries and keys.
+    """
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    dropout: nn.Module
+    bias: Callable[[], torch.Tensor]
+    mask_weight: ClassVar = 1.0
+
+    def __init__(self, dim: int, heads: int, window: Sides, scale: float):
         super().__init__()
         self.num_attention_heads, self.attention_head_size, self.all_head_size = heads, dim // heads, dim
-        self.window_size = window
-        positions = (2 * window[0] - 1) * (2 * window[1] - 1)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(positions, heads))
-        self.relative_position_index: torch.Tensor
-        self.register_buffer("relative_position_index", relative_position_index(window))
-        self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-
-    def bias(self) -> torch.Tensor:
-        """Return the relative position bias, (heads, L, L)."""
-        length = self.window_size[0] * self.window_size[1]
-        table = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return table.view(length, length, self.num_attention_heads).permute(2, 0, 1).contiguous()
+        self.window_size, self.scale = window, scale
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Reshape (B * windows, L, C) to (B * windows, heads, L, C / heads)."""
         return x.view(x.shape[0], x.shape[1], self.num_attention_heads, -1).transpose(1, 2)
+
+    def compared(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the queries and keys, (B * windows, heads, L, C / heads), whose products times `scale` are scores."""
+        return query, key
 
     def forward(
         self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
@@ -292,15 +292,40 @@ class SwinSelfAttention(nn.Module):
             The result, (B * windows, L, C), and the weights, (B * windows, heads, L, L), or None.
         """
         query, key, value = (self.split_heads(layer(windows)) for layer in (self.query, self.key, self.value))
-        bias = self.bias()[None] if mask is None else self.bias()[None] + mask[:, None]
+        query, key = self.compared(query, key)
+        bias = self.bias()[None] if mask is None else self.bias()[None] + self.mask_weight * mask[:, None]
         if output_attentions or not is_exactly(self.dropout, nn.Dropout):
-            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
+            scores = query @ key.transpose(-1, -2) * self.scale + bias
             weights = self.dropout(scores.softmax(-1))
             out = (weights @ value).transpose(1, 2).reshape(windows.shape)
             return out, weights if output_attentions else None
         dropout = self.dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=self.scale)
         return out.transpose(1, 2).reshape(windows.shape), None
+
+
+class SwinSelfAttention(WindowAttention):
+    """Multi-head attention within windows, with a learned bias for each relative position."""
+
+    def __init__(self, config: SwinConfig, dim: int, heads: int, window: Sides):
+        super().__init__(dim, heads, window, scale=(dim // heads) ** -0.5)
+        positions = (2 * window[0] - 1) * (2 * window[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(positions, heads))
+        self.relative_position_index: torch.Tensor
+        self.register_buffer("relative_position_index", relative_position_index(window))
+        self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def bias(self) -> torch.Tensor:
+        """Return the relative position bias, (heads, L, L)."""
+        return gathered_bias(self.relative_position_bias_table, self.relative_position_index)
+
+
+def gathered_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the bias (heads, L, L) of pairs of positions: the rows of a table (rows, heads) by an index (L, L)."""
+    return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()
 
 
 class SwinDense(nn.Module):
@@ -334,32 +359,63 @@ class SwinAttention(nn.Module):
 
     parts: ClassVar = {"self": SwinSelfAttention, "output": SwinDense}
 
-    def __init__(self, config: SwinConfig, dim: int, heads: int, window: Sides):
+    def __init__(self, attention: WindowAttention, output: SwinDense):
         super().__init__()
-        self.self = SwinSelfAttention(config, dim, heads, window)
-        self.output = SwinDense(dim, dim, config.hidden_dropout_prob)
+        self.self = attention
+        self.output = output
 
     def forward(
         self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend within windows (B * windows, L, C); see `SwinSelfAttention.forward`."""
+        """Attend within windows (B * windows, L, C); see `WindowAttention.forward`."""
         out, weights = self.self(windows, mask, output_attentions)
         return self.output(out), weights
 
 
-class SwinLayer(Checkpointed):
+class WindowBlock(Checkpointed):
+    """Base of the blocks: attention within windows, shifted in every other block.
+
+    Args:
+        config: the configuration.
+        stage: the block's stage, counted from 0.
+        is_shifted: True to shift the windows.
+    """
+
+    attention: nn.Module
+
+    def __init__(self, config: SwinConfig, stage: int, is_shifted: bool):
+        super().__init__()
+        window, shift = config.windows(stage)
+        # Numbers where both sides are equal, as in Transformers.
+        self.window_size, self.shift_size = _number(window), _number(shift) if is_shifted else 0
+        self.pads_before_shift = config.pads_before_shift
+
+    def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding."""
+
+        def call(windows: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return self.attention(windows, mask, output_attentions)
+
+        return attend_in_windows(call, x, pair(self.window_size), pair(self.shift_size), self.pads_before_shift)
+
+
+def _number(sides: Sides) -> int | Sides:
+    return sides[0] if sides[0] == sides[1] else sides
+
+
+class SwinLayer(WindowBlock):
     """One block: attention within windows, shifted in every other block, then an MLP, each with a residual."""
 
     rewrite = rewrites.SWIN_LAYER
     parts: ClassVar = {"attention": SwinAttention, "intermediate": SwinIntermediate, "output": SwinDense}
 
-    def __init__(self, config: SwinConfig, dim: int, heads: int, window: Sides, shift: Sides, drop_prob: float):
-        super().__init__()
-        # Numbers where both sides are equal, as in Transformers.
-        self.window_size, self.shift_size = _number(window), _number(shift)
-        self.pads_before_shift = config.pads_before_shift
+    def __init__(self, config: SwinConfig, stage: int, is_shifted: bool, drop_prob: float):
+        super().__init__(config, stage, is_shifted)
+        dim, heads, window = config.channels(stage), config.num_heads[stage], pair(self.window_size)
         self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.attention = SwinAttention(config, dim, heads, window)
+        self.attention = SwinAttention(
+            SwinSelfAttention(config, dim, heads, window), SwinDense(dim, dim, config.hidden_dropout_prob)
+        )
         self.drop_path = drop_path(drop_prob)
         self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.intermediate = SwinIntermediate(config, dim)
@@ -375,37 +431,32 @@ class SwinLayer(Checkpointed):
         x = x + self.output(self.intermediate(self.layernorm_after(x)))
         return x, weights
 
-    def attend(self, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding."""
-        window, shift = pair(self.window_size), pair(self.shift_size)
-        batch, height, width, _ = x.shape
-        rows, columns = (height + window[0] - 1) // window[0], (width + window[1] - 1) // window[1]
-        x = shifted(x, window, shift, self.pads_before_shift)
-        mask = None
-        if any(shift):
-            mask = shifted_window_mask(rows, columns, window, shift, x.dtype, x.device).repeat(batch, 1, 1)
-        windows, weights = self.attention(window_partition(x, window), mask, output_attentions)
-        x = window_reverse(windows, window, batch, rows, columns)
-        return unshifted(x, height, width, shift, self.pads_before_shift), weights
+    def attention_parts(self) -> rewrites.AttentionParts | None:
+        """Return the modules of the attention; None if a module that holds them is touched."""
+        if not rewrites.are_own(self, "attention") or not rewrites.are_own(self.attention, "self", "output"):
+            return None
+        heads, output = self.attention.self, self.attention.output
+        return rewrites.AttentionParts(heads, output.dense, (heads.dropout, output.dropout))
 
-
-def _number(sides: Sides) -> int | Sides:
-    return sides[0] if sides[0] == sides[1] else sides
+    def mlp_parts(self) -> rewrites.MlpParts | None:
+        """Return the modules of the MLP; None if a module that holds them is touched."""
+        if not rewrites.are_own(self, "intermediate", "output"):
+            return None
+        first, act, output = self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output
+        return rewrites.MlpParts((self.layernorm_after, first, act, output.dense), output.dropout)
 
 
 class SwinStage(nn.Module):
     """The blocks, then (except in the last stage) patch merging."""
 
-    def __init__(
-        self, config: SwinConfig, dim: int, heads: int, windows: tuple[Sides, Sides], probs: list[float], merges: bool
-    ):
+    block: ClassVar[type[nn.Module]] = SwinLayer
+    merging: ClassVar[type[nn.Module]] = SwinPatchMerging
+
+    def __init__(self, config: SwinConfig, stage: int, drop_probs: list[float]):
         super().__init__()
-        self.config, self.dim = config, dim
-        window, shift = windows
-        self.blocks = nn.ModuleList(
-            SwinLayer(config, dim, heads, window, shift if i % 2 else (0, 0), p) for i, p in enumerate(probs)
-        )
-        self.downsample = SwinPatchMerging(dim) if merges else None
+        self.config, self.dim = config, config.channels(stage)
+        self.blocks = nn.ModuleList(self.block(config, stage, i % 2 == 1, p) for i, p in enumerate(drop_probs))
+        self.downsample = self.merging(self.dim) if stage + 1 < config.num_layers else None
 
     def forward(
         self, x: torch.Tensor, output_attentions: bool
@@ -423,17 +474,13 @@ class SwinStage(nn.Module):
 
 
 class SwinEncoder(Encoder):
-    """The stages."""
+    """The stages, of the class `stage`."""
 
-    def __init__(self, config: SwinConfig):
+    def __init__(self, config: SwinConfig, stage: type[SwinStage]):
         super().__init__()
-        self.config, self.num_layers = config, len(config.depths)
+        self.config, self.num_layers = config, config.num_layers
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(config.depths)
-        last = self.num_layers - 1
-        self.layers = nn.ModuleList(
-            SwinStage(config, config.embed_dim * 2**i, heads, config.windows(i), rates[i].tolist(), merges=i < last)
-            for i, heads in enumerate(config.num_heads)
-        )
+        self.layers = nn.ModuleList(stage(config, i, probs.tolist()) for i, probs in enumerate(rates))
 
     def steps(
         self, x: torch.Tensor, output_attentions: bool = False, output_hidden_states: bool = False
@@ -455,14 +502,16 @@ class SwinBackbone(Backbone):
     """Swin; it returns the maps of the stages in `config.out_features`, each before its patch merging, and normed."""
 
     config: SwinConfig
+    stage: ClassVar[type[SwinStage]] = SwinStage
 
     def __init__(self, config: SwinConfig):
-        stages = [config.embed_dim * 2**i for i in range(len(config.depths))]
+        stages = [config.channels(stage) for stage in range(config.num_layers)]
         super().__init__(config, [config.embed_dim, *stages])
         self.embeddings = SwinEmbeddings(config)
-        self.encoder = SwinEncoder(config)
-        dims = zip(self.out_features, self.channels, strict=True) if config.norms_outputs else ()
-        self.hidden_states_norms = nn.ModuleDict({name: nn.LayerNorm(dim) for name, dim in dims})
+        self.encoder = SwinEncoder(config, self.stage)
+        if config.norms_outputs:
+            dims = zip(self.out_features, self.channels, strict=True)
+            self.hidden_states_norms = nn.ModuleDict({name: nn.LayerNorm(dim) for name, dim in dims})
 
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
@@ -481,6 +530,8 @@ class SwinBackbone(Backbone):
             if name in self.out_features:
                 if self.config.norms_outputs:
                     x = self.hidden_states_norms[name](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                elif output_hidden_states:
+                    x = channels_last(x)
                 feature_maps.append(x)
             if weights is not None:
                 attentions.append(weights)

@@ -5,6 +5,8 @@ Maps are (B, H, W, C). A window (height, width) has L = height * width positions
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fastuper.models.backbones.layers import pad_to_multiple
@@ -88,3 +90,43 @@ def relative_position_index(window: Sides, device: torch.device | None = None) -
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     y, x = y.flatten(), x.flatten()
     return (y[:, None] - y + height - 1) * (2 * width - 1) + (x[:, None] - x + width - 1)
+
+
+def attend_in_windows(
+    attention: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]],
+    x: torch.Tensor,
+    window: Sides,
+    shift: Sides,
+    pads_before_shift: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pad a map (B, H, W, C) to whole windows, shift it, attend, and undo the shift and the padding.
+
+    Args:
+        attention: maps windows (B * windows, L, C) and their mask (B * windows, L, L), None if nothing is shifted, to
+            the result, of the windows' shape, and the weights or None.
+        x: the map.
+        window: the window.
+        shift: the rows and columns of the shift.
+        pads_before_shift: see `shifted`.
+
+    Returns:
+        The map's result, (B, H, W, C), and the weights or None.
+    """
+    batch, height, width, _ = x.shape
+    rows, columns = (height + window[0] - 1) // window[0], (width + window[1] - 1) // window[1]
+    x = shifted(x, window, shift, pads_before_shift)
+    mask = None
+    if any(shift):
+        mask = shifted_window_mask(rows, columns, window, shift, x.dtype, x.device).repeat(batch, 1, 1)
+    windows, weights = attention(window_partition(x, window), mask)
+    x = window_reverse(windows, window, batch, rows, columns)
+    return unshifted(x, height, width, shift, pads_before_shift), weights
+
+
+def squares(x: torch.Tensor) -> torch.Tensor:
+    """Concatenate the channels of each 2x2 square of maps (B, H, W, C): (B, ceil(H / 2), ceil(W / 2), 4 C)."""
+    x = pad_to_multiple(x, 2, 2)
+    batch, height, width, channels = x.shape
+    x = x.view(batch, height // 2, 2, width // 2, 2, channels)
+    # This is the order of the checkpoints: left column first, the upper position of each column first.
+    return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)

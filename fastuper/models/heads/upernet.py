@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,14 +37,29 @@ class UperNetSteps(PyramidSteps):
         Raises:
             ValueError: the number of maps, or of their channels, does not fit the modules that read them.
         """
+        return self.segment(feature_maps, self.outputs(), self.classify)
+
+    def segment(
+        self,
+        feature_maps: Sequence[torch.Tensor],
+        outputs: strips.Outputs,
+        classify: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Run the steps, with `classify` as the last.
+
+        Args:
+            feature_maps: as for `forward`.
+            outputs: for the executor in strips: one output, "logits", which is `classify`; none if it must be called.
+            classify: returns the logits (B, num_labels, H, W) of the fused levels (B, hidden_size, H, W).
+        """
         self.check(feature_maps)
         if self.feature_norms is not None:
             feature_maps = [norm(x) for norm, x in zip(self.feature_norms, feature_maps, strict=True)]
         pooled = self.psp_forward(feature_maps)
-        if strips.apply_to(self, feature_maps, self.outputs()):
-            return strips.run(self, feature_maps, pooled, self.outputs())["logits"]
+        if strips.apply_to(self, feature_maps, outputs):
+            return strips.run(self, feature_maps, pooled, outputs)["logits"]
         levels = self.smooth(self.top_down(feature_maps[:-1], pooled))
-        return self.classify(self.fuse(levels))
+        return classify(self.fuse(levels))
 
     def outputs(self) -> dict[str, strips.Output]:
         """Return what the head computes at the finest level, for the executor in strips."""

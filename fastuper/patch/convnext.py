@@ -1,0 +1,38 @@
+"""Transformers' ConvNeXt, accelerated: its blocks, and the stem, whose maps are channels_last."""
+
+from __future__ import annotations
+
+import torch
+from transformers.models.convnext import modeling_convnext as theirs
+
+from fastuper.models.backbones import rewrites
+from fastuper.models.backbones.layers import channels_last
+from fastuper.patch.accelerated import Accelerated
+from fastuper.patch.transformers_layers import know_drops, know_norms
+
+know_drops(theirs.ConvNextDropPath)
+know_norms(theirs.ConvNextLayerNorm)
+
+
+class ConvNextLayer(Accelerated, theirs.ConvNextLayer, replaces=theirs.ConvNextLayer):
+    """A block."""
+
+    rewrite = rewrites.CONVNEXT_LAYER
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        if rewrites.apply_to(self, x):
+            return rewrites.run(self, x)
+        return super().forward(x)
+
+
+class ConvNextEmbeddings(Accelerated, theirs.ConvNextEmbeddings, replaces=theirs.ConvNextEmbeddings):
+    """The stem. The layout of its result is the layout of all maps of the backbone."""
+
+    def why_not(self) -> str:
+        """See `Accelerated.why_not`."""
+        return ""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed an image (B, C, H, W)."""
+        return super().forward(channels_last(pixel_values))
