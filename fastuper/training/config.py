@@ -37,8 +37,8 @@ class TrainingConfig:
     )
     recipe: str = option(
         "auto",
-        "Published learning rate and decays to use: convnext, swin, beit, beit-large, beit-pretrained, mae, or auto, "
-        "by the backbone.",
+        "Published learning rate and decays to use: convnext, swin, convnextv2, beit, beit-large, beit-pretrained, "
+        "mae, or auto, by the backbone.",
         metavar="NAME",
     )
     learning_rate: float | None = option(
