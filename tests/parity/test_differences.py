@@ -36,7 +36,7 @@ def test_a_backbone_that_names_no_stages_returns_all(family, library):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ConvNextConfig", "ConvNextV2Config"])
+@pytest.mark.parametrize("name", ["ConvNextConfig", pytest.param("ConvNextV2Config", marks=pytest.mark.exhaustive)])
 def test_the_default_convnext_configuration(name):
     given = transformers.UperNetConfig(backbone_config=getattr(transformers, name)(out_features=STAGES))
     if VERSION_5:
