@@ -36,8 +36,9 @@ def test_a_backbone_that_names_no_stages_returns_all(family, library):
 
 
 @pytest.mark.slow
-def test_the_default_convnext_configuration():
-    given = transformers.UperNetConfig(backbone_config=transformers.ConvNextConfig(out_features=STAGES))
+@pytest.mark.parametrize("name", ["ConvNextConfig", pytest.param("ConvNextV2Config", marks=pytest.mark.exhaustive)])
+def test_the_default_convnext_configuration(name):
+    given = transformers.UperNetConfig(backbone_config=getattr(transformers, name)(out_features=STAGES))
     if VERSION_5:
         with pytest.raises(TypeError):
             transformers.UperNetForSemanticSegmentation(copy.deepcopy(given))
@@ -59,8 +60,9 @@ def pad_before_small_convolutions(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 50), (16, 16), (31, 31), (100, 7)], ids=str)
-def test_a_convnext_takes_small_images(height, width):
-    theirs, ours = pair(config("convnext"))
+@pytest.mark.parametrize("family", ["convnext", "convnextv2"])
+def test_a_convnext_takes_small_images(family, height, width):
+    theirs, ours = pair(config(family))
     pixels, labels = images(2, 3, height, width), segmentation_labels(2, height, width)
     labels[:, 0, 0] = 1
     with pytest.raises(RuntimeError):

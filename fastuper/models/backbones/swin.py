@@ -258,10 +258,10 @@ class WindowAttention(nn.Module):
         scale: the factor of the products of queries and keys.
     """
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    dropout: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    dropout: nn.Dropout
     bias: Callable[[], torch.Tensor]
     mask_weight: ClassVar = 1.0
 
@@ -361,8 +361,8 @@ class SwinAttention(nn.Module):
 
     def __init__(self, attention: WindowAttention, output: SwinDense):
         super().__init__()
-        self.self = attention
-        self.output = output
+        self.self: WindowAttention = attention
+        self.output: SwinDense = output
 
     def forward(
         self, windows: torch.Tensor, mask: torch.Tensor | None, output_attentions: bool
@@ -381,7 +381,7 @@ class WindowBlock(Checkpointed):
         is_shifted: True to shift the windows.
     """
 
-    attention: nn.Module
+    attention: SwinAttention
 
     def __init__(self, config: SwinConfig, stage: int, is_shifted: bool):
         super().__init__()
