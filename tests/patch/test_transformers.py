@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -279,15 +280,10 @@ def test_a_head_mask(taken):
     same(results[1], results[0], 1e-15)
 
 
-@pytest.mark.parametrize("family", ["convnext", "swin"])
-def test_gradient_checkpointing(family):
-    theirs = made(family, drop_path_rate=0.3).train()
-    if not theirs.supports_gradient_checkpointing and not VERSION_5:
-        theirs.supports_gradient_checkpointing = True
-    try:
-        theirs.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    except ValueError:
-        pytest.skip("Transformers checkpoints no block of this family")
+def test_gradient_checkpointing():
+    theirs = made("swin", drop_path_rate=0.3).train()
+    theirs.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    assert theirs.backbone.is_gradient_checkpointing
     ours = accelerated(theirs)
     pixels, labels = images(2, 3, 64, 64), segmentation_labels(2, 64, 64)
     for model in (theirs, ours):
@@ -351,6 +347,29 @@ def test_touched_modules_are_called(family, name, capsys):
                 inside = name[len(".".join(path)) + 1 :]
         parts = [part for part in ours.modules() if isinstance(part, Accelerated) and part.is_shown and part.why_not()]
         assert any(inside in part.why_not() for part in parts)
+
+
+@pytest.mark.parametrize("family", INSIDE)
+def test_hooks_in_training(family):
+    """Each hook runs as often as without `accelerate`, and what it returns is used."""
+    original = made(family, **({} if family.startswith("resnet") else {"drop_path_rate": 0.5}))
+    pixels, labels = images(4, 3, 64, 32), segmentation_labels(4, 64, 32)
+    for name in INSIDE[family]:
+        results: list[tuple[int, float]] = []
+        for model in (copy.deepcopy(original), accelerated(original)):
+            calls: list[int] = []
+
+            def hook(module: nn.Module, args: Any, result: Any, calls: list[int] = calls) -> Any:
+                calls.append(1)
+                return doubled(result)
+
+            model.train().get_submodule(name).register_forward_hook(hook)
+            torch.manual_seed(2)
+            loss = model(pixels, labels=labels).loss
+            loss.backward()
+            results.append((len(calls), loss.item()))
+        assert results[0][0] == 1
+        assert results[1] == pytest.approx(results[0], rel=1e-9), name
 
 
 @pytest.mark.parametrize("family", LINEAR)
@@ -480,18 +499,28 @@ def exported(model: Any) -> Any:
     return torch.export.export(Logits(model), (images(1, 3, 64, 64),), strict=False).module()
 
 
+def check_logits(family: str, transform: Callable[[Any], Any]) -> None:
+    theirs = made(family, depths=[1, 1, 1, 1])
+    model = transform(accelerated(theirs))
+    with torch.no_grad():
+        results = [model(images(1, 3, 64, 64)), theirs(images(1, 3, 64, 64))]
+    same([results[0] if isinstance(results[0], torch.Tensor) else results[0].logits], [results[1].logits], 1e-12)
+
+
 @pytest.mark.parametrize(
     "family", ["convnext", *(pytest.param(family, marks=pytest.mark.exhaustive) for family in FAMILIES[1:])]
 )
-def test_compiled_and_exported(family):
-    theirs = made(family)
-    model = accelerated(theirs)
-    pixels = images(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = theirs(pixels).logits
-        same([compiled(model)(pixels).logits, exported(model)(pixels)], [expected] * 2, 1e-12)
+def test_exported(family):
+    check_logits(family, exported)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled(family):
+    check_logits(family, compiled)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["convnext", "swin"])
 def test_jit_trace(family):
     theirs = made(family)
