@@ -65,6 +65,15 @@ def why_touched_inside(block: nn.Module, called: Sequence[str] = ()) -> str:
     return ""
 
 
+def why_another_class(block: nn.Module, kind: type[nn.Module], *names: str) -> str:
+    """Return which of these modules inside a block, by their names, is of another class than `kind`, in words."""
+    for name in names:
+        part = block.get_submodule(name)
+        if type(part) is not kind:
+            return f"{name}: its class is {type(part).__name__}"
+    return ""
+
+
 def why_not_fusible(block: FusedConv) -> str:
     """Return why a block's convolution is called as a module, in words; "" if it is fused."""
     if block.is_fusible():

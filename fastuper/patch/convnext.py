@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers.models.convnext import modeling_convnext as theirs
 
 from fastuper.models.backbones import rewrites
 from fastuper.models.backbones.layers import channels_last
-from fastuper.patch.accelerated import Accelerated
+from fastuper.patch.accelerated import Accelerated, why_another_class, why_touched_inside
 from fastuper.patch.transformers_layers import know_drops, know_norms
 
 know_drops(theirs.ConvNextDropPath)
@@ -18,6 +19,10 @@ class ConvNextLayer(Accelerated, theirs.ConvNextLayer, replaces=theirs.ConvNextL
     """A block."""
 
     rewrite = rewrites.CONVNEXT_LAYER
+
+    def why_not(self) -> str:
+        """See `Accelerated.why_not`."""
+        return why_touched_inside(self) or why_another_class(self, nn.Linear, "pwconv1", "pwconv2")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to the same shape."""

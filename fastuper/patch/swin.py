@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.models.swin import modeling_swin as theirs
 
 from fastuper.models.backbones import rewrites
@@ -15,7 +16,7 @@ from fastuper.models.backbones.layers import channels_last, pair
 from fastuper.models.backbones.swin import WindowAttention, gathered_bias
 from fastuper.models.backbones.windows import attend_in_windows
 from fastuper.models.untouched import is_exactly
-from fastuper.patch.accelerated import Accelerated, why_touched_inside
+from fastuper.patch.accelerated import Accelerated, why_another_class, why_touched_inside
 from fastuper.patch.transformers_layers import know, know_drops
 
 know_drops(theirs.SwinDropPath)
@@ -38,6 +39,10 @@ class SwinPatchMerging(Accelerated, theirs.SwinPatchMerging, replaces=theirs.Swi
 
     rewrite = rewrites.SWIN_PATCH_MERGING
 
+    def why_not(self) -> str:
+        """See `Accelerated.why_not`."""
+        return why_touched_inside(self, called=("norm",)) or why_another_class(self, nn.Linear, "reduction")
+
     def forward(self, input_feature: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
         """Map (B, H * W, C) to (B, ceil(H / 2) * ceil(W / 2), 2 C); `input_dimensions` is (H, W)."""
         if rewrites.apply_to(self, input_feature):
@@ -46,7 +51,7 @@ class SwinPatchMerging(Accelerated, theirs.SwinPatchMerging, replaces=theirs.Swi
         return super().forward(input_feature, input_dimensions)
 
 
-class SwinSteps:
+class SwinSteps(nn.Module):
     """What the blocks of both versions of Transformers share."""
 
     rewrite = rewrites.SWIN_LAYER
@@ -54,6 +59,11 @@ class SwinSteps:
     attention: Any
     window_size: Any
     shift_size: Any
+
+    def why_touched(self, *linears: str) -> str:
+        """Return what excludes the faster way in evaluation, in words; `linears` are the names of linear layers."""
+        # The block calls its first norm.
+        return why_touched_inside(self, called=("layernorm_before",)) or why_another_class(self, nn.Linear, *linears)
 
     def run(self, x: torch.Tensor, size: tuple[int, int], output_attentions: bool) -> tuple[Any, ...] | None:
         """Return the block's result for (B, H * W, C) and the attention weights, or None if no faster way applies."""
@@ -66,6 +76,11 @@ class SwinSteps:
 
 if hasattr(theirs, "SwinSelfAttention"):  # Transformers 4
     know(theirs.SwinAttention, theirs.SwinSelfOutput, theirs.SwinIntermediate, theirs.SwinOutput)
+    LINEARS = (
+        *(f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")),
+        "intermediate.dense",
+        "output.dense",
+    )
 
     class SwinSelfAttention(Accelerated, theirs.SwinSelfAttention, WindowAttention, replaces=theirs.SwinSelfAttention):
         """The heads, with the methods that the block's faster way calls."""
@@ -86,7 +101,7 @@ if hasattr(theirs, "SwinSelfAttention"):  # Transformers 4
 
         def why_not(self) -> str:
             """See `Accelerated.why_not`."""
-            return why_touched_inside(self, called=("layernorm_before",))
+            return self.why_touched(*LINEARS)
 
         def forward(
             self,
@@ -135,6 +150,7 @@ else:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     know(theirs.SwinMLP, theirs.SwinRelativePositionBias)
+    LINEARS = (*(f"attention.{name}_proj" for name in "qkvo"), "mlp.fc1", "mlp.fc2")
 
     def is_usual(implementation: str) -> bool:
         """Return True if an attention implementation, by its name, is PyTorch's."""
@@ -159,7 +175,7 @@ else:
 
         def why_not(self) -> str:
             """See `Accelerated.why_not`."""
-            if why := why_touched_inside(self, called=("layernorm_before",)):
+            if why := self.why_touched(*LINEARS):
                 return why
             name = self.attention.config._attn_implementation
             return "" if is_usual(name) else f"attention: its implementation is {name!r}"
