@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mmcv.cnn import ConvModule
+from mmengine.config import ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
@@ -94,7 +95,7 @@ def test_predict(mode: str, name: str) -> None:
     given = samples(KINDS[name].labels())
     results = []
     for model in (ours, theirs):
-        model.test_cfg = type(model.test_cfg)({"mode": mode, "crop_size": (48, 48), "stride": (32, 32)})
+        model.test_cfg = ConfigDict(mode=mode, crop_size=(48, 48), stride=(32, 32))
         with torch.no_grad():
             results.append(model(images, copy.deepcopy(given), mode="predict"))
     for result, expected in zip(*results, strict=True):
