@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmcv.cnn.bricks import conv_module
 from mmengine.model import utils
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from mmseg.models.decode_heads import psp_head, uper_head
 from mmseg.models.segmentors.encoder_decoder import EncoderDecoder
 from torch import nn
@@ -23,9 +24,10 @@ from fastuper.patch.accelerated import MODELS, Accelerated, KnownModel, why_not_
 ORDER = ("conv", "norm", "act")
 """The order of the steps that is fused."""
 
-# `mmengine.model.revert_sync_batchnorm` puts this class in place of SyncBatchNorm.
-KNOWN.add(utils._BatchNormXd)
-FIXED_IN_EVALUATION.add(utils._BatchNormXd)
+# `mmengine.model.revert_sync_batchnorm` puts the second class in place of the first.
+NORMS = (SyncBatchNorm, utils._BatchNormXd)
+KNOWN.update(NORMS)
+FIXED_IN_EVALUATION.update(NORMS)
 
 
 class ConvModule(Accelerated, FusedConv, conv_module.ConvModule, replaces=conv_module.ConvModule):  # type: ignore[misc]
