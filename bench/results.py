@@ -83,6 +83,13 @@ _PARITY = {
     "save and load": "tests/models/test_pretrained.py::test_round_trip",
     "export": "tests/models/test_backbone_tracing.py::test_export_with_dynamic_sizes",
 }
+_FOREIGN = {
+    "forward": "tests/models/test_foreign_backbones.py::"
+    "test_the_network_is_the_librarys_backbone_with_a_plain_neck_and_head",
+    "training step": "tests/models/test_foreign_backbones.py::test_all_that_is_read_learns_and_has_a_depth",
+    "save and load": "tests/models/test_foreign_backbones.py::"
+    "test_the_network_is_the_librarys_backbone_with_a_plain_neck_and_head",
+}
 TESTED = {
     "convnext": _PARITY,
     "convnextv2": _PARITY,
@@ -99,8 +106,10 @@ TESTED = {
         "training step": "tests/models/test_training_mode.py::test_checkpointing_changes_nothing_but_memory",
         "save and load": "tests/models/test_pretrained.py::test_round_trip",
     },
+    "timm": _FOREIGN,
+    "transformers": _FOREIGN,
 }
-"""For each family of backbones, and for timm and Transformers: what tests run, and one of the tests."""
+"""For each family of backbones, and for timm and Transformers: what tests run at small widths, and one of the tests."""
 
 MACHINE_EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from fastuper.models.backbones.foreign.timm import TIMM
 from fastuper.models.backbones.registry import FAMILIES, PRESETS, Preset, layer_depths
+from fastuper.models.configuration import ForeignBackboneConfig
 
 BACKBONES: dict[str, Preset] = PRESETS
 """Functions that return a backbone's configuration, by name: the presets of all registered families. They have the
@@ -80,11 +83,24 @@ def recipe_for(name: str, backbone_config: Any) -> Recipe:
 
 
 def _published(backbone_config: Any) -> str:
-    family = None if backbone_config is None else FAMILIES.get(backbone_config.model_type)
-    if family is None:
+    """Return the name of a backbone's published recipe, or "swin"."""
+    if backbone_config is None:
         return "swin"
+    if isinstance(backbone_config, ForeignBackboneConfig):
+        return _published_foreign(backbone_config)
+    family = FAMILIES[backbone_config.model_type]
     name = family.model_type if family.recipe is None else family.recipe(backbone_config)
     return name if name in RECIPES else "swin"
+
+
+def _published_foreign(config: ForeignBackboneConfig) -> str:
+    """Return the recipe of a BEiT or MAE of another library, by timm's name or Transformers' model type; or "swin"."""
+    if config.model_type == "beit":
+        return "beit" if config.values.get("num_hidden_layers", 12) <= 12 else "beit-large"
+    name = str(config.values.get("backbone"))
+    if config.model_type == TIMM and (match := re.match(r"beit_(base|large)_|vit_\w+\.mae$", name)):
+        return {"base": "beit", "large": "beit-large", None: "mae"}[match[1]]
+    return "swin"
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -118,8 +134,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Return True if a parameter has weight decay.
 
-    Norms (ConvNeXt V2's GRN too), biases, LayerScale, tokens, position embeddings and tables have none, nor have Swin V2's
-    factors of cosines and its networks that compute the biases of positions.
+    Norms (ConvNeXt V2's GRN too), biases, LayerScale, tokens, position embeddings and tables have none, nor have
+    Swin V2's factors of cosines and its networks that compute the biases of positions.
     """
     if any(part in UNDECAYED_MODULES for part in name.split(".")):
         return False

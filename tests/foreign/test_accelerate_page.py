@@ -14,12 +14,15 @@ from fastuper.patch.accelerated import Accelerated
 from tests.end_to_end.pages import ACCELERATE, run_section
 from tests.end_to_end.test_accelerate_page import FOREIGN
 from tests.foreign.makers import settings_of
-from tests.foreign.test_conversions import SWIN, SWIN_CHANNELS, trained
+from tests.foreign.test_conversions import SWIN, SWIN_CHANNELS, mmseg
 from tests.foreign.test_migrate import from_smp
 
 
 def from_mmsegmentation(folder: Path) -> None:
-    trained(SWIN, SWIN_CHANNELS, auxiliary={})(folder).path.rename(folder / "upernet_swin_tiny.pth")
+    # PyTorch's reader refuses the objects that mmengine's Runner writes beside the weights.
+    made = mmseg(SWIN, SWIN_CHANNELS, auxiliary={})(folder)
+    meta = {"CLASSES": [str(number) for number in range(5)], "PALETTE": [[number] * 3 for number in range(5)]}
+    torch.save({"state_dict": made.network.state_dict(), "meta": meta}, folder / "upernet_swin_tiny.pth")
     model = settings_of(SWIN, SWIN_CHANNELS, auxiliary={})
     Config({"model": model, "default_scope": "mmseg"}).dump(folder / "upernet_swin_tiny.py")
 

@@ -144,13 +144,33 @@ def test_recipes_by_name():
     convnext = ConvNextConfig()
     assert recipe_for("auto", convnext) == RECIPES["convnext"]
     assert recipe_for("swin", convnext) == RECIPES["swin"]
-    foreign = ForeignBackboneConfig("beit")  # it has no layer depths
-    for config in (SwinConfig(), BACKBONES["resnet-18"](), foreign, None):
+    for config in (SwinConfig(), BACKBONES["resnet-18"](), None):
         assert recipe_for("auto", config) == RECIPES["swin"]
     with pytest.raises(
         ValueError, match=r"'sgd' is not known; known are auto, convnext, swin, convnextv2, beit, .*, mae"
     ):
         recipe_for("sgd", None)
+
+
+def foreign(model_type: str, **values) -> ForeignBackboneConfig:
+    return ForeignBackboneConfig(model_type, **values)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (foreign("beit"), "beit"),
+        (foreign("beit", num_hidden_layers=24), "beit-large"),
+        (foreign("dinov2"), "swin"),
+        (foreign("timm_backbone", backbone="beit_base_patch16_224.in22k_ft_in22k"), "beit"),
+        (foreign("timm_backbone", backbone="beit_large_patch16_224"), "beit-large"),
+        (foreign("timm_backbone", backbone="vit_base_patch16_224.mae"), "mae"),
+        (foreign("timm_backbone", backbone="vit_base_patch16_224"), "swin"),
+        (foreign("timm_backbone", backbone="beitv2_base_patch16_224"), "swin"),
+    ],
+)
+def test_recipes_of_other_libraries_backbones(config, name):
+    assert recipe_for("auto", config) == RECIPES[name]
 
 
 # Of mmsegmentation 1.2.2, configs/: the optimizer's rate and weight decay, layer_decay_rate, the backbone's
