@@ -20,8 +20,9 @@ from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.samples import IGNORE_INDEX, DataError, checked_classes
 from fastuper.evaluation.loop import check_classes, classes_of
 from fastuper.io.hub import find_file
-from fastuper.io.messages import listed
+from fastuper.io.messages import listed, reason
 from fastuper.models.backbones.foreign import TIMM
+from fastuper.models.backbones.foreign.measuring import black_image, evaluating
 from fastuper.models.configuration import ForeignBackboneConfig
 from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper.models.upernet_configuration import UperNetConfig, named_backbone_config
@@ -231,23 +232,36 @@ def _over_backbone(
         ValueError: the backbone takes no images of this size.
     """
     network: UperNetForSemanticSegmentation = UperNetForSemanticSegmentation(config)
-    largest = network.image_sizes.largest
     kwargs = config.backbone_kwargs or {}
-    if largest not in (None, (image_size, image_size)) and config.use_timm_backbone and "img_size" not in kwargs:
+    if config.use_timm_backbone and "img_size" not in kwargs and (fault := _fault_at(network, image_size)):
         config.backbone_kwargs = {**kwargs, "img_size": image_size}
         try:
             network = UperNetForSemanticSegmentation(config)
         except ValueError as error:
-            assert largest is not None
             raise ValueError(
-                f"{network.image_sizes.name} takes images of at most {largest[0]} x {largest[1]} pixels, and cannot be "
-                f"built for {image_size} x {image_size}: train with --crop {min(largest)} (image_size)"
+                f"{fault}; and it cannot be built for {image_size} x {image_size} pixels: train with a smaller --crop "
+                "(image_size)"
             ) from error
         notify(f"{config.backbone} is built for images of {image_size} x {image_size} pixels and no larger")
     padded = network.image_sizes.padded(image_size, image_size)
     if padded != (image_size, image_size):
         notify(f"images of {image_size} x {image_size} pixels are padded to {padded[0]} x {padded[1]} for the backbone")
     return network
+
+
+def _fault_at(network: UperNetForSemanticSegmentation, image_size: int) -> str:
+    """Return why a backbone takes no square images of a size; "" if it takes them."""
+    largest = network.image_sizes.largest
+    if largest is not None and largest != (image_size, image_size):
+        return f"{network.image_sizes.name} takes images of {largest[0]} x {largest[1]} pixels only"
+    with evaluating(network):
+        channels: int = network.config.backbone_config.values.get("num_channels", 3)
+        image = network.image_sizes.pad(black_image(network, channels, (image_size, image_size)))
+        try:
+            network.backbone(image)
+        except (RuntimeError, ValueError) as error:
+            return reason(error)
+    return ""
 
 
 def _read_checkpoint(

@@ -159,7 +159,7 @@ def test_the_sizes_that_a_network_takes_are_found():
     maps = measure(Windows(), nn.Module(), name="w", channels=3, unit=8, native=(48, 48), remedy="-")
     assert (maps.sizes.multiple, maps.sizes.least, maps.channels_last) == ((48, 48), (48, 48), True)
     maps = measure(Windows(), nn.Module(), name="w", channels=3, unit=24, native=None, remedy="-")
-    assert (maps.sizes.multiple, maps.sizes.least) == ((24, 24), (1, 1))
+    assert (maps.sizes.multiple, maps.sizes.least) == ((24, 24), (48, 48))
     with pytest.raises(ValueError, match="w runs on no image of 10 x 15, 20 x 30 pixels: no"):
         measure(Windows(), nn.Module(), name="w", channels=3, unit=5, native=None, remedy="-")
 

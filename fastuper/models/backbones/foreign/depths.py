@@ -10,6 +10,9 @@ from typing import Any
 
 from fastuper.models.configuration import ForeignBackboneConfig
 
+MOST_STAGES = 8
+"""More layers than this are blocks, not stages."""
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -43,7 +46,8 @@ def count_layers(names: Sequence[str], is_flat: bool) -> Layers | None:
     A vision transformer has blocks, and BEiT's depths (https://arxiv.org/abs/2106.08254): 1 in the last block, one more
     in each block before it, the largest in the embeddings, 0 in a final norm. Other networks have stages, and the
     depths of ConvNeXt's authors (https://arxiv.org/abs/2201.03545): 3 in the last stage, one more in each before it,
-    and the largest in the stem. The layers between two stages count to the stage in which the library has them.
+    and the largest in the stem. The layers between two stages count to the stage in which the library has them. If a
+    library numbers the blocks through all stages, the blocks have BEiT's depths too.
 
     Args:
         names: the names of all parameters, in the network's order.
@@ -65,7 +69,8 @@ def count_layers(names: Sequence[str], is_flat: bool) -> Layers | None:
     prefix = min(fitting, key=lambda prefix: (prefix.count("."), -covered[prefix]))
     inside = [i for i, name in enumerate(names) if any(found == prefix for found, _ in _numbered(name))]
     found = numbers[prefix]
-    return Layers(prefix, min(found), len(found), 1 if is_flat else 3, frozenset(names[inside[-1] + 1 :]))
+    least = 1 if is_flat or len(found) > MOST_STAGES else 3
+    return Layers(prefix, min(found), len(found), least, frozenset(names[inside[-1] + 1 :]))
 
 
 def _numbered(name: str) -> Iterable[tuple[str, int]]:

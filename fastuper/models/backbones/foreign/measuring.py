@@ -117,7 +117,7 @@ def measure(
     """Run a backbone on a small black image and return what its maps are.
 
     Images of (2 units, 3 units) are tried first, then those of (4, 6), then those of `native`, the size for which the
-    library has built the model. Slightly larger images show whether the images must be padded.
+    library has built the model. Slightly larger and tiny images show whether the images must be padded.
 
     Args:
         run: returns the maps of an image (1, channels, H, W).
@@ -153,7 +153,8 @@ def measure(
         if size == small:
             steps = [step for step in (1, 2, 4, 8, 16, 32, 64) if step < unit]
             multiple = next((step for step in steps if takes(height + step, width + step)), unit)
-            sizes = Sizes(name, (multiple, multiple), (1, 1), None, remedy)
+            least = next((side for side in (1, unit) if takes(side, side)), 2 * unit)
+            sizes = Sizes(name, (multiple, multiple), (least, least), None, remedy)
         elif takes(height + unit, width + 2 * unit):
             multiple = 1 if takes(height + 1, width + 2) else unit
             sizes = Sizes(name, (multiple, multiple), (min(size), min(size)), None, remedy)
@@ -224,6 +225,6 @@ def _is_reduced(found: Sequence[int], size: Size) -> bool:
 
 
 def has_attention(module: nn.Module) -> bool:
-    """Return True if a network has a module for attention, by the names of the classes inside."""
-    names = {type(part).__name__.lower() for part in module.modules()}
+    """Return True if a network has a module for attention, by the names of the modules and classes inside."""
+    names = {f"{path}.{type(part).__name__}".lower() for path, part in module.named_modules()}
     return any("attn" in name or "attention" in name for name in names)

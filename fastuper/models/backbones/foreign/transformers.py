@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastuper.io.messages import listed, reason
+from fastuper.models.backbones.foreign.depths import MOST_STAGES
 from fastuper.models.backbones.foreign.measuring import MAPS, Maps, measure
 from fastuper.models.backbones.foreign.pyramids import KEYS, chosen_blocks, complete
 from fastuper.models.configuration import ForeignBackboneConfig
@@ -56,8 +57,8 @@ def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
     chosen = names[-MAPS:]
     backbone = _built(config, chosen)
     maps = _measured(backbone, config)
-    if maps.is_flat:
-        blocks = [name for name in names if name != "stem"]
+    blocks = [name for name in names if name != "stem"]
+    if maps.is_flat or len(blocks) > MOST_STAGES:  # a BEiT with its own neck has blocks, and maps that fall
         chosen = [blocks[i] for i in chosen_blocks(len(blocks), config.model_type == "beit")]
     elif not maps.falls:
         chosen = _falling(names, _measured(_built(config, names), config))
