@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -30,6 +30,10 @@ class Accelerated(nn.Module):
     replaces: ClassVar[type[nn.Module]]
     is_shown: ClassVar[bool] = True
     """False for a part of a block that has no faster way of its own: `explain` shows no row of it."""
+
+    if TYPE_CHECKING:  # the library's class has attributes of any type
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init_subclass__(cls, replaces: type[nn.Module] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -47,7 +47,7 @@ class ConvParts(Accelerated, FusedConv):
             """The norm."""
             return self.bn
 
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[misc]
             """Map (B, C_in, H, W) to (B, C, H, W)."""
             return FusedConv.forward(self, input)
 
@@ -98,7 +98,7 @@ class HeadSteps(Accelerated, UperNetSteps):
         """See `Accelerated.why_not`; a touched module inside does not change the head's own steps."""
         return ""
 
-    def forward(self, encoder_hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, encoder_hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, num_labels, H, W) at the size of the finest of the maps (B, hidden_size, H_l, W_l)."""
         # The model returns these logits; without the copy they would be in channels_last.
         return UperNetSteps.forward(self, encoder_hidden_states).contiguous()

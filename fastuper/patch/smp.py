@@ -23,7 +23,7 @@ from fastuper.patch.accelerated import MODELS, Accelerated, KnownModel, why_not_
 KNOWN.add(theirs.LayerNorm2d)
 
 
-class Conv2dReLU(Accelerated, FusedConv, modules.Conv2dReLU, replaces=modules.Conv2dReLU):  # type: ignore[misc]
+class Conv2dReLU(Accelerated, FusedConv, modules.Conv2dReLU, replaces=modules.Conv2dReLU):
     """A convolution, a norm and ReLU: a BatchNorm and ReLU are fused, another norm is called."""
 
     @property
@@ -70,7 +70,7 @@ class FPNLateralBlock(Accelerated, theirs.FPNLateralBlock, replaces=theirs.FPNLa
         return add_lateral(self.conv_norm_relu, lateral_feature, state_feature)
 
 
-class UPerNetDecoder(Accelerated, UperNetSteps, theirs.UPerNetDecoder, replaces=theirs.UPerNetDecoder):  # type: ignore[misc]
+class UPerNetDecoder(Accelerated, UperNetSteps, theirs.UPerNetDecoder, replaces=theirs.UPerNetDecoder):
     """The decoder: UPerNet's head without the classifier. Its lists of blocks begin with the coarsest level."""
 
     @property
@@ -121,7 +121,7 @@ class UPerNetDecoder(Accelerated, UperNetSteps, theirs.UPerNetDecoder, replaces=
         return merged
 
 
-class SegmentationHead(Accelerated, heads.SegmentationHead, replaces=heads.SegmentationHead):  # type: ignore[misc]
+class SegmentationHead(Accelerated, heads.SegmentationHead, replaces=heads.SegmentationHead):
     """The classifier, the resampling to the image's size (bilinear, align_corners=True), and an activation."""
 
     def why_not(self) -> str:
@@ -140,7 +140,7 @@ class SegmentationHead(Accelerated, heads.SegmentationHead, replaces=heads.Segme
         return masks
 
 
-class UPerNet(Accelerated, model.UPerNet, replaces=model.UPerNet):  # type: ignore[misc]
+class UPerNet(Accelerated, model.UPerNet, replaces=model.UPerNet):
     """The model; on large images the decoder classifies strips of the finest level."""
 
     def why_not(self) -> str:

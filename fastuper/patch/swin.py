@@ -88,7 +88,7 @@ if hasattr(theirs, "SwinSelfAttention"):  # Transformers 4
         is_shown = False
 
         @property
-        def scale(self) -> float:
+        def scale(self) -> float:  # type: ignore[override]
             """The factor of the scores."""
             return self.attention_head_size**-0.5
 
