@@ -72,7 +72,7 @@ def jit(module: nn.Module, x: torch.Tensor, folder: Path) -> Runner:
 def legacy_onnx(module: nn.Module, x: torch.Tensor, folder: Path) -> Runner:
     options = {"input_names": ["x"], "dynamic_axes": {"x": {2: "height", 3: "width"}}}
     # The oldest version of the operators: ONNX has attention from 14 on.
-    attentions = ("SwinSelfAttention", "ViTAttention")
+    attentions = ("SwinSelfAttention", "Swinv2SelfAttention", "ViTAttention")
     oldest = 14 if any(type(part).__name__ in attentions for part in module.modules()) else 11
     torch.onnx.export(module, (x,), folder / "a.onnx", dynamo=False, opset_version=oldest, **options)
     return by_onnx(folder / "a.onnx")

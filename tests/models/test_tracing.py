@@ -63,7 +63,7 @@ def coarse_inputs(batch, sizes):
 
 
 def images_for(family):
-    return [image_inputs(*size) for size in (SWIN_SIZES if family == "swin" else IMAGE_SIZES)]
+    return [image_inputs(*size) for size in (SWIN_SIZES if family.startswith("swin") else IMAGE_SIZES)]
 
 
 def exported_images_for(family):
