@@ -135,8 +135,8 @@ class ConvNextV2Backbone(ConvNextBackbone):
             super().initialize_tensor(module, name, tensor)
 
 
-# The authors trained UPerNets with the sizes from tiny, by ConvNeXt's code: these presets have its stochastic depth.
-# The smaller sizes have the stochastic depth of the authors' classifiers.
+# The authors trained UPerNets with the sizes from tiny, by ConvNeXt's code: these presets have its stochastic depth. No
+# UPerNet of the smaller sizes is published: they have that of the authors' smallest classifier.
 PRESETS = {
     name: partial(ConvNextV2Config, hidden_sizes=sizes, depths=depths, drop_path_rate=rate, out_features=STAGES)
     for name, sizes, depths, rate in (
