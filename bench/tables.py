@@ -725,7 +725,7 @@ def backbones_table_of(result: dict[str, Any] | None) -> str:
         f"Parameters of the whole UPerNet, {result['classes']} classes, with its auxiliary head. mIoU: ADE20K "
         "validation, one scale, as the source publishes it, with the pretraining and the crop; not measured again "
         f"here. Time and memory: logits of a {size} x {size} image, float32, random weights. Times are medians of "
-        "forwards in turns; models of more than 300 M parameters are run and not timed. Peak memory is that of the "
+        "forwards in turns; models of more than 200 M parameters are run and not timed. Peak memory is that of the "
         "first forward, less the weights. The tests run each family at small widths. "
         + training_source(result)
         + " `python -m bench.backbones` repeats the measurement."
