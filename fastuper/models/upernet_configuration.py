@@ -205,8 +205,8 @@ def _marked(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a config.json without options at their defaults, and with model types by `to_dict`."""
     values = {name: value for name, value in values.items() if name not in OPTIONS or value != OPTIONS[name]}
     backbone = values.get("backbone_config")
-    is_ours = backbone is None or backbone["model_type"] in FAMILIES
-    if OPTIONS.keys().isdisjoint(values) and (is_ours or not is_only_here(backbone)):
+    is_foreign = backbone is not None and backbone["model_type"] not in FAMILIES
+    if OPTIONS.keys().isdisjoint(values) and not (is_foreign and is_only_here(backbone or {})):
         return values
     if backbone is not None:
         values["backbone_config"] = {**backbone, "model_type": MARK + backbone["model_type"]}
