@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastuper.models.backbones import Backbone, build_backbone
 from fastuper.models.backbones.foreign import Sizes, custom_config, measured_maps, neck_of
+from fastuper.models.backbones.foreign.measuring import static_size
 from fastuper.models.backbones.layers import initialize_tensor
 from fastuper.models.gradient_checkpointing import Checkpointed, GradientCheckpointingMixin, checkpointed
 from fastuper.models.model_methods import children_first, own_tensors
@@ -130,12 +131,10 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
 
         If the images were not padded, the logits (B, num_labels, h, w) are returned as they are.
         """
-        if not all(type(side) is int for side in size):
+        found = static_size(size)
+        if found is None or (padded := self.image_sizes.padded(*found)) == found:
             return logits
-        height, width = size
-        padded = self.image_sizes.padded(height, width)
-        if padded == (height, width):
-            return logits
+        height, width = found
         full = F.interpolate(logits.contiguous(), padded, mode="bilinear", align_corners=align_corners)
         return full[:, :, :height, :width].contiguous()
 

@@ -14,7 +14,7 @@ timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.exhaustive
 
 FALLING = """
-    halonet26t test_byobnet coat_mini test_convnext cpubone_nano csatv2 cs3darknet_s cspnext_tiny davit_tiny
+    halonet26t test_byobnet coat_mini test_convnext cpubone_nano cs3darknet_s cspnext_tiny davit_tiny
     densenet264d dla34 dpn68 edgenext_small efficientformer_l1 efficientformerv2_s0 test_efficientnet
     efficientvit_b0 fasternet_t0 fastvit_s12 focalnet_tiny_lrf gcvit_tiny ghostnet_050 hardcorenas_a hgnet_tiny
     hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small iformer_s inception_next_atto lcnetv2_small lowformer_b0
@@ -27,6 +27,7 @@ FALLING = """
 """Models with maps of the strides 4, 8, 16, 32."""
 
 OTHERS = {
+    "csatv2": (8, 16, 32, 64),
     "inception_resnet_v2": (5, 10, 21, 64),
     "inception_v3": (5, 10, 21, 64),
     "inception_v4": (4, 10, 21, 64),

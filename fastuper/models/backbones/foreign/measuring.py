@@ -22,11 +22,20 @@ from fastuper.io.messages import reason
 Size = tuple[int, int]
 Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
+LARGEST = 4096
+"""Larger sides are not tried, in pixels."""
+
 MAPS = 4
 """The number of maps that UPerNet reads."""
 
 FAULTS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 """The errors by which libraries refuse an image."""
+
+
+def static_size(size: Sequence[Any]) -> Size | None:
+    """Return a size as numbers; None in a graph with free sizes, which is for images that need no padding."""
+    height, width = size
+    return None if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt) else (int(height), int(width))
 
 
 @dataclass(frozen=True)
@@ -68,12 +77,10 @@ class Sizes:
         """Return images (B, C, H, W) padded with zeros, below and on the right; the images themselves if they fit."""
         if self.multiple == (1, 1) and self.least == (1, 1) and self.largest is None:
             return pixel_values
-        height, width = pixel_values.shape[2:]
-        if not (isinstance(height, int) and isinstance(width, int)):
-            return pixel_values  # a graph with free sizes is for images that need no padding
-        rows, columns = self.padded(height, width)
-        if (rows, columns) == (height, width):
+        found = static_size(pixel_values.shape[2:])
+        if found is None or (padded := self.padded(*found)) == found:
             return pixel_values
+        (height, width), (rows, columns) = found, padded
         return F.pad(pixel_values, (0, columns - width, 0, rows - height))
 
 
@@ -133,7 +140,7 @@ def measure(
     """
     first: Exception | None = None
     small = (2 * unit, 3 * unit)
-    sizes_to_try = [small, (4 * unit, 6 * unit), *([native] if native else [])]
+    sizes_to_try = [small, (4 * unit, 6 * unit), *([native] if native and max(native) <= LARGEST else [])]
     with evaluating(module):
         for size in sizes_to_try:
             maps, error = _attempt(run, module, channels, size)

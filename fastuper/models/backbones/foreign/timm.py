@@ -220,4 +220,4 @@ def _published_size(name: str) -> tuple[int, int] | None:
     from timm.models import get_pretrained_cfg
 
     config = get_pretrained_cfg(name)
-    return None if config is None else tuple(config.input_size[1:])
+    return None if config is None else (config.input_size[1], config.input_size[2])
