@@ -47,7 +47,7 @@ class ConvParts(Accelerated, FusedConv):
             """The norm."""
             return self.bn
 
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[misc]
             """Map (B, C_in, H, W) to (B, C, H, W)."""
             return FusedConv.forward(self, input)
 
@@ -59,6 +59,8 @@ class ConvParts(Accelerated, FusedConv):
 class PoolingParts(Accelerated, BranchParts):
     """A branch of the pyramid pooling."""
 
+    layers: Any
+
     def parts(self) -> list[Any]:
         """Return the pooling and the convolution."""
         return [self.pooling, self.conv] if IS_OF_5 else list(self.layers)
@@ -66,6 +68,8 @@ class PoolingParts(Accelerated, BranchParts):
 
 class PoolingSteps(Accelerated, PooledCells):
     """The pyramid pooling."""
+
+    blocks: Any
 
     def branches(self) -> list[Any]:
         """Return the branches."""
@@ -98,7 +102,7 @@ class HeadSteps(Accelerated, UperNetSteps):
         """See `Accelerated.why_not`; a touched module inside does not change the head's own steps."""
         return ""
 
-    def forward(self, encoder_hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, encoder_hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, num_labels, H, W) at the size of the finest of the maps (B, hidden_size, H_l, W_l)."""
         # The model returns these logits; without the copy they would be in channels_last.
         return UperNetSteps.forward(self, encoder_hidden_states).contiguous()
@@ -110,8 +114,9 @@ if IS_OF_5:
         """A convolution, BatchNorm and ReLU, in one step."""
 
 else:
+    OfTransformers4: Any = theirs.BeitConvModule  # type: ignore[attr-defined]
 
-    class BeitConvModule(ConvParts, theirs.BeitConvModule, replaces=theirs.BeitConvModule):
+    class BeitConvModule(ConvParts, OfTransformers4, replaces=OfTransformers4):
         """A convolution, BatchNorm and ReLU, in one step."""
 
 

@@ -30,8 +30,12 @@ KNOWN.update(NORMS)
 FIXED_IN_EVALUATION.update(NORMS)
 
 
-class ConvModule(Accelerated, FusedConv, conv_module.ConvModule, replaces=conv_module.ConvModule):  # type: ignore[misc]
+class ConvModule(Accelerated, FusedConv, conv_module.ConvModule, replaces=conv_module.ConvModule):
     """A convolution, a norm and an activation; as in mmcv where one is missing, or the order or padding is another."""
+
+    norm: Any
+    activate: Any
+    order: tuple[str, ...]
 
     @property
     def batch_norm(self) -> Any:
@@ -75,7 +79,7 @@ class ConvModule(Accelerated, FusedConv, conv_module.ConvModule, replaces=conv_m
         return result
 
 
-class PPM(Accelerated, PooledCells, psp_head.PPM, replaces=psp_head.PPM):  # type: ignore[misc]
+class PPM(Accelerated, PooledCells, psp_head.PPM, replaces=psp_head.PPM):
     """The pyramid pooling."""
 
     def branches(self) -> list[nn.Module]:
@@ -83,8 +87,12 @@ class PPM(Accelerated, PooledCells, psp_head.PPM, replaces=psp_head.PPM):  # typ
         return list(self)
 
 
-class UPerHead(Accelerated, UperNetSteps, uper_head.UPerHead, replaces=uper_head.UPerHead):  # type: ignore[misc]
+class UPerHead(Accelerated, UperNetSteps, uper_head.UPerHead, replaces=uper_head.UPerHead):
     """UPerNet's head, over the maps at `in_index`."""
+
+    conv_seg: Any
+    dropout: Any
+    _transform_inputs: Any
 
     feature_norms = None
 
@@ -97,7 +105,7 @@ class UPerHead(Accelerated, UperNetSteps, uper_head.UPerHead, replaces=uper_head
         """See `Accelerated.why_not`; a touched module inside does not change the head's own steps."""
         return ""
 
-    def forward(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, out_channels, H, W) at the finest map's size; `inputs` are the backbone's maps."""
         # In channels_last, the resampling to the image's size would take longer.
         return UperNetSteps.forward(self, self._transform_inputs(inputs)).contiguous()

@@ -23,7 +23,7 @@ from fastuper.patch.accelerated import MODELS, Accelerated, KnownModel, why_not_
 KNOWN.add(theirs.LayerNorm2d)
 
 
-class Conv2dReLU(Accelerated, FusedConv, modules.Conv2dReLU, replaces=modules.Conv2dReLU):  # type: ignore[misc]
+class Conv2dReLU(Accelerated, FusedConv, modules.Conv2dReLU, replaces=modules.Conv2dReLU):
     """A convolution, a norm and ReLU: a BatchNorm and ReLU are fused, another norm is called."""
 
     @property
@@ -53,6 +53,9 @@ class Conv2dReLU(Accelerated, FusedConv, modules.Conv2dReLU, replaces=modules.Co
 class PSPModule(Accelerated, PooledCells, theirs.PSPModule, replaces=theirs.PSPModule):
     """The pyramid pooling, and the convolution that fuses its cells with the map."""
 
+    blocks: Any
+    out_conv: Any
+
     def branches(self) -> list[nn.Module]:
         """Return the branches."""
         return list(self.blocks)
@@ -65,13 +68,20 @@ class PSPModule(Accelerated, PooledCells, theirs.PSPModule, replaces=theirs.PSPM
 class FPNLateralBlock(Accelerated, theirs.FPNLateralBlock, replaces=theirs.FPNLateralBlock):
     """A lateral convolution, and the addition of the level above."""
 
+    conv_norm_relu: Any
+
     def forward(self, state_feature: torch.Tensor, lateral_feature: torch.Tensor) -> torch.Tensor:
         """Return the level (B, decoder_channels, H, W) of a map (B, C, H, W) and of the level above it."""
         return add_lateral(self.conv_norm_relu, lateral_feature, state_feature)
 
 
-class UPerNetDecoder(Accelerated, UperNetSteps, theirs.UPerNetDecoder, replaces=theirs.UPerNetDecoder):  # type: ignore[misc]
+class UPerNetDecoder(Accelerated, UperNetSteps, theirs.UPerNetDecoder, replaces=theirs.UPerNetDecoder):
     """The decoder: UPerNet's head without the classifier. Its lists of blocks begin with the coarsest level."""
+
+    psp: Any
+    fpn_lateral_blocks: Any
+    fpn_conv_blocks: Any
+    fusion_block: Any
 
     @property
     def psp_modules(self) -> Any:
@@ -121,7 +131,7 @@ class UPerNetDecoder(Accelerated, UperNetSteps, theirs.UPerNetDecoder, replaces=
         return merged
 
 
-class SegmentationHead(Accelerated, heads.SegmentationHead, replaces=heads.SegmentationHead):  # type: ignore[misc]
+class SegmentationHead(Accelerated, heads.SegmentationHead, replaces=heads.SegmentationHead):
     """The classifier, the resampling to the image's size (bilinear, align_corners=True), and an activation."""
 
     def why_not(self) -> str:
@@ -135,13 +145,19 @@ class SegmentationHead(Accelerated, heads.SegmentationHead, replaces=heads.Segme
     def resampled(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the masks of logits (B, classes, H, W)."""
         masks = logits.contiguous()  # classified in channels_last; so resampled, the masks would be too
-        for module in list(self)[1:]:
+        for module in list(self.children())[1:]:
             masks = module(masks)
         return masks
 
 
-class UPerNet(Accelerated, model.UPerNet, replaces=model.UPerNet):  # type: ignore[misc]
+class UPerNet(Accelerated, model.UPerNet, replaces=model.UPerNet):
     """The model; on large images the decoder classifies strips of the finest level."""
+
+    encoder: Any
+    decoder: Any
+    segmentation_head: Any
+    classification_head: Any
+    check_input_shape: Any
 
     def why_not(self) -> str:
         """See `Accelerated.why_not`."""
