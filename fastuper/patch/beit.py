@@ -59,6 +59,8 @@ class ConvParts(Accelerated, FusedConv):
 class PoolingParts(Accelerated, BranchParts):
     """A branch of the pyramid pooling."""
 
+    layers: Any
+
     def parts(self) -> list[Any]:
         """Return the pooling and the convolution."""
         return [self.pooling, self.conv] if IS_OF_5 else list(self.layers)
@@ -66,6 +68,8 @@ class PoolingParts(Accelerated, BranchParts):
 
 class PoolingSteps(Accelerated, PooledCells):
     """The pyramid pooling."""
+
+    blocks: Any
 
     def branches(self) -> list[Any]:
         """Return the branches."""
@@ -110,8 +114,9 @@ if IS_OF_5:
         """A convolution, BatchNorm and ReLU, in one step."""
 
 else:
+    OfTransformers4: Any = theirs.BeitConvModule  # type: ignore[attr-defined]
 
-    class BeitConvModule(ConvParts, theirs.BeitConvModule, replaces=theirs.BeitConvModule):
+    class BeitConvModule(ConvParts, OfTransformers4, replaces=OfTransformers4):
         """A convolution, BatchNorm and ReLU, in one step."""
 
 

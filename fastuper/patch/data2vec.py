@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.models.data2vec import modeling_data2vec_vision as theirs
 
 from fastuper.patch.accelerated import MODELS, KnownModel
@@ -13,10 +15,9 @@ if IS_OF_5:
         """A convolution, BatchNorm and ReLU, in one step."""
 
 else:
+    OfTransformers4: Any = theirs.Data2VecVisionConvModule  # type: ignore[attr-defined]
 
-    class Data2VecVisionConvModule(
-        ConvParts, theirs.Data2VecVisionConvModule, replaces=theirs.Data2VecVisionConvModule
-    ):
+    class Data2VecVisionConvModule(ConvParts, OfTransformers4, replaces=OfTransformers4):
         """A convolution, BatchNorm and ReLU, in one step."""
 
 
