@@ -59,8 +59,6 @@ class ConvParts(Accelerated, FusedConv):
 class PoolingParts(Accelerated, BranchParts):
     """A branch of the pyramid pooling."""
 
-    layers: Any
-
     def parts(self) -> list[Any]:
         """Return the pooling and the convolution."""
         return [self.pooling, self.conv] if IS_OF_5 else list(self.layers)
@@ -68,8 +66,6 @@ class PoolingParts(Accelerated, BranchParts):
 
 class PoolingSteps(Accelerated, PooledCells):
     """The pyramid pooling."""
-
-    blocks: Any
 
     def branches(self) -> list[Any]:
         """Return the branches."""
@@ -114,9 +110,8 @@ if IS_OF_5:
         """A convolution, BatchNorm and ReLU, in one step."""
 
 else:
-    OfTransformers4: Any = theirs.BeitConvModule  # type: ignore[attr-defined]
 
-    class BeitConvModule(ConvParts, OfTransformers4, replaces=OfTransformers4):
+    class BeitConvModule(ConvParts, theirs.BeitConvModule, replaces=theirs.BeitConvModule):
         """A convolution, BatchNorm and ReLU, in one step."""
 
 

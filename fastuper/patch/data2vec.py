@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers.models.data2vec import modeling_data2vec_vision as theirs
 
 from fastuper.patch.accelerated import MODELS, KnownModel
@@ -15,9 +13,10 @@ if IS_OF_5:
         """A convolution, BatchNorm and ReLU, in one step."""
 
 else:
-    OfTransformers4: Any = theirs.Data2VecVisionConvModule  # type: ignore[attr-defined]
 
-    class Data2VecVisionConvModule(ConvParts, OfTransformers4, replaces=OfTransformers4):
+    class Data2VecVisionConvModule(
+        ConvParts, theirs.Data2VecVisionConvModule, replaces=theirs.Data2VecVisionConvModule
+    ):
         """A convolution, BatchNorm and ReLU, in one step."""
 
 

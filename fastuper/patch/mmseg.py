@@ -33,10 +33,6 @@ FIXED_IN_EVALUATION.update(NORMS)
 class ConvModule(Accelerated, FusedConv, conv_module.ConvModule, replaces=conv_module.ConvModule):
     """A convolution, a norm and an activation; as in mmcv where one is missing, or the order or padding is another."""
 
-    norm: Any
-    activate: Any
-    order: tuple[str, ...]
-
     @property
     def batch_norm(self) -> Any:
         """The norm, of any class."""
@@ -89,10 +85,6 @@ class PPM(Accelerated, PooledCells, psp_head.PPM, replaces=psp_head.PPM):
 
 class UPerHead(Accelerated, UperNetSteps, uper_head.UPerHead, replaces=uper_head.UPerHead):
     """UPerNet's head, over the maps at `in_index`."""
-
-    conv_seg: Any
-    dropout: Any
-    _transform_inputs: Any
 
     feature_norms = None
 

@@ -53,9 +53,6 @@ class Conv2dReLU(Accelerated, FusedConv, modules.Conv2dReLU, replaces=modules.Co
 class PSPModule(Accelerated, PooledCells, theirs.PSPModule, replaces=theirs.PSPModule):
     """The pyramid pooling, and the convolution that fuses its cells with the map."""
 
-    blocks: Any
-    out_conv: Any
-
     def branches(self) -> list[nn.Module]:
         """Return the branches."""
         return list(self.blocks)
@@ -68,8 +65,6 @@ class PSPModule(Accelerated, PooledCells, theirs.PSPModule, replaces=theirs.PSPM
 class FPNLateralBlock(Accelerated, theirs.FPNLateralBlock, replaces=theirs.FPNLateralBlock):
     """A lateral convolution, and the addition of the level above."""
 
-    conv_norm_relu: Any
-
     def forward(self, state_feature: torch.Tensor, lateral_feature: torch.Tensor) -> torch.Tensor:
         """Return the level (B, decoder_channels, H, W) of a map (B, C, H, W) and of the level above it."""
         return add_lateral(self.conv_norm_relu, lateral_feature, state_feature)
@@ -77,11 +72,6 @@ class FPNLateralBlock(Accelerated, theirs.FPNLateralBlock, replaces=theirs.FPNLa
 
 class UPerNetDecoder(Accelerated, UperNetSteps, theirs.UPerNetDecoder, replaces=theirs.UPerNetDecoder):
     """The decoder: UPerNet's head without the classifier. Its lists of blocks begin with the coarsest level."""
-
-    psp: Any
-    fpn_lateral_blocks: Any
-    fpn_conv_blocks: Any
-    fusion_block: Any
 
     @property
     def psp_modules(self) -> Any:
@@ -145,19 +135,13 @@ class SegmentationHead(Accelerated, heads.SegmentationHead, replaces=heads.Segme
     def resampled(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the masks of logits (B, classes, H, W)."""
         masks = logits.contiguous()  # classified in channels_last; so resampled, the masks would be too
-        for module in list(self.children())[1:]:
+        for module in list(self)[1:]:
             masks = module(masks)
         return masks
 
 
 class UPerNet(Accelerated, model.UPerNet, replaces=model.UPerNet):
     """The model; on large images the decoder classifies strips of the finest level."""
-
-    encoder: Any
-    decoder: Any
-    segmentation_head: Any
-    classification_head: Any
-    check_input_shape: Any
 
     def why_not(self) -> str:
         """See `Accelerated.why_not`."""

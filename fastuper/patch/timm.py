@@ -24,8 +24,6 @@ class ConvNeXtBlock(Accelerated, theirs.ConvNeXtBlock, replaces=theirs.ConvNeXtB
     """One block: depthwise convolution, norm, two pointwise layers, LayerScale, residual."""
 
     rewrite = rewrites.CONVNEXT_LAYER
-    mlp: Any
-    shortcut: Any
 
     @property
     def dwconv(self) -> Any:
