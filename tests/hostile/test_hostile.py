@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 @pytest.mark.parametrize(
-    ("first", "count"), [(0, 200), *(pytest.param(n, 450, marks=pytest.mark.exhaustive) for n in range(200, 2000, 450))]
+    ("first", "count"), [(0, 80), *(pytest.param(n, 480, marks=pytest.mark.exhaustive) for n in range(80, 2000, 480))]
 )
 def test_damaged_checkpoints(first, count):
     command = [sys.executable, "-m", "tests.hostile.run", str(first), str(count)]

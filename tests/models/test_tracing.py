@@ -197,9 +197,8 @@ def test_the_head_exported_without_gradients():
     assert not [node for node in calls if "batch_norm" in str(node.target)]
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.exhaustive)], ids=lambda d: str(d)[6:]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 def test_the_head_exported_in_other_dtypes(dtype):
     model = Listed(head(channels=CHANNELS[2:]).to(dtype))
     inputs = [tuple(x.to(dtype) for x in coarse_inputs(*sizes)) for sizes in HEAD_SIZES[:2]]
@@ -258,6 +257,7 @@ def test_the_model_in_one_graph(family, training):
     check_compiled(model, images_for(family), "eager", training, limit=COMPILATIONS + 1 + parities(family))
 
 
+@pytest.mark.exhaustive  # test_segment_exported and test_the_loss_exported export the model too
 @MODES_OF_THE_MODEL
 @FAMILIES
 def test_the_model_exported(family, training):

@@ -46,8 +46,18 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", KINDS)
+# Both have the same heads: of the second, evaluation alone is in the usual tests.
+OTHERS_EXHAUSTIVE = [name if name == "Beit" else pytest.param(name, marks=pytest.mark.exhaustive) for name in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        pytest.param(name, check, marks=[pytest.mark.exhaustive] * (name != "Beit" and check != "evaluation"))
+        for name in KINDS
+        for check in CHECKS
+    ],
+)
 def test_same(name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     CHECKS[check](KINDS[name], monkeypatch)
 
@@ -69,7 +79,7 @@ def maps_of_head() -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(1, 16, side, side, dtype=torch.float64) for side in (24, 12, 6, 3))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OTHERS_EXHAUSTIVE)
 def test_traced(name: str) -> None:
     ours, theirs = pair(KINDS[name])
     maps = maps_of_head()
