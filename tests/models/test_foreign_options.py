@@ -88,7 +88,8 @@ def test_a_library_that_transformers_misses_is_named_in_one_line():
 
 def test_a_beit_with_its_own_neck_reads_four_blocks():
     skip_unless_known("beit")
-    beit = {"model_type": "beit", **VIT, "num_hidden_layers": 12, "add_fpn": True}
+    # Transformers 4.56 reads `batch_norm_eps`, and has no default.
+    beit = {"model_type": "beit", **VIT, "num_hidden_layers": 12, "add_fpn": True, "batch_norm_eps": 1e-5}
     model = Segmentation(UperNetConfig(beit, **HEAD))
     assert model.config.backbone_config.values["out_features"] == ["stage4", "stage6", "stage8", "stage12"]
     assert (model.neck, model.backbone.measured_maps.scales) == (None, (4, 8, 16, 32))
