@@ -69,7 +69,7 @@ def maps_of_head() -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(1, 16, side, side, dtype=torch.float64) for side in (24, 12, 6, 3))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["Beit", pytest.param("Data2VecVision", marks=pytest.mark.exhaustive)])
 def test_traced(name: str) -> None:
     ours, theirs = pair(KINDS[name])
     maps = maps_of_head()
