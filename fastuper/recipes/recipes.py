@@ -55,7 +55,12 @@ UNDECAYED = (
     "position_embeddings",
     "absolute_pos_embed",
     "pos_embed",
-    "cls_token",
+    "pos_embed_win",
+    "pos_embed_window",
+    "rel_pos_h",
+    "rel_pos_w",
+    "_token",  # of the class, of registers, of distillation, of masks
+    "_tokens",
     "logit_scale",
 )
 """Ends of the names of parameters without weight decay, besides those of one dimension."""

@@ -110,11 +110,6 @@ AUTO = {
         [8, 16, 32, 64],
         96,
     ),
-    "swinv2": Row(
-        {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 4, "image_size": 64},
-        STAGES,
-        [8, 16, 32, 64],
-    ),
 }
 ROWS = {f"timm-{name}": (name, row) for name, row in TIMM.items()} | {name: (name, row) for name, row in AUTO.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -72,6 +73,37 @@ def test_backbones_of_transformers_without_a_pyramid_are_refused(model_type):
     values = {**VIT, "image_size": [64, 64]} if model_type == "vitpose_backbone" else {}
     with pytest.raises(ValueError, match=r"returns no feature maps|is no vision transformer"):
         Segmentation(UperNetConfig({"model_type": model_type, **values}, **HEAD))
+
+
+def test_a_library_that_transformers_misses_is_named_in_one_line():
+    skip_unless_known("dinat")
+    if find_spec("natten"):
+        pytest.skip("natten is installed")
+    with pytest.raises(
+        ImportError, match="cannot build a 'dinat' backbone: DinatBackbone requires the natten"
+    ) as caught:
+        Segmentation(UperNetConfig({"model_type": "dinat"}, **HEAD))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_beit_with_its_own_neck_reads_four_blocks():
+    skip_unless_known("beit")
+    # Transformers 4.56 reads `batch_norm_eps`, and has no default.
+    beit = {"model_type": "beit", **VIT, "num_hidden_layers": 12, "add_fpn": True, "batch_norm_eps": 1e-5}
+    model = Segmentation(UperNetConfig(beit, **HEAD))
+    assert model.config.backbone_config.values["out_features"] == ["stage4", "stage6", "stage8", "stage12"]
+    assert (model.neck, model.backbone.measured_maps.scales) == (None, (4, 8, 16, 32))
+
+
+def test_a_vision_transformer_is_built_once(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    build, built = transformers.AutoBackbone.from_config, []
+    monkeypatch.setattr(
+        transformers.AutoBackbone, "from_config", lambda config: built.append(build(config)) or built[-1]
+    )
+    model = Segmentation(UperNetConfig({"model_type": "dinov2", **VIT}, **HEAD))
+    assert built == [model.backbone]
+    assert model.backbone.config.out_features == model.backbone.out_features == ["stage2", "stage3", "stage5", "stage6"]
 
 
 def test_a_neck_may_be_another_or_none():
@@ -162,6 +194,18 @@ def test_the_sizes_that_a_network_takes_are_found():
     assert (maps.sizes.multiple, maps.sizes.least) == ((24, 24), (48, 48))
     with pytest.raises(ValueError, match="w runs on no image of 10 x 15, 20 x 30 pixels: no"):
         measure(Windows(), nn.Module(), name="w", channels=3, unit=5, native=None, remedy="-")
+
+
+def test_a_size_that_fits_by_chance_does_not_stand_for_others():
+    """Positions of 6 patches are added to an image of 2 x 3 patches, and by broadcasting to an image of one patch."""
+    positions = torch.zeros(1, 6, 4)
+
+    def run(x: torch.Tensor) -> list[torch.Tensor]:
+        x = x[:, :, ::8, ::8]
+        return [(x.flatten(2).transpose(1, 2)[..., :1] + positions).mT.reshape(1, 4, *x.shape[2:])]
+
+    maps = measure(run, nn.Module(), name="w", channels=3, unit=8, native=(16, 24), remedy="-")
+    assert maps.sizes == Sizes("w", (1, 1), (16, 24), (16, 24), "-")
 
 
 def test_padding():

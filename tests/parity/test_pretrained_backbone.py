@@ -17,6 +17,17 @@ CLASSIFIERS = {
         "Swinv2",
         {"image_size": 64, "embed_dim": 12, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 3, 4], "window_size": 4},
     ),
+    "beit": (
+        "Beit",
+        {
+            "image_size": 64,
+            "hidden_size": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "intermediate_size": 20,
+            "out_features": STAGES,
+        },
+    ),
     "swin": ("Swin", {"embed_dim": 12, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 3, 4]}),
     "resnet": ("ResNet", {"embedding_size": 8, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 2, 1, 1]}),
 }

@@ -6,11 +6,20 @@ import re
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, PolynomialLR
 
 from fastuper import ConvNextConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 from fastuper.models.configuration import ForeignBackboneConfig
-from fastuper.recipes.recipes import BACKBONES, RECIPES, Recipe, learning_rate_factor, parameter_groups, recipe_for
+from fastuper.recipes.recipes import (
+    BACKBONES,
+    RECIPES,
+    Recipe,
+    decays,
+    learning_rate_factor,
+    parameter_groups,
+    recipe_for,
+)
 
 
 def build(backbone_config, **options) -> UperNetForSemanticSegmentation:
@@ -125,6 +134,19 @@ def test_named_resnets_have_the_published_sizes(name, millions):
     assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
+# timm's `no_weight_decay` has the same names, and Transformers' backbones the same parts.
+NAMED = (
+    "backbone._backbone.model.cls_token",
+    "backbone._backbone.model.dist_token",
+    "backbone._backbone.model.reg_token",
+    "backbone._backbone.model.pos_embed_win",
+    "backbone._backbone.blocks.0.attn.rel_pos_h",
+    "backbone.embeddings.mask_token",
+    "backbone.embeddings.register_tokens",
+    "backbone.encoder.layer.0.attention.rel_pos_w",
+)
+
+
 @pytest.mark.parametrize("name", ["convnextv2-atto", "swinv2-tiny-window8"])
 def test_parameters_without_weight_decay(name):
     """By the authors' rules: one dimension, GRN, and Swin V2's scales and position biases."""
@@ -138,6 +160,13 @@ def test_parameters_without_weight_decay(name):
     }
     assert undecayed == expected
     assert any(dict(model.named_parameters())[name].ndim > 1 for name in undecayed)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_tokens_and_positions_of_other_libraries_have_no_weight_decay(name):
+    weight = nn.Parameter(torch.zeros(1, 4, 8))
+    assert not decays(name, weight)
+    assert decays(f"{name}.projection.weight", weight)
 
 
 def test_recipes_by_name():

@@ -157,14 +157,13 @@ def measure(
             return maps is not None and [x.shape[3 if last else 1] for x in maps] == list(found)
 
         height, width = size
-        if size == small:
-            steps = [step for step in (1, 2, 4, 8, 16, 32, 64) if step < unit]
-            multiple = next((step for step in steps if takes(height + step, width + step)), unit)
-            least = next((side for side in (1, unit) if takes(side, side)), 2 * unit)
+        steps = [1, 2, 4, 8, 16, 32, 64] if size == small else [1]
+        steps = [*(step for step in steps if step < unit), unit]
+        multiple = next((step for step in steps if takes(height + step, width + 2 * step)), None)
+        if multiple is not None:
+            smaller = (1, unit) if size == small else ()
+            least = next((side for side in smaller if takes(side, side)), min(size))
             sizes = Sizes(name, (multiple, multiple), (least, least), None, remedy)
-        elif takes(height + unit, width + 2 * unit):
-            multiple = 1 if takes(height + 1, width + 2) else unit
-            sizes = Sizes(name, (multiple, multiple), (min(size), min(size)), None, remedy)
         elif takes(2 * height, width):
             sizes = Sizes(name, size, size, None, remedy)
         else:

@@ -55,7 +55,7 @@ def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
         return _finished(_built(config, None), config, is_default=False)
     state = torch.get_rng_state()
     chosen = names[-MAPS:]
-    backbone = _built(config, chosen)
+    backbone: Any = _built(config, chosen)
     maps = _measured(backbone, config)
     blocks = [name for name in names if name != "stem"]
     if maps.is_flat or len(blocks) > MOST_STAGES:  # a BEiT with its own neck has blocks, and maps that fall
@@ -63,8 +63,13 @@ def transformers_backbone(config: ForeignBackboneConfig) -> nn.Module:
     elif not maps.falls:
         chosen = _falling(names, _measured(_built(config, names), config))
     if chosen != names[-MAPS:]:
-        torch.set_rng_state(state)
-        backbone = _built(config, chosen)
+        parts = {part for name in backbone.state_dict() for part in name.split(".")}
+        if parts.isdisjoint(names):  # all stages share their tensors
+            for owner in (backbone, backbone.config):
+                owner.out_features = list(chosen)
+        else:
+            torch.set_rng_state(state)
+            backbone = _built(config, chosen)
     values.pop("out_indices", None)
     values["out_features"] = list(chosen)
     return _finished(backbone, config, is_default=True)
@@ -84,16 +89,18 @@ def _built(config: ForeignBackboneConfig, stages: Sequence[str] | None) -> nn.Mo
     with torch.device("cpu"):
         try:
             return AutoBackbone.from_config(_library_config(config, stages))
-        except (ImportError, RuntimeError, MemoryError):  # a missing library; no memory
+        except ImportError as error:  # a library that this backbone needs; Transformers' message has several lines
+            raise ImportError(f"Transformers cannot build a {config.model_type!r} backbone: {reason(error)}") from error
+        except (RuntimeError, MemoryError):  # no memory
             raise
         except Exception as error:  # each model type checks its values in its own way, or not at all
             raise _refused(config, error) from error
 
 
-def _library_config(config: ForeignBackboneConfig, stages: Sequence[str] | None = None) -> Any:
+def _library_config(config: ForeignBackboneConfig, stages: Sequence[str] | None = None, **other: Any) -> Any:
     from transformers import AutoConfig
 
-    values = {name: value for name, value in config.values.items() if name not in KEYS}
+    values = {name: value for name, value in config.values.items() if name not in KEYS} | other
     if stages is not None:
         values.pop("out_indices", None)
         values["out_features"] = list(stages)
@@ -112,8 +119,9 @@ def _refused(config: ForeignBackboneConfig, error: Exception) -> ValueError:
 
 def _stages_of(config: ForeignBackboneConfig) -> list[str]:
     """Return the names of a backbone's stages, the stem's first if it has a name."""
+    other = {"add_fpn": False} if config.values.get("add_fpn") else {}  # BEiT's configuration wants stages for its own
     try:
-        return list(_library_config(config).stage_names)
+        return list(_library_config(config, **other).stage_names)
     except Exception as error:  # as in `_built`
         raise _refused(config, error) from error
 
@@ -176,6 +184,8 @@ def pretrained_transformers_backbone(backbone: nn.Module, source: str) -> nn.Mod
             f"{source} lacks {len(missing)} of the {len(own)} tensors of a {type(backbone).__name__}, such as "
             f"{listed(sorted(missing), 2)}; it belongs to another model, or to another version of Transformers"
         )
+    # Transformers 5 would save the names of the source, a classifier's perhaps, which no backbone of this class reads.
+    vars(loaded).pop("_weight_conversions", None)
     loaded.measured_maps = backbone.measured_maps
     return loaded
 
