@@ -174,7 +174,7 @@ def test_activations_in_place(family, mlps):
     """In training, the backward pass computes the activation again, from its input."""
     model, gradients = build(family), []
     for inplace in (False, True):
-        for name, module in list(model.named_modules()):
+        for name in [name for name, _ in model.named_modules()]:
             if name.endswith((".act", "act_fn")):
                 model.set_submodule(name, nn.ELU(inplace=inplace))
         check(model)
