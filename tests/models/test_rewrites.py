@@ -169,6 +169,22 @@ def test_any_activation(family, act, mlps):
     assert mlps
 
 
+@pytest.mark.parametrize("family", FAST)
+def test_activations_in_place(family, mlps):
+    """In training, the backward pass computes the activation again, from its input."""
+    model, gradients = build(family), []
+    for inplace in (False, True):
+        for name in [name for name, _ in model.named_modules()]:
+            if name.endswith((".act", "act_fn")):
+                model.set_submodule(name, nn.ELU(inplace=inplace))
+        check(model)
+        model.zero_grad()
+        sum(x.square().mean() for x in model(images(1, 3, 64, 64)).feature_maps).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert mlps
+    assert error(*gradients) < 1e-12
+
+
 @pytest.mark.parametrize(
     "values", [{"qkv_bias": False}, {"use_absolute_embeddings": True}, {"window_size": 7}], ids=str
 )

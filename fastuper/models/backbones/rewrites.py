@@ -212,7 +212,13 @@ def recomputed_mlp(
 ) -> torch.Tensor:
     """Return `second(act(first(norm(x))))`, (..., C); the backward pass computes the norm and the activation again."""
     hidden = recomputed(lambda x: first(norm(x)), x)
-    return recomputed(lambda x: second(act(x)), hidden)
+    return recomputed(lambda x: second(activated(act, x)), hidden)
+
+
+def activated(act: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return `act(x)`; x keeps its values, which the backward pass reads again, also if `act` works in place."""
+    result: torch.Tensor = act(x.clone() if getattr(act, "inplace", False) else x)
+    return result
 
 
 # ConvNeXt -------------------------------------------------------------------------------------------------------------
@@ -317,7 +323,7 @@ def _can_train_convnextv2(block: ConvNextV2Layer) -> bool:
 def _train_convnextv2(block: ConvNextV2Layer, x: torch.Tensor) -> torch.Tensor:
     out = block.dwconv(x).permute(0, 2, 3, 1)
     out = recomputed(lambda x: block.pwconv1(block.layernorm(x)), out)
-    out = recomputed(lambda x: block.pwconv2(block.grn(block.act(x))), out)
+    out = recomputed(lambda x: block.pwconv2(block.grn(activated(block.act, x))), out)
     return x + block.drop_path(out.permute(0, 3, 1, 2))
 
 
@@ -607,8 +613,8 @@ def _train_swinv2(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     attended, weights = block.attend(x, output_attentions)
     x = x + block.drop_path(block.layernorm_before(attended))
-    hidden = block.intermediate.dense(x)
-    branch = recomputed(lambda x: block.output(block.intermediate.intermediate_act_fn(x)), hidden)
+    act, hidden = block.intermediate.intermediate_act_fn, block.intermediate.dense(x)
+    branch = recomputed(lambda x: block.output(activated(act, x)), hidden)
     return x + block.drop_path(block.layernorm_after(branch)), weights
 
 
