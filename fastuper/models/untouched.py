@@ -50,8 +50,8 @@ def touched_by(module: nn.Module) -> str:
 
 
 def is_hooked_inside(module: nn.Module) -> bool:
-    """Return True if a hook is registered on a module or on one of the modules inside it."""
-    return any(has_hooks(part) for part in module.modules())
+    """Return True if a hook is registered on a module, on one of the modules inside it, or on all modules."""
+    return has_global_hooks() or any(has_hooks(part) for part in module.modules())
 
 
 def _is_replaced(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from types import MethodType
 
 from torch import nn
 
@@ -77,7 +78,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     try:
         for part in parts:
             if type(part) in REPLACEMENTS:
-                part.__class__ = REPLACEMENTS[type(part)]
+                _set_class(part, REPLACEMENTS[type(part)])
                 changed.append(part)
     except TypeError:
         _restore(changed)
@@ -96,13 +97,20 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no part of it is accelerated.
+        ValueError: no part of it is accelerated; or something has changed the class of an accelerated part since. The
+            model has not changed.
     """
     _check_module(model)
-    accelerated = [part for part in model.modules() if isinstance(part, Accelerated)]
+    accelerated = {name: part for name, part in model.named_modules() if isinstance(part, Accelerated)}
     if not accelerated:
         raise ValueError(f"no part of {type(model).__name__} is accelerated")
-    _restore(accelerated)
+    for name, part in accelerated.items():
+        if type(part) is not REPLACEMENTS[part.replaces]:  # a parametrization or FSDP makes a subclass
+            raise ValueError(
+                f"the class of {name or 'the model'} has changed to {type(part).__name__} since accelerate, and "
+                "nothing was restored: remove its parametrizations or FSDP first"
+            )
+    _restore(list(accelerated.values()))
     return model
 
 
@@ -192,4 +200,16 @@ def _state(part: nn.Module) -> tuple[str, str] | None:
 def _restore(parts: Sequence[nn.Module]) -> None:
     for part in parts:
         assert isinstance(part, Accelerated)
-        part.__class__ = part.replaces  # type: ignore[assignment]
+        _set_class(part, part.replaces)
+
+
+def _set_class(part: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a module, and the `forward` of its old class where the instance holds it.
+
+    Accelerate keeps this bound method on the instance, for a forward of its own that calls it.
+    """
+    before = type(part).forward
+    part.__class__ = kind  # type: ignore[assignment]
+    for name, value in part.__dict__.items():
+        if isinstance(value, MethodType) and value.__func__ is before and value.__self__ is part:
+            part.__dict__[name] = MethodType(kind.forward, part)
