@@ -19,6 +19,8 @@ from fastuper_kernels.dispatch.torch_private import (
 KNOWN: set[type[nn.Module]] = set()
 """Classes of other libraries whose `forward` this library knows; `fastuper.patch` adds them."""
 
+HOOKED = "a hook is registered on it"
+
 
 def is_untouched(*modules: nn.Module) -> bool:
     """Return True if no hook, subclass or parametrization changes these modules. Their children are not checked.
@@ -42,7 +44,7 @@ def touched_by(module: nn.Module) -> str:
     if _is_replaced(module):
         return "its forward was replaced"
     if has_hooks(module):
-        return "a hook is registered on it"
+        return HOOKED
     for parameter in parameters_of(module).values():
         if parameter is not None and type(parameter) not in PARAMETER_CLASSES:
             return f"a parameter is of the class {type(parameter).__name__}"

@@ -25,6 +25,7 @@ from bench.numerics import error, root_mean_square
 from bench.pairs import VERSION_5, default_dtype, images, randomize, uninitialized
 from fastuper.models.backbones import rewrites
 from fastuper.models.heads.conv_module import FusedConv
+from fastuper.patch import acceleration
 from fastuper.patch.accelerated import REPLACEMENTS, Accelerated
 from tests.parity.models import config, segmentation_labels
 
@@ -772,3 +773,27 @@ def test_explain(family, capsys):
     assert all(part.is_fusible() for part in model.modules() if isinstance(part, FusedConv))
     for hidden in ("SwinSelfAttention", "SwinAttention", "GELU", "DropPath"):
         assert hidden not in after
+
+
+def test_explain_names_what_was_touched(capsys, monkeypatch):
+    """A hook on a head does not slow it down; a module is named by its numbers; a replaced module has a row."""
+
+    class Mine(transformers.UperNetForSemanticSegmentation):
+        pass
+
+    model = made("convnext")
+    model.__class__ = Mine
+    fastuper.accelerate(model)
+    model.decode_head.register_forward_hook(lambda *_: None)
+    model.get_submodule(f"{STAGES}.2.layers.1").dwconv.register_forward_hook(lambda *_: None)
+    model.decode_head.psp_modules.blocks[1].layers[0].register_forward_hook(lambda *_: None)
+    model.decode_head.fpn_convs[1] = nn.Conv2d(8, 8, 1)
+    monkeypatch.setattr(acceleration, "WIDTH", 200)
+    fastuper.explain(model)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["the model", "Mine", "as it is", "its class is a subclass of UperNetForSemanticSegmentation"] in rows
+    assert ["decode_head", "UperNetHead", "accelerated", "its hook is called too"] in rows
+    assert [f"{STAGES}.2.layers.1", "ConvNextLayer", "called as it is", "dwconv: a hook is registered on it"] in rows
+    pooling = ["UperNetPyramidPoolingBlock", "called as it is", "module 0: a hook is registered on it"]
+    assert ["decode_head.psp_modules.1", *pooling] in rows
+    assert ["decode_head.fpn_convs.1", "Conv2d", "called as it is", "it was put in another's place"] in rows
