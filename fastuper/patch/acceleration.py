@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -183,7 +184,9 @@ def _steps(head: nn.Module) -> list[Any]:
     """Return the modules that an accelerated head calls, its classifier excluded; none for other modules."""
     if not (isinstance(head, Accelerated) and isinstance(head, PyramidSteps)):
         return []
-    steps = head.psp_modules, head.bottleneck, *head.lateral_convs, *head.fpn_convs, head.fpn_bottleneck
+    single = (getattr(head, name, None) for name in ("psp_modules", "bottleneck", "fpn_bottleneck"))
+    lists = (getattr(head, name, ()) for name in ("lateral_convs", "fpn_convs"))  # smp's decoder has none of these
+    steps = [*single, *chain.from_iterable(lists)]
     return [step for step in steps if isinstance(step, nn.Module)]
 
 
@@ -227,7 +230,7 @@ def _set_class(part: nn.Module, kind: type[nn.Module]) -> None:
     Accelerate keeps this bound method on the instance, for a forward of its own that calls it.
     """
     before = type(part).forward
-    part.__class__ = kind  # type: ignore[assignment]
+    part.__class__ = kind
     for name, value in part.__dict__.items():
         if isinstance(value, MethodType) and value.__func__ is before and value.__self__ is part:
             part.__dict__[name] = MethodType(kind.forward, part)
