@@ -19,6 +19,8 @@ from fastuper_kernels.dispatch.torch_private import (
 KNOWN: set[type[nn.Module]] = set()
 """Classes of other libraries whose `forward` this library knows; `fastuper.patch` adds them."""
 
+HOOKED = "a hook is registered on it"
+
 
 def is_untouched(*modules: nn.Module) -> bool:
     """Return True if no hook, subclass or parametrization changes these modules. Their children are not checked.
@@ -42,7 +44,7 @@ def touched_by(module: nn.Module) -> str:
     if _is_replaced(module):
         return "its forward was replaced"
     if has_hooks(module):
-        return "a hook is registered on it"
+        return HOOKED
     for parameter in parameters_of(module).values():
         if parameter is not None and type(parameter) not in PARAMETER_CLASSES:
             return f"a parameter is of the class {type(parameter).__name__}"
@@ -50,8 +52,8 @@ def touched_by(module: nn.Module) -> str:
 
 
 def is_hooked_inside(module: nn.Module) -> bool:
-    """Return True if a hook is registered on a module or on one of the modules inside it."""
-    return any(has_hooks(part) for part in module.modules())
+    """Return True if a hook is registered on a module, on one of the modules inside it, or on all modules."""
+    return has_global_hooks() or any(has_hooks(part) for part in module.modules())
 
 
 def _is_replaced(module: nn.Module) -> bool:

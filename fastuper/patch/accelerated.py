@@ -64,7 +64,7 @@ def why_touched_inside(block: nn.Module, called: Sequence[str] = ()) -> str:
         if isinstance(part, FusedConv) or (isinstance(part, Accelerated) and part.is_shown):
             continue
         if why := touched_by(part):
-            return f"{name}: {why}"
+            return f"{'module ' if name.isdigit() else ''}{name}: {why}"
         pending = [(f"{name}.{inner}", child) for inner, child in part.named_children()] + pending
     return ""
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import chain
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
 from fastuper.models.heads.conv_module import FusedConv
-from fastuper.models.heads.pooling import PooledCells
+from fastuper.models.heads.pooling import BranchParts, PooledCells
 from fastuper.models.heads.pyramid import PyramidSteps
 from fastuper.models.pyramid_model import PyramidModel
-from fastuper.models.untouched import touched_by
+from fastuper.models.untouched import HOOKED, touched_by
 from fastuper.patch.accelerated import MODELS, REPLACEMENTS, Accelerated, KnownModel, why_touched_inside
 
 FILES = {
@@ -77,7 +80,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     try:
         for part in parts:
             if type(part) in REPLACEMENTS:
-                part.__class__ = REPLACEMENTS[type(part)]
+                _set_class(part, REPLACEMENTS[type(part)])
                 changed.append(part)
     except TypeError:
         _restore(changed)
@@ -96,13 +99,20 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no part of it is accelerated.
+        ValueError: no part of it is accelerated; or something has changed the class of an accelerated part since. The
+            model has not changed.
     """
     _check_module(model)
-    accelerated = [part for part in model.modules() if isinstance(part, Accelerated)]
+    accelerated = {name: part for name, part in model.named_modules() if isinstance(part, Accelerated)}
     if not accelerated:
         raise ValueError(f"no part of {type(model).__name__} is accelerated")
-    _restore(accelerated)
+    for name, part in accelerated.items():
+        if type(part) is not REPLACEMENTS[part.replaces]:  # a parametrization or FSDP makes a subclass
+            raise ValueError(
+                f"the class of {name or 'the model'} has changed to {type(part).__name__} since accelerate, and "
+                "nothing was restored: remove its parametrizations or FSDP first"
+            )
+    _restore(list(accelerated.values()))
     return model
 
 
@@ -152,44 +162,75 @@ def _rows(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
     """Yield the rows of `explain`: parts with the same place but for numbers, and in the same state, share a row."""
     wholes = [part for part, _ in _known_models(model)]
     wholes += [part for part in model.modules() if isinstance(part, PyramidModel)]
-    groups: dict[tuple[str, str, str, str], int] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for path, whole in model.named_modules():
         if whole not in wholes:
             continue
+        replaced = [module for part in whole.modules() for module in _steps(part) if _state(module) is None]
         for name, part in whole.named_modules(prefix=path):
             if (state := _state(part)) is not None:
-                place = re.sub(r"\b\d+\b", "*", name) or "the model"
-                key = (place, type(part).__name__, *state)
-                groups[key] = groups.get(key, 0) + 1
+                groups.setdefault((re.sub(r"\b\d+\b", "*", name), type(part).__name__, *state), []).append(name)
+            elif part in replaced:
+                groups[name, type(part).__name__, "called as it is", "it was put in another's place"] = [name]
         for name, child in whole.named_children():
             if all(_state(part) is None for part in child.modules()) and any(True for _ in child.parameters()):
-                key = (
-                    f"{path}.{name}".lstrip("."),
-                    type(child).__name__,
-                    "as it is",
-                    "fastuper has no faster way for it",
-                )
-                groups[key] = 1
-    for (place, kind, state_of, why), count in groups.items():
-        yield place if count == 1 else f"{place} ({count})", kind, state_of, why
+                name = f"{path}.{name}".lstrip(".")
+                groups[name, type(child).__name__, "as it is", "fastuper has no faster way for it"] = [name]
+    for (_, kind, state_of, why), names in groups.items():
+        yield _place(names), kind, state_of, why
+
+
+def _steps(head: nn.Module) -> list[Any]:
+    """Return the modules that an accelerated head calls, its classifier excluded; none for other modules."""
+    if not (isinstance(head, Accelerated) and isinstance(head, PyramidSteps)):
+        return []
+    single = (getattr(head, name, None) for name in ("psp_modules", "bottleneck", "fpn_bottleneck"))
+    lists = (getattr(head, name, ()) for name in ("lateral_convs", "fpn_convs"))  # smp's decoder has none of these
+    steps = [*single, *chain.from_iterable(lists)]
+    return [step for step in steps if isinstance(step, nn.Module)]
+
+
+def _place(names: Sequence[str]) -> str:
+    """Return the place of modules whose names differ in numbers alone: `*` for numbers that differ, and their count."""
+    parts = [set(values) for values in zip(*(name.split(".") for name in names), strict=True)]
+    place = ".".join(min(values) if len(values) == 1 else "*" for values in parts) or "the model"
+    return place if len(names) == 1 else f"{place} ({len(names)})"
 
 
 def _state(part: nn.Module) -> tuple[str, str] | None:
     """Return the state of a part of a model, and the reason; None for a part that no row shows."""
-    if not getattr(REPLACEMENTS.get(type(part), part), "is_shown", True):
+    base = next((kind for kind in type(part).__mro__ if kind in REPLACEMENTS), None)
+    if not getattr(REPLACEMENTS[base] if base else part, "is_shown", True):
         return None
-    if type(part) in REPLACEMENTS:
-        return "as it is", "call fastuper.accelerate(model)"
     if isinstance(part, Accelerated):
-        why = touched_by(part) or part.why_not()
+        inside = part.why_not()
+    elif base is not None:
+        own = type(part) is base
+        return "as it is", "call fastuper.accelerate(model)" if own else f"its class is a subclass of {base.__name__}"
     elif isinstance(part, FusedConv | PyramidSteps | PooledCells) or hasattr(type(part), "rewrite"):
-        why = touched_by(part) or why_touched_inside(part)
+        inside = why_touched_inside(part)
     else:
         return None
+    why = touched_by(part)
+    if why == HOOKED and not isinstance(part, FusedConv | PooledCells | BranchParts):
+        return ("called as it is", inside) if inside else ("accelerated", "its hook is called too")
+    why = why or inside
     return ("called as it is", why) if why else ("accelerated", "")
 
 
 def _restore(parts: Sequence[nn.Module]) -> None:
     for part in parts:
         assert isinstance(part, Accelerated)
-        part.__class__ = part.replaces  # type: ignore[assignment]
+        _set_class(part, part.replaces)
+
+
+def _set_class(part: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a module, and the `forward` of its old class where the instance holds it.
+
+    Accelerate keeps this bound method on the instance, for a forward of its own that calls it.
+    """
+    before = type(part).forward
+    part.__class__ = kind
+    for name, value in part.__dict__.items():
+        if isinstance(value, MethodType) and value.__func__ is before and value.__self__ is part:
+            part.__dict__[name] = MethodType(kind.forward, part)

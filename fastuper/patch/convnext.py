@@ -24,11 +24,11 @@ class ConvNextLayer(Accelerated, theirs.ConvNextLayer, replaces=theirs.ConvNextL
         """See `Accelerated.why_not`."""
         return why_touched_inside(self) or why_another_class(self, nn.Linear, "pwconv1", "pwconv2")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to the same shape."""
-        if rewrites.apply_to(self, x):
-            return rewrites.run(self, x)
-        return super().forward(x)
+        if rewrites.apply_to(self, features):
+            return rewrites.run(self, features)
+        return super().forward(features)
 
 
 class ConvNextEmbeddings(Accelerated, theirs.ConvNextEmbeddings, replaces=theirs.ConvNextEmbeddings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from fastuper.patch.accelerated import Accelerated, why_touched_inside
 from fastuper.patch.transformers_layers import know
 
 know(theirs.ResNetEmbeddings)
+
+IS_OF_5 = "hidden_states" in inspect.signature(theirs.ResNetConvLayer.forward).parameters
+"""Whether the arguments have the names of Transformers 5."""
 
 
 def _why_not(layer: Any) -> str:
@@ -35,11 +39,21 @@ class ResNetConvLayer(Accelerated, theirs.ResNetConvLayer, replaces=theirs.ResNe
         """See `Accelerated.why_not`."""
         return _why_not(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if rewrites.apply_to(self, x):
-            return rewrites.run(self, x)
-        return super().forward(x)
+    if IS_OF_5:
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            """Map (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
+            if rewrites.apply_to(self, hidden_states):
+                return rewrites.run(self, hidden_states)
+            return super().forward(hidden_states)
+
+    else:
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[misc]
+            """Map (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
+            if rewrites.apply_to(self, input):
+                return rewrites.run(self, input)
+            return super().forward(input)
 
 
 class ResNetShortCut(Accelerated, theirs.ResNetShortCut, replaces=theirs.ResNetShortCut):
@@ -52,11 +66,11 @@ class ResNetShortCut(Accelerated, theirs.ResNetShortCut, replaces=theirs.ResNetS
         """See `Accelerated.why_not`."""
         return _why_not(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
-        if rewrites.apply_to(self, x):
-            return rewrites.run(self, x)
-        return super().forward(x)
+        if rewrites.apply_to(self, input):
+            return rewrites.run(self, input)
+        return super().forward(input)
 
 
 class ResNetBackbone(Accelerated, theirs.ResNetBackbone, replaces=theirs.ResNetBackbone):
@@ -71,3 +85,6 @@ class ResNetBackbone(Accelerated, theirs.ResNetBackbone, replaces=theirs.ResNetB
         asked = args[0] if args else kwargs.get("output_hidden_states")
         asked = self.config.output_hidden_states if asked is None else asked
         return super().forward(pixel_values if asked else channels_last(pixel_values), *args, **kwargs)
+
+    # Transformers 5 reads which of its arguments were given, so they are handed on as they are.
+    forward.__signature__ = inspect.signature(theirs.ResNetBackbone.forward)  # type: ignore[attr-defined]

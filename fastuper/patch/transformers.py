@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,10 @@ from fastuper.patch.accelerated import MODELS, Accelerated, KnownModel, why_not_
 from fastuper_kernels import upsample_cross_entropy
 from fastuper_kernels.dispatch.modes import is_eager
 from fastuper_kernels.dispatch.torch_private import in_ddp
+
+TAKES_MORE = "kwargs" in inspect.signature(theirs.UperNetForSemanticSegmentation.forward).parameters
+"""Whether the model takes, and ignores, other keywords. The Trainer reads the signature: a model that takes other
+keywords gets the number of labels of a step, and divides its loss by it where gradients are accumulated."""
 
 
 class UperNetConvModule(Accelerated, FusedConv, theirs.UperNetConvModule, replaces=theirs.UperNetConvModule):
@@ -88,67 +93,102 @@ class UperNetForSemanticSegmentation(
         """See `Accelerated.why_not`."""
         return ""
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        labels: torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, ...] | SemanticSegmenterOutput:
-        """Segment images, as `transformers.UperNetForSemanticSegmentation.forward` does.
+    if TAKES_MORE:
 
-        Args:
-            pixel_values: (B, C, H, W), floating point, normalised.
-            output_attentions: whether to return the attention weights; the configuration's value if None.
-            output_hidden_states: whether to return the backbone's hidden states; the configuration's value if None.
-            labels: (B, H, W), integers in [0, num_labels) or `config.loss_ignore_index`.
-            return_dict: whether to return an output object (True) or its tuple; the configuration's value if None.
-            **kwargs: not read, as in Transformers 5; Transformers 4 raises a TypeError.
+        def forward(
+            self,
+            pixel_values: torch.Tensor | None = None,
+            output_attentions: bool | None = None,
+            output_hidden_states: bool | None = None,
+            labels: torch.Tensor | None = None,
+            return_dict: bool | None = None,
+            **kwargs: Any,
+        ) -> tuple[Any, ...] | SemanticSegmenterOutput:
+            """See `segmented`; the other keywords are not read."""
+            return segmented(self, pixel_values, output_attentions, output_hidden_states, labels, return_dict)
 
-        Returns:
-            The fields of Transformers' `SemanticSegmenterOutput`. If labels are given, `logits` are computed when they
-            are first read. If all labels are ignored, the loss is 0 (Transformers: NaN).
+    else:
 
-        Raises:
-            ValueError: labels are given, and the model has one class.
-        """
-        if labels is not None and self.config.num_labels == 1:
-            raise ValueError("The number of labels should be greater than one")
-        config = self.config
-        if return_dict is None:
-            return_dict = config.return_dict and not getattr(config, "torchscript", False)
-        outputs = self.backbone.forward_with_filtered_kwargs(
-            pixel_values,
-            output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+        def forward(  # type: ignore[misc]
+            self,
+            pixel_values: torch.Tensor | None = None,
+            output_attentions: bool | None = None,
+            output_hidden_states: bool | None = None,
+            labels: torch.Tensor | None = None,
+            return_dict: bool | None = None,
+        ) -> tuple[Any, ...] | SemanticSegmenterOutput:
+            """See `segmented`."""
+            return segmented(self, pixel_values, output_attentions, output_hidden_states, labels, return_dict)
+
+
+def segmented(
+    model: Any,
+    pixel_values: torch.Tensor | None,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+    labels: torch.Tensor | None,
+    return_dict: bool | None,
+) -> tuple[Any, ...] | SemanticSegmenterOutput:
+    """Segment images, as `transformers.UperNetForSemanticSegmentation.forward` does.
+
+    It is no method: a wrapper of the accelerated `forward` may stay on a model that was restored.
+
+    Args:
+        model: the model, accelerated or restored.
+        pixel_values: (B, C, H, W), floating point, normalised.
+        output_attentions: whether to return the attention weights; the configuration's value if None.
+        output_hidden_states: whether to return the backbone's hidden states; the configuration's value if None.
+        labels: (B, H, W), integers in [0, num_labels) or `config.loss_ignore_index`.
+        return_dict: whether to return an output object (True) or its tuple; the configuration's value if None.
+
+    Returns:
+        The fields of Transformers' `SemanticSegmenterOutput`. If labels are given, `logits` are computed when they
+        are first read. If all labels are ignored, the loss is 0 (Transformers: NaN).
+
+    Raises:
+        ValueError: labels are given, and the model has one class, or they are not (B, H, W).
+    """
+    if labels is not None and model.config.num_labels == 1:
+        raise ValueError("The number of labels should be greater than one")
+    config = model.config
+    if return_dict is None:
+        return_dict = config.return_dict and not getattr(config, "torchscript", False)
+    outputs = model.backbone.forward_with_filtered_kwargs(
+        pixel_values,
+        output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+    )
+    assert pixel_values is not None  # the backbone has read it
+    size, features = pixel_values.shape[2:], outputs.feature_maps
+    if labels is not None and labels.shape != (len(pixel_values), *size):
+        raise ValueError(
+            f"labels must be (B, H, W) of the images, {(len(pixel_values), *size)}, got {tuple(labels.shape)}"
         )
-        assert pixel_values is not None  # the backbone has read it
-        size, features = pixel_values.shape[2:], outputs.feature_maps
-        coarse = self.decode_head(features)
-        loss = None
-        if labels is not None:
-            loss = self._cross_entropy(coarse, labels)
-            if self.auxiliary_head is not None:
-                loss = loss + config.auxiliary_loss_weight * self._cross_entropy(self.auxiliary_head(features), labels)
-        elif self.auxiliary_head is not None and is_hooked_inside(self.auxiliary_head):
-            self.auxiliary_head(features)  # for its hooks
+    coarse = model.decode_head(features)
+    loss = None
+    if labels is not None:
+        loss = _cross_entropy(coarse, labels, config)
+        if model.auxiliary_head is not None:
+            auxiliary = _cross_entropy(model.auxiliary_head(features), labels, config)
+            loss = loss + config.auxiliary_loss_weight * auxiliary
+    elif model.auxiliary_head is not None and is_hooked_inside(model.auxiliary_head):
+        model.auxiliary_head(features)  # for its hooks
 
-        logits: Any = None
-        if loss is not None and return_dict and is_eager() and not in_ddp():
-            logits = Deferred(partial(full_size, coarse, size), coarse.device.type)
-        else:
-            logits = full_size(coarse, size)
-        if return_dict:
-            kind = known_to_transformers(SemanticSegmenterOutput)
-            return kind(loss, logits, outputs.hidden_states, outputs.attentions)
-        output = (logits, *(outputs[1:] if output_hidden_states else outputs[2:]))
-        return output if loss is None else (loss, *output)
+    logits: Any = None
+    if loss is not None and return_dict and is_eager() and not in_ddp():
+        logits = Deferred(partial(full_size, coarse, size), coarse.device.type)
+    else:
+        logits = full_size(coarse, size)
+    if return_dict:
+        kind = known_to_transformers(SemanticSegmenterOutput)
+        return kind(loss, logits, outputs.hidden_states, outputs.attentions)
+    output = (logits, *(outputs[1:] if output_hidden_states else outputs[2:]))
+    return output if loss is None else (loss, *output)
 
-    def _cross_entropy(self, coarse: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross entropy of logits (B, num_labels, h, w), resampled to the labels' size (H, W)."""
-        return upsample_cross_entropy(coarse, labels, ignore_index=self.config.loss_ignore_index)
+
+def _cross_entropy(coarse: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return the mean cross entropy of logits (B, num_labels, h, w), resampled to the labels' size (H, W)."""
+    return upsample_cross_entropy(coarse, labels, ignore_index=config.loss_ignore_index)
 
 
 MODELS.append(

@@ -6,6 +6,7 @@ Comparisons in float64 are with the same model before `accelerate`.
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from bench.numerics import error, root_mean_square
 from bench.pairs import VERSION_5, default_dtype, images, randomize, uninitialized
 from fastuper.models.backbones import rewrites
 from fastuper.models.heads.conv_module import FusedConv
+from fastuper.patch import acceleration
 from fastuper.patch.accelerated import REPLACEMENTS, Accelerated
 from tests.parity.models import config, segmentation_labels
 
@@ -594,6 +596,52 @@ def test_other_packages_of_similar_name():
     same(outputs(ours, images(1, 3, 64, 64)), outputs(model, images(1, 3, 64, 64)))
 
 
+def test_labels_of_another_size_are_refused():
+    model = accelerated(made("convnext"))
+    with pytest.raises(ValueError, match=r"labels must be \(B, H, W\) of the images, \(2, 64, 64\), got \(2, 32, 64\)"):
+        model(images(2, 3, 64, 64), labels=segmentation_labels(2, 32, 64))
+
+
+def test_a_global_hook_sees_the_auxiliary_head():
+    model, called = accelerated(made("convnext")), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        outputs(model, images(1, 3, 64, 64))
+    finally:
+        handle.remove()
+    assert model.auxiliary_head in called
+
+
+def test_restore_refuses_a_class_that_changed():
+    """A parametrization of an accelerated block's own parameter makes a subclass, which holds the parameter."""
+    model = accelerated(made("convnext"))
+    name = f"{STAGES}.2.layers.1"
+    parametrize.register_parametrization(model.get_submodule(name), "layer_scale_parameter", nn.Identity())
+    expected = outputs(model, images(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=f"the class of {name} has changed to ParametrizedConvNextLayer since"):
+        fastuper.restore(model)
+    same(outputs(model, images(1, 3, 64, 64)), expected, 1e-30)
+    parametrize.remove_parametrizations(model.get_submodule(name), "layer_scale_parameter")
+    fastuper.restore(model)
+    same(outputs(model, images(1, 3, 64, 64)), expected)
+
+
+@pytest.mark.parametrize("wrapped", ["prepared", "offloaded"])
+def test_restore_after_accelerate_library(wrapped):
+    """Hugging Face's Accelerate keeps the forward of the accelerated class on the instance, or calls it."""
+    accelerate = pytest.importorskip("accelerate")
+    theirs = made("convnext", torch.float32)
+    model, pixels, labels = accelerated(theirs), images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
+    if wrapped == "prepared":
+        accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    else:
+        accelerate.cpu_offload(model, execution_device="cpu")
+    fastuper.restore(model)
+    with torch.no_grad():
+        results = [net(pixels.float(), labels=labels).loss for net in (model, theirs)]
+    same(results[:1], results[1:], 1e-2 if wrapped == "prepared" else 1e-6)
+
+
 # What holds the model -------------------------------------------------------------------------------------------------
 
 
@@ -661,6 +709,15 @@ def test_a_pipeline_goes_on():
     assert np.mean([before[label] != after[label] for label in before]) < 1e-3
 
 
+def test_signatures():
+    """Each accelerated forward takes what the library's takes, by the same names: the Trainer reads the signature."""
+    for family in FAMILIES:
+        accelerated(made(family))
+    for kind, ours in REPLACEMENTS.items():
+        expected, given = (inspect.signature(owner.forward).parameters.values() for owner in (kind, ours))
+        assert [(p.name, p.kind, p.default) for p in given] == [(p.name, p.kind, p.default) for p in expected], kind
+
+
 class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 8
@@ -672,13 +729,17 @@ class Samples(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("family", ["convnext", pytest.param("swin", marks=pytest.mark.exhaustive)])
 def test_a_trainer_goes_on(family, tmp_path):
+    """Accelerated before or after the Trainer is made; two batches make one step."""
     losses = []
-    for accelerates in (False, True):
+    for accelerates in ("never", "before", "after"):
         model = made(family, torch.float32, drop_path_rate=0.2)
+        if accelerates == "before":
+            fastuper.accelerate(model)
         arguments = transformers.TrainingArguments(
-            str(tmp_path / str(accelerates)),
-            per_device_train_batch_size=4,
-            max_steps=4,
+            str(tmp_path / accelerates),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=3,
             logging_steps=1,
             learning_rate=1e-3,
             report_to=[],
@@ -688,12 +749,13 @@ def test_a_trainer_goes_on(family, tmp_path):
             seed=3,
         )
         trainer = transformers.Trainer(model, arguments, train_dataset=Samples())
-        if accelerates:
+        if accelerates == "after":
             fastuper.accelerate(model)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(losses[0]) == 4
+    assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -711,3 +773,27 @@ def test_explain(family, capsys):
     assert all(part.is_fusible() for part in model.modules() if isinstance(part, FusedConv))
     for hidden in ("SwinSelfAttention", "SwinAttention", "GELU", "DropPath"):
         assert hidden not in after
+
+
+def test_explain_names_what_was_touched(capsys, monkeypatch):
+    """A hook on a head does not slow it down; a module is named by its numbers; a replaced module has a row."""
+
+    class Mine(transformers.UperNetForSemanticSegmentation):
+        pass
+
+    model = made("convnext")
+    model.__class__ = Mine
+    fastuper.accelerate(model)
+    model.decode_head.register_forward_hook(lambda *_: None)
+    model.get_submodule(f"{STAGES}.2.layers.1").dwconv.register_forward_hook(lambda *_: None)
+    model.decode_head.psp_modules.blocks[1].layers[0].register_forward_hook(lambda *_: None)
+    model.decode_head.fpn_convs[1] = nn.Conv2d(8, 8, 1)
+    monkeypatch.setattr(acceleration, "WIDTH", 200)
+    fastuper.explain(model)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["the model", "Mine", "as it is", "its class is a subclass of UperNetForSemanticSegmentation"] in rows
+    assert ["decode_head", "UperNetHead", "accelerated", "its hook is called too"] in rows
+    assert [f"{STAGES}.2.layers.1", "ConvNextLayer", "called as it is", "dwconv: a hook is registered on it"] in rows
+    pooling = ["UperNetPyramidPoolingBlock", "called as it is", "module 0: a hook is registered on it"]
+    assert ["decode_head.psp_modules.1", *pooling] in rows
+    assert ["decode_head.fpn_convs.1", "Conv2d", "called as it is", "it was put in another's place"] in rows
