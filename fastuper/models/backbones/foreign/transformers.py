@@ -119,7 +119,9 @@ def _refused(config: ForeignBackboneConfig, error: Exception) -> ValueError:
 
 def _stages_of(config: ForeignBackboneConfig) -> list[str]:
     """Return the names of a backbone's stages, the stem's first if it has a name."""
-    other: dict[str, Any] = {"add_fpn": False} if config.values.get("add_fpn") else {}  # BEiT's configuration wants stages for its own
+    other: dict[str, Any] = (
+        {"add_fpn": False} if config.values.get("add_fpn") else {}
+    )  # BEiT's configuration wants stages for its own
     try:
         return list(_library_config(config, **other).stage_names)
     except Exception as error:  # as in `_built`
