@@ -69,7 +69,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} is no model that accelerate knows, and holds none; known are {KNOWN}")
     faults = [f"{known.words}: {fault}" for part, known in found if (fault := known.fault(part))]
     if faults:
-        raise ValueError(f"the model is not whole, and nothing was changed: {faults[0]}")
+        raise ValueError(f"the model is not whole, and nothing was changed: {faults[0]}; known are {KNOWN}")
     parts = list(dict.fromkeys(part for whole, _ in found for part in whole.modules()))
     done = sum(isinstance(part, Accelerated) for part in parts)
     if done:
