@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fastuper
 from fastuper.patch.accelerated import Accelerated
@@ -101,6 +102,13 @@ def test_errors_are_those_that_are_raised():
     headless = built()
     headless.decode_head = nn.Conv2d(4, 2, 1)
     whole = fastuper.UperNetForSemanticSegmentation(config)
+    parametrized, trained = fastuper.accelerate(built()), fastuper.accelerate(built())
+    block = parametrized.backbone.encoder.stages[0].layers[0]
+    parametrize.register_parametrization(block, "layer_scale_parameter", nn.Identity())
+
+    def with_small_labels(model: nn.Module) -> None:
+        model(torch.zeros(1, 3, 64, 64), labels=torch.zeros(1, 8, 8, dtype=torch.long))
+
     raised = []
     for call, given in (
         (fastuper.accelerate, nn.Linear(1, 1)),
@@ -109,6 +117,8 @@ def test_errors_are_those_that_are_raised():
         (fastuper.accelerate, half),
         (fastuper.accelerate, headless),
         (fastuper.restore, nn.Linear(1, 1)),
+        (fastuper.restore, parametrized),
+        (with_small_labels, trained.eval()),
         (fastuper.explain, nn.Linear(1, 1)),
         (fastuper.accelerate, 3),
     ):

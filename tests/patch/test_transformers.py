@@ -631,11 +631,13 @@ def test_restore_after_accelerate_library(wrapped):
     """Hugging Face's Accelerate keeps the forward of the accelerated class on the instance, or calls it."""
     accelerate = pytest.importorskip("accelerate")
     theirs = made("convnext", torch.float32)
+    accelerate.state.AcceleratorState._reset_state(True)  # an earlier test may have trained in another precision
     model, pixels, labels = accelerated(theirs), images(1, 3, 64, 64), segmentation_labels(1, 64, 64)
     if wrapped == "prepared":
         accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     else:
         accelerate.cpu_offload(model, execution_device="cpu")
+    accelerate.state.AcceleratorState._reset_state(True)
     fastuper.restore(model)
     with torch.no_grad():
         results = [net(pixels.float(), labels=labels).loss for net in (model, theirs)]
