@@ -47,8 +47,8 @@ $(TRANSFORMERS4)/.installed: $(STAMP)
 	@touch $@
 
 # Other libraries' weights are compared with networks of those libraries, not of Transformers.
-test-transformers4: $(TRANSFORMERS4)/.installed ## run the parity tests against Transformers 4.56.2
-	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity -m "not slow and not exhaustive" --ignore-glob='tests/parity/test_*_weights.py' $(PARALLEL)
+test-transformers4: $(TRANSFORMERS4)/.installed ## run the tests beside Transformers against Transformers 4.56.2
+	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/parity tests/patch -m "not slow and not exhaustive" --ignore-glob='tests/parity/test_*_weights.py' $(PARALLEL)
 
 $(FOREIGN)/.installed: pyproject.toml tests/foreign/requirements.txt
 	$(PYTHON) -m venv $(FOREIGN)
