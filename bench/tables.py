@@ -658,28 +658,21 @@ def models_table(results: Results | None) -> str:
 
 
 MMSEG = f"[mmsegmentation]({ZOO}"
+CSAIL = "[CSAIL](https://github.com/CSAILVision/semantic-segmentation-pytorch)"
 # mIoU on ADE20K's validation set, one scale, as published: the value, the crop, what it was trained on before, source.
 MIOU = {
-    "convnext-tiny": ("46.11", 512, "ImageNet-1K", f"{MMSEG}/convnext)"),
-    "convnext-small": ("48.56", 512, "ImageNet-1K", f"{MMSEG}/convnext)"),
-    "convnext-base": ("48.71", 512, "ImageNet-1K", f"{MMSEG}/convnext)"),
-    "convnext-large": ("53.16", 640, "ImageNet-21K", f"{MMSEG}/convnext)"),
-    "swin-tiny": ("44.41", 512, "ImageNet-1K", f"{MMSEG}/swin)"),
-    "swin-small": ("47.72", 512, "ImageNet-1K", f"{MMSEG}/swin)"),
-    "swin-base": ("50.76", 512, "ImageNet-22K", f"{MMSEG}/swin)"),
-    "swin-large": ("52.25", 512, "ImageNet-22K", f"{MMSEG}/swin)"),
-    "resnet-50-deep-stem": (
-        "40.44",
-        None,
-        "ImageNet-1K",
-        "[CSAIL](https://github.com/CSAILVision/semantic-segmentation-pytorch)",
-    ),
-    "resnet-101-deep-stem": (
-        "41.98",
-        None,
-        "ImageNet-1K",
-        "[CSAIL](https://github.com/CSAILVision/semantic-segmentation-pytorch)",
-    ),
+    **{
+        hub.removeprefix("openmmlab/upernet-"): (
+            f"{miou:.2f}",
+            crop,
+            f"ImageNet-{pretraining}",
+            f"{MMSEG}/{hub.split('-')[1]})",
+        )
+        for hub, (_, crop, pretraining, miou) in PUBLISHED.items()
+        if not hub.endswith("-xlarge")  # no preset
+    },
+    "resnet-50-deep-stem": ("40.44", None, "ImageNet-1K", CSAIL),
+    "resnet-101-deep-stem": ("41.98", None, "ImageNet-1K", CSAIL),
     "vit-base-16": ("47.73", 512, "ImageNet-21K, ImageNet-1K", f"{MMSEG}/vit)"),
     "deit-small-16": ("43.82", 512, "ImageNet-1K", f"{MMSEG}/vit)"),
     "deit-base-16": ("45.46", 512, "ImageNet-1K", f"{MMSEG}/vit)"),

@@ -31,6 +31,9 @@ class Accelerated(nn.Module):
     is_shown: ClassVar[bool] = True
     """False for a part of a block that has no faster way of its own: `explain` shows no row of it."""
 
+    is_container: ClassVar[bool] = False
+    """True for a module whose own steps are the same whatever is touched inside it."""
+
     if TYPE_CHECKING:  # the library's class has attributes of any type
 
         def __getattr__(self, name: str) -> Any: ...
@@ -46,7 +49,7 @@ class Accelerated(nn.Module):
 
         Hooks on the module itself run in both cases.
         """
-        return why_touched_inside(self)
+        return "" if self.is_container else why_touched_inside(self)
 
 
 def why_touched_inside(block: nn.Module, called: Sequence[str] = ()) -> str:

@@ -94,9 +94,7 @@ class HeadSteps(Accelerated, UperNetSteps):
             """The convolution that fuses the pyramid pooling."""
             return self.psp_bottleneck
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`; a touched module inside does not change the head's own steps."""
-        return ""
+    is_container = True
 
     def forward(self, encoder_hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, num_labels, H, W) at the size of the finest of the maps (B, hidden_size, H_l, W_l)."""

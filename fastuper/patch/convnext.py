@@ -34,9 +34,7 @@ class ConvNextLayer(Accelerated, theirs.ConvNextLayer, replaces=theirs.ConvNextL
 class ConvNextEmbeddings(Accelerated, theirs.ConvNextEmbeddings, replaces=theirs.ConvNextEmbeddings):
     """The stem. The layout of its result is the layout of all maps of the backbone."""
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`."""
-        return ""
+    is_container = True
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed an image (B, C, H, W)."""

@@ -93,9 +93,7 @@ class UPerHead(Accelerated, UperNetSteps, uper_head.UPerHead, replaces=uper_head
         """The classifier."""
         return self.conv_seg
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`; a touched module inside does not change the head's own steps."""
-        return ""
+    is_container = True
 
     def forward(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, out_channels, H, W) at the finest map's size; `inputs` are the backbone's maps."""

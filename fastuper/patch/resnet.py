@@ -76,9 +76,7 @@ class ResNetShortCut(Accelerated, theirs.ResNetShortCut, replaces=theirs.ResNetS
 class ResNetBackbone(Accelerated, theirs.ResNetBackbone, replaces=theirs.ResNetBackbone):
     """The backbone. Its maps are channels_last, unless hidden states are asked for: callers may reshape those."""
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`."""
-        return ""
+    is_container = True
 
     def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the feature maps of an image (B, C, H, W); the arguments are those of the class that it replaces."""

@@ -95,9 +95,7 @@ class UPerNetDecoder(Accelerated, UperNetSteps, theirs.UPerNetDecoder, replaces=
         """The convolution that fuses the levels."""
         return self.fusion_block
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`; a touched module inside does not change the decoder's own steps."""
-        return ""
+    is_container = True
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the fused levels (B, decoder_channels, H / 4, W / 4) of maps at strides 1, 2, 4, ..."""
@@ -143,9 +141,7 @@ class SegmentationHead(Accelerated, heads.SegmentationHead, replaces=heads.Segme
 class UPerNet(Accelerated, model.UPerNet, replaces=model.UPerNet):
     """The model; on large images the decoder classifies strips of the finest level."""
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`."""
-        return ""
+    is_container = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Segment images (B, C, H, W), as `segmentation_models_pytorch.UPerNet.forward` does.

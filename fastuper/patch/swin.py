@@ -25,9 +25,7 @@ know_drops(theirs.SwinDropPath)
 class SwinPatchEmbeddings(Accelerated, theirs.SwinPatchEmbeddings, replaces=theirs.SwinPatchEmbeddings):
     """The stem's convolution. From a channels_last image its result needs no copy to (B, L, C)."""
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`."""
-        return ""
+    is_container = True
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Embed an image (B, C, H, W) as (B, h * w, embed_dim); also return (h, w)."""

@@ -67,9 +67,7 @@ class UperNetHead(Accelerated, UperNetSteps, theirs.UperNetHead, replaces=theirs
 
     feature_norms = None
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`; a touched module inside does not change the head's own steps."""
-        return ""
+    is_container = True
 
     def forward(self, encoder_hidden_states: Any) -> torch.Tensor:
         """Map feature maps (B, C_l, H_l, W_l), finest first, to logits (B, num_labels, H_1, W_1)."""
@@ -79,9 +77,7 @@ class UperNetHead(Accelerated, UperNetSteps, theirs.UperNetHead, replaces=theirs
 class UperNetFCNHead(Accelerated, theirs.UperNetFCNHead, replaces=theirs.UperNetFCNHead):
     """The auxiliary head; its convolutions are faster, and the model runs it only for a loss."""
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`."""
-        return ""
+    is_container = True
 
 
 class UperNetForSemanticSegmentation(
@@ -89,9 +85,7 @@ class UperNetForSemanticSegmentation(
 ):
     """The model: without labels no auxiliary head, with labels no logits at full size unless they are read."""
 
-    def why_not(self) -> str:
-        """See `Accelerated.why_not`."""
-        return ""
+    is_container = True
 
     if TAKES_MORE:
 

@@ -153,6 +153,10 @@ def fused_activation(module: nn.Module) -> str | None:
     return FUSED_ACTIVATIONS.get(type(module))
 
 
+def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
 def residual_mlp(
     residual: torch.Tensor,
     x: torch.Tensor,
@@ -187,7 +191,7 @@ def residual_mlp(
     results: torch.Tensor | None = None
     for start in range(0, max(1, len(positions)), block):
         part, other = positions[start : start + block], residuals[start : start + block]
-        hidden = F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        hidden = _normed(part, norm)
         hidden = linear(hidden, first.weight, first.bias, activation=name)
         hidden = hidden if name else act(hidden)
         if scale is None and blocks == 1:
@@ -288,7 +292,7 @@ def residual_grn_mlp(
     name = fused_activation(act)
 
     def hidden_layer(part: torch.Tensor) -> torch.Tensor:
-        hidden = F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        hidden = _normed(part, norm)
         hidden = linear(hidden, first.weight, first.bias, activation=name)
         return hidden if name else act(hidden)
 
@@ -554,20 +558,9 @@ SWIN_PATCH_MERGING = Rewrite(_can_infer_merging, _infer_merging)
 
 
 def _can_infer_swinv2(block: Swinv2Layer, x: torch.Tensor, output_attentions: bool) -> bool:
-    if output_attentions or not are_own(block, "attention", "intermediate", "output"):
-        return False
-    if not are_own(block.attention, "self", "output"):
-        return False
-    attention, output = block.attention.self, block.attention.output
-    linears = attention.query, attention.key, attention.value, output.dense
-    mlp = block.layernorm_after, block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense
-    return (
-        all(is_exactly(layer, nn.Linear) for layer in linears)
-        and is_untouched_mlp(*mlp)
-        and is_exactly(block.layernorm_before, nn.LayerNorm)
-        and all(map(does_nothing, (block.drop_path, attention.dropout, output.dropout, block.output.dropout)))
-        and on_cpu_without_gradients(x, attention, *attention.modules(), output.dense, block.layernorm_before, *mlp)
-    )
+    norm = block.layernorm_before
+    is_known = is_exactly(norm, nn.LayerNorm) and on_cpu_without_gradients(x, norm)
+    return is_known and _can_infer_swin(block, x, output_attentions)
 
 
 def _infer_swinv2(block: Swinv2Layer, x: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, None]:
@@ -595,10 +588,6 @@ def _after_attention(
         out[start:stop] = part
     assert out is not None
     return out.view(x.shape)
-
-
-def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _can_train_swinv2(block: Swinv2Layer) -> bool:

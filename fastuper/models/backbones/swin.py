@@ -382,6 +382,9 @@ class WindowBlock(Checkpointed):
     """
 
     attention: SwinAttention
+    intermediate: SwinIntermediate
+    output: SwinDense
+    layernorm_after: nn.LayerNorm
 
     def __init__(self, config: SwinConfig, stage: int, is_shifted: bool):
         super().__init__()
@@ -397,6 +400,20 @@ class WindowBlock(Checkpointed):
             return self.attention(windows, mask, output_attentions)
 
         return attend_in_windows(call, x, pair(self.window_size), pair(self.shift_size), self.pads_before_shift)
+
+    def attention_parts(self) -> rewrites.AttentionParts | None:
+        """Return the modules of the attention; None if a module that holds them is touched."""
+        if not rewrites.are_own(self, "attention") or not rewrites.are_own(self.attention, "self", "output"):
+            return None
+        heads, output = self.attention.self, self.attention.output
+        return rewrites.AttentionParts(heads, output.dense, (heads.dropout, output.dropout))
+
+    def mlp_parts(self) -> rewrites.MlpParts | None:
+        """Return the modules of the MLP; None if a module that holds them is touched."""
+        if not rewrites.are_own(self, "intermediate", "output"):
+            return None
+        first, act, output = self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output
+        return rewrites.MlpParts((self.layernorm_after, first, act, output.dense), output.dropout)
 
 
 def _number(sides: Sides) -> int | Sides:
@@ -430,20 +447,6 @@ class SwinLayer(WindowBlock):
         # As in Transformers, stochastic depth drops the attention, and never the MLP.
         x = x + self.output(self.intermediate(self.layernorm_after(x)))
         return x, weights
-
-    def attention_parts(self) -> rewrites.AttentionParts | None:
-        """Return the modules of the attention; None if a module that holds them is touched."""
-        if not rewrites.are_own(self, "attention") or not rewrites.are_own(self.attention, "self", "output"):
-            return None
-        heads, output = self.attention.self, self.attention.output
-        return rewrites.AttentionParts(heads, output.dense, (heads.dropout, output.dropout))
-
-    def mlp_parts(self) -> rewrites.MlpParts | None:
-        """Return the modules of the MLP; None if a module that holds them is touched."""
-        if not rewrites.are_own(self, "intermediate", "output"):
-            return None
-        first, act, output = self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output
-        return rewrites.MlpParts((self.layernorm_after, first, act, output.dense), output.dropout)
 
 
 class SwinStage(nn.Module):
