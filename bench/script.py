@@ -1,6 +1,7 @@
 """Fine-tunes Transformers' UPerNet as Transformers' example does, without and with `fastuper.accelerate(model)`.
 
-`python -m bench.script` prints the losses and the seconds of both runs. The steps are those of
+`python -m bench.script` prints the losses and the seconds of three runs: Transformers' model, the same in the other
+memory layout (how far rounding alone moves the losses), and the accelerated model. The steps are those of
 examples/pytorch/semantic-segmentation/run_semantic_segmentation.py of huggingface/transformers: AutoConfig,
 AutoModelForSemanticSegmentation and AutoImageProcessor from a checkpoint; images that are cropped, flipped and
 normalised; Trainer with its default optimizer and schedule. Generated scenes take the place of a dataset of the Hub,
@@ -33,10 +34,12 @@ from transformers import (
 )
 
 import fastuper
+from bench.names import ACCELERATED, BEFORE
 from bench.pairs import BACKBONES
 from fastuper.scenes import ID2LABEL, SceneDataset
 
 BACKBONE = "convnext-t"
+RUNS = (*BEFORE, ACCELERATED)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class Scenes(Dataset):
         }
 
 
-def train(checkpoint: Path, output: Path, accelerated: bool, steps: int, batch: int) -> Run:
-    """Fine-tune the checkpoint for some steps; with `accelerated`, after one more line."""
+def train(checkpoint: Path, output: Path, variant: str, steps: int, batch: int) -> Run:
+    """Fine-tune the checkpoint for some steps, as it is or after one more line (one of RUNS)."""
     training_args = TrainingArguments(
         str(output),
         max_steps=steps,
@@ -105,8 +108,10 @@ def train(checkpoint: Path, output: Path, accelerated: bool, steps: int, batch: 
     config = AutoConfig.from_pretrained(checkpoint, label2id=label2id, id2label=id2label)
     model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, config=config)
     image_processor = AutoImageProcessor.from_pretrained(checkpoint, do_reduce_labels=False)
-    if accelerated:
+    if variant == ACCELERATED:
         fastuper.accelerate(model)
+    if variant == BEFORE[1]:
+        model.to(memory_format=torch.channels_last)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -122,9 +127,9 @@ def train(checkpoint: Path, output: Path, accelerated: bool, steps: int, batch: 
     return Run(losses, seconds, type(trainer.model))
 
 
-def compare(plain: Run, accelerated: Run) -> float:
+def compare(before: Run, after: Run) -> float:
     """Return the largest relative difference of the losses of two runs."""
-    return max(abs(a - b) / abs(a) for a, b in zip(plain.losses, accelerated.losses, strict=True))
+    return max(abs(a - b) / abs(a) for a, b in zip(before.losses, after.losses, strict=True))
 
 
 def main() -> None:
@@ -145,18 +150,21 @@ def main() -> None:
         model = transformers.UperNetForSemanticSegmentation(config)
         write_checkpoint(folder / "checkpoint", model, arguments.size)
         runs = [
-            train(folder / "checkpoint", folder / f"run-{name}", accelerated, arguments.steps, arguments.batch_size)
-            for name, accelerated in (("plain", False), ("accelerated", True))
+            train(folder / "checkpoint", folder / f"run-{number}", variant, arguments.steps, arguments.batch_size)
+            for number, variant in enumerate(RUNS)
         ]
+    print(", ".join(RUNS))
     for step, losses in enumerate(zip(*(run.losses for run in runs), strict=True), 1):
-        print(f"step {step}: {losses[0]:.6f} {losses[1]:.6f}")
-    plain, accelerated = runs
+        print(f"step {step}: " + " ".join(f"{loss:.6f}" for loss in losses))
     print(
         f"Transformers {transformers.__version__}, {arguments.backbone}, {arguments.steps} steps of "
-        f"{arguments.batch_size} images of {arguments.size} x {arguments.size}: {plain.seconds:.1f} s without, "
-        f"{accelerated.seconds:.1f} s with fastuper.accelerate(model), {plain.seconds / accelerated.seconds:.2f} times "
-        f"as fast; largest relative difference of a loss {compare(plain, accelerated):.1e}"
+        f"{arguments.batch_size} images of {arguments.size} x {arguments.size}"
     )
+    for variant, run in zip(RUNS, runs, strict=True):
+        print(
+            f"{variant}: {run.seconds:.1f} s, {runs[0].seconds / run.seconds:.2f} times as fast as the first; "
+            f"largest relative difference of a loss {compare(runs[0], run):.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from bench import script
+from bench.names import ACCELERATED, BEFORE
 from bench.pairs import STAGES, randomize
 from fastuper.patch.accelerated import Accelerated
 from fastuper.scenes import ID2LABEL
@@ -28,8 +29,8 @@ def test_the_example_script_has_the_same_losses(kind, tmp_path):
     randomize(model)
     script.write_checkpoint(tmp_path / "checkpoint", model, 64)
     plain, accelerated = (
-        script.train(tmp_path / "checkpoint", tmp_path / f"run-{line}", line, steps=20, batch=2)
-        for line in (False, True)
+        script.train(tmp_path / "checkpoint", tmp_path / variant, variant, steps=20, batch=2)
+        for variant in (BEFORE[0], ACCELERATED)
     )
     assert plain.model is transformers.UperNetForSemanticSegmentation
     assert issubclass(accelerated.model, plain.model)
@@ -38,5 +39,5 @@ def test_the_example_script_has_the_same_losses(kind, tmp_path):
     assert len(set(plain.losses)) == 20
     assert script.compare(plain, accelerated) < 1e-4
     # Transformers loads what the accelerated model's Trainer has saved.
-    loaded = transformers.UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run-True")
+    loaded = transformers.UperNetForSemanticSegmentation.from_pretrained(tmp_path / ACCELERATED)
     assert type(loaded) is plain.model
