@@ -137,8 +137,8 @@ def check_parsing(run: Callable[..., Any], model: Any, settings: ExportSettings,
         for i, own in enumerate(parsed):
             assert [number for number, _ in own.scene][0] == found["scene"][i].argmax()
             assert torch.allclose(found["scene"][i][own.scene[0][0]], torch.tensor(own.scene[0][1]), rtol=1e-4)
-            for name in ("object", "part", "material", "texture"):
-                same = found[name][i].long() == getattr(own, name)
+            for name in TASKS[1:]:
+                same = found[name][i].long() == getattr(own, f"{name}s")
                 assert same.double().mean() > 0.99, (name, image, target)
 
 
@@ -166,14 +166,14 @@ PHOTOS = [(1, 97, 131), (2, 333, 211), (1, 20, 33), (1, 48, 47), (1, 90, 47)]
 
 def check_pixels(run: Callable[..., Any], processor: UperNetImageProcessor) -> None:
     """Compare pixel values with the processor's: at most one of 256 levels, and most of them equal."""
-    scale = (processor.rescale_factor if processor.do_rescale else 1) / np.asarray(processor.image_std)
-    level = (scale if processor.do_normalize else processor.rescale_factor).max()
+    level = processor.rescale_factor if processor.do_rescale else 1.0
+    level = np.max(level / np.asarray(processor.image_std if processor.do_normalize else 1.0))
     for size in PHOTOS:
         photos = photos_of(*size)
         expected = processor(list(photos.numpy()), input_data_format="channels_last", return_tensors="pt")
         difference = (run(photos) - expected["pixel_values"]).abs() / level
         assert difference.max() < 1.001, size
-        assert (difference > 0.01).double().mean() < (0.2 if processor.antialias is False else 1e-3), size
+        assert (difference > 0.01).double().mean() < (0.2 if processor.antialias is False else 0.02), size
 
 
 @pytest.mark.parametrize("name", OPTIONS)
