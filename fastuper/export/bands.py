@@ -133,8 +133,12 @@ def apply(band: Chain | Filter, x: torch.Tensor, dim: int, count: int) -> torch.
     for index, matrix in zip(*(tensors.unbind() for tensors in blocks(band, count)), strict=True):
         read = x.index_select(dim, index).float()
         parts.append(read @ matrix.T if dim == -1 else matrix @ read)
-    x = torch.cat(parts, dim)
-    return x[..., : band.size_out] if dim == -1 else x[..., : band.size_out, :]
+    return first_of(torch.cat(parts, dim), dim, band.size_out)
+
+
+def first_of(x: torch.Tensor, dim: int, count: Size) -> torch.Tensor:
+    """Return the first entries of a dimension; for a slice, `torch.export` would have to know that there are enough."""
+    return x.index_select(dim, torch.arange(count))
 
 
 def larger(a: Size, b: Size) -> Size:

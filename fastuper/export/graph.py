@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fastuper.export.bands import Chain, Size, Step, blocks
+from fastuper.export.bands import Chain, Size, Step, blocks, first_of
 from fastuper.export.preprocessing import Preprocessing
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
@@ -188,7 +188,8 @@ def label_maps(logits: torch.Tensor, rows: Chain, columns: Chain, choose: Choice
         strip = matrix @ x.index_select(1, index)
         strip = tiles.matrix @ strip.reshape(-1, BLOCKS, reach, channels)
         found.append([labels.reshape(batch, matrix.shape[0], width) for labels in choose(strip)])
-    return [torch.cat(parts, 1)[:, : rows.size_out, : columns.size_out] for parts in zip(*found, strict=True)]
+    joined = [torch.cat(parts, 1) for parts in zip(*found, strict=True)]
+    return [first_of(first_of(labels, 1, rows.size_out), 2, columns.size_out) for labels in joined]
 
 
 def _best(logits: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
