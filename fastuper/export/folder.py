@@ -1,4 +1,4 @@
-"""The files beside an exported model: export.json, the image processor's configuration, and run.py."""
+"""The files beside an exported model: export.json, the image processor's configuration, run.py and photo.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from fastuper.export.proof import BOUNDS
 from fastuper.export.sizes import channels_of
 from fastuper.io.version import __version__
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
-from fastuper_kernels.ops.upsample_argmax import label_dtype
 
 REPORT = "export.json"
 
@@ -51,7 +50,7 @@ def write_beside(
     checked: Sequence[Mapping[str, Any]] | None,
     int8: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write export.json, preprocessor_config.json and run.py; return the content of export.json.
+    """Write export.json, preprocessor_config.json, run.py and photo.py; return the content of export.json.
 
     Args:
         folder: has the model's files.
@@ -81,14 +80,14 @@ def write_beside(
         report["proof"] = {"bound": BOUNDS[settings.dtype], "sizes": list(checked)}
     if int8 is not None:
         report["int8"] = dict(int8)
-    report["classes"] = _classes(prepared.model)
+    report |= _classes(prepared.model)
     report["preprocessing"] = prepared.processor.to_dict()
     if prepared.notes:
         report["notes"] = list(prepared.notes)
     (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     prepared.processor.save_pretrained(folder)
-    script = files("fastuper.export").joinpath("scripts", f"run_{settings.format}.py")
-    (folder / "run.py").write_bytes(script.read_bytes())
+    for name, script in {"run.py": f"run_{settings.format}.py", "photo.py": "photo.py"}.items():
+        (folder / name).write_bytes(files("fastuper.export").joinpath("scripts", script).read_bytes())
     return report
 
 
@@ -111,27 +110,24 @@ def _inputs(graph: Graph) -> dict[str, dict[str, Any]]:
 
 
 def _output(name: str, graph: Graph) -> dict[str, Any]:
-    """Return the dtype of an output; of a map of labels, also the number of classes."""
+    """Return the dtype of an output, and the number of its classes."""
     config: Any = graph.model.config
     if isinstance(graph.model, UperNetForUnifiedPerceptualParsing):
         classes = len(config.labels[name])
         is_map = graph.settings.labels and name != "scene"
     else:
         classes, is_map = len(classes_of(config)), graph.settings.labels
-    dtype = label_dtype(classes) if is_map else "torch.float32"
-    return {"dtype": str(dtype).removeprefix("torch."), "classes": classes}
+    dtype = "float32" if not is_map else "uint8" if classes <= 256 else "int32"
+    return {"dtype": dtype, "classes": classes}
 
 
 def _classes(model: Any) -> dict[str, Any]:
-    """Return the names and colours of the classes in label maps; of a parsing model, for each task."""
+    """Return the names and colours of the classes in label maps; of a parsing model, of each task by its name."""
     config = model.config
     if not isinstance(model, UperNetForUnifiedPerceptualParsing):
         names = classes_of(config)
         return {"id2label": names, "palette": class_palette(names, getattr(config, "palette", None)).tolist()}
     return {
-        task: {
-            "id2label": dict(enumerate(config.labels[task])),
-            "palette": task_palette(task, len(config.labels[task])).tolist(),
-        }
-        for task in config.tasks
+        "id2label": {task: dict(enumerate(config.labels[task])) for task in config.tasks},
+        "palette": {task: task_palette(task, len(config.labels[task])).tolist() for task in config.tasks},
     }
