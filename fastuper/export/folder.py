@@ -1,4 +1,4 @@
-"""The files beside an exported model: export.json, the image processor's configuration, and run.py."""
+"""The files beside an exported model: export.json, the image processor's configuration, run.py and its photo.py."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_beside(
     checked: Sequence[Mapping[str, Any]] | None,
     int8: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write export.json, preprocessor_config.json and run.py; return the content of export.json.
+    """Write export.json, preprocessor_config.json, run.py and its photo.py; return the content of export.json.
 
     Args:
         folder: has the model's files.
@@ -87,8 +87,9 @@ def write_beside(
         report["notes"] = list(prepared.notes)
     (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     prepared.processor.save_pretrained(folder)
-    script = files("fastuper.export").joinpath("scripts", f"run_{settings.format}.py")
-    (folder / "run.py").write_bytes(script.read_bytes())
+    scripts = files("fastuper.export").joinpath("scripts")
+    for script, name in ((f"run_{settings.format}.py", "run.py"), ("photo.py", "photo.py")):
+        (folder / name).write_bytes(scripts.joinpath(script).read_bytes())
     return report
 
 

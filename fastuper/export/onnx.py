@@ -59,6 +59,13 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
         _name_axes(output, graph)
     model.producer_name, model.producer_version = "fastuper", metadata.get("fastuper_version", "")
     onnx.helper.set_model_props(model, dict(metadata))
+    save(model, folder)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write a model of ONNX into a folder, its weights in a file of their own if they are large, and check it."""
+    import onnx
+
     file = str(folder / MODEL_FILES[0])
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     onnx.save(model, file, save_as_external_data=size > LIMIT, location=MODEL_FILES[1])
