@@ -182,12 +182,13 @@ def _fault(part: nn.Module) -> str | None:
         return _about_hook(hook)
     if is_replaced(part):
         return (
-            "its forward was replaced on the instance, and an export may leave that out; put the change into a subclass, or "
-            "del module.forward (accelerate: remove_hook_from_submodules)"
+            "its forward was replaced on the instance, and an export may leave that out; put the change into a "
+            "subclass, or del module.forward (accelerate: remove_hook_from_submodules)"
         )
     for name, tensor in parameters_of(part).items():
         if tensor is not None and type(tensor) not in PARAMETER_CLASSES:
-            return f"its {name} is of the class {type(tensor).__name__}, quantised or sharded; export the whole float model"
+            kind_of = type(tensor).__name__
+            return f"its {name} is of the class {kind_of}, quantised or sharded; export the whole float model"
     return None
 
 

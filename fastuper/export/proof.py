@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastuper.export.formats import Arrays, Runner
 from fastuper.export.graph import Graph
 from fastuper.export.settings import ExportError, ProofError
-from fastuper.export.sizes import Case, arrays_of, checked_cases
+from fastuper.export.sizes import Case, arrays_of, checked_cases, output_of
 from fastuper.io.messages import one_line
 from fastuper.models.backbones.foreign.measuring import FAULTS
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
@@ -96,9 +96,11 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
     Raises:
         ProofError: the results are not the model's.
     """
-    missing = [name for name in graph.output_names if name not in found]
-    if missing:
-        raise ProofError(_wrong(graph, case, f"has no output {', '.join(missing)}"))
+    for name in graph.output_names:
+        if name not in found:
+            raise ProofError(_wrong(graph, case, f"has no output {name}"))
+        if (dtype := output_of(name, graph)["dtype"]) != found[name].dtype:
+            raise ProofError(_wrong(graph, case, f"gives {name} in {found[name].dtype} in place of {dtype}"))
     bound = BOUNDS[graph.settings.dtype]
     images = _pixels(arrays, case, graph)
     differences, norms = [0.0], [0.0]
@@ -108,7 +110,7 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
         logits, dtype = reference.logits(images[i : i + 1])
         expected = _expected(logits, case, graph, bound)
         for name, (values, labels, decided) in expected.items():
-            own = torch.from_numpy(np.ascontiguousarray(found[name][i : i + 1]))
+            own = torch.from_numpy(found[name][i : i + 1].copy())
             is_map = graph.settings.labels and labels is not None
             wanted = labels if is_map else values
             assert wanted is not None
@@ -225,4 +227,7 @@ def _logits(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _wrong(graph: Graph, case: Case, fault: str) -> str:
     remedy = "give size=HEIGHTxWIDTH, or" if graph.settings.image_size is None else "give"
-    return f"format={graph.settings.format}: at {case} the exported model {fault}; nothing was written; {remedy} another format"
+    return (
+        f"format={graph.settings.format}: at {case} the exported model {fault}; nothing was written; {remedy} another "
+        "format"
+    )

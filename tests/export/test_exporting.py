@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastuper
-from fastuper import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
-from fastuper.export import ExportError, ProofError, export_model, torch_program
+from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
+from fastuper.export import ExportError, ProofError, export_model
 from fastuper.export.graph import Graph
 from fastuper.export.proof import prove
 from fastuper.export.settings import ExportSettings
@@ -179,8 +178,11 @@ def test_logits_that_are_not_finite_are_the_models_fault(network):
         prove(eager(graph), graph, broken)
 
 
-@pytest.mark.parametrize("values", [{}, {"num_labels": 1}, {"upernet_align_corners": True}], ids=str)
-@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize(
+    ("labels", "values"),
+    [(False, {"num_labels": 1}), (True, {"align_corners": True}), (True, {"num_labels": 1})],
+    ids=str,
+)
 def test_a_right_export_is_proved(labels, values):
     network = model(**values)
     graph = Graph(copy.deepcopy(network), ExportSettings("torch", labels=labels, target_size=labels))
@@ -227,8 +229,8 @@ def test_the_folder(stub, network, tmp_path):
     assert stored["checked"] is True
     assert len(stored["proof"]["sizes"]) == 8
     assert stored["settings"]["labels"] is True
-    assert stored["id2label"]["2"] == "道路"
-    assert len(stored["palette"]) == 5
+    assert stored["classes"]["id2label"]["2"] == "道路"
+    assert len(stored["classes"]["palette"]) == 5
     assert stored["preprocessing"]["size"] == {"height": 64, "width": 96}
     assert UperNetImageProcessor.from_pretrained(place).to_dict() == processor.to_dict()
     assert json.loads(stub.metadata["class_names"])[1] == "façade"
@@ -246,16 +248,6 @@ def test_unchecked_is_marked(stub, network, tmp_path):
     assert report["checked"] is False
     assert "proof" not in report
     assert "no image processor was given" in report["notes"][0]
-
-
-def test_the_torch_format(network, tmp_path):
-    report = export_model(network, tmp_path / "made", format="torch", labels=True)
-    assert report["checked"]
-    photo = Image.effect_noise((90, 70), 90).convert("RGB")
-    pixels = UperNetImageProcessor()(images=photo, return_tensors="pt")["pixel_values"]
-    program = torch.export.load(tmp_path / "made" / "model.pt2").module()
-    labels = program(pixels)[0].long()
-    assert (labels == network.segment(pixels)[0]).float().mean() > 0.999
 
 
 # What fails ----------------------------------------------------------------------------------------------------------
@@ -398,7 +390,11 @@ def test_models_of_transformers(stub, tmp_path, accelerated):
     import transformers
 
     torch.manual_seed(0)
-    values = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    values = {
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
     config = transformers.UperNetConfig(
         backbone_config=transformers.ConvNextConfig(**values), hidden_size=8, num_labels=5, auxiliary_in_channels=16
     )
@@ -433,5 +429,7 @@ class OneSize(nn.Module):
 
 
 def test_a_model_of_one_size_is_exported_for_it(stub, tmp_path):
-    network = randomize(UperNetForSemanticSegmentation.over(OneSize(), channels=[8] * 4, hidden_size=8, num_labels=5)).eval()
+    network = randomize(
+        UperNetForSemanticSegmentation.over(OneSize(), channels=[8] * 4, hidden_size=8, num_labels=5)
+    ).eval()
     refused(network, tmp_path, "takes images of at most", "size=any is every size; give size=")
