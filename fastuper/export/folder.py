@@ -81,7 +81,7 @@ def write_beside(
         report["proof"] = {"bound": BOUNDS[settings.dtype], "sizes": list(checked)}
     if int8 is not None:
         report["int8"] = dict(int8)
-    report["classes"] = _classes(prepared.model)
+    report |= _classes(prepared.model)
     report["preprocessing"] = prepared.processor.to_dict()
     if prepared.notes:
         report["notes"] = list(prepared.notes)
@@ -124,15 +124,12 @@ def _output(name: str, graph: Graph) -> dict[str, Any]:
 
 
 def _classes(model: Any) -> dict[str, Any]:
-    """Return the names and colours of the classes in label maps; of a parsing model, for each task."""
+    """Return the names and colours of the classes in label maps; of a parsing model, of each task by its name."""
     config = model.config
     if not isinstance(model, UperNetForUnifiedPerceptualParsing):
         names = classes_of(config)
         return {"id2label": names, "palette": class_palette(names, getattr(config, "palette", None)).tolist()}
     return {
-        task: {
-            "id2label": dict(enumerate(config.labels[task])),
-            "palette": task_palette(task, len(config.labels[task])).tolist(),
-        }
-        for task in config.tasks
+        "id2label": {task: dict(enumerate(config.labels[task])) for task in config.tasks},
+        "palette": {task: task_palette(task, len(config.labels[task])).tolist() for task in config.tasks},
     }
