@@ -38,13 +38,13 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     import onnx
 
     opset = opset_of(settings)
-    if settings.dtype == "bfloat16":
-        raise ExportError("dtype=bfloat16: ONNX Runtime does not compute in it on a CPU; give float32 or float16")
+    inputs = example_inputs(graph)
+    outputs = graph(*inputs)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         traced = str(Path(temporary) / "model.onnx")
         torch.onnx.export(
             graph,
-            example_inputs(graph),
+            inputs,
             traced,
             dynamo=False,
             opset_version=opset,
@@ -55,8 +55,8 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
         model = onnx.load(traced)  # with the weights, which above 2 GiB are files of their own
     for node in _nodes(model.graph):
         _as_pytorch_resizes(node)
-    for output in model.graph.output:
-        _name_axes(output, graph)
+    for output, example in zip(model.graph.output, outputs if isinstance(outputs, tuple) else (outputs,), strict=True):
+        _name_axes(output, example, graph)
     model.producer_name, model.producer_version = "fastuper", metadata.get("fastuper_version", "")
     onnx.helper.set_model_props(model, dict(metadata))
     save(model, folder)
@@ -116,21 +116,22 @@ def free_axes(graph: Graph) -> dict[int, str]:
     return {0: "batch", height: "height", width: "width"}
 
 
-def _name_axes(output: Any, graph: Graph) -> None:
-    """Name the axes of an output, or give their sizes: the exporter names them by the operator that made them."""
+def _name_axes(output: Any, example: torch.Tensor, graph: Graph) -> None:
+    """Name the free axes of an output, and give the sizes of the others, which the exporter leaves open."""
     settings = graph.settings
     sides: tuple[int | str, int | str] = settings.image_size or ("height", "width")
     if settings.target_size:
         sides = ("target_height", "target_width")
     elif not settings.labels and (settings.with_preprocessing or graph.output_names != ["logits"]):
         sides = ("logits_height", "logits_width")
-    axes = output.type.tensor_type.shape.dim
-    names = {0: "batch"} if len(axes) < 3 else {0: "batch", len(axes) - 2: sides[0], len(axes) - 1: sides[1]}
-    for axis, name in names.items():
+    names: list[int | str] = ["batch", *example.shape[1:]]
+    if len(names) > 2:
+        names[-2:] = sides
+    for axis, name in zip(output.type.tensor_type.shape.dim, names, strict=True):
         if isinstance(name, str):
-            axes[axis].dim_param = name
+            axis.dim_param = name
         else:
-            axes[axis].dim_value = name
+            axis.dim_value = name
 
 
 def _as_pytorch_resizes(node: Any) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastuper.export.settings import ExportSettings
 from fastuper.export.onnx import free_axes
+from fastuper.export.settings import ExportSettings
 from fastuper.export.sizes import example_inputs
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     """
     import openvino
 
-    whole = copy.deepcopy(graph).float()  # the arithmetic of the hint, which holds for all operations that have it
+    wide = copy.deepcopy(graph).float()  # of the weights as the dtype rounds them
     inputs = example_inputs(graph)
     shapes: list[Any] = [list(x.shape) for x in inputs]
     for axis in free_axes(graph):
         shapes[0][axis] = -1
-    model = openvino.convert_model(whole, example_input=inputs, input=shapes)
+    model = openvino.convert_model(wide, example_input=inputs, input=shapes)
     for ports, names in ((model.inputs, graph.input_names), (model.outputs, graph.output_names)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
@@ -86,5 +86,6 @@ def information(graph: Graph, metadata: Mapping[str, str]) -> dict[str, str]:
     mean, std = (steps.image_mean, steps.image_std) if steps.do_normalize else (0.0, 1.0)
     for key, values in (("mean_values", mean), ("scale_values", std)):
         found[key] = " ".join(f"{value / factor:.9g}" for value in np.ravel(values))
-    flips = bool(steps.do_flip_channel_order)
-    return {**found, "reverse_input_channels": "NO" if flips else "YES", "resize_type": "standard"}
+    if steps.do_flip_channel_order:
+        found["reverse_input_channels"] = "YES"
+    return found

@@ -252,8 +252,8 @@ def test_the_folder(stub, network, tmp_path):
     assert stored["checked"] is True
     assert [each["batch"] for each in stored["proof"]["sizes"]] == [1, 3, 2]
     assert stored["settings"]["labels"] is True
-    assert stored["classes"]["id2label"]["2"] == "道路"
-    assert len(stored["classes"]["palette"]) == 5
+    assert stored["id2label"]["2"] == "道路"
+    assert len(stored["palette"]) == 5
     assert stored["preprocessing"]["size"] == {"height": 64, "width": 96}
     assert UperNetImageProcessor.from_pretrained(place).to_dict() == processor.to_dict()
     assert json.loads(stub.metadata["class_names"])[1] == "façade"

@@ -73,17 +73,10 @@ def test_large_weights_are_in_a_file_of_their_own(folder, tmp_path, monkeypatch)
     np.testing.assert_array_equal(exporter.load(tmp_path, settings)(pixels)["logits"], expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"opset": 13}, "^opset=13: give a version of ONNX's operators from 14 to 20$"),
-        ({"opset": 21}, "^opset=21: give a version"),
-        ({"dtype": "bfloat16"}, "^dtype=bfloat16: ONNX Runtime does not compute in it"),
-    ],
-)
-def test_what_is_refused(options, message, tmp_path):
-    with pytest.raises(ExportError, match=message):
-        write(tmp_path, small(), **options)
+@pytest.mark.parametrize("opset", [13, 21])
+def test_other_versions_are_refused(opset, tmp_path):
+    with pytest.raises(ExportError, match=f"^opset={opset}: give a version of ONNX's operators from 14 to 20$"):
+        write(tmp_path, small(), opset=opset)
     assert not any(tmp_path.iterdir())
 
 

@@ -44,8 +44,8 @@ def opened(folder: Path, monkeypatch, photo: Path, *, fixed="any", inputs=("pixe
     """Return `Photo` of photo.py, in a folder of an exported model with these options of its image processor."""
     processor = UperNetImageProcessor(**options).to_dict()
     classes = {"id2label": {str(i): f"c{i}" for i in range(7)}, "palette": [[i, 0, 0] for i in range(7)]}
-    report = {"preprocessing": processor, "settings": {"size": fixed, "dtype": "float32"}, "classes": classes}
-    report |= {"inputs": dict.fromkeys(inputs, {}), "outputs": {"logits": {}}}
+    report = {"preprocessing": processor, "settings": {"size": fixed, "dtype": "float32"}, **classes}
+    report |= {"inputs": {name: {} for name in inputs}, "outputs": {"logits": {}}}
     (folder / "export.json").write_text(json.dumps(report))
     (folder / "photo.py").write_bytes((SCRIPTS / "photo.py").read_bytes())
     spec = importlib.util.spec_from_file_location("photo", folder / "photo.py")

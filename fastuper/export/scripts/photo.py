@@ -53,16 +53,16 @@ class Photo:
         """
         maps = dict(zip(self.export["outputs"], outputs, strict=True))
         for name, output in maps.items():
-            classes = self.export["classes"]
-            if "id2label" not in classes:
-                classes = classes[name]
-            names = list(classes["id2label"].values())
+            names, palette = self.export["id2label"], self.export["palette"]
+            if name in names:  # a model of several tasks
+                names, palette = names[name], palette[name]
+            names = list(names.values())
             if output.ndim == 2:
                 print(f"{name}: {names[output[0].argmax()]}")
                 continue
             labels = output[0] if output.ndim == 3 else _best(output[0], self.size)
             path = self.output if len(maps) == 1 else self.output.with_stem(f"{self.output.stem}_{name}")
-            _save(labels, self.size, classes["palette"], path)
+            _save(labels, self.size, palette, path)
             print(f"{path}:")
             shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
             for index in np.argsort(-shares, kind="stable")[: np.count_nonzero(shares)]:
