@@ -19,7 +19,7 @@ from fastuper.export.formats import Arrays, Runner
 from fastuper.export.graph import Graph
 from fastuper.export.settings import ExportError, ProofError
 from fastuper.export.sizes import Case, arrays_of, checked_cases, output_of
-from fastuper.io.messages import one_line
+from fastuper.io.messages import format_size, one_line
 from fastuper.models.backbones.foreign.measuring import FAULTS
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
@@ -55,7 +55,14 @@ class Reference:
             except FAULTS:  # a module of the user's own that is for float32
                 self.wide = None
         if logits is None:
-            logits, dtype = _logits(self.model, pixels), "float32"
+            try:
+                logits, dtype = _logits(self.model, pixels), "float32"
+            except FAULTS as error:
+                size = format_size(pixels.shape[2:])
+                raise ExportError(
+                    f"the model takes no images of {size} pixels ({one_line(error)}); give the size that it takes, "
+                    "size=HEIGHTxWIDTH"
+                ) from None
         if not all(bool(x.isfinite().all()) for x in logits.values()):
             raise ExportError("the model's own logits are not finite: its weights are not, or they overflow")
         return logits, dtype

@@ -18,6 +18,7 @@ from torch import nn
 from fastuper.evaluation.loop import classes_of
 from fastuper.export.graph import Graph
 from fastuper.export.settings import ExportError
+from fastuper.io.messages import one_line
 from fastuper.models.backbones.foreign.measuring import FAULTS
 from fastuper.models.backbones.layers import pair
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
@@ -25,8 +26,8 @@ from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 COARSEST = 32
 """The side of a position of the coarsest map in pixels."""
 
-LEAST = 16
-"""The smallest side of an image, in pixels, where the model takes it."""
+TRIED = (16, 32, 64, 128, 256, 512)
+"""The sides of a square image, in pixels, of which the smallest that the model takes is checked."""
 
 LARGEST_BATCH = 2**21
 """The most pixels of a batch of images of one size, if they are more than one."""
@@ -144,8 +145,9 @@ def check_size(graph: Graph) -> None:
                 f"{sizes.name} takes images of at most {height} x {width} pixels, and size=any is every size; give "
                 f"size={height}x{width}"
             )
+        _least(graph)
     elif (fault := _fault(graph.model, *settings.image_size)) is not None:
-        raise ExportError(f"size={settings.size}: the model takes no images of this size: {fault}")
+        raise ExportError(f"size={settings.size}: the model takes no images of this size: {one_line(fault)}")
 
 
 def _drawn(case: Case, channels: int) -> np.ndarray:
@@ -179,13 +181,20 @@ def _window(graph: Graph) -> int:
 
 
 def _least(graph: Graph) -> int:
-    """Return the smallest side of an image that a model takes, of 16, 32, 64, ..."""
+    """Return the smallest side of an image that a model takes, of `TRIED`.
+
+    Raises:
+        ExportError: the model takes none of them.
+    """
     if graph.settings.with_preprocessing:
-        return LEAST
-    for side in (LEAST, 32, 64, 128, 256):
+        return TRIED[0]
+    for side in TRIED:
         if _fault(graph.model, side, side) is None:
             return side
-    return 512
+    raise ExportError(
+        f"size=any: the model takes no images of {TRIED[0]} x {TRIED[0]} to {TRIED[-1]} x {TRIED[-1]} pixels "
+        f"({one_line(str(_fault(graph.model, TRIED[-1], TRIED[-1])))}); give the size that it takes, size=HEIGHTxWIDTH"
+    )
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from fastuper.export.graph import Graph
 from fastuper.export.proof import prove
 from fastuper.export.settings import ExportSettings
 from fastuper.export.sizes import arrays_of, checked_cases, traced_case
+from fastuper.models.backbones.foreign.measuring import Sizes
 from tests.models.heads import randomize
 from tests.models.test_parsing_model import model as parsing_model
 from tests.models.test_upernet import model as small_model
@@ -456,4 +457,13 @@ def test_a_model_of_one_size_is_exported_for_it(stub, tmp_path):
     network = randomize(
         UperNetForSemanticSegmentation.over(OneSize(), channels=[8] * 4, hidden_size=8, num_labels=5)
     ).eval()
-    refused(network, tmp_path, "takes images of at most", "size=any is every size; give size=")
+    refused(
+        network, tmp_path, "size=any: the model takes no images of 16 x 16 to 512 x 512", "give the size that it takes"
+    )
+    refused(
+        network, tmp_path, "size=64x64: the model takes no images of this size: images must be 64 x 96", size="64x64"
+    )
+    assert export_model(network, tmp_path / "made", size="64x96")["checked"]
+    network.image_sizes = Sizes("OneSize", (1, 1), (64, 96), (64, 96))
+    with pytest.raises(ExportError, match="OneSize takes images of at most 64 x 96 pixels, and size=any is every size"):
+        export_model(network, tmp_path / "other")
