@@ -16,7 +16,7 @@ from fastuper.evaluation.loop import classes_of
 from fastuper.export.formats import ExportFormat
 from fastuper.export.graph import Graph
 from fastuper.export.preparing import Prepared
-from fastuper.export.proof import BOUNDS
+from fastuper.export.proof import bound_of
 from fastuper.export.sizes import channels_of, output_of
 from fastuper.io.version import __version__
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
@@ -77,7 +77,7 @@ def write_beside(
         "checked": checked is not None,
     }
     if checked is not None:
-        report["proof"] = {"bound": BOUNDS[settings.dtype], "sizes": list(checked)}
+        report["proof"] = {"bound": bound_of(settings), "sizes": list(checked)}
     if int8 is not None:
         report["int8"] = dict(int8)
     report |= _classes(prepared.model)
