@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from fastuper_kernels.dispatch.torch_private import has_modes, in_forward_ad, in_transform
+from fastuper_kernels.dispatch.torch_private import has_modes, in_forward_ad, in_transform, sizes_without_guards
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
@@ -22,6 +26,29 @@ def is_eager() -> bool:
 def is_jit_tracing() -> bool:
     """Return True while `torch.jit.trace`, or an exporter that uses it, runs."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
+def is_known(condition: Any) -> bool:
+    """Return True if a condition on sizes holds, in a graph with free sizes for all sizes of its range."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # it takes time to import
+
+    return statically_known_true(condition)
+
+
+def for_all_sizes(forward: Function) -> Function:
+    """Return a forward whose free sizes torch.export keeps free, also if they are 1 in the example."""
+
+    @functools.wraps(forward)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        # Dynamo cannot trace the context: a strict export is valid for sizes like its example's.
+        if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+            return forward(*args, **kwargs)
+        with sizes_without_guards():
+            return forward(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 def is_ordinary(*tensors: torch.Tensor | None) -> bool:
