@@ -102,7 +102,7 @@ def class_of(model: str | None) -> Any:
 
 
 def _kind(model: str) -> Any:
-    """Return the `model_type` in a checkpoint's config.json; None if there is none, or the file is another library's."""
+    """Return the `model_type` in a checkpoint's config.json; None if there is none, or it is another library's."""
     config = None if is_foreign(model) else find_file(model, "config.json")
     return read_json(config).get("model_type") if config else None
 

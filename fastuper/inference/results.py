@@ -364,7 +364,13 @@ class Results:
 
 
 def names_of_files(stem: str, number: int, endings: Sequence[str]) -> list[str]:
-    """Return the names of a photo's files, from a photo's name without its suffix, of at most the length that file systems allow."""
+    """Return the names of a photo's files, of at most the length that file systems allow.
+
+    Args:
+        stem: the photo's name without its suffix.
+        number: tells photos of one name apart, from 1.
+        endings: the end of each name.
+    """
     mark = "" if number == 1 else f"-{number}"
     longest = max(len(os.fsencode(f"{mark}{ending}")) for ending in endings)
     while len(os.fsencode(stem)) + longest > _LONGEST_NAME:
