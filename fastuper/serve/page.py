@@ -113,7 +113,10 @@ def theme() -> Any:
     """Return the page's colours and fonts; the fonts are files of Gradio's package."""
     import gradio as gr
 
-    return gr.themes.Default(primary_hue="emerald", neutral_hue="slate")
+    regular_and_bold = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
+    return gr.themes.Default(
+        primary_hue="emerald", neutral_hue="slate", font=(regular_and_bold, "system-ui", "sans-serif")
+    )
 
 
 def _local_only(

@@ -95,6 +95,7 @@ def _run(service: Service, folder: Path, listener: socket.socket, loopback: bool
         mcp_server=False,
         pwa=False,
         theme=theme(),
+        css="#viewer { padding: 0 }",
     )
     config = uvicorn.Config(
         Guard(app, loopback), log_level="error", access_log=False, timeout_graceful_shutdown=2, server_header=False

@@ -108,8 +108,8 @@ function layerView(photo, numbers, classes, caption) {
     oninput: () => { opacity = slider.value / 100; draw(); },
   });
   const tools = make("div", { class: "tools" }, make("span", {}, "Opacity"), slider,
-    make("button", { type: "button", onclick: () => toggleAll(true) }, "All"),
-    make("button", { type: "button", onclick: () => toggleAll(false) }, "None"));
+    make("button", { type: "button", onclick: () => toggleAll(true) }, "Show all"),
+    make("button", { type: "button", onclick: () => toggleAll(false) }, "Hide all"));
   draw();
   return make("div", { class: "columns" },
     make("figure", {}, canvas, hover, make("figcaption", {}, caption)),

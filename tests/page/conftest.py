@@ -1,0 +1,174 @@
+"""Servers and a browser for the tests of the page: Debian's Chromium, which can reach 127.0.0.1 alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from playwright.sync_api import Browser, Page, sync_playwright
+from torch import nn
+
+from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
+from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
+from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which(os.environ.get("CHROMIUM", "chromium"))
+ARGUMENTS = (
+    "--no-sandbox",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    "--use-fake-ui-for-media-stream",
+    "--use-fake-device-for-media-stream",
+)
+LABELS = {
+    "scene": ["street", "kitchen", "beach"],
+    "object": ["-", "table", "lamp"],
+    "part": ["-", "top", "leg"],
+    "material": ["-", "wood", "metal"],
+    "texture": ["banded", "dotted"],
+}
+
+
+class Server:
+    """`fastuper serve` in a process of its own, with a folder for its temporary files and a working folder.
+
+    Attributes:
+        address: the page's.
+        temporary: the folder that TMPDIR names.
+        process: the process; its standard error goes to `errors`.
+    """
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.temporary, self.work, self.errors = folder / "tmp", folder / "work", folder / "errors.txt"
+        self.temporary.mkdir()
+        self.work.mkdir()
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fastuper", "serve", *map(str, arguments), "--port", "0", "--device", "cpu"],
+                cwd=self.work,
+                env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(self.temporary), "HOME": str(self.work)},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    @property
+    def address(self) -> str:
+        """The page's address, once it answers."""
+        if not hasattr(self, "_address"):
+            assert self.process.stdout is not None
+            line = self.process.stdout.readline()
+            found = re.fullmatch(r"the page is at (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)\n", line)
+            assert found, line + self.errors.read_text()
+            self._address = found[1]
+        return self._address
+
+    def stop(self) -> int:
+        """Interrupt the process as Ctrl-C does, and return its exit status."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """Start both servers at once: most of the time of a start is imports."""
+    models = tmp_path_factory.mktemp("models")
+    started = {
+        "demo": Server(tmp_path_factory.mktemp("demo"), "--max-pixels", 300_000),
+        "own": Server(tmp_path_factory.mktemp("own"), segmenter(models / "tiny"), parser(models / "parser")),
+    }
+    yield started
+    for server in started.values():
+        server.process.kill()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM is not None, "Chromium is missing: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def watched_page(browser: Browser, address: str) -> Iterator[Page]:
+    """Yield a new page, in a session of its own, that asks for nothing but the server, and in which no script fails."""
+    elsewhere: list[str] = []
+    faults: list[str] = []
+    context = browser.new_context(viewport={"width": 1280, "height": 760})
+    page = context.new_page()
+    host = urlsplit(address).netloc
+
+    def note(url: str) -> None:
+        if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).netloc != host:
+            elsewhere.append(url)
+
+    page.on("request", lambda request: note(request.url))
+    page.on("websocket", lambda socket: note(socket.url.replace("ws", "http", 1)))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if "Security Policy" in message.text else None)
+    page.set_default_timeout(30_000)
+    page.goto(address)
+    page.wait_for_selector("#viewer .empty")
+    yield page
+    context.close()
+    assert elsewhere == []
+    assert faults == []
+
+
+@pytest.fixture
+def open_page(browser: Browser, servers: dict[str, Server]) -> Iterator[Callable[[str], Page]]:
+    """Return a function that opens a page of a server, by its name."""
+    with pytest.MonkeyPatch.context():
+        from contextlib import ExitStack
+
+        with ExitStack() as stack:
+            yield lambda name: stack.enter_context(watched_page(browser, servers[name].address))
+
+
+def _backbone() -> ConvNextConfig:
+    return ConvNextConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+
+
+def _save(network: nn.Module, folder: Path) -> Path:
+    for parameter in network.parameters():
+        if parameter.ndim >= 2:
+            nn.init.kaiming_normal_(parameter)
+    network.save_pretrained(folder)  # type: ignore[operator]
+    UperNetImageProcessor(size={"height": 64, "width": 96}).save_pretrained(folder)
+    return folder
+
+
+def segmenter(folder: Path) -> Path:
+    """Save a tiny model of 300 classes, two of which share a name."""
+    torch.manual_seed(0)
+    names = {index: f"thing {index % 299}" for index in range(300)}
+    config = UperNetConfig(_backbone(), hidden_size=16, auxiliary_in_channels=24, auxiliary_channels=8, id2label=names)
+    return _save(UperNetForSemanticSegmentation(config), folder)
+
+
+def parser(folder: Path) -> Path:
+    """Save a tiny parsing model."""
+    torch.manual_seed(0)
+    config = UnifiedPerceptualParsingConfig(
+        _backbone(), hidden_size=16, pool_channels=8, texture_channels=8, labels=LABELS, object_parts={1: (1, 2)}
+    )
+    return _save(UperNetForUnifiedPerceptualParsing(config), folder)
