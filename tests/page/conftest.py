@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -135,11 +135,8 @@ def watched_page(browser: Browser, address: str) -> Iterator[Page]:
 @pytest.fixture
 def open_page(browser: Browser, servers: dict[str, Server]) -> Iterator[Callable[[str], Page]]:
     """Return a function that opens a page of a server, by its name."""
-    with pytest.MonkeyPatch.context():
-        from contextlib import ExitStack
-
-        with ExitStack() as stack:
-            yield lambda name: stack.enter_context(watched_page(browser, servers[name].address))
+    with ExitStack() as stack:
+        yield lambda name: stack.enter_context(watched_page(browser, servers[name].address))
 
 
 def _backbone() -> ConvNextConfig:
