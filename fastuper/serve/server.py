@@ -77,6 +77,7 @@ def serve(
 def _run(service: Service, folder: Path, listener: socket.socket, loopback: bool, ready: Callable[[str], None]) -> None:
     # Gradio reads these when it is imported.
     os.environ |= {"GRADIO_TEMP_DIR": str(folder / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
     import gradio
     import uvicorn
 
@@ -88,7 +89,6 @@ def _run(service: Service, folder: Path, listener: socket.socket, loopback: bool
         build_page(service, folder / "examples").queue(max_size=None, api_open=False),
         "/",
         footer_links=[],
-        run_history=False,
         show_error=True,
         max_file_size=size_limit(service.max_pixels),
         ssr_mode=False,

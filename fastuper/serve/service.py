@@ -149,16 +149,17 @@ class Service:
             with self.results.new() as (key, folder):
                 files = _write(model, name, photo, found, folder)
                 address = f"/results/{key}/"
+                classes = {task: _classes(layer) for task, layer in found.layers.items()}
                 result = {
                     "photo": name,
                     "width": photo.width,
                     "height": photo.height,
                     "model": model_name,
                     "scene": _scenes(model, found),
-                    "layers": {task: _classes(layer) for task, layer in found.layers.items()},
+                    "layers": classes,
                     "files": {ending: address + quote(file) for ending, file in files.items()},
                 }
-                view = _write_view(photo, found.layers, folder, address)
+                view = _write_view(photo, found.layers, classes, folder, address)
         except ImageError as error:
             raise RefusedError(about(name, str(error).removeprefix(f"{path}: ")), 400) from None
         except Exception as error:  # of any model: the page goes on
@@ -194,7 +195,13 @@ def _classes(layer: Layer) -> list[dict[str, Any]]:
     return [each | {"colour": "#" + bytes(layer.palette[each["class"]]).hex()} for each in layer.shares()]
 
 
-def _write_view(photo: Image.Image, layers: Mapping[str, Layer], folder: Path, address: str) -> dict[str, Any]:
+def _write_view(
+    photo: Image.Image,
+    layers: Mapping[str, Layer],
+    classes: Mapping[str, list[dict[str, Any]]],
+    folder: Path,
+    address: str,
+) -> dict[str, Any]:
     """Write the photo and the label maps in the size of the page; return what the page needs to know.
 
     A label map becomes a PNG whose red and green are the low and high byte of a class's place in the list of classes.
@@ -203,13 +210,13 @@ def _write_view(photo: Image.Image, layers: Mapping[str, Layer], folder: Path, a
     shown.save(folder / "view.jpg", quality=90)
     views = []
     for task, layer in layers.items():
-        classes = _classes(layer)
+        present = classes[task]
         places = np.zeros(len(layer.palette), np.uint16)
-        places[[each["class"] for each in classes]] = np.arange(len(classes))
+        places[[each["class"] for each in present]] = np.arange(len(present))
         numbers = places[resized_labels(layer.labels, shown.height, shown.width)]
         pixels = np.stack([numbers & 255, numbers >> 8, np.zeros_like(numbers)], axis=-1).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"view_{task}.png", compress_level=1)
-        names = {each["class"]: each["name"] for each in classes}
+        names = {each["class"]: each["name"] for each in present}
         views.append(
             {
                 "title": TITLES.get(task, "Classes"),
@@ -217,7 +224,7 @@ def _write_view(photo: Image.Image, layers: Mapping[str, Layer], folder: Path, a
                 "classes": [
                     {"name": class_name(names, each["class"]), "share": format_share(each["share"])}
                     | {"colour": each["colour"]}
-                    for each in classes
+                    for each in present
                 ],
             }
         )

@@ -158,9 +158,9 @@ def test_an_example(open_page: OpenPage) -> None:
 
 def test_a_picture_of_the_camera(open_page: OpenPage) -> None:
     page = open_page("demo")
-    page.locator("#photo [aria-label='Capture from camera'], #photo [aria-label*='ebcam']").first.click()
+    page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
-    page.locator("#photo button[aria-label='capture photo'], #photo .button-wrap button").first.click()
+    page.get_by_label("capture photo").click()
     expect(page.locator("#viewer canvas")).to_be_visible()
 
 
