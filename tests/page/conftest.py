@@ -14,29 +14,19 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import torch
-from playwright.sync_api import Browser, Page, sync_playwright
-from torch import nn
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from fastuper import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation, UperNetImageProcessor
-from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
-from fastuper.models.parsing_configuration import UnifiedPerceptualParsingConfig
+from tests.serve.models import parser, segmenter
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which(os.environ.get("CHROMIUM", "chromium"))
+TIMEOUT = 60_000  # ms: the machine may be busy
 ARGUMENTS = (
     "--no-sandbox",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--use-fake-ui-for-media-stream",
     "--use-fake-device-for-media-stream",
 )
-LABELS = {
-    "scene": ["street", "kitchen", "beach"],
-    "object": ["-", "table", "lamp"],
-    "part": ["-", "top", "leg"],
-    "material": ["-", "wood", "metal"],
-    "texture": ["banded", "dotted"],
-}
 
 
 class Server:
@@ -90,7 +80,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
     models = tmp_path_factory.mktemp("models")
     started = {
         "demo": Server(tmp_path_factory.mktemp("demo"), "--max-pixels", 300_000),
-        "own": Server(tmp_path_factory.mktemp("own"), segmenter(models / "tiny"), parser(models / "parser")),
+        "own": Server(tmp_path_factory.mktemp("own"), segmenter(models / "tiny", 300), parser(models / "parser")),
     }
     yield started
     for server in started.values():
@@ -100,6 +90,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     assert CHROMIUM is not None, "Chromium is missing: apt-get install chromium"
+    expect.set_options(timeout=TIMEOUT)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
         yield browser
@@ -123,7 +114,7 @@ def watched_page(browser: Browser, address: str) -> Iterator[Page]:
     page.on("websocket", lambda socket: note(socket.url.replace("ws", "http", 1)))
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text) if "Security Policy" in message.text else None)
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(TIMEOUT)
     page.goto(address)
     page.wait_for_selector("#viewer .empty")
     yield page
@@ -137,35 +128,3 @@ def open_page(browser: Browser, servers: dict[str, Server]) -> Iterator[Callable
     """Return a function that opens a page of a server, by its name."""
     with ExitStack() as stack:
         yield lambda name: stack.enter_context(watched_page(browser, servers[name].address))
-
-
-def _backbone() -> ConvNextConfig:
-    return ConvNextConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], out_features=["stage1", "stage2", "stage3", "stage4"]
-    )
-
-
-def _save(network: nn.Module, folder: Path) -> Path:
-    for parameter in network.parameters():
-        if parameter.ndim >= 2:
-            nn.init.kaiming_normal_(parameter)
-    network.save_pretrained(folder)  # type: ignore[operator]
-    UperNetImageProcessor(size={"height": 64, "width": 96}).save_pretrained(folder)
-    return folder
-
-
-def segmenter(folder: Path) -> Path:
-    """Save a tiny model of 300 classes, two of which share a name."""
-    torch.manual_seed(0)
-    names = {index: f"thing {index % 299}" for index in range(300)}
-    config = UperNetConfig(_backbone(), hidden_size=16, auxiliary_in_channels=24, auxiliary_channels=8, id2label=names)
-    return _save(UperNetForSemanticSegmentation(config), folder)
-
-
-def parser(folder: Path) -> Path:
-    """Save a tiny parsing model."""
-    torch.manual_seed(0)
-    config = UnifiedPerceptualParsingConfig(
-        _backbone(), hidden_size=16, pool_channels=8, texture_channels=8, labels=LABELS, object_parts={1: (1, 2)}
-    )
-    return _save(UperNetForUnifiedPerceptualParsing(config), folder)

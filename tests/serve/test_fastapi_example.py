@@ -20,17 +20,21 @@ import uvicorn
 from PIL import Image
 
 from fastuper.scenes.dataset import scene
+from tests.serve.models import segmenter
 
 EXAMPLE = Path(__file__).parents[2] / "examples/serve_fastapi.py"
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
+def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    folder = segmenter(tmp_path_factory.mktemp("model") / "tiny", 9)
     spec = importlib.util.spec_from_file_location("serve_fastapi", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODEL", str(folder))
+        spec.loader.exec_module(module)
     return module
 
 
@@ -53,7 +57,6 @@ def post(address: str, content: bytes) -> bytes:
 
 
 def test_a_hundred_requests_from_eight_threads(example: ModuleType, address: str) -> None:
-    example.processor.size = {"height": 32, "width": 48}  # tiny, for speed
     photos, expected = [], []
     for seed in range(5):
         scene(seed, (24 + seed, 40))[0].save(file := io.BytesIO(), "PNG")
