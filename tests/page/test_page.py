@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -50,12 +51,9 @@ def wait_for_result(page: Page, name: str) -> None:
 
 def canvas_pixels(page: Page) -> np.ndarray:
     """Return what the canvas shows, (H, W, 3)."""
-    width, height, values = page.evaluate(
-        """() => { const canvas = document.querySelector('#viewer canvas');
-        const { width, height } = canvas;
-        return [width, height, Array.from(canvas.getContext('2d').getImageData(0, 0, width, height).data)]; }"""
-    )
-    return np.array(values, np.uint8).reshape(height, width, 4)[..., :3].astype(int)
+    address = page.evaluate("document.querySelector('#viewer canvas').toDataURL('image/png')")
+    with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
 
 
 def point_at(page: Page, row: int, column: int, labels: np.ndarray) -> None:
