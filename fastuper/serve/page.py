@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import shutil
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,15 +69,15 @@ def build_page(service: Service, folder: Path) -> Any:
                     filterable=False,
                     elem_id="model",
                 )
-                examples = _draw_scenes(folder) if names == [DEMO] else _photographs()
+                examples = _draw_scenes(folder) if names == [DEMO] else _photographs(folder)
                 if examples:
-                    gr.Examples(
-                        [[str(path)] for path in examples],
-                        [photo],
+                    # Not gr.Examples: a click would replace the photo's component, and what is set on it below.
+                    dataset = gr.Dataset(
+                        components=[photo],
+                        samples=[[str(path)] for path in examples],
                         label="Drawn scenes" if names == [DEMO] else _LICENCE,
-                        cache_examples=False,
-                        api_visibility="private",
                     )
+                    dataset.click(_first, dataset, photo, show_progress="hidden", api_visibility="private")
             with gr.Column(scale=5, min_width=400):
                 viewer = gr.HTML(
                     html_template='<div class="viewer"></div>',
@@ -90,7 +91,8 @@ def build_page(service: Service, folder: Path) -> Any:
         for component in (photo, model):
             component.async_move_resource_to_block_cache = _local_only(
                 component.async_move_resource_to_block_cache,
-                gr.Error("an address is no photo: upload the file", print_exception=False),
+                folder.parent,
+                gr.Error("this is no uploaded photo: upload the file", print_exception=False),
             )
         gr.on(
             [photo.change, model.change],
@@ -119,13 +121,21 @@ def theme() -> Any:
     )
 
 
+def _first(sample: Sequence[str]) -> str:
+    """Return the photo of an example."""
+    return sample[0]
+
+
 def _local_only(
-    move: Callable[[Any], Awaitable[str | None]], error: Exception
+    move: Callable[[Any], Awaitable[str | None]], folder: Path, error: Exception
 ) -> Callable[[Any], Awaitable[str | None]]:
-    """Return Gradio's function that takes a component's file, made to refuse addresses, which it would download."""
+    """Return Gradio's function that takes a component's file, made to refuse what is not in the temporary folder.
+
+    Gradio would download an address, and read any file that the process can read.
+    """
 
     async def refusing(path: Any) -> str | None:
-        if "://" in str(path):
+        if path is not None and not Path(path).resolve().is_relative_to(folder.resolve()):
             raise error
         return await move(path)
 
@@ -141,12 +151,12 @@ def _draw_scenes(folder: Path) -> list[Path]:
     return paths
 
 
-def _photographs() -> list[Path]:
-    """Return the examples for other models, if scikit-image is installed: two of its pictures."""
+def _photographs(folder: Path) -> list[Path]:
+    """Copy the examples for other models, if scikit-image is installed: two of its pictures."""
     package = find_spec("skimage")
     places = package.submodule_search_locations if package is not None else None
     found = [Path(place) / "data" / name for place in places or () for name in ("astronaut.png", "coffee.png")]
-    return [path for path in found if path.is_file()]
+    return [Path(shutil.copy(path, folder)) for path in found if path.is_file()]
 
 
 def _viewer_file(name: str) -> str:

@@ -11,6 +11,9 @@ from playwright.sync_api import sync_playwright
 from fastuper.scenes.dataset import scene
 from tests.page.conftest import ARGUMENTS, CHROMIUM, ROOT, Server
 
+COLOURS = 64
+"""Of the picture: it must stay small."""
+
 
 def draw(path: Path) -> None:
     """Write a picture of the page with the result of a drawn scene."""
@@ -21,7 +24,7 @@ def draw(path: Path) -> None:
         server = Server(folder)
         try:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
-            page = browser.new_page(viewport={"width": 1180, "height": 610})
+            page = browser.new_page(viewport={"width": 1280, "height": 660})
             page.goto(server.address)
             page.set_input_files("#photo input[type=file]", photo)
             page.wait_for_selector("#viewer canvas")
@@ -34,7 +37,7 @@ def draw(path: Path) -> None:
         finally:
             server.stop()
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        small = picture.convert("RGB").quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 

@@ -2,7 +2,7 @@
 // the body of a function of `element`, `props` and `watch`. `props.value` is what `show` in page.py returns.
 const OPACITY = 0.55;
 const HIGHLIGHT = 0.85; // the opacity of the class under the pointer
-const DIMMED = 0.25; // the factor of the others' opacity
+const DIMMED = 0.5; // the factor of the others' opacity
 const LABELS = { "labels.png": "Label map (PNG)", "overlay.jpg": "Overlay (JPEG)", "parsing.jpg": "Panels (JPEG)",
   "parsing.json": "Report (JSON)", "objects.png": "Objects (PNG)", "parts.png": "Parts (PNG)",
   "materials.png": "Materials (PNG)", "textures.png": "Textures (PNG)" };
@@ -107,7 +107,7 @@ function layerView(photo, numbers, classes, caption) {
     type: "range", min: 0, max: 100, value: Math.round(opacity * 100), "aria-label": "opacity of the colours",
     oninput: () => { opacity = slider.value / 100; draw(); },
   });
-  const tools = make("div", { class: "tools" }, make("span", {}, "Opacity"), slider,
+  const tools = make("div", { class: "tools" }, make("label", { class: "opacity" }, "Opacity", slider),
     make("button", { type: "button", onclick: () => toggleAll(true) }, "Show all"),
     make("button", { type: "button", onclick: () => toggleAll(false) }, "Hide all"));
   draw();
