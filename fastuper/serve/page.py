@@ -88,7 +88,7 @@ def build_page(service: Service, folder: Path) -> Any:
                 )
         # Attributes, not subclasses: Gradio writes a file beside the source of each subclass of a component.
         photo.preprocess = _as_uploaded  # Gradio's own decodes the photo by other rules, and stores it as WebP
-        for component in (photo, model):
+        for component in page.blocks.values():
             component.async_move_resource_to_block_cache = _local_only(
                 component.async_move_resource_to_block_cache,
                 folder.parent,
