@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 from fastuper.scenes.dataset import scene
 from tests.page.conftest import ARGUMENTS, CHROMIUM, ROOT, Server
 
-COLOURS = 64
+COLOURS = 128
 """Of the picture: it must stay small."""
 
 
