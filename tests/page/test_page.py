@@ -155,9 +155,10 @@ def test_an_example(open_page: OpenPage) -> None:
 
 
 def test_a_picture_of_the_camera(open_page: OpenPage) -> None:
-    page = open_page("demo")
+    page = open_page("own")
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#photo video').videoWidth > 0")
     page.get_by_label("capture photo").click()
     expect(page.locator("#viewer canvas")).to_be_visible()
 
