@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastuper.export.formats import Arrays, Runner
 from fastuper.export.graph import Graph
 from fastuper.export.settings import ExportError, ProofError
-from fastuper.export.sizes import Case, arrays_of, checked_cases
+from fastuper.export.sizes import Case, arrays_of, checked_cases, output_of
 from fastuper.io.messages import one_line
 from fastuper.models.backbones.foreign.measuring import FAULTS
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
@@ -96,11 +96,13 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
     Raises:
         ProofError: the results are not the model's.
     """
-    missing = [name for name in graph.output_names if name not in found]
-    if missing:
-        raise ProofError(_wrong(graph, case, f"has no output {', '.join(missing)}"))
+    for name in graph.output_names:
+        if name not in found:
+            raise ProofError(_wrong(graph, case, f"has no output {name}"))
+        if (dtype := output_of(name, graph)["dtype"]) != found[name].dtype:
+            raise ProofError(_wrong(graph, case, f"gives {name} in {found[name].dtype} in place of {dtype}"))
     bound = BOUNDS[graph.settings.dtype]
-    images = _pixels(arrays, graph)
+    images = _pixels(arrays, case, graph)
     differences, norms = [0.0], [0.0]
     different = undecided = pixels = 0
     dtype = ""
@@ -108,7 +110,7 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
         logits, dtype = reference.logits(images[i : i + 1])
         expected = _expected(logits, case, graph, bound)
         for name, (values, labels, decided) in expected.items():
-            own = torch.from_numpy(np.asarray(found[name])[i : i + 1])
+            own = torch.from_numpy(found[name][i : i + 1].copy())
             is_map = graph.settings.labels and labels is not None
             wanted = labels if is_map else values
             assert wanted is not None
@@ -149,7 +151,7 @@ def _expected(logits: Mapping[str, torch.Tensor], case: Case, graph: Graph, boun
     labels = graph.settings.labels
     if not isinstance(graph.model, UperNetForUnifiedPerceptualParsing):
         full = logits["logits"]
-        if case.target_size is not None:
+        if labels and tuple(full.shape[2:]) != size:
             full = F.interpolate(full, size, mode="bilinear", align_corners=False)
         return {graph.output_names[0]: (logits["logits"], _argmax(full), _decided(full, bound))}
     expected: Expected = {}
@@ -195,11 +197,25 @@ def _parts(logits: torch.Tensor, objects: Any, config: Any, bound: float) -> tup
     return labels, decided
 
 
-def _pixels(arrays: Arrays, graph: Graph) -> torch.Tensor:
-    """Return the images as the model reads them, (B, C, H, W) float32."""
-    if not graph.settings.with_preprocessing:
+def _pixels(arrays: Arrays, case: Case, graph: Graph) -> torch.Tensor:
+    """Return the images as the model reads them, (B, C, H, W) float32.
+
+    Raises:
+        ProofError: the graph's preprocessing differs from the image processor's by more than one 8-bit level.
+    """
+    if graph.preprocessing is None:
         return torch.from_numpy(arrays["pixel_values"])
-    return graph.preprocess(torch.from_numpy(arrays["images"]))
+    processor = graph.processor
+    pixels = graph.preprocessing(torch.from_numpy(arrays["images"]))
+    expected = processor(images=list(arrays["images"]), return_tensors="pt", data_format="channels_first")[
+        "pixel_values"
+    ]
+    level = processor.rescale_factor if processor.do_rescale else 1.0
+    if processor.do_normalize:
+        level = level / torch.as_tensor(processor.image_std, dtype=torch.float32).view(-1, 1, 1)
+    if pixels.shape != expected.shape or not bool(((pixels - expected).abs() <= 1.001 * level).all()):
+        raise ProofError(_wrong(graph, case, "prepares photos in another way than the image processor"))
+    return pixels
 
 
 def _logits(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -211,4 +227,7 @@ def _logits(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _wrong(graph: Graph, case: Case, fault: str) -> str:
     remedy = "give size=HEIGHTxWIDTH, or" if graph.settings.image_size is None else "give"
-    return f"format={graph.settings.format}: at {case} the exported model {fault}; nothing was written; {remedy} another format"
+    return (
+        f"format={graph.settings.format}: at {case} the exported model {fault}; nothing was written; {remedy} another "
+        "format"
+    )

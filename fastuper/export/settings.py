@@ -71,7 +71,7 @@ class ExportSettings:
     int8: Path | None = option(
         None, "Quantise to 8-bit integers, calibrated on the photos of this folder.", metavar="FOLDER"
     )
-    int8_any_loss: bool = option(
+    accept_int8_loss: bool = option(
         False, "With --int8: also write a model whose labels differ too much from the unquantised model's."
     )
 
@@ -106,7 +106,7 @@ class ExportSettings:
                 self.int8 is not None and not self.check,
                 "int8 is accepted by its results in the runtime; leave out int8 or no-check",
             ),
-            (self.int8_any_loss and self.int8 is None, "int8_any_loss is for int8; give its folder"),
+            (self.accept_int8_loss and self.int8 is None, "accept_int8_loss is for int8; give its folder"),
         )
         for is_there, fault in faults:
             if is_there:
