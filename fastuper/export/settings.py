@@ -31,9 +31,7 @@ class ExportSettings:
     dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "Floating-point type of the weights and of the arithmetic; inputs and logits are float32 in all."
     )
-    opset: int | None = option(
-        None, "Version of ONNX's operators.", default_text="the one that is tested", metavar="N"
-    )
+    opset: int | None = option(None, "Version of ONNX's operators.", default_text="the one that is tested", metavar="N")
     with_preprocessing: bool = option(
         False, "The input is a photo, uint8 RGB (batch, height, width, 3); it is resized and normalised inside."
     )
