@@ -33,13 +33,6 @@ def photo(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "onnx"
-    export_model(MODEL, folder, format="onnx", check=False)
-    return folder
-
-
 def opened(folder: Path, monkeypatch, photo: Path, *, fixed="any", inputs=("pixel_values",), **options):
     """Return `Photo` of photo.py, in a folder of an exported model with these options of its image processor."""
     processor = UperNetImageProcessor(**options).to_dict()
@@ -159,8 +152,8 @@ def check_labels(python: Path, folder: Path, photo: Path, output: Path, **proces
     assert decided.float().mean() > 0.99
 
 
-def test_the_script_of_onnx(exported, photo, tmp_path):
-    check_labels(Path(sys.executable), exported, photo, tmp_path / "labels.png")
+def test_the_script_of_onnx(exported_onnx, photo, tmp_path):
+    check_labels(Path(sys.executable), exported_onnx, photo, tmp_path / "labels.png")
 
 
 def files_of(name: str, seen: set[str]) -> Iterator[Path]:
