@@ -10,14 +10,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastuper.data.classes import class_palette
 from fastuper.data.panels import task_palette
 from fastuper.evaluation.loop import classes_of
 from fastuper.export.formats import ExportFormat
 from fastuper.export.graph import Graph
+from fastuper.export.onnx import opset_of
 from fastuper.export.preparing import Prepared
 from fastuper.export.proof import BOUNDS
 from fastuper.export.sizes import channels_of, output_of
@@ -83,7 +81,9 @@ def write_beside(
         report["proof"] = {"bound": BOUNDS[settings.dtype], "sizes": list(checked)}
     if int8 is not None:
         report["int8"] = dict(int8)
-    report["classes"] = _classes(prepared.model)
+    if settings.format == "onnx":
+        report["opset"] = opset_of(settings)
+    report |= _classes(prepared.model)
     report["preprocessing"] = prepared.processor.to_dict()
     if prepared.notes:
         report["notes"] = list(prepared.notes)
@@ -113,13 +113,13 @@ def _classes(model: Any) -> dict[str, Any]:
     """Return the names and colours of the classes in label maps; of a parsing model, of each task by its name."""
     config = model.config
     if not isinstance(model, UperNetForUnifiedPerceptualParsing):
-        return _named(classes_of(config), class_palette(classes_of(config), getattr(config, "palette", None)))
-    return {task: _named(dict(enumerate(names)), task_palette(task, len(names))) for task, names in _tasks(config)}
+        names = classes_of(config)
+        return {"id2label": names, "palette": class_palette(names, getattr(config, "palette", None)).tolist()}
+    return {
+        "id2label": {task: dict(enumerate(names)) for task, names in _tasks(config)},
+        "palette": {task: task_palette(task, len(names)).tolist() for task, names in _tasks(config)},
+    }
 
 
 def _tasks(config: Any) -> list[tuple[str, Sequence[str]]]:
     return [(task, config.labels[task]) for task in config.tasks]
-
-
-def _named(names: Mapping[int, str], palette: NDArray[np.uint8]) -> dict[str, Any]:
-    return {"id2label": dict(names), "palette": palette.tolist()}

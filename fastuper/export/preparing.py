@@ -177,7 +177,7 @@ def _fault(part: nn.Module) -> str | None:
     if ".quantized" in kind.__module__ or package in ("bitsandbytes", "torchao"):
         return f"it is quantised ({kind.__name__}); export the unquantised model, with int8=FOLDER if you like"
     if "parametrizations" in children_of(part):
-        return "it has parametrizations; bake them in with torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+        return "it has parametrizations; bake them in by torch.nn.utils.parametrize.remove_parametrizations"
     for hook in _hooks(part):
         return _about_hook(hook)
     if is_replaced(part):

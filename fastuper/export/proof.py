@@ -43,7 +43,7 @@ class Reference:
         self.wide: nn.Module | None = copy.deepcopy(model).double()
 
     def logits(self, pixels: torch.Tensor) -> tuple[dict[str, torch.Tensor], str]:
-        """Return the logits of an image (1, C, H, W), float64, by task ("logits" for UPerNet), and the dtype they had.
+        """Return the logits of an image (1, C, H, W), by task ("logits" for UPerNet), and their dtype in words.
 
         Raises:
             ExportError: they are not finite, or the model refuses the image.
@@ -58,7 +58,7 @@ class Reference:
             logits, dtype = _logits(self.model, pixels), "float32"
         if not all(bool(x.isfinite().all()) for x in logits.values()):
             raise ExportError("the model's own logits are not finite: its weights are not, or they overflow")
-        return {task: x.double() for task, x in logits.items()}, dtype
+        return logits, dtype
 
 
 def prove(run: Runner, graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
@@ -119,8 +119,8 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
                 raise ProofError(_wrong(graph, case, f"gives {name} {tuple(found[name].shape)} in place of {shape}"))
             if not is_map:
                 assert values is not None
-                differences.append(float((own.double() - values).norm()))
-                norms.append(float(values.norm()))
+                differences.append(_norm(own - values))
+                norms.append(_norm(values))
                 own = own if labels is None else _argmax(own)
             if labels is not None and decided is not None:
                 different += int(((own.long() != labels) & decided).sum())
@@ -167,6 +167,10 @@ def _expected(logits: Mapping[str, torch.Tensor], case: Case, graph: Graph, boun
             full = F.interpolate(x, size, mode="bilinear", align_corners=False)
             expected[task] = (None, *_parts(full, expected["object"], graph.model.config, bound))
     return expected
+
+
+def _norm(x: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,6 @@ from fastuper.io.options import check_options, document_options, option
 
 # The command line imports this file: nothing here imports torch.
 
-Format = Literal["onnx", "openvino", "torch", "aoti", "executorch"]
-
 
 class ExportError(RuntimeError):
     """A model cannot be exported, or its export is wrong; the message is one line with the reason and the remedy."""
@@ -47,7 +45,7 @@ class ExportSettings:
     A value that is not valid, or values that contradict each other, raise ValueError; the message names the options.
     """
 
-    format: Format = option("onnx", "Format of the exported model.")
+    format: Literal["onnx", "openvino", "torch", "aoti", "executorch"] = option("onnx", "Format of the exported model.")
     labels: bool = option(False, "Export the label map instead of the logits.")
     target_size: bool = option(
         False, "With --labels: the height and width of the label map are a second input, target_size."
@@ -68,7 +66,7 @@ class ExportSettings:
         "unproven.",
         flag="--check/--no-check",
     )
-    int8: Path | None = option(
+    int8: Path | None = option(  # noqa: RUF009
         None, "Quantise to 8-bit integers, calibrated on the photos of this folder.", metavar="FOLDER"
     )
     accept_int8_loss: bool = option(

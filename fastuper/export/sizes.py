@@ -28,6 +28,9 @@ COARSEST = 32
 LEAST = 16
 """The smallest side of an image, in pixels, where the model takes it."""
 
+LARGEST_BATCH = 2**21
+"""The most pixels of a batch of images of one size, if they are more than one."""
+
 LARGEST_UNIT = 768
 """The largest side of a window on the coarsest map, in pixels: Swin V2's windows of 24 positions."""
 
@@ -70,7 +73,8 @@ def checked_cases(graph: Graph) -> list[Case]:
     settings, traced = graph.settings, traced_case(graph)
     if settings.image_size is not None:
         batches = (1,) * 8 if settings.format == "executorch" else (1, 2, 3, 1, 2, 3, 1, 2)
-        cases = [replace(traced, batch=batch, seed=seed) for seed, batch in enumerate(batches, 1)]
+        most = max(1, LARGEST_BATCH // (traced.height * traced.width))
+        cases = [replace(traced, batch=min(batch, most), seed=seed) for seed, batch in enumerate(batches, 1)]
     else:
         unit, least = _window(graph), _least(graph)
         wanted = (

@@ -58,7 +58,7 @@ def test_a_model_is_exported_and_nothing_else_is_printed(folder, tmp_path):
     assert lines[3:] == [f"segment a photo: python {Path('made', 'run.py')} PHOTO"]
     report = json.loads((tmp_path / "made" / "export.json").read_text())
     assert report["checked"] is True
-    assert {int(index): name for index, name in report["classes"]["id2label"].items()} == NAMES
+    assert {int(index): name for index, name in report["id2label"].items()} == NAMES
     assert os.listdir(tmp_path) == ["made"]
 
 

@@ -45,6 +45,7 @@ def test_the_file(exported_onnx):
     assert {x.name: axes(x) for x in model.graph.input} == {"pixel_values": ["batch", 3, "height", "width"]}
     assert {x.name: axes(x) for x in model.graph.output} == {"logits": ["batch", 10, "height", "width"]}
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", exporter.OPSET)]
+    assert json.loads((exported_onnx / "export.json").read_text())["opset"] == exporter.OPSET
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(metadata["class_names"]) == list(ID2LABEL.values())
     assert json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
