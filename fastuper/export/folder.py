@@ -15,6 +15,7 @@ from fastuper.data.panels import task_palette
 from fastuper.evaluation.loop import classes_of
 from fastuper.export.formats import ExportFormat
 from fastuper.export.graph import Graph
+from fastuper.export.onnx import opset_of
 from fastuper.export.preparing import Prepared
 from fastuper.export.proof import bound_of
 from fastuper.export.sizes import channels_of, output_of
@@ -80,6 +81,8 @@ def write_beside(
         report["proof"] = {"bound": bound_of(settings), "sizes": list(checked)}
     if int8 is not None:
         report["int8"] = dict(int8)
+    if settings.format == "onnx":
+        report["opset"] = opset_of(settings)
     report |= _classes(prepared.model)
     report["preprocessing"] = prepared.processor.to_dict()
     if prepared.notes:

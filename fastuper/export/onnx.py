@@ -14,6 +14,7 @@ import torch
 
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.export.sizes import example_inputs
+from fastuper_kernels.dispatch.modes import writing_for
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Runner
@@ -40,7 +41,7 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     opset = opset_of(settings)
     inputs = example_inputs(graph)
     outputs = graph(*inputs)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, writing_for("onnxruntime"):
         traced = str(Path(temporary) / "model.onnx")
         torch.onnx.export(
             graph,

@@ -14,6 +14,7 @@ import torch
 from fastuper.export.onnx import free_axes
 from fastuper.export.settings import ExportSettings
 from fastuper.export.sizes import example_inputs
+from fastuper_kernels.dispatch.modes import writing_for
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Arrays, Runner
@@ -40,13 +41,18 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     shapes: list[Any] = [list(x.shape) for x in inputs]
     for axis in free_axes(graph):
         shapes[0][axis] = -1
-    model = openvino.convert_model(wide, example_input=inputs, input=shapes)
+    with writing_for("openvino"):
+        model = openvino.convert_model(wide, example_input=inputs, input=shapes)
     for ports, names in ((model.inputs, graph.input_names), (model.outputs, graph.output_names)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
     for name, value in information(graph, metadata).items():
         model.set_rt_info(value, ["model_info", name])
-    openvino.save_model(model, folder / MODEL_FILES[0], compress_to_fp16=settings.dtype == "float16")
+    file = folder / MODEL_FILES[0]
+    openvino.save_model(model, file, compress_to_fp16=settings.dtype == "float16")
+    # To resize to one pixel, "pytorch_half_pixel" takes the first pixel, and PyTorch does not.
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace('"pytorch_half_pixel"', '"half_pixel"'), encoding="utf-8")
 
 
 def load(folder: Path, settings: ExportSettings) -> Runner:
