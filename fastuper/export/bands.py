@@ -15,6 +15,10 @@ Size: TypeAlias = Any
 """An integer: of Python, symbolic, or while `torch.jit.trace` runs a tensor."""
 
 
+LARGEST = 16384
+"""The largest side that is resampled: products of two sides fit in 32 bits, to which OpenVINO converts integers."""
+
+
 class Blocks(NamedTuple):
     """A linear map of one axis as one dense matrix for each block of its outputs.
 

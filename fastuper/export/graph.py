@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fastuper.export.bands import Chain, Size, Step, blocks, first_of
+from fastuper.export.bands import LARGEST, Chain, Size, Step, blocks, first_of
 from fastuper.export.preprocessing import Preprocessing
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
@@ -23,9 +23,6 @@ BLOCKS = 8
 
 # Added to the logit of a part that the pixel's object does not have: below every logit.
 NEVER = -1e30
-
-# The largest side of a label map: products of two sides fit in the 32 bits to which OpenVINO converts integers.
-LARGEST = 16384
 
 Choice: TypeAlias = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.sizes import checked_size
-from fastuper.export.bands import Chain, Filter, Size, Step, apply, smaller
+from fastuper.export.bands import LARGEST, Chain, Filter, Size, Step, apply, smaller
 from fastuper.export.settings import ExportError
 
 # The blocks of an axis that is resampled: each is one product of matrices.
@@ -110,13 +110,26 @@ class Preprocessing(nn.Module):
 
     def resize(self, x: torch.Tensor, height: Size, width: Size) -> torch.Tensor:
         """Return photos (B, 3, height, width), resized to levels of 8 bits, float32."""
-        rows, columns = self.output_size(height, width)
+        rows, columns = (_free(side) for side in self.output_size(height, width))
         if not self.antialias:  # OpenCV rounds once
             x = apply(Chain([Step(width, columns)], columns), x, -1, BLOCKS)
             return _rounded(apply(Chain([Step(height, rows)], rows), x, -2, BLOCKS))
         assert self.filter is not None  # the constructor has checked it
         x = _rounded(apply(Filter(width, columns, *self.filter), x, -1, BLOCKS))
         return _rounded(apply(Filter(height, rows, *self.filter), x, -2, BLOCKS))
+
+
+def _free(side: Size) -> Size:
+    """Return a symbolic side as a size of its own: as a formula of the photo's sides it would be in every later size.
+
+    The export of a small model then takes minutes.
+    """
+    if not isinstance(side, torch.SymInt):
+        return side
+    own = torch.scalar_tensor(side, dtype=torch.int64).item()
+    torch._check(own >= 1)
+    torch._check(own <= LARGEST)
+    return own
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
