@@ -70,7 +70,8 @@ class FusedConv(nn.Module):
         Returns:
             (B, C_out, H, W); with `strip`, (B, C_out, stop - start, W).
         """
-        weight, *weights = self.conv.weight.split([x.shape[1], *(level.shape[1] for level in coarser)], dim=1)
+        # Numbers: by a traced size, an exported graph would slice the weight at every run.
+        weight, *weights = self.conv.weight.split([int(level.shape[1]) for level in (x, *coarser)], dim=1)
         addend = None
         if coarser:
             height, rows = (x.shape[2], None) if strip is None else (strip[2], strip[:2])
