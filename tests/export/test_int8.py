@@ -304,7 +304,8 @@ class Small(nn.Module):
         x = self.norm(self.conv(self.stem(pixel_values).relu())).relu()
         x = self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         logits = self.classifier(x)
-        return torch.ones_like(logits[:, :, :, 0]).diag_embed() @ logits
+        row = torch.arange(logits.shape[2])
+        return (row[:, None] == row).float() @ logits
 
 
 def write_small(form, folder):
