@@ -139,7 +139,8 @@ def quantize(
     """
     label_maps = [_label_maps(run_float(photos.read(number)[0])) for number in photos.judging]
     form = format_of(settings.format)
-    method = QUANTISERS[settings.format](folder, photos)
+    with _logging_kept():
+        method = QUANTISERS[settings.format](folder, photos)
     run_int8 = form.load(folder, settings)
     report = {
         "method": method,
@@ -277,14 +278,13 @@ def _by_nncf(folder: Path, photos: Photos) -> str:
 
 
 def _nncf() -> Any:
-    """Import NNCF, so that it sends no reports, and later loggers are of the usual class."""
-    loggers, variable = logging.getLoggerClass(), "NNCF_CI"
+    """Import NNCF, so that it sends no reports."""
+    variable = "NNCF_CI"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
         import nncf
     finally:
-        logging.setLoggerClass(loggers)
         if before is None:
             del os.environ[variable]
         else:
@@ -378,6 +378,17 @@ def _outside(operations: Sequence[Operation]) -> list[str]:
         if is_convolution or name in before:
             before |= {name, *sources}
     return [operation.name for operation in operations if operation.name not in after & before]
+
+
+@contextlib.contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Restore the class of loggers, which NNCF sets, and the root logger's handlers, which a warning sets."""
+    loggers, handlers = logging.getLoggerClass(), list(logging.root.handlers)
+    try:
+        yield
+    finally:
+        logging.setLoggerClass(loggers)
+        logging.root.handlers[:] = handlers
 
 
 @contextlib.contextmanager
