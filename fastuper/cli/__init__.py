@@ -14,6 +14,7 @@ import typer
 
 from fastuper.cli.convert import convert_checkpoint
 from fastuper.cli.evaluate import evaluate_model
+from fastuper.cli.export import export
 from fastuper.cli.parse import parse_photos
 from fastuper.cli.segment import segment_photos
 from fastuper.cli.streams import Streams
@@ -26,6 +27,7 @@ app.command("parse")(parse_photos)
 app.command("train")(train_model)
 app.command("evaluate")(evaluate_model)
 app.command("convert")(convert_checkpoint)
+app.command("export")(export)
 
 
 def _print_version(wanted: bool) -> None:

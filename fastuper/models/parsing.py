@@ -23,6 +23,7 @@ from fastuper.models.parsing_configuration import (
 from fastuper.models.parsing_loss import check_parsing_labels, parsing_losses
 from fastuper.models.pyramid_model import PyramidModel, check_finite
 from fastuper.weights.official import Weights, load_parsing, read_official
+from fastuper_kernels.dispatch.modes import for_all_sizes
 from fastuper_kernels.dispatch.torch_private import BatchNorm
 from fastuper_kernels.ops.upsample_argmax import holds_labels, label_dtype
 
@@ -94,6 +95,7 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
         load_parsing(model, checkpoint.encoder, checkpoint.decoder)
         return model.eval()
 
+    @for_all_sizes
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -159,6 +161,7 @@ class UperNetForUnifiedPerceptualParsing(PyramidModel):
         )
         return output if return_dict else output.to_tuple()
 
+    @for_all_sizes
     @torch.no_grad()
     def parse(
         self,

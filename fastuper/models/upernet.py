@@ -29,7 +29,7 @@ from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
 from fastuper.weights.transformers import OUTPUT_NORMS, backbone_state_dict
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
-from fastuper_kernels.dispatch.modes import is_autocast, is_eager
+from fastuper_kernels.dispatch.modes import for_all_sizes, is_autocast, is_eager
 from fastuper_kernels.dispatch.torch_private import in_ddp
 from fastuper_kernels.ops.upsample_argmax import label_dtype
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
@@ -81,6 +81,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
         if given.use_pretrained_backbone:
             self._load_backbone(given)
 
+    @for_all_sizes
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -147,6 +148,7 @@ class UperNetForSemanticSegmentation(PyramidModel):
         output = known_to_transformers(SemanticSegmenterOutput)(loss, logits, hidden_states, attentions)
         return output if return_dict else output.to_tuple()
 
+    @for_all_sizes
     @torch.no_grad()
     def segment(
         self, pixel_values: torch.Tensor, target_sizes: TargetSizes = None, *, dtype: torch.dtype | None = torch.int64

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastuper.models.configuration import BackboneConfig
 from fastuper.models.outputs import EncoderOutput
 from fastuper.models.untouched import is_untouched
-from fastuper_kernels.dispatch.modes import is_eager
+from fastuper_kernels.dispatch.modes import is_eager, is_known
 from fastuper_kernels.dispatch.torch_private import BatchNorm, in_transform
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -130,12 +130,30 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type in ("cpu", "cuda") else x
 
 
-def pad_to(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Pad a map (B, C, H, W) with zeros, below and on the right, to at least (height, width)."""
-    # The function only compares sizes: a network traced with a large enough map is valid for all such maps.
-    if x.shape[2] >= height and x.shape[3] >= width:
+def is_free(*sides: Any) -> bool:
+    """Return True if a side is free in a graph: a symbol of torch.export, or a tensor of torch.jit.trace."""
+    return any(isinstance(side, torch.SymInt | torch.Tensor) for side in sides)
+
+
+def lacking(side: Any, least: int) -> Any:
+    """Return how much a side, which may be free, is below a number; 0 if it is not."""
+    if not is_free(side):
+        return max(least - side, 0)
+    if isinstance(side, torch.Tensor):
+        return (least - side).clamp(min=0)
+    # Where the range of sizes allows a side of 0, the traced network is for larger sides like the example's. It would
+    # else compute the sizes of all images, also of those that give no map.
+    if is_known(side >= least) or (not is_known(side >= 1) and side >= least):
+        return 0
+    return torch.sym_max(least - side, 0)
+
+
+def pad_to(x: torch.Tensor, height: int, width: int, value: float = 0.0) -> torch.Tensor:
+    """Pad a map (B, C, H, W) with a value, below and on the right, to at least (height, width)."""
+    bottom, right = lacking(x.shape[2], height), lacking(x.shape[3], width)
+    if not is_free(bottom, right) and bottom == right == 0:
         return x
-    return F.pad(x, (0, max(width - x.shape[3], 0), 0, max(height - x.shape[2], 0)))
+    return F.pad(x, (0, right, 0, bottom), value=value)
 
 
 def pad_to_multiple(x: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ from fastuper.models.backbones.registry import register, stage_depths
 from fastuper.models.backbones.windows import (
     Sides,
     attend_in_windows,
+    copied,
     relative_position_index,
     squares,
 )
@@ -297,11 +298,11 @@ class WindowAttention(nn.Module):
         if output_attentions or not is_exactly(self.dropout, nn.Dropout):
             scores = query @ key.transpose(-1, -2) * self.scale + bias
             weights = self.dropout(scores.softmax(-1))
-            out = (weights @ value).transpose(1, 2).reshape(windows.shape)
+            out = copied((weights @ value).transpose(1, 2)).view(windows.shape)
             return out, weights if output_attentions else None
         dropout = self.dropout.p if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=self.scale)
-        return out.transpose(1, 2).reshape(windows.shape), None
+        return copied(out.transpose(1, 2)).view(windows.shape), None
 
 
 class SwinSelfAttention(WindowAttention):

@@ -16,19 +16,28 @@ Sides = tuple[int, int]
 """(height, width), or (rows, columns)."""
 
 
+def copied(x: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy of x.
+
+    `reshape` would first ask if a view will do, which depends on sizes: the map of one window is a view, a map of
+    several is not. A network traced with it would be valid for sizes like its example's only.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def window_partition(x: torch.Tensor, window: Sides) -> torch.Tensor:
     """Cut maps (B, H, W, C), H and W multiples of the window's, into (B * windows, L, C)."""
     batch, height, width, channels = x.shape
     rows, columns = height // window[0], width // window[1]
     x = x.view(batch, rows, window[0], columns, window[1], channels)
-    return x.transpose(2, 3).reshape(batch * rows * columns, window[0] * window[1], channels)
+    return copied(x.transpose(2, 3)).view(batch * rows * columns, window[0] * window[1], channels)
 
 
 def window_reverse(windows: torch.Tensor, window: Sides, batch: int, rows: int, columns: int) -> torch.Tensor:
     """Put windows (B * rows * columns, L, C) together into maps (B, rows * height, columns * width, C)."""
     channels = windows.shape[-1]
     x = windows.view(batch, rows, columns, *window, channels)
-    return x.transpose(2, 3).reshape(batch, rows * window[0], columns * window[1], channels)
+    return copied(x.transpose(2, 3)).view(batch, rows * window[0], columns * window[1], channels)
 
 
 def shifted(x: torch.Tensor, window: Sides, shift: Sides, pads_before_shift: bool) -> torch.Tensor:
@@ -129,4 +138,4 @@ def squares(x: torch.Tensor) -> torch.Tensor:
     batch, height, width, channels = x.shape
     x = x.view(batch, height // 2, 2, width // 2, 2, channels)
     # This is the order of the checkpoints: left column first, the upper position of each column first.
-    return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
+    return copied(x.permute(0, 1, 3, 4, 2, 5)).view(batch, height // 2, width // 2, 4 * channels)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastuper.models.backbones.layers import activation
+from fastuper.models.backbones.layers import activation, is_free, lacking, pad_to
 from fastuper.models.norms import batch_norm
 
 TRANSPOSED_SCALES = ([4, 2, 1, 0.5], [2, 1, 0.5, 0.25])
@@ -98,7 +98,10 @@ class Pool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to (B, C, max(H // side, 1), max(W // side, 1))."""
-        return F.max_pool2d(x, (min(self.side, x.shape[2]), min(self.side, x.shape[3])))
+        height, width = x.shape[2:]
+        if is_free(height, width):  # the smallest number is never the largest of a square
+            return F.max_pool2d(pad_to(x, self.side, self.side, torch.finfo(x.dtype).min), self.side)
+        return F.max_pool2d(x, (min(self.side, height), min(self.side, width)))
 
     def extra_repr(self) -> str:
         """Show the side."""
@@ -180,6 +183,8 @@ class Rescale(nn.Module):
         height, width = x.shape[2:]
         if self.times:
             return _resized(x, self.times * height, self.times * width)
+        if self.step and is_free(height, width):
+            return self.means(self.means(x, 2), 3)
         if self.step and height >= self.step and width >= self.step:
             # A position lies in the middle of `step` rows, half-way between two of them: bilinear is their mean.
             cut = self.step // 2 - 1
@@ -188,6 +193,14 @@ class Rescale(nn.Module):
         if height * self.scale < 1 or width * self.scale < 1:
             return _resized(x, max(int(height * self.scale), 1), max(int(width * self.scale), 1))
         return F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False)
+
+    def means(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return the means of the two middle lines of each `step` lines of x; of all lines, if there are fewer."""
+        size = x.shape[dim]
+        count, lines = size // self.step, self.step - lacking(size, self.step)
+        first = torch.arange(count + lacking(count, 1), device=x.device) * self.step
+        low, high = first + (lines - 1) // 2, first + lines // 2
+        return 0.5 * (x.index_select(dim, low) + x.index_select(dim, high))
 
     def extra_repr(self) -> str:
         """Show the factor."""

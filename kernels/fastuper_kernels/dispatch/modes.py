@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from fastuper_kernels.dispatch.torch_private import has_modes, in_forward_ad, in_transform
+from fastuper_kernels.dispatch.torch_private import has_modes, in_forward_ad, in_transform, sizes_without_guards
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
@@ -47,6 +50,29 @@ def writing_for(runtime: Runtime) -> Iterator[None]:
 def written_for() -> Runtime | None:
     """Return the runtime that the graph is written for, see `writing_for`; None for PyTorch, and if nothing traces."""
     return None if _runtime is None or is_eager() else _runtime
+
+
+def is_known(condition: Any) -> bool:
+    """Return True if a condition on sizes holds, in a graph with free sizes for all sizes of its range."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # it takes time to import
+
+    return statically_known_true(condition)
+
+
+def for_all_sizes(forward: Function) -> Function:
+    """Return a forward whose free sizes torch.export keeps free, also if they are 1 in the example."""
+
+    @functools.wraps(forward)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        # Dynamo cannot trace the context: a strict export is valid for sizes like its example's.
+        if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+            return forward(*args, **kwargs)
+        with sizes_without_guards():
+            return forward(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 def is_ordinary(*tensors: torch.Tensor | None) -> bool:

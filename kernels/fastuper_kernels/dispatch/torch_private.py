@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -66,6 +67,15 @@ def in_ddp() -> bool:
     Reason: DDP waits for a gradient of each parameter that the output can reach, and has no public flag.
     """
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def sizes_without_guards() -> Any:
+    """Return a context in which torch.export compares no free size with 1.
+
+    Reason: PyTorch takes a size that is 1 in the example for a constant, such as the number of windows of a small map.
+    `torch.onnx.export` uses the same private setting; torch.export has no public one.
+    """
+    return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
