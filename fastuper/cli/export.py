@@ -33,7 +33,9 @@ def export(
     *,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", parser=folder, metavar="FOLDER", help="Folder to write; it must be new or empty."),
+        typer.Option(
+            "--output", "-o", parser=folder, metavar="FOLDER", help="Folder to write; it must be new or empty."
+        ),
     ],
     settings: ExportSettings,
 ) -> None:

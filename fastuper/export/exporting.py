@@ -91,7 +91,9 @@ def _new_folder(folder: str | os.PathLike[str]) -> Path:
             fault = "is not empty" if target.is_dir() else "is a file"
             raise ExportError(f"{name_of(folder)} {fault}; give a new folder")
     except OSError as error:
-        raise ExportError(f"cannot use the output folder {name_of(folder)}: {one_line(error.strerror or error)}") from None
+        raise ExportError(
+            f"cannot use the output folder {name_of(folder)}: {one_line(error.strerror or error)}"
+        ) from None
     return target
 
 

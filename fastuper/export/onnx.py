@@ -14,6 +14,7 @@ import torch
 
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.export.sizes import example_inputs
+from fastuper_kernels.dispatch.modes import writing_for
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Runner
@@ -40,7 +41,8 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     opset = opset_of(settings)
     inputs = example_inputs(graph)
     outputs = graph(*inputs)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    is_of_one_size = settings.image_size is not None
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, writing_for("onnxruntime", one_size=is_of_one_size):
         traced = str(Path(temporary) / "model.onnx")
         torch.onnx.export(
             graph,

@@ -14,6 +14,7 @@ import torch
 from fastuper.export.onnx import free_axes
 from fastuper.export.settings import ExportSettings
 from fastuper.export.sizes import example_inputs
+from fastuper_kernels.dispatch.modes import writing_for
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Arrays, Runner
@@ -40,7 +41,8 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     shapes: list[Any] = [list(x.shape) for x in inputs]
     for axis in free_axes(graph):
         shapes[0][axis] = -1
-    model = openvino.convert_model(wide, example_input=inputs, input=shapes)
+    with writing_for("openvino", one_size=settings.image_size is not None):
+        model = openvino.convert_model(wide, example_input=inputs, input=shapes)
     for ports, names in ((model.inputs, graph.input_names), (model.outputs, graph.output_names)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})

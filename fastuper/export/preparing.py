@@ -108,7 +108,9 @@ def _own_copy(model: nn.Module) -> PyramidModel:
     if has_global_hooks():
         raise ExportError("a hook is registered on all modules, and an export would leave it out; remove it")
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        raise ExportError(f"{type(model).__name__} has tensors on the device meta, which have no values; load its weights")
+        raise ExportError(
+            f"{type(model).__name__} has tensors on the device meta, which have no values; load its weights"
+        )
     if isinstance(model, PyramidModel):
         try:
             return copy.deepcopy(model).to("cpu", torch.float32).eval()
@@ -175,9 +177,7 @@ def _fault(part: nn.Module) -> str | None:
     if ".quantized" in kind.__module__ or package in ("bitsandbytes", "torchao"):
         return f"it is quantised ({kind.__name__}); export the unquantised model, with int8=FOLDER if you like"
     if "parametrizations" in children_of(part):
-        return (
-            "it has parametrizations; bake them in with torch.nn.utils.parametrize.remove_parametrizations(module, name)"
-        )
+        return "it has parametrizations; bake them in with torch.nn.utils.parametrize.remove_parametrizations(module, name)"
     for hook in _hooks(part):
         return _about_hook(hook)
     if is_replaced(part):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -29,27 +29,36 @@ def is_jit_tracing() -> bool:
 
 
 Runtime: TypeAlias = Literal["onnxruntime", "openvino"]
-_runtime: Runtime | None = None
+_written: tuple[Runtime, bool] | None = None
 
 
 @contextmanager
-def writing_for(runtime: Runtime) -> Iterator[None]:
+def writing_for(runtime: Runtime, *, one_size: bool = False) -> Iterator[None]:
     """While this context is active, traced operations are written as a runtime computes them fastest.
 
     It changes neither eager runs nor results beyond rounding. Whoever exports a model for a runtime traces it inside.
     Only one thread at a time may trace for a runtime.
+
+    Args:
+        runtime: the runtime.
+        one_size: True if the graph is for images of the traced height and width only.
     """
-    global _runtime
-    before, _runtime = _runtime, runtime
+    global _written
+    before, _written = _written, (runtime, one_size)
     try:
         yield
     finally:
-        _runtime = before
+        _written = before
 
 
 def written_for() -> Runtime | None:
     """Return the runtime that the graph is written for, see `writing_for`; None for PyTorch, and if nothing traces."""
-    return None if _runtime is None or is_eager() else _runtime
+    return None if _written is None or is_eager() else _written[0]
+
+
+def as_written(size: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the sizes of a map as the graph has them: integers if it is for one size, else what the tracer follows."""
+    return tuple(int(side) for side in size) if _written is not None and _written[1] else tuple(size)
 
 
 def is_known(condition: Any) -> bool:
