@@ -85,7 +85,7 @@ def winograd_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x: (B, C, H, W).
         weight: (C_out, C, 3, 3).
     """
-    (batch, channels), (height, width) = x.shape[:2], as_written(x.shape[2:])
+    batch, channels, (height, width) = x.shape[0], weight.shape[1], as_written(x.shape[2:])
     points, size = len(DOWN), len(DOWN) - 2
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     inputs, outputs = (torch.tensor(matrix, dtype=x.dtype, device=x.device) for matrix in (INPUTS, OUTPUTS))
