@@ -69,10 +69,11 @@ def export(
         leave(one_line(error))
     for line in report.get("notes", ()):
         typer.echo(printable(line), err=True)
-    typer.echo(printable(_summary(report, output)))
+    for line in _summary(report, output):
+        typer.echo(printable(line))
 
 
-def _summary(report: Mapping[str, Any], output: Path) -> str:
+def _summary(report: Mapping[str, Any], output: Path) -> list[str]:
     """Return what was written and what was checked, in lines."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     size = sum((output / name).stat().st_size for name in report["files"])
@@ -89,7 +90,7 @@ def _summary(report: Mapping[str, Any], output: Path) -> str:
         if "labels_undecided" in sizes[0]:
             undecided = max(each["labels_undecided"] for each in sizes)
             lines.append(f"labels equal wherever the reference decides: all but {undecided:.2%} of the pixels")
-    return "\n".join([*lines, f"segment a photo: python {name_of(output / 'run.py')} PHOTO"])
+    return [*lines, f"segment a photo: python {name_of(output / 'run.py')} PHOTO"]
 
 
 @contextlib.contextmanager

@@ -10,20 +10,24 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from fastuper.evaluation.loop import classes_of
 from fastuper.export.folder import metadata_of, write_beside
 from fastuper.export.formats import ExportFormat, format_of
 from fastuper.export.graph import Graph
-from fastuper.export.preparing import prepare
+from fastuper.export.int8 import Photos, quantize
+from fastuper.export.preparing import Prepared, prepare
 from fastuper.export.proof import prove
 from fastuper.export.settings import ExportError, ExportSettings
-from fastuper.export.sizes import check_size
+from fastuper.export.sizes import arrays_of, check_size, checked_cases
 from fastuper.io.files import atomic_folder
 from fastuper.io.messages import name_of, one_line
+from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 
 Result = TypeVar("Result")
 
@@ -68,15 +72,27 @@ def export_model(
         own = copy.deepcopy(prepared.model).to(getattr(torch, settings.dtype))
         graph = Graph(own, settings, prepared.processor).eval()
         check_size(graph)
+        photos = None if settings.int8 is None else _photos(settings, prepared)
         with _written(target) as temporary:
             metadata = metadata_of(prepared)
             _run("written", exporter, settings, lambda: exporter.write(graph, settings, temporary, metadata))
-            checked = None
+            checked = int8 = None
             if settings.check:
                 runner = _run("loaded", exporter, settings, lambda: exporter.load(temporary, settings))
                 checked = prove(runner, graph, prepared.model)
-                del runner
-            return write_beside(temporary, prepared, graph, exporter, checked, None)
+                if photos is not None:
+                    others = [arrays_of(case, graph) for case in checked_cases(graph)]
+                    step = partial(quantize, settings, temporary, photos, runner, others)
+                    int8 = _run("quantised", exporter, settings, step)
+            return write_beside(temporary, prepared, graph, exporter, checked, int8)
+
+
+def _photos(settings: ExportSettings, prepared: Prepared) -> Photos:
+    """Return the photos that calibrate and judge int8."""
+    assert settings.int8 is not None
+    parses = isinstance(prepared.model, UperNetForUnifiedPerceptualParsing)
+    names = None if parses else classes_of(prepared.model.config)
+    return Photos(Path(settings.int8), settings, prepared.processor, names)
 
 
 def _new_folder(folder: str | os.PathLike[str]) -> Path:

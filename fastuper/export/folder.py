@@ -1,4 +1,4 @@
-"""The files beside an exported model: export.json, the image processor's configuration, run.py and its photo.py."""
+"""The files beside an exported model: export.json, the image processor's configuration, run.py and photo.py."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastuper.data.panels import task_palette
 from fastuper.evaluation.loop import classes_of
 from fastuper.export.formats import ExportFormat
 from fastuper.export.graph import Graph
+from fastuper.export.onnx import opset_of
 from fastuper.export.preparing import Prepared
-from fastuper.export.proof import BOUNDS
-from fastuper.export.sizes import channels_of
+from fastuper.export.proof import bound_of
+from fastuper.export.sizes import channels_of, output_of
 from fastuper.io.version import __version__
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
-from fastuper_kernels.ops.upsample_argmax import label_dtype
 
 REPORT = "export.json"
 
@@ -33,7 +33,7 @@ def metadata_of(prepared: Prepared) -> dict[str, str]:
     """
     config, processor = prepared.model.config, prepared.processor
     parses = isinstance(prepared.model, UperNetForUnifiedPerceptualParsing)
-    names = {task: list(config.labels[task]) for task in config.tasks} if parses else list(classes_of(config).values())
+    names = {task: list(labels) for task, labels in _tasks(config)} if parses else list(classes_of(config).values())
     return {
         "class_names": json.dumps(names, ensure_ascii=False),
         "mean": json.dumps(processor.image_mean) if processor.do_normalize else "",
@@ -51,7 +51,7 @@ def write_beside(
     checked: Sequence[Mapping[str, Any]] | None,
     int8: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write export.json, preprocessor_config.json, run.py and its photo.py; return the content of export.json.
+    """Write export.json, preprocessor_config.json, run.py and photo.py; return the content of export.json.
 
     Args:
         folder: has the model's files.
@@ -74,22 +74,23 @@ def write_beside(
         "versions": {"fastuper": __version__, "python": platform.python_version(), **exporter.versions()},
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in values.items()},
         "inputs": _inputs(graph),
-        "outputs": {name: _output(name, graph) for name in graph.output_names},
+        "outputs": {name: output_of(name, graph) for name in graph.output_names},
         "checked": checked is not None,
     }
     if checked is not None:
-        report["proof"] = {"bound": BOUNDS[settings.dtype], "sizes": list(checked)}
+        report["proof"] = {"bound": bound_of(settings), "sizes": list(checked)}
     if int8 is not None:
         report["int8"] = dict(int8)
+    if settings.format == "onnx":
+        report["opset"] = opset_of(settings)
     report |= _classes(prepared.model)
     report["preprocessing"] = prepared.processor.to_dict()
     if prepared.notes:
         report["notes"] = list(prepared.notes)
     (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     prepared.processor.save_pretrained(folder)
-    scripts = files("fastuper.export").joinpath("scripts")
-    for script, name in ((f"run_{settings.format}.py", "run.py"), ("photo.py", "photo.py")):
-        (folder / name).write_bytes(scripts.joinpath(script).read_bytes())
+    for name, script in {"run.py": f"run_{settings.format}.py", "photo.py": "photo.py"}.items():
+        (folder / name).write_bytes(files("fastuper.export").joinpath("scripts", script).read_bytes())
     return report
 
 
@@ -103,24 +104,9 @@ def _inputs(graph: Graph) -> dict[str, dict[str, Any]]:
         inputs["images"] = {"dtype": "uint8", "shape": [batch, *sides, 3]}
     else:
         inputs["pixel_values"] = {"dtype": "float32", "shape": [batch, channels_of(graph.model), *sides]}
-        sizes: Any = graph.model.image_sizes
-        if settings.image_size is None and (sizes.multiple, sizes.least) != ((1, 1), (1, 1)):
-            inputs["pixel_values"] |= {"multiple_of": list(sizes.multiple), "at_least": list(sizes.least)}
     if settings.target_size:
         inputs["target_size"] = {"dtype": "int64", "shape": [2]}
     return inputs
-
-
-def _output(name: str, graph: Graph) -> dict[str, Any]:
-    """Return the dtype of an output; of a map of labels, also the number of classes."""
-    config: Any = graph.model.config
-    if isinstance(graph.model, UperNetForUnifiedPerceptualParsing):
-        classes = len(config.labels[name])
-        is_map = graph.settings.labels and name != "scene"
-    else:
-        classes, is_map = len(classes_of(config)), graph.settings.labels
-    dtype = label_dtype(classes) if is_map else "torch.float32"
-    return {"dtype": str(dtype).removeprefix("torch."), "classes": classes}
 
 
 def _classes(model: Any) -> dict[str, Any]:
@@ -130,6 +116,10 @@ def _classes(model: Any) -> dict[str, Any]:
         names = classes_of(config)
         return {"id2label": names, "palette": class_palette(names, getattr(config, "palette", None)).tolist()}
     return {
-        "id2label": {task: dict(enumerate(config.labels[task])) for task in config.tasks},
-        "palette": {task: task_palette(task, len(config.labels[task])).tolist() for task in config.tasks},
+        "id2label": {task: dict(enumerate(names)) for task, names in _tasks(config)},
+        "palette": {task: task_palette(task, len(names)).tolist() for task, names in _tasks(config)},
     }
+
+
+def _tasks(config: Any) -> list[tuple[str, Sequence[str]]]:
+    return [(task, config.labels[task]) for task in config.tasks]

@@ -48,7 +48,11 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
             port.get_tensor().set_names({name})
     for name, value in information(graph, metadata).items():
         model.set_rt_info(value, ["model_info", name])
-    openvino.save_model(model, folder / MODEL_FILES[0], compress_to_fp16=settings.dtype == "float16")
+    file = folder / MODEL_FILES[0]
+    openvino.save_model(model, file, compress_to_fp16=settings.dtype == "float16")
+    # To resize to one pixel, "pytorch_half_pixel" takes the first pixel, and PyTorch does not.
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace('"pytorch_half_pixel"', '"half_pixel"'), encoding="utf-8")
 
 
 def load(folder: Path, settings: ExportSettings) -> Runner:

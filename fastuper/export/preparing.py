@@ -177,25 +177,26 @@ def _fault(part: nn.Module) -> str | None:
     if ".quantized" in kind.__module__ or package in ("bitsandbytes", "torchao"):
         return f"it is quantised ({kind.__name__}); export the unquantised model, with int8=FOLDER if you like"
     if "parametrizations" in children_of(part):
-        return "it has parametrizations; bake them in with torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+        return "it has parametrizations; bake them in by torch.nn.utils.parametrize.remove_parametrizations"
     for hook in _hooks(part):
         return _about_hook(hook)
     if is_replaced(part):
         return (
-            "its forward was replaced on the instance, and an export may leave that out; put the change into a subclass, or "
-            "del module.forward (accelerate: remove_hook_from_submodules)"
+            "its forward was replaced on the instance, and an export may leave that out; put the change into a "
+            "subclass, or del module.forward (accelerate: remove_hook_from_submodules)"
         )
     for name, tensor in parameters_of(part).items():
         if tensor is not None and type(tensor) not in PARAMETER_CLASSES:
-            return f"its {name} is of the class {type(tensor).__name__}, quantised or sharded; export the whole float model"
+            kind_of = type(tensor).__name__
+            return f"its {name} is of the class {kind_of}, quantised or sharded; export the whole float model"
     return None
 
 
 def _hooks(part: nn.Module) -> Iterator[Any]:
-    """Yield the hooks of a module, without those by which timm collects the maps of a backbone."""
+    """Yield the hooks of a module, without those by which timm and Transformers collect the maps of a backbone."""
     for hook in (hook for table in hooks_of(part) for hook in table.values()):
         inner = hook.func if isinstance(hook, partial) else hook
-        if not str(getattr(inner, "__module__", "")).startswith("timm."):
+        if str(getattr(inner, "__module__", "")).split(".")[0] not in ("timm", "transformers"):
             yield inner
 
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from fastuper.export.formats import Arrays, Runner
 from fastuper.export.graph import Graph
-from fastuper.export.settings import ExportError, ProofError
-from fastuper.export.sizes import Case, arrays_of, checked_cases
-from fastuper.io.messages import one_line
+from fastuper.export.settings import ExportError, ExportSettings, ProofError
+from fastuper.export.sizes import Case, arrays_of, checked_cases, output_of
+from fastuper.io.messages import format_size, one_line
 from fastuper.models.backbones.foreign.measuring import FAULTS
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
@@ -27,8 +27,16 @@ from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 BOUNDS = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 6e-2}
 """The largest error of logits by the dtype of the export: the norm of the difference, relative to the norm."""
 
+PREPROCESSED = 2e-3
+"""The same, at least, where photos are prepared inside: a runtime may round a resized pixel to the next 8-bit level."""
+
 WIDE = 2**16
 """The largest image whose reference is computed in float64, in pixels."""
+
+
+def bound_of(settings: ExportSettings) -> float:
+    """Return the largest error of logits, relative."""
+    return max(BOUNDS[settings.dtype], PREPROCESSED if settings.with_preprocessing else 0)
 
 
 class Reference:
@@ -43,7 +51,7 @@ class Reference:
         self.wide: nn.Module | None = copy.deepcopy(model).double()
 
     def logits(self, pixels: torch.Tensor) -> tuple[dict[str, torch.Tensor], str]:
-        """Return the logits of an image (1, C, H, W), float64, by task ("logits" for UPerNet), and the dtype they had.
+        """Return the logits of an image (1, C, H, W), by task ("logits" for UPerNet), and their dtype in words.
 
         Raises:
             ExportError: they are not finite, or the model refuses the image.
@@ -55,10 +63,17 @@ class Reference:
             except FAULTS:  # a module of the user's own that is for float32
                 self.wide = None
         if logits is None:
-            logits, dtype = _logits(self.model, pixels), "float32"
+            try:
+                logits, dtype = _logits(self.model, pixels), "float32"
+            except FAULTS as error:
+                size = format_size(pixels.shape[2:])
+                raise ExportError(
+                    f"the model takes no images of {size} pixels ({one_line(error)}); give the size that it takes, "
+                    "size=HEIGHTxWIDTH"
+                ) from None
         if not all(bool(x.isfinite().all()) for x in logits.values()):
             raise ExportError("the model's own logits are not finite: its weights are not, or they overflow")
-        return {task: x.double() for task, x in logits.items()}, dtype
+        return logits, dtype
 
 
 def prove(run: Runner, graph: Graph, model: nn.Module) -> list[dict[str, Any]]:
@@ -96,11 +111,13 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
     Raises:
         ProofError: the results are not the model's.
     """
-    missing = [name for name in graph.output_names if name not in found]
-    if missing:
-        raise ProofError(_wrong(graph, case, f"has no output {', '.join(missing)}"))
-    bound = BOUNDS[graph.settings.dtype]
-    images = _pixels(arrays, graph)
+    for name in graph.output_names:
+        if name not in found:
+            raise ProofError(_wrong(graph, case, f"has no output {name}"))
+        if (dtype := output_of(name, graph)["dtype"]) != found[name].dtype:
+            raise ProofError(_wrong(graph, case, f"gives {name} in {found[name].dtype} in place of {dtype}"))
+    bound = bound_of(graph.settings)
+    images = _pixels(arrays, case, graph)
     differences, norms = [0.0], [0.0]
     different = undecided = pixels = 0
     dtype = ""
@@ -108,7 +125,7 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
         logits, dtype = reference.logits(images[i : i + 1])
         expected = _expected(logits, case, graph, bound)
         for name, (values, labels, decided) in expected.items():
-            own = torch.from_numpy(np.asarray(found[name])[i : i + 1])
+            own = torch.from_numpy(found[name][i : i + 1].copy())
             is_map = graph.settings.labels and labels is not None
             wanted = labels if is_map else values
             assert wanted is not None
@@ -117,8 +134,8 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
                 raise ProofError(_wrong(graph, case, f"gives {name} {tuple(found[name].shape)} in place of {shape}"))
             if not is_map:
                 assert values is not None
-                differences.append(float((own.double() - values).norm()))
-                norms.append(float(values.norm()))
+                differences.append(_norm(own - values))
+                norms.append(_norm(values))
                 own = own if labels is None else _argmax(own)
             if labels is not None and decided is not None:
                 different += int(((own.long() != labels) & decided).sum())
@@ -149,7 +166,7 @@ def _expected(logits: Mapping[str, torch.Tensor], case: Case, graph: Graph, boun
     labels = graph.settings.labels
     if not isinstance(graph.model, UperNetForUnifiedPerceptualParsing):
         full = logits["logits"]
-        if case.target_size is not None:
+        if labels and tuple(full.shape[2:]) != size:
             full = F.interpolate(full, size, mode="bilinear", align_corners=False)
         return {graph.output_names[0]: (logits["logits"], _argmax(full), _decided(full, bound))}
     expected: Expected = {}
@@ -165,6 +182,10 @@ def _expected(logits: Mapping[str, torch.Tensor], case: Case, graph: Graph, boun
             full = F.interpolate(x, size, mode="bilinear", align_corners=False)
             expected[task] = (None, *_parts(full, expected["object"], graph.model.config, bound))
     return expected
+
+
+def _norm(x: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -195,11 +216,25 @@ def _parts(logits: torch.Tensor, objects: Any, config: Any, bound: float) -> tup
     return labels, decided
 
 
-def _pixels(arrays: Arrays, graph: Graph) -> torch.Tensor:
-    """Return the images as the model reads them, (B, C, H, W) float32."""
-    if not graph.settings.with_preprocessing:
+def _pixels(arrays: Arrays, case: Case, graph: Graph) -> torch.Tensor:
+    """Return the images as the model reads them, (B, C, H, W) float32.
+
+    Raises:
+        ProofError: the graph's preprocessing differs from the image processor's by more than one 8-bit level.
+    """
+    if graph.preprocessing is None:
         return torch.from_numpy(arrays["pixel_values"])
-    return graph.preprocess(torch.from_numpy(arrays["images"]))
+    processor = graph.processor
+    pixels = graph.preprocessing(torch.from_numpy(arrays["images"]))
+    expected = processor(images=list(arrays["images"]), return_tensors="pt", data_format="channels_first")[
+        "pixel_values"
+    ]
+    level = processor.rescale_factor if processor.do_rescale else 1.0
+    if processor.do_normalize:
+        level = level / torch.as_tensor(processor.image_std, dtype=torch.float32).view(-1, 1, 1)
+    if pixels.shape != expected.shape or not bool(((pixels - expected).abs() <= 1.001 * level).all()):
+        raise ProofError(_wrong(graph, case, "prepares photos in another way than the image processor"))
+    return pixels
 
 
 def _logits(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -211,4 +246,7 @@ def _logits(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _wrong(graph: Graph, case: Case, fault: str) -> str:
     remedy = "give size=HEIGHTxWIDTH, or" if graph.settings.image_size is None else "give"
-    return f"format={graph.settings.format}: at {case} the exported model {fault}; nothing was written; {remedy} another format"
+    return (
+        f"format={graph.settings.format}: at {case} the exported model {fault}; nothing was written; {remedy} another "
+        "format"
+    )

@@ -12,8 +12,6 @@ from fastuper.io.options import check_options, document_options, option
 
 # The command line imports this file: nothing here imports torch.
 
-Format = Literal["onnx", "openvino", "torch", "aoti", "executorch"]
-
 
 class ExportError(RuntimeError):
     """A model cannot be exported, or its export is wrong; the message is one line with the reason and the remedy."""
@@ -47,7 +45,7 @@ class ExportSettings:
     A value that is not valid, or values that contradict each other, raise ValueError; the message names the options.
     """
 
-    format: Format = option("onnx", "Format of the exported model.")
+    format: Literal["onnx", "openvino", "torch", "aoti", "executorch"] = option("onnx", "Format of the exported model.")
     labels: bool = option(False, "Export the label map instead of the logits.")
     target_size: bool = option(
         False, "With --labels: the height and width of the label map are a second input, target_size."
@@ -68,10 +66,10 @@ class ExportSettings:
         "unproven.",
         flag="--check/--no-check",
     )
-    int8: Path | None = option(
+    int8: Path | None = option(  # noqa: RUF009
         None, "Quantise to 8-bit integers, calibrated on the photos of this folder.", metavar="FOLDER"
     )
-    int8_any_loss: bool = option(
+    accept_int8_loss: bool = option(
         False, "With --int8: also write a model whose labels differ too much from the unquantised model's."
     )
 
@@ -106,7 +104,7 @@ class ExportSettings:
                 self.int8 is not None and not self.check,
                 "int8 is accepted by its results in the runtime; leave out int8 or no-check",
             ),
-            (self.int8_any_loss and self.int8 is None, "int8_any_loss is for int8; give its folder"),
+            (self.accept_int8_loss and self.int8 is None, "accept_int8_loss is for int8; give its folder"),
         )
         for is_there, fault in faults:
             if is_there:

@@ -1,4 +1,4 @@
-"""The inputs of an export: the size at which a graph is traced, and the eight at which the exported model is checked.
+"""The sizes of an export: the one at which a graph is traced, and the eight at which the exported model is checked.
 
 A tracer takes a size that it sees as 1 for a constant, and sizes that are equal for one size. So the traced batch is 2,
 height and width differ, and the coarsest map has two windows or more in both directions. No checked size is the traced
@@ -15,16 +15,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastuper.evaluation.loop import classes_of
 from fastuper.export.graph import Graph
 from fastuper.export.settings import ExportError
-from fastuper.models.backbones.foreign.measuring import FAULTS, Sizes
+from fastuper.io.messages import one_line
+from fastuper.models.backbones.foreign.measuring import FAULTS
 from fastuper.models.backbones.layers import pair
+from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 
 COARSEST = 32
 """The side of a position of the coarsest map in pixels."""
 
-LEAST = 16
-"""The smallest side of an image, in pixels, where the model takes it."""
+TRIED = (16, 32, 64, 128, 256, 512)
+"""The sides of a square image, in pixels, of which the smallest that the model takes is checked."""
+
+LARGEST_BATCH = 2**21
+"""The most pixels of a batch of images of one size, if they are more than one."""
 
 LARGEST_UNIT = 768
 """The largest side of a window on the coarsest map, in pixels: Swin V2's windows of 24 positions."""
@@ -59,7 +65,7 @@ def traced_case(graph: Graph) -> Case:
         case = Case(1 if settings.format == "executorch" else 2, *settings.image_size)
     else:
         unit = _window(graph)
-        case = _fitting(Case(2, unit + 33, unit + 97), _sizes(graph))
+        case = Case(2, unit + 33, unit + 97)
     return _with_target(case, graph)
 
 
@@ -68,9 +74,10 @@ def checked_cases(graph: Graph) -> list[Case]:
     settings, traced = graph.settings, traced_case(graph)
     if settings.image_size is not None:
         batches = (1,) * 8 if settings.format == "executorch" else (1, 2, 3, 1, 2, 3, 1, 2)
-        cases = [replace(traced, batch=batch, seed=seed) for seed, batch in enumerate(batches, 1)]
+        most = max(1, LARGEST_BATCH // (traced.height * traced.width))
+        cases = [replace(traced, batch=min(batch, most), seed=seed) for seed, batch in enumerate(batches, 1)]
     else:
-        sizes, unit, least = _sizes(graph), _window(graph), _least(graph)
+        unit, least = _window(graph), _least(graph)
         wanted = (
             (1, least, least),
             (3, least + 21, least + 7),
@@ -81,13 +88,7 @@ def checked_cases(graph: Graph) -> list[Case]:
             (2, unit, unit),
             (1, max(419, unit + 195), max(577, unit + 353)),
         )
-        cases, seen = [], {(traced.height, traced.width)}
-        for seed, (batch, height, width) in enumerate(wanted, 1):
-            case = _fitting(Case(batch, max(height, least), max(width, least), seed=seed), sizes)
-            while (case.height, case.width) in seen:  # padding to multiples can make two of them equal
-                case = _fitting(replace(case, width=case.width + 1), sizes)
-            seen.add((case.height, case.width))
-            cases.append(case)
+        cases = [Case(batch, max(h, least), max(w, least), seed=seed) for seed, (batch, h, w) in enumerate(wanted, 1)]
     return [_with_target(case, graph) for case in cases]
 
 
@@ -117,22 +118,36 @@ def channels_of(model: nn.Module) -> int:
     return int(getattr(getattr(config, "backbone_config", None), "num_channels", 3))
 
 
+def output_of(name: str, graph: Graph) -> dict[str, Any]:
+    """Return the dtype of an output of a graph, and the number of its classes."""
+    config: Any = graph.model.config
+    if isinstance(graph.model, UperNetForUnifiedPerceptualParsing):
+        classes, is_map = len(config.labels[name]), graph.settings.labels and name != "scene"
+    else:
+        classes, is_map = len(classes_of(config)), graph.settings.labels
+    return {"dtype": "float32" if not is_map else "uint8" if classes <= 256 else "int32", "classes": classes}
+
+
 def check_size(graph: Graph) -> None:
     """Check that a model takes the size of its export.
 
     Raises:
         ExportError: it takes images of one size, and the export is for any; or it refuses the size.
     """
-    settings, sizes = graph.settings, _sizes(graph)
+    settings = graph.settings
+    if settings.with_preprocessing:
+        return
     if settings.image_size is None:
+        sizes: Any = graph.model.image_sizes
         if sizes.largest is not None:
             height, width = sizes.largest
             raise ExportError(
                 f"{sizes.name} takes images of at most {height} x {width} pixels, and size=any is every size; give "
                 f"size={height}x{width}"
             )
-    elif not settings.with_preprocessing and (fault := _fault(graph.model, *settings.image_size)) is not None:
-        raise ExportError(f"size={settings.size}: the model takes no images of this size: {fault}")
+        _least(graph)
+    elif (fault := _fault(graph.model, *settings.image_size)) is not None:
+        raise ExportError(f"size={settings.size}: the model takes no images of this size: {one_line(fault)}")
 
 
 def _drawn(case: Case, channels: int) -> np.ndarray:
@@ -165,25 +180,21 @@ def _window(graph: Graph) -> int:
     return min(COARSEST * max([4, *windows]), LARGEST_UNIT)
 
 
-def _sizes(graph: Graph) -> Sizes:
-    """Return the sizes of images that a graph takes; with preprocessing it takes any, and resizes them."""
-    return Sizes() if graph.settings.with_preprocessing else getattr(graph.model, "image_sizes", Sizes())
-
-
-def _fitting(case: Case, sizes: Sizes) -> Case:
-    """Return a case whose images need no padding."""
-    height, width = sizes.padded(case.height, case.width)
-    return replace(case, height=height, width=width)
-
-
 def _least(graph: Graph) -> int:
-    """Return the smallest side of an image that a model takes, of 16, 32, 64, ..."""
+    """Return the smallest side of an image that a model takes, of `TRIED`.
+
+    Raises:
+        ExportError: the model takes none of them.
+    """
     if graph.settings.with_preprocessing:
-        return LEAST
-    for side in (LEAST, 32, 64, 128, 256):
-        if side >= max(_sizes(graph).least) and _fault(graph.model, side, side) is None:
+        return TRIED[0]
+    for side in TRIED:
+        if _fault(graph.model, side, side) is None:
             return side
-    return max(512, *_sizes(graph).least)
+    raise ExportError(
+        f"size=any: the model takes no images of {TRIED[0]} x {TRIED[0]} to {TRIED[-1]} x {TRIED[-1]} pixels "
+        f"({one_line(str(_fault(graph.model, TRIED[-1], TRIED[-1])))}); give the size that it takes, size=HEIGHTxWIDTH"
+    )
 
 
 @torch.no_grad()

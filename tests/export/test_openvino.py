@@ -20,7 +20,7 @@ METADATA = {"class_names": '["sky", "paved road"]', "fastuper_version": "1"}
 
 
 def write(folder: Path, model, **options) -> openvino.Model:
-    graph = graph_of(model, **options)
+    graph = graph_of(model, format="openvino", **options)
     with torch.no_grad():
         exporter.write(graph, graph.settings, folder, METADATA)
     return openvino.Core().read_model(folder / "model.xml")

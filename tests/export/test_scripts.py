@@ -33,13 +33,6 @@ def photo(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "onnx"
-    export_model(MODEL, folder, format="onnx", check=False)
-    return folder
-
-
 def opened(folder: Path, monkeypatch, photo: Path, *, fixed="any", inputs=("pixel_values",), **options):
     """Return `Photo` of photo.py, in a folder of an exported model with these options of its image processor."""
     processor = UperNetImageProcessor(**options).to_dict()
@@ -140,11 +133,15 @@ def test_a_label_map_of_another_size(tmp_path, monkeypatch, photo):
     np.testing.assert_array_equal(np.unique(saved), range(6))
 
 
+def variables() -> dict[str, str]:
+    """Return the environment without the variables that give Python other folders of modules."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+
+
 def check_labels(python: Path, folder: Path, photo: Path, output: Path, **processing) -> None:
     """Run run.py, and compare the label map with that of `fastuper segment` wherever rounding does not decide."""
     arguments = [str(python), str(folder / "run.py"), str(photo), str(output)]
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=variables, cwd=output.parent, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=variables(), cwd=output.parent, check=False)
     assert done.returncode == 0, done.stderr
     assert "road" in done.stdout
     model = UperNetForSemanticSegmentation.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -159,8 +156,8 @@ def check_labels(python: Path, folder: Path, photo: Path, output: Path, **proces
     assert decided.float().mean() > 0.99
 
 
-def test_the_script_of_onnx(exported, photo, tmp_path):
-    check_labels(Path(sys.executable), exported, photo, tmp_path / "labels.png")
+def test_the_script_of_onnx(exported_onnx, photo, tmp_path):
+    check_labels(Path(sys.executable), exported_onnx, photo, tmp_path / "labels.png")
 
 
 def files_of(name: str, seen: set[str]) -> Iterator[Path]:
@@ -185,11 +182,13 @@ def bare(request, tmp_path_factory) -> tuple[str, Path]:
     if request.param == "executorch":
         pytest.importorskip("executorch")
     folder = tmp_path_factory.mktemp(request.param)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], env=variables(), check=True)
     python = folder / "bin/python"
     runtime = {"onnx": "onnxruntime", "openvino": "openvino"}.get(request.param)
     if runtime is not None:
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", runtime, "numpy", "pillow"], check=True)
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", runtime, "numpy", "pillow"], env=variables(), check=True
+        )
     else:  # PyTorch is too large to be downloaded: it is linked, and what it requires
         packages = next((folder / "lib").glob("python*")) / "site-packages"
         wanted = ["torch", "numpy", "pillow", *(["executorch"] if request.param == "executorch" else [])]
@@ -198,7 +197,10 @@ def bare(request, tmp_path_factory) -> tuple[str, Path]:
             if not (packages / path.name).exists():
                 (packages / path.name).symlink_to(path)
     for absent in ("fastuper", "transformers", *(["torch"] if runtime else [])):
-        assert subprocess.run([str(python), "-c", f"import {absent}"], capture_output=True, check=False).returncode
+        found = subprocess.run(
+            [str(python), "-c", f"import {absent}"], capture_output=True, env=variables(), check=False
+        )
+        assert b"ModuleNotFoundError" in found.stderr
     return request.param, python
 
 
