@@ -86,6 +86,7 @@ bench: $(VENV)/.bench ## time everything beside the peers, and update tables and
 	$(BIN)/python -m bench.parsing
 	$(BIN)/python -m bench.accelerate
 	$(BIN)/python -m bench.backbones
+	$(BIN)/python -m bench.exports
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.plots
 

@@ -6,7 +6,6 @@ XNNPACK computes what it knows, ExecuTorch's portable operators the rest.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -41,7 +41,8 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     opset = opset_of(settings)
     inputs = example_inputs(graph)
     outputs = graph(*inputs)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, writing_for("onnxruntime"):
+    is_of_one_size = settings.image_size is not None
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, writing_for("onnxruntime", one_size=is_of_one_size):
         traced = str(Path(temporary) / "model.onnx")
         torch.onnx.export(
             graph,

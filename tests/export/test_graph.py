@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-import openvino
 import PIL.Image
 import pytest
 import torch
@@ -21,7 +18,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
-from fastuper.export import ExportError, ExportSettings
+from fastuper.export import ExportSettings
 from fastuper.export.graph import Graph
 from fastuper.export.preprocessing import Preprocessing
 from fastuper.models.backbones.foreign import Sizes

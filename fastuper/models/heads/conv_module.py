@@ -71,8 +71,10 @@ class FusedConv(nn.Module):
         Returns:
             (B, C_out, H, W); with `strip`, (B, C_out, stop - start, W).
         """
-        # Numbers: by a traced size, an exported graph would slice the weight at every run.
-        weight, *weights = self.conv.weight.split([int(level.shape[1]) for level in (x, *coarser)], dim=1)
+        channels = [level.shape[1] for level in (x, *coarser)]
+        if written_for() is not None:  # constants, so that the runtime rearranges the weights once
+            channels = [int(count) for count in channels]
+        weight, *weights = self.conv.weight.split(channels, dim=1)
         if coarser and written_for() is not None and self.is_foldable():
             # The weights are constants of the graph: the scale costs nothing there, and a pass over the sum here.
             scale, shift = fold(self.batch_norm)
