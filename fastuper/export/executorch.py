@@ -28,6 +28,8 @@ MODEL_FILES: tuple[str, ...] = ("model.pte",)
 
 def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mapping[str, str]) -> None:
     """Write model.pte; see `ExportFormat`. The metadata are methods that return them."""
+    if settings.image_size is None:
+        raise ExportError("format executorch plans its memory for one size; give size=HEIGHTxWIDTH")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
