@@ -74,22 +74,29 @@ def in_ddp() -> bool:
 def free_sizes() -> Iterator[None]:
     """A context in which torch.export takes no free size for 1 because it is 1 in the example, nor for larger than 1.
 
-    The network's own comparisons of sizes are recorded as always; only questions of memory layout are not.
+    The network's own comparisons of sizes are recorded as always; only choices of layouts and kernels are not.
 
     Reason: the number of windows of a small map, or its rows, may be 1. PyTorch makes it a constant, or refuses it.
     `torch.onnx.export` uses the first private setting here; torch.export has no public one.
     """
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True), _UnguardedLayouts():  # type: ignore[attr-defined]
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True), _UnguardedChoices():  # type: ignore[attr-defined]
         yield
 
 
-class _UnguardedLayouts(torch.overrides.TorchFunctionMode):
-    """Runs the operators that choose a memory layout by their input's sizes, without a guard on these sizes.
+class _UnguardedChoices(torch.overrides.TorchFunctionMode):
+    """Runs the operators that choose a memory layout or a kernel by sizes, without guards on these sizes.
 
-    The layout of a map of one row is ambiguous; either is right.
+    The choice is made again when the graph runs. The layout of a map of one row, for example, is ambiguous.
     """
 
-    operators = frozenset({torch.conv2d, torch.conv_transpose2d, torch.Tensor.contiguous})
+    operators = frozenset(
+        {
+            torch.conv2d,
+            torch.conv_transpose2d,
+            torch.nn.functional.scaled_dot_product_attention,
+            torch.Tensor.contiguous,
+        }
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         free = (side for side in args[0].shape if isinstance(side, torch.SymInt)) if func in self.operators else ()
