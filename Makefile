@@ -8,11 +8,13 @@ TRANSFORMERS4 := .cache/transformers-4.56.2
 # mmsegmentation, mmpretrain, segmentation_models_pytorch and timm, in a virtual environment of their own. Beside it an
 # old timm, whose Swin is that of Swin's own repository.
 FOREIGN := .cache/foreign
+# Debian's Chromium, which the tests of the page drive.
+CHROMIUM ?= chromium
 # One worker for each core; idle workers take tests from busy ones.
 PARALLEL := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-scenes test test-exhaustive test-fast test-transformers4 test-foreign test-minimum accuracy bench bench-quick compiled gpu-check lint format types clean
+.PHONY: help setup demo train-scenes test test-exhaustive test-fast test-transformers4 test-foreign test-page test-minimum accuracy bench bench-quick compiled gpu-check lint format types clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /  make \1\t/' | expand -t 26
@@ -59,6 +61,10 @@ $(FOREIGN)/.installed: pyproject.toml tests/foreign/requirements.txt
 
 test-foreign: $(FOREIGN)/.installed ## convert checkpoints that the real mmsegmentation, smp and timm make, and compare logits
 	$(FOREIGN)/bin/python -m pytest tests/foreign $(PARALLEL)
+
+test-page: $(STAMP) ## drive the page of `fastuper serve` in Chromium (about a minute)
+	@command -v $(CHROMIUM) > /dev/null || { echo "Chromium is missing: apt-get install chromium, or CHROMIUM=/path/to/it make test-page"; exit 1; }
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/page
 
 test-minimum: ## run the tests of `make test` with the oldest versions that pyproject.toml allows, in a second virtual environment
 	$(PYTHON) -m venv .cache/minimum

@@ -5,10 +5,12 @@ memory layout (how far rounding alone moves the losses), and the accelerated mod
 examples/pytorch/semantic-segmentation/run_semantic_segmentation.py of huggingface/transformers: AutoConfig,
 AutoModelForSemanticSegmentation and AutoImageProcessor from a checkpoint; images that are cropped, flipped and
 normalised; Trainer with its default optimizer and schedule. Generated scenes take the place of a dataset of the Hub,
-NumPy the place of albumentations, and a checkpoint with initial weights the place of a published one.
+NumPy the place of albumentations. The checkpoint is the package's own trained model, or with `--backbone` a larger
+network with initial weights.
 
-Rounding alone changes the losses of a training, the more the fewer images are in a step: BatchNorm makes the means of
-two images, which the coarsest branch of the pyramid pooling compares, 1 and -1.
+Rounding alone changes the losses of a training: most from initial weights, which move fast, and the more the fewer
+images are in a step. BatchNorm makes the means of two images, which the coarsest branch of the pyramid pooling
+compares, 1 and -1.
 """
 
 from __future__ import annotations
@@ -36,9 +38,8 @@ from transformers import (
 import fastuper
 from bench.names import ACCELERATED, BEFORE
 from bench.pairs import BACKBONES
-from fastuper.scenes import ID2LABEL, SceneDataset
+from fastuper.scenes import ID2LABEL, MODEL, SceneDataset
 
-BACKBONE = "convnext-t"
 RUNS = (*BEFORE, ACCELERATED)
 
 
@@ -132,9 +133,24 @@ def compare(before: Run, after: Run) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(before.losses, after.losses, strict=True))
 
 
+def trained() -> Any:
+    """Return the package's model as an object of Transformers, in float32."""
+    return transformers.UperNetForSemanticSegmentation.from_pretrained(MODEL, dtype=torch.float)
+
+
+def initial(name: str) -> Any:
+    """Return a UPerNet of Transformers with initial weights, without random depth, over a backbone of BACKBONES."""
+    backbone = BACKBONES[name]()
+    if hasattr(backbone, "drop_path_rate"):
+        backbone.drop_path_rate = 0.0
+    transformers.set_seed(0)
+    config = transformers.UperNetConfig(backbone_config=backbone, num_labels=len(ID2LABEL))
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", choices=BACKBONES, default=BACKBONE)
+    parser.add_argument("--backbone", choices=BACKBONES, help="start from initial weights of a UPerNet over it")
     parser.add_argument("--size", type=int, default=256, help="side of the crops")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -142,12 +158,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        backbone = BACKBONES[arguments.backbone]()
-        if hasattr(backbone, "drop_path_rate"):
-            backbone.drop_path_rate = 0.0
-        transformers.set_seed(0)
-        config = transformers.UperNetConfig(backbone_config=backbone, num_labels=len(ID2LABEL))
-        model = transformers.UperNetForSemanticSegmentation(config)
+        model = trained() if arguments.backbone is None else initial(arguments.backbone)
         write_checkpoint(folder / "checkpoint", model, arguments.size)
         runs = [
             train(folder / "checkpoint", folder / f"run-{number}", variant, arguments.steps, arguments.batch_size)
@@ -157,7 +168,7 @@ def main() -> None:
     for step, losses in enumerate(zip(*(run.losses for run in runs), strict=True), 1):
         print(f"step {step}: " + " ".join(f"{loss:.6f}" for loss in losses))
     print(
-        f"Transformers {transformers.__version__}, {arguments.backbone}, {arguments.steps} steps of "
+        f"Transformers {transformers.__version__}, {arguments.backbone or MODEL.name}, {arguments.steps} steps of "
         f"{arguments.batch_size} images of {arguments.size} x {arguments.size}"
     )
     for variant, run in zip(RUNS, runs, strict=True):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-FOREIGN = Path(__file__).parent / "foreign"
+SEPARATE = [Path(__file__).parent / name for name in ("foreign", "page")]
+"""Tests of commands of their own, `make test-foreign` and `make test-page`."""
 
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
     # Before PyTorch is imported. Workers that wait for each other's threads are slower than a single worker.
@@ -17,11 +18,11 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave tests/foreign to `make test-foreign`, which has the real libraries, unless the command names it."""
-    if collection_path != FOREIGN:
+    """Leave out tests that need the real libraries or a browser, unless the command names their folder."""
+    if collection_path not in SEPARATE:
         return None
     named = (Path(argument.split("::")[0]).resolve() for argument in config.args)
-    return None if any(path.is_relative_to(FOREIGN) for path in named) else True
+    return None if any(path.is_relative_to(collection_path) for path in named) else True
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

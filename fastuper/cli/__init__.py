@@ -14,8 +14,10 @@ import typer
 
 from fastuper.cli.convert import convert_checkpoint
 from fastuper.cli.evaluate import evaluate_model
+from fastuper.cli.export import export
 from fastuper.cli.parse import parse_photos
 from fastuper.cli.segment import segment_photos
+from fastuper.cli.serve import serve_page
 from fastuper.cli.streams import Streams
 from fastuper.cli.train import train_model
 from fastuper.io.version import __version__
@@ -26,6 +28,8 @@ app.command("parse")(parse_photos)
 app.command("train")(train_model)
 app.command("evaluate")(evaluate_model)
 app.command("convert")(convert_checkpoint)
+app.command("export")(export)
+app.command("serve")(serve_page)
 
 
 def _print_version(wanted: bool) -> None:

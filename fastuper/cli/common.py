@@ -12,26 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from fastuper.io.messages import about, name_of, one_line
+from fastuper.io.messages import about
 
 if TYPE_CHECKING:
-    import torch
-
     from fastuper.data.processor import UperNetImageProcessor
     from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
     from fastuper.models.upernet import UperNetForSemanticSegmentation
 
 # torch, and modules that import it, are imported inside functions, so that `--help` answers at once.
-
-EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
-"""Errors that bad input or a full machine can cause: a file, its values, torch out of memory, a full disk."""
-
-KINDS = {
-    "upernet": ("semantic segmentation", "segment"),
-    "fastuper_upernet": ("semantic segmentation", "segment"),
-    "unified_perceptual_parsing": ("Unified Perceptual Parsing", "parse"),
-}
-"""What a model is for, and the command that runs it on photos, by the `model_type` in config.json."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LayoutName = Literal["auto", "ade20k", "cityscapes", "folders"]
@@ -83,7 +71,6 @@ def load_model(
     command ends with status 2.
     """
     from fastuper.models.upernet import UperNetForSemanticSegmentation
-    from fastuper.scenes.dataset import MODEL
 
     if model is None:
         typer.echo(
@@ -91,9 +78,6 @@ def load_model(
             "checkpoint, such as openmmlab/upernet-convnext-tiny",
             err=True,
         )
-        model = str(MODEL)
-        if dtype == "auto":
-            dtype = "float32"  # the weights are stored in bfloat16 to be small
     return _load(UperNetForSemanticSegmentation, model, device, dtype)
 
 
@@ -109,49 +93,13 @@ def load_parsing_model(
     return _load(UperNetForUnifiedPerceptualParsing, model, device, dtype)
 
 
-def _load(network_class: Any, model: str, device: str, dtype: Dtype) -> tuple[Any, UperNetImageProcessor]:
-    from safetensors import SafetensorError
+def _load(network_class: Any, model: str | None, device: str, dtype: Dtype) -> tuple[Any, UperNetImageProcessor]:
+    from fastuper.inference.loading import LoadError, choose_device, load
 
-    from fastuper.data.processor import UperNetImageProcessor
-    from fastuper.io.files import read_json
-    from fastuper.io.hub import find_file
-    from fastuper.weights.dialects import is_foreign
-
-    chosen = choose_device(device)
     try:
-        config = None if is_foreign(model) else find_file(model, "config.json")
-        kind = read_json(config).get("model_type") if config else None
-        for model_type, (task, command) in KINDS.items():
-            if kind == model_type and not network_class.config_class.reads(kind):
-                raise ValueError(f"it is a model for {task}; use it with `fastuper {command}`")
-        network = network_class.from_pretrained(model, dtype=dtype, device=chosen).eval()
-        if is_foreign(model) or find_file(model, "preprocessor_config.json"):
-            processor = UperNetImageProcessor.from_pretrained(model)
-        else:
-            processor = UperNetImageProcessor()
-            typer.echo(
-                f"{model} has no preprocessor_config.json: photos are prepared with the default settings", err=True
-            )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        leave(f"cannot load the model {name_of(model)}: {one_line(error)}")
-    return network, processor
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" chooses a GPU if there is one.
-
-    If the device cannot be used, the command ends with status 2.
-    """
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        leave(f"--device {name} cannot be used: {one_line(error)}")
-    return device
+        return load(network_class, model, choose_device(device), dtype, lambda line: typer.echo(line, err=True))
+    except LoadError as error:
+        leave(str(error))
 
 
 def make_folder(output: str | os.PathLike[str]) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastuper.cli.common import EXPECTED_ERRORS, folder, leave, make_folder, not_empty
-from fastuper.io.messages import about, name_of, one_line, printable
+from fastuper.cli.common import folder, leave, make_folder, not_empty
+from fastuper.io.messages import EXPECTED_ERRORS, about, name_of, one_line, printable
 from fastuper.weights.options import OPTIONS, Option
 
 if TYPE_CHECKING:

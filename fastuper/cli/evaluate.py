@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from fastuper.cli.common import (
-    EXPECTED_ERRORS,
     DeviceOption,
     DtypeOption,
     LayoutOption,
@@ -20,7 +19,7 @@ from fastuper.cli.common import (
 )
 from fastuper.cli.options import expand_dataclasses
 from fastuper.cli.prediction import PredictionOptions
-from fastuper.io.messages import about, one_line
+from fastuper.io.messages import EXPECTED_ERRORS, about, one_line
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 

@@ -7,28 +7,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-import numpy as np
 import typer
 
-from fastuper.cli.common import EXPECTED_ERRORS, in_columns, leave, make_folder
+from fastuper.cli.common import in_columns, leave, make_folder
 from fastuper.cli.options import field_option
 from fastuper.cli.prediction import PredictionOptions
 from fastuper.data.classes import class_name
 from fastuper.data.images import IMAGE_SUFFIXES, read_image
 from fastuper.data.listing import list_images
-from fastuper.data.overlay import class_shares, format_share
+from fastuper.data.overlay import format_share
+from fastuper.inference.photos import Found, PhotoModel
 from fastuper.inference.results import RESULTS, Content, Maker, Results, content_of, identity, model_digest
-from fastuper.io.messages import about, name_of, printable
+from fastuper.io.messages import EXPECTED_ERRORS, about, name_of, printable
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
     from PIL import Image
-
-    from fastuper.data.processor import UperNetImageProcessor
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.
 
@@ -62,56 +58,29 @@ class Job(NamedTuple):
 
 
 class PhotoCommand(ABC):
-    """What a command computes from a photo, and the files that it writes.
+    """A model, and what a command records and prints of its results.
 
     Args:
-        network: the model.
-        processor: its image processor.
+        model: what computes the results and writes the files.
         options: all options that change the results, of JSON types; the model's dtype is added.
 
     Attributes:
         name: the command's name.
         done: what has been done with photos, in the summary.
-        endings: the ends of the names of all files that the command can write for a photo.
-        written: the endings of the files that it writes with these options.
         maker: the model and the options, for the record.
     """
 
     name: ClassVar[str]
     done: ClassVar[str]
-    endings: ClassVar[tuple[str, ...]]
-    written: Sequence[str]
 
-    def __init__(self, network: Any, processor: UperNetImageProcessor, options: Mapping[str, Any]) -> None:
-        self.network = network
-        self.processor = processor
-        self.written = self.endings
-        dtype = str(network.dtype).removeprefix("torch.")
-        self.maker = Maker(model_digest(network, processor), {"dtype": dtype, **options})
+    def __init__(self, model: PhotoModel, options: Mapping[str, Any]) -> None:
+        self.model = model
+        dtype = str(model.network.dtype).removeprefix("torch.")
+        self.maker = Maker(model_digest(model.network, model.processor), {"dtype": dtype, **options})
 
     @abstractmethod
-    def prepare(self, photo: Image.Image) -> list[torch.Tensor]:
-        """Return the photo as the model reads it, (1, C, height, width), at each scale."""
-
-    @abstractmethod
-    def predict(self, pixels: list[torch.Tensor], sizes: list[tuple[int, int]]) -> Sequence[Any]:
-        """Run the model on photos of equal shapes, (B, C, height, width) a scale; return a result for each photo."""
-
-    @abstractmethod
-    def write(
-        self, job: Job, photo: Image.Image, result: Any, paths: Mapping[str, Path]
-    ) -> tuple[list[dict[str, Any]], str]:
-        """Write the files of a photo.
-
-        Args:
-            job: the photo's path and names.
-            photo: its pixels.
-            result: the photo's result of `predict`.
-            paths: the file for each ending in `written`.
-
-        Returns:
-            The classes that occur with their shares, for the record; and what to print below the photo's line.
-        """
+    def report(self, found: Found) -> tuple[list[dict[str, Any]], str]:
+        """Return the classes that occur with their shares, for the record; and what to print below the photo's line."""
 
 
 def run_on_photos(
@@ -160,13 +129,10 @@ def run_on_photos(
         raise typer.Exit(1)
 
 
-def shares_of(labels: NDArray[np.integer], id2label: Mapping[int, str]) -> tuple[list[dict[str, Any]], str]:
-    """Return the classes of a label map, largest first: for the record, and in columns of text."""
-    shares = class_shares(labels, len(id2label))
-    present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
-    return (
-        [{"class": index, "name": id2label[index], "share": float(shares[index])} for index in present],
-        in_columns([f"{class_name(id2label, index)} {format_share(shares[index])}" for index in present]),
+def listed_shares(shares: Iterable[Mapping[str, Any]]) -> str:
+    """Return classes with their shares, as `Layer.shares` has them, in columns of text."""
+    return in_columns(
+        [f"{class_name({each['class']: each['name']}, each['class'])} {format_share(each['share'])}" for each in shares]
     )
 
 
@@ -230,14 +196,14 @@ class _Run:
         """Take photos in batches, and print a line and the classes of each."""
         from tqdm import tqdm
 
-        endings = self.command.endings
+        endings = self.command.model.endings
         avoid = {os.path.realpath(photo) for photo in photos}
         identities = [identity(photo) for photo in photos]
         jobs = []
         chosen = self.results.choose_names(identities, endings, avoid)
         for photo, known, names in zip(photos, identities, chosen, strict=True):
             by_ending = dict(zip(endings, names, strict=True))
-            jobs.append(Job(photo, known, None, {ending: by_ending[ending] for ending in self.command.written}))
+            jobs.append(Job(photo, known, None, {ending: by_ending[ending] for ending in self.command.model.written}))
         with tqdm(total=len(jobs), unit="photo", disable=None if len(jobs) > 1 else True) as bar:
             self.bar = bar
             batch: list[_Read] = []
@@ -260,7 +226,7 @@ class _Run:
                 self.bar.update()
                 return None
             photo = read_image(job.photo, max_pixels=self.max_pixels)
-            return _Read(job, photo, self.command.prepare(photo))
+            return _Read(job, photo, self.command.model.prepare(photo))
         except EXPECTED_ERRORS as error:
             self._fail(job, error)
             return None
@@ -278,13 +244,14 @@ class _Run:
                 self.written += 1
                 self.bar.update()
 
-    def _write(self, job: Job, photo: Image.Image, result: Any) -> str:
+    def _write(self, job: Job, photo: Image.Image, found: Found) -> str:
         """Write and record the files of a photo; return a line about it, and below it the classes."""
         names = list(job.names.values())
         before = self.results.owner(names[0])
         self.results.begin(names)
         paths = {ending: self.results.folder / name for ending, name in job.names.items()}
-        shares, text = self.command.write(job, photo, result, paths)
+        self.command.model.write(job.identity, photo, found, paths)
+        shares, text = self.command.report(found)
         size = (photo.height, photo.width)
         self.results.add(job.identity, job.content, self.command.maker, size=size, names=names, shares=shares)
         listed = ", ".join(map(printable, names))
@@ -311,14 +278,15 @@ def _predictions(command: PhotoCommand, batch: Sequence[_Read]) -> Iterator[tupl
     """
     import torch
 
-    network = command.network
+    model = command.model
+    network = model.network
     for _, same_shapes in groupby(batch, key=lambda read: [pixels.shape for pixels in read.pixels]):
         group = list(same_shapes)
         results: Sequence[Any] = []
         try:
             scales = zip(*(read.pixels for read in group), strict=True)
             pixels = [torch.cat(scale).to(network.device, network.dtype) for scale in scales]
-            results = command.predict(pixels, [(read.photo.height, read.photo.width) for read in group])
+            results = model.predict(pixels, [(read.photo.height, read.photo.width) for read in group])
         except EXPECTED_ERRORS as error:
             if len(group) == 1:
                 results = [error]

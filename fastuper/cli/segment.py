@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -12,26 +10,16 @@ from fastuper.cli.common import DeviceOption, DtypeOption, OptionalModelOption, 
 from fastuper.cli.photos import (
     BatchSizeOption,
     ImagesArgument,
-    Job,
     MaxPixelsOption,
     OutputOption,
     PhotoCommand,
     SkipExistingOption,
+    listed_shares,
     run_on_photos,
-    shares_of,
 )
 from fastuper.cli.prediction import PredictionOptions
-from fastuper.data.classes import class_palette
 from fastuper.data.images import MAX_PIXELS
-from fastuper.data.overlay import overlay, save_label_png
-from fastuper_kernels.dispatch.files import atomic_path
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
-    from fastuper.data.processor import UperNetImageProcessor
-    from fastuper.models.upernet import UperNetForSemanticSegmentation
+from fastuper.inference.photos import Found, PhotoSegmenter
 
 
 def segment_photos(
@@ -59,7 +47,7 @@ def segment_photos(
     run_on_photos(
         images,
         output,
-        lambda: _Segment(*load_model(model, device, dtype)),
+        lambda: _Segment(PhotoSegmenter(*load_model(model, device, dtype))),
         _Segment,
         batch_size=batch_size,
         max_pixels=max_pixels,
@@ -72,30 +60,13 @@ class _Segment(PhotoCommand):
 
     name = "segment"
     done = "segmented"
-    endings = ("_labels.png", "_overlay.jpg")
 
-    def __init__(self, network: UperNetForSemanticSegmentation, processor: UperNetImageProcessor) -> None:
-        from fastuper.evaluation.loop import class_names
-
-        classes = len(network.config.id2label)
+    def __init__(self, model: PhotoSegmenter) -> None:
+        classes = len(model.network.config.id2label)
         if classes > 256:
             typer.echo(f"{classes} classes: the label maps are 16-bit grey PNGs, without colours", err=True)
-        super().__init__(network, processor, {})
-        self.id2label = class_names(network)
-        self.palette = class_palette(self.id2label, getattr(network.config, "palette", None))
+        super().__init__(model, {})
 
-    def prepare(self, photo: Image.Image) -> list[torch.Tensor]:
-        return [self.processor(images=[photo], return_tensors="pt")["pixel_values"]]
-
-    def predict(self, pixels: list[torch.Tensor], sizes: list[tuple[int, int]]) -> Sequence[torch.Tensor]:
-        """Return label maps, (height, width) of one or two bytes."""
-        return self.network.segment(pixels[0], target_sizes=sizes, dtype=None)
-
-    def write(
-        self, job: Job, photo: Image.Image, result: torch.Tensor, paths: Mapping[str, Path]
-    ) -> tuple[list[dict[str, Any]], str]:
-        labels = result.cpu().numpy()
-        save_label_png(labels, self.palette, paths["_labels.png"])
-        with atomic_path(paths["_overlay.jpg"]) as temporary:
-            overlay(photo, labels, self.id2label, self.palette).save(temporary, format="JPEG", quality=90)
-        return shares_of(labels, self.id2label)
+    def report(self, found: Found) -> tuple[list[dict[str, Any]], str]:
+        shares = found.layers["class"].shares()
+        return shares, listed_shares(shares)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fastuper.cli.common import EXPECTED_ERRORS, LayoutOption, folder, leave, not_empty
+from fastuper.cli.common import LayoutOption, folder, leave, not_empty
 from fastuper.cli.options import expand_dataclasses
-from fastuper.io.messages import one_line, reason
+from fastuper.io.messages import EXPECTED_ERRORS, one_line, reason
 from fastuper.training.config import TrainingConfig, TrainingError
 
 # torch is imported inside the functions that need it, so that `--help` answers at once.

@@ -103,6 +103,16 @@ def _is_colour(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(level in range(256) for level in value)
 
 
+def classes_of(config: Any) -> dict[int, str]:
+    """Return the names of the classes in the label maps of a model with this configuration, a `UperNetConfig`.
+
+    A model of one class has two: 0 is the background.
+    """
+    if config.num_labels == 1:
+        return {0: "background", 1: str(config.id2label[0])}
+    return {index: str(config.id2label.get(index, f"class {index}")) for index in range(config.num_labels)}
+
+
 def class_name(id2label: Mapping[int, str], index: int) -> str:
     """Return a class's name for display: one line, control characters escaped; `class N` if it has no name."""
     return printable(" ".join(str(id2label.get(index, "")).split())) or f"class {index}"

@@ -134,13 +134,18 @@ def blend(
 
 def tinted(shown: Image.Image, labels: ArrayLike, palette: ArrayLike, alpha: float = 0.55) -> Image.Image:
     """Return a picture, of any size, under the class colours of a label map; for the arguments see `overlay`."""
-    palette = np.asarray(palette, dtype=np.uint8)
+    layer = np.asarray(palette, dtype=np.uint8)[resized_labels(labels, shown.height, shown.width)]
+    return Image.blend(shown, Image.fromarray(layer), alpha)
+
+
+def resized_labels(labels: ArrayLike, height: int, width: int) -> NDArray[np.integer]:
+    """Return a label map (H, W) in another size, (height, width); each pixel has the label of a pixel of the map."""
     layer = np.asarray(labels)
-    if layer.shape != (shown.height, shown.width):
-        rows = np.arange(shown.height) * layer.shape[0] // shown.height
-        columns = np.arange(shown.width) * layer.shape[1] // shown.width
-        layer = layer[rows[:, None], columns]
-    return Image.blend(shown, Image.fromarray(palette[layer]), alpha)
+    if layer.shape == (height, width):
+        return layer
+    rows = np.arange(height) * layer.shape[0] // height
+    columns = np.arange(width) * layer.shape[1] // width
+    return layer[rows[:, None], columns]
 
 
 def resized(photo: Image.Image, max_side: int, min_side: int) -> Image.Image:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from fastuper.data.classes import classes_of
 from fastuper.data.images import ImageError
 from fastuper.data.samples import IGNORE_INDEX, DataError, Sample, checked_sample
 from fastuper.evaluation.confusion import ConfusionMatrix
@@ -23,7 +24,6 @@ from fastuper.io.messages import listed
 if TYPE_CHECKING:
     from fastuper.data.processor import UperNetImageProcessor
     from fastuper.models.upernet import UperNetForSemanticSegmentation
-    from fastuper.models.upernet_configuration import UperNetConfig
 
 Ready = tuple[Prepared, NDArray[np.integer]]
 
@@ -120,13 +120,6 @@ def evaluate(
 def class_names(model: UperNetForSemanticSegmentation) -> dict[int, str]:
     """Return the names of the classes in a model's label maps; a model of one class has two, 0 being the background."""
     return classes_of(model.config)
-
-
-def classes_of(config: UperNetConfig) -> dict[int, str]:
-    """Return the names of the classes in the label maps of a model with this configuration, as `class_names`."""
-    if config.num_labels == 1:
-        return {0: "background", 1: str(config.id2label[0])}
-    return {index: str(config.id2label.get(index, f"class {index}")) for index in range(config.num_labels)}
 
 
 def check_classes(dataset: Mapping[int, str], model: Mapping[int, str]) -> None:

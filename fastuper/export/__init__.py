@@ -5,9 +5,9 @@ from fastuper_kernels.dispatch.lazy import lazy_names
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fastuper.export.exporting import export_model
-    from fastuper.export.settings import ExportError, ExportSettings
+    from fastuper.export.settings import ExportError, ExportSettings, ProofError
 
-__all__ = ["ExportError", "ExportSettings", "export_model"]
+__all__ = ["ExportError", "ExportSettings", "ProofError", "export_model"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
@@ -15,6 +15,7 @@ if not TYPE_CHECKING:
         {
             "ExportError": "fastuper.export.settings",
             "ExportSettings": "fastuper.export.settings",
+            "ProofError": "fastuper.export.settings",
             "export_model": "fastuper.export.exporting",
         },
     )

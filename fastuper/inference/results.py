@@ -164,7 +164,7 @@ class Results:
             stem = os.path.splitext(os.path.basename(photo))[0]
             while photo not in known:
                 numbers[stem.casefold()] += 1
-                names = _numbered(stem, numbers[stem.casefold()], endings)
+                names = names_of_files(stem, numbers[stem.casefold()], endings)
                 if usable(names) and not any(name.casefold() in taken for name in names):
                     known[photo] = names
                     taken.update(name.casefold() for name in names)
@@ -363,8 +363,14 @@ class Results:
         path.unlink()
 
 
-def _numbered(stem: str, number: int, endings: Sequence[str]) -> list[str]:
-    """Return names of files from a photo's name without its suffix, of at most the length that file systems allow."""
+def names_of_files(stem: str, number: int, endings: Sequence[str]) -> list[str]:
+    """Return the names of a photo's files, of at most the length that file systems allow.
+
+    Args:
+        stem: the photo's name without its suffix.
+        number: tells photos of one name apart, from 1.
+        endings: the end of each name.
+    """
     mark = "" if number == 1 else f"-{number}"
     longest = max(len(os.fsencode(f"{mark}{ending}")) for ending in endings)
     while len(os.fsencode(stem)) + longest > _LONGEST_NAME:

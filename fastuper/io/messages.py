@@ -12,6 +12,9 @@ LIMIT = 400
 NAME_LIMIT = 200
 """Characters of a file's name in a message; `name_of` cuts the middle out of longer names."""
 
+EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
+"""Errors that bad input or a full machine can cause: a file, its values, torch out of memory, a full disk."""
+
 _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line separator, paragraph separator
 
 

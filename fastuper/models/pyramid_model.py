@@ -131,12 +131,34 @@ class PyramidModel(GradientCheckpointingMixin, PretrainedMixin):
 
         If the images were not padded, the logits (B, num_labels, h, w) are returned as they are.
         """
-        found = static_size(size)
-        if found is None or (padded := self.image_sizes.padded(*found)) == found:
+        sizes = self.resampled_sizes(logits.shape[2:], size)
+        if sizes is None:
             return logits
-        height, width = found
+        padded, (height, width) = sizes
         full = F.interpolate(logits.contiguous(), padded, mode="bilinear", align_corners=align_corners)
         return full[:, :, :height, :width].contiguous()
+
+    def resampled_sizes(self, coarse: Sequence[int], size: Sequence[int]) -> tuple[Any, Any] | None:
+        """Return the sizes to which logits are resampled, and then cropped; None for images that need no padding.
+
+        In a graph with free sizes, both are the logits' own for images that need none.
+
+        Args:
+            coarse: (height, width) of the logits.
+            size: (height, width) of the images.
+        """
+        sizes = self.image_sizes
+        padded = sizes.padded(*size)
+        if sizes.fits_all or static_size(size) == padded:
+            return None
+        if static_size(size) is not None:
+            return padded, tuple(size)
+        added = padded[0] - size[0] + padded[1] - size[1]
+        is_padded = added.clamp(max=1) if isinstance(added, torch.Tensor) else torch.sym_min(added, 1)
+        return (
+            tuple(own + is_padded * (full - own) for own, full in zip(coarse, padded, strict=True)),
+            tuple(own + is_padded * (kept - own) for own, kept in zip(coarse, size, strict=True)),
+        )
 
     @torch.no_grad()
     def initialize(self, names: set[str] | None = None, *, keep_unknown: bool = False) -> None:

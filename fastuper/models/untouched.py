@@ -41,7 +41,7 @@ def touched_by(module: nn.Module) -> str:
         return f"its class is {kind.__name__} of {kind.__module__.split('.')[0]}"
     if "parametrizations" in children_of(module):
         return "it has parametrizations"
-    if _is_replaced(module):
+    if is_replaced(module):
         return "its forward was replaced"
     if has_hooks(module):
         return HOOKED
@@ -56,7 +56,7 @@ def is_hooked_inside(module: nn.Module) -> bool:
     return has_global_hooks() or any(has_hooks(part) for part in module.modules())
 
 
-def _is_replaced(module: nn.Module) -> bool:
+def is_replaced(module: nn.Module) -> bool:
     """Return True if the instance has a `forward` other than its class's.
 
     Accelerate, when it removes its hooks, leaves the class's own `forward` on the instance.

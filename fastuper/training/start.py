@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastuper.data.classes import classes_of
 from fastuper.data.folders import SPLIT_NAMES, FolderDataset, Layout, find_splits, open_dataset
 from fastuper.data.label_check import LabelsSeen, check_numbers, one_class, see_labels
 from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.samples import IGNORE_INDEX, DataError, checked_classes
-from fastuper.evaluation.loop import check_classes, classes_of
+from fastuper.evaluation.loop import check_classes
 from fastuper.io.hub import find_file
 from fastuper.io.messages import listed, reason
 from fastuper.models.backbones.foreign import TIMM

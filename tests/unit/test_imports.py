@@ -58,7 +58,18 @@ ORDER = (
 )
 # Packages that the kernels may import besides PyTorch, Triton and the standard library, only inside functions.
 KERNELS_IN_FUNCTIONS = {"platformdirs", "rich", "typer"}
-HEAVY = ["transformers", "torchvision", "matplotlib", "timm", "skimage", "accelerate", "scipy", "pandas"]
+HEAVY = [
+    "transformers",
+    "torchvision",
+    "matplotlib",
+    "timm",
+    "skimage",
+    "accelerate",
+    "scipy",
+    "pandas",
+    "gradio",
+    "fastapi",
+]
 
 
 def modules() -> dict[str, Path]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastuper.models.norms import batch_norm, fold, is_fixed_norm
 from fastuper.models.untouched import is_exactly, is_supported_conv, is_untouched
 from fastuper_kernels import conv_bn_relu, upsample_add, upsampled_conv3x3
+from fastuper_kernels.dispatch.modes import written_for
 
 
 class FusedConv(nn.Module):
@@ -71,6 +72,12 @@ class FusedConv(nn.Module):
             (B, C_out, H, W); with `strip`, (B, C_out, stop - start, W).
         """
         weight, *weights = self.conv.weight.split([x.shape[1], *(level.shape[1] for level in coarser)], dim=1)
+        if coarser and written_for() is not None and self.is_foldable():
+            # The weights are constants of the graph: the scale costs nothing there, and a pass over the sum here.
+            scale, shift = fold(self.batch_norm)
+            weight, *weights = ((w * scale[:, None, None, None]).to(x.dtype) for w in (weight, *weights))
+            addend = upsampled_conv3x3(coarser, weights, (x.shape[2], x.shape[3]))
+            return conv_bn_relu(x, weight, shift=shift, addend=addend, upsampled=upsampled)
         addend = None
         if coarser:
             height, rows = (x.shape[2], None) if strip is None else (strip[2], strip[:2])

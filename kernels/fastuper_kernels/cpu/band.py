@@ -85,16 +85,18 @@ class Band:
         if size_in < 1 or size_out < 1:
             raise ValueError(f"sizes must be at least 1, got {size_in} and {size_out}")
         i = torch.arange(size_out, device=device) + offset
+        # The position of output i is numerator / denominator. Integers are exact, in runtimes without float64 too.
         if align_corners:
-            position = i.double() * ((size_in - 1) / max(size_out - 1, 1))
+            numerator, denominator = i * (size_in - 1), max(size_out - 1, 1)
         else:
-            position = (i.double() + 0.5) * (size_in / size_out) - 0.5
-        position = position.clamp(0, size_in - 1)
-        low = position.floor()
-        high_weight = position - low  # zero at the last position, whose neighbour does not exist
+            numerator, denominator = (2 * i + 1) * size_in - size_out, 2 * size_out
+        numerator = numerator.clamp(min=0).clamp(max=(size_in - 1) * denominator)
+        low = numerator // denominator
+        # The weight of the higher neighbour is zero at the last position, which has none.
+        high_weight = (numerator - low * denominator).double() / denominator
         weights = torch.stack([1 - high_weight, high_weight], dim=1)
         inside = (i >= 0) & (i < size_out)
-        return Band(low.long(), weights * inside[:, None], size_in)
+        return Band(low, weights * inside[:, None], size_in)
 
     @staticmethod
     def adaptive_avg_pool(size_in: int, size_out: int, *, device: torch.device | str = "cpu") -> Band:
@@ -164,6 +166,16 @@ class Band:
         padded = self.weights.new_zeros(self.size_out, self.size_in + self.weights.shape[1])
         index = self.first[:, None] + torch.arange(self.weights.shape[1], device=self.first.device)
         return padded.scatter_add(1, index, self.weights)[:, : self.size_in]
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return `dense()` by comparisons, which can be traced; for bands of few weights."""
+        column = torch.arange(self.size_in, device=self.first.device)
+        total = None
+        for k in range(self.weights.shape[1]):
+            part = (column == self.first[:, None] + k).to(dtype) * self.weights[:, k, None].to(dtype)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Apply the band to one axis of x by K gathers, which can be traced and differentiated."""

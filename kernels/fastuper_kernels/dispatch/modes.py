@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -49,6 +49,30 @@ def for_all_sizes(forward: Function) -> Function:
             return forward(*args, **kwargs)
 
     return called  # type: ignore[return-value]
+
+
+Runtime: TypeAlias = Literal["onnxruntime", "openvino"]
+_runtime: Runtime | None = None
+
+
+@contextmanager
+def writing_for(runtime: Runtime) -> Iterator[None]:
+    """While this context is active, traced operations are written as a runtime computes them fastest.
+
+    It changes neither eager runs nor results beyond rounding. Whoever exports a model for a runtime traces it inside.
+    Only one thread at a time may trace for a runtime.
+    """
+    global _runtime
+    before, _runtime = _runtime, runtime
+    try:
+        yield
+    finally:
+        _runtime = before
+
+
+def written_for() -> Runtime | None:
+    """Return the runtime that the graph is written for, see `writing_for`; None for PyTorch, and if nothing traces."""
+    return None if _runtime is None or is_eager() else _runtime
 
 
 def is_ordinary(*tensors: torch.Tensor | None) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from fastuper_kernels.cpu import matrices
 from fastuper_kernels.cpu.conv import Strip, between_zeros, conv, trained_conv, trains_by_winograd
 from fastuper_kernels.dispatch.backend import takes_triton
-from fastuper_kernels.dispatch.modes import autocast, check_dtypes, is_eager_inference, without_autocast
+from fastuper_kernels.dispatch.modes import autocast, check_dtypes, is_eager_inference, without_autocast, written_for
 from fastuper_kernels.ops.upsample_add import upsample_add
 
 
@@ -62,6 +63,8 @@ def conv_bn_relu(
     start, stop, height = strip
     if not (start == 0 and stop == height):
         return _strip_of_reference(x, weight, scale, shift, addend, upsampled, relu, strip)
+    if written_for() is not None:
+        return _written(x, weight, scale, shift, addend, upsampled, relu)
     if trains_by_winograd(x, weight, addend):
         y = _epilogue(trained_conv(x, weight, addend), scale, shift, None, relu)
         return y if upsampled is None else upsample_add(upsampled, y)
@@ -83,6 +86,27 @@ def reference(
     if upsampled is not None:
         y = y + F.interpolate(upsampled, size=y.shape[2:], mode="bilinear", align_corners=False)
     return y.to(x.dtype)
+
+
+def _written(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    upsampled: torch.Tensor | None,
+    relu: bool,
+) -> torch.Tensor:
+    """Return the result by operators that runtimes fuse: scale and shift become the convolution's weight and bias."""
+    if scale is not None:
+        weight = (weight * scale[:, None, None, None]).to(x.dtype)
+        addend = None if addend is None else (addend * scale[:, None, None]).to(x.dtype)
+    shift = None if shift is None else shift.to(x.dtype)
+    if matrices.takes_winograd(x, weight):
+        y = _epilogue(matrices.winograd_conv3x3(x, weight), None, shift, addend, relu)
+    else:
+        y = _epilogue(F.conv2d(x, weight, shift, padding=weight.shape[-1] // 2), None, None, addend, relu)
+    return y if upsampled is None else y + matrices.resample(upsampled, [(y.shape[2], y.shape[3])])
 
 
 def _strip_of_reference(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from fastuper_kernels.cpu import matrices
 from fastuper_kernels.dispatch.backend import takes_triton
-from fastuper_kernels.dispatch.modes import check_dtypes
+from fastuper_kernels.dispatch.modes import check_dtypes, written_for
 
 
 def upsample_add(x: torch.Tensor, lateral: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -35,6 +36,8 @@ def upsample_add(x: torch.Tensor, lateral: torch.Tensor, *, backend: str = "auto
         from fastuper_kernels.gpu.upsample_add import upsample_add as kernel
 
         return kernel(x, lateral)
+    if written_for() is not None:
+        return lateral + matrices.resample(x, [(lateral.shape[2], lateral.shape[3])])
     return reference(x, lateral)
 
 

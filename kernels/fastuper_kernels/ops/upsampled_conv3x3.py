@@ -12,9 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from fastuper_kernels.cpu import matrices
 from fastuper_kernels.cpu.upsampled_conv import UpsampledConv3x3, with_gradients
 from fastuper_kernels.dispatch.backend import takes_triton
-from fastuper_kernels.dispatch.modes import autocast, check_dtypes, is_eager, is_eager_inference, is_ordinary
+from fastuper_kernels.dispatch.modes import (
+    autocast,
+    check_dtypes,
+    is_eager,
+    is_eager_inference,
+    is_ordinary,
+    written_for,
+)
 
 
 def upsampled_conv3x3(
@@ -55,6 +63,9 @@ def upsampled_conv3x3(
     weights = autocast(*weights)
     if is_eager() and not is_ordinary(*levels, *weights):
         return reference(levels, weights, size)[:, :, start:stop]
+    if written_for() is not None:
+        total = matrices.upsampled_conv3x3(levels, weights, size)
+        return total if strip is None else total[:, :, start:stop]
     total = None
     for level, weight in zip(levels, weights, strict=True):
         part = with_gradients(level, weight, size) if is_eager() else _traced(level, weight, size)

@@ -33,9 +33,11 @@ FAULTS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, V
 
 
 def static_size(size: Sequence[Any]) -> Size | None:
-    """Return a size as numbers; None in a graph with free sizes, which is for images that need no padding."""
+    """Return a size as numbers; None in a graph with free sizes."""
+    if any(isinstance(side, torch.SymInt | torch.Tensor) for side in size):
+        return None
     height, width = size
-    return None if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt) else (int(height), int(width))
+    return int(height), int(width)
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,19 @@ class Sizes:
     largest: Size | None = None
     remedy: str = ""
 
+    @property
+    def fits_all(self) -> bool:
+        """Whether the backbone takes every image as it is."""
+        return self.multiple == (1, 1) and self.least == (1, 1) and self.largest is None
+
     def padded(self, height: int, width: int) -> Size:
-        """Return the size to which an image is padded, (height, width).
+        """Return the size to which an image is padded, (height, width); in a graph with free sizes a symbolic one.
 
         Raises:
             ValueError: the backbone takes no image of this size.
         """
+        if static_size((height, width)) is None:
+            return self._symbolic(height, 0), self._symbolic(width, 1)
         size = [
             -(-max(side, least) // multiple) * multiple
             for side, least, multiple in zip((height, width), self.least, self.multiple, strict=True)
@@ -75,13 +84,24 @@ class Sizes:
 
     def pad(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return images (B, C, H, W) padded with zeros, below and on the right; the images themselves if they fit."""
-        if self.multiple == (1, 1) and self.least == (1, 1) and self.largest is None:
+        if self.fits_all:
             return pixel_values
-        found = static_size(pixel_values.shape[2:])
-        if found is None or (padded := self.padded(*found)) == found:
+        height, width = pixel_values.shape[2:]
+        rows, columns = self.padded(height, width)
+        if static_size((height, width)) == (rows, columns):
             return pixel_values
-        (height, width), (rows, columns) = found, padded
         return F.pad(pixel_values, (0, columns - width, 0, rows - height))
+
+    def _symbolic(self, side: Any, axis: int) -> Any:
+        """Return the height (axis 0) or width (1) to which a symbolic one is padded."""
+        least, multiple = self.least[axis], self.multiple[axis]
+        if isinstance(side, torch.Tensor):  # while `torch.jit.trace` runs
+            side = side.clamp(min=least)
+        else:
+            if self.largest is not None:
+                torch._check(side <= self.largest[axis])
+            side = torch.sym_max(side, least) if least > 1 else side
+        return (side + multiple - 1) // multiple * multiple
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""The one temporary folder of the page: uploads and results, swept while the page runs and removed at its end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from fastuper_kernels.dispatch.files import temporary_beside
+
+KEPT_SECONDS = 3600
+"""Results and uploads are removed after this time."""
+KEPT_RESULTS = 100
+"""The number of results that are kept; the oldest are removed."""
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a new folder that only this user can read, and remove it at the end of the block.
+
+    Inside the block it is the folder of all temporary files of this process. The folders of killed processes are
+    removed too.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    before = tempfile.tempdir
+    folder = temporary_beside(Path(tempfile.gettempdir()) / "serve")
+    folder.mkdir(mode=0o700)
+    tempfile.tempdir = str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Result(NamedTuple):
+    """The folder of a photo's results, and when they were made."""
+
+    folder: Path
+    made: float
+
+
+class ResultFiles:
+    """Folders of results, by keys that cannot be guessed.
+
+    Args:
+        folder: the folder of all results, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._results: dict[str, _Result] = {}
+
+    @contextmanager
+    def new(self) -> Iterator[tuple[str, Path]]:
+        """Yield the key and the folder of a new result; if the block fails, the folder is removed.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        self.sweep(KEPT_RESULTS - 1)
+        key = secrets.token_urlsafe(12)
+        folder = self._folder / key
+        folder.mkdir()
+        try:
+            yield key, folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._results[key] = _Result(folder, time.monotonic())
+
+    def path(self, key: str, name: str) -> Path | None:
+        """Return a file of a result; None if there is none."""
+        result = self._results.get(key)
+        if result is None or name not in os.listdir(result.folder):
+            return None
+        return result.folder / name
+
+    def sweep(self, kept: int = KEPT_RESULTS) -> None:
+        """Remove old results, and the oldest if there are more than `kept`."""
+        oldest = sorted(self._results.items(), key=lambda item: item[1].made)
+        too_many = len(oldest) - kept
+        for position, (key, result) in enumerate(oldest):
+            if position < too_many or time.monotonic() - result.made > KEPT_SECONDS:
+                self._results.pop(key, None)
+                shutil.rmtree(result.folder, ignore_errors=True)
+
+
+def size_limit(max_pixels: int) -> int:
+    """Return the largest size of a photo's file in bytes: 4 channels of 16 bits for each pixel, and metadata."""
+    return 8 * max_pixels + (1 << 24)
+
+
+@contextmanager
+def removed_after(path: Path) -> Iterator[Path]:
+    """Yield a path, and remove its file at the end of the block."""
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

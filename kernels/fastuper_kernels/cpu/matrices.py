@@ -1,0 +1,121 @@
+"""Operations as matrix products, for graphs that ONNX Runtime and OpenVINO run (`dispatch.modes.writing_for`).
+
+These runtimes multiply matrices at full speed. Resampling, padding and additions take them longer than their arithmetic
+is worth. A matrix depends only on sizes. In a graph of one size it is a constant, elsewhere a few small operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from fastuper_kernels.cpu.band import Band
+from fastuper_kernels.cpu.winograd import DOWN
+from fastuper_kernels.dispatch.modes import written_for
+
+# The transforms of `cpu.winograd` as matrices, at the same points.
+INPUTS = [[1, 1.5, -2, -1.5, 1, 0], [0, -1, -2.5, -0.5, 1, 0], [0, 1, 0.5, -2.5, 1, 0]]
+INPUTS += [[0, -0.5, -1, 0.5, 1, 0], [0, 2, -1, -2, 1, 0], [0, 1, 1.5, -2, -1.5, 1]]
+OUTPUTS = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -0.5, 0], [0, 1, 1, 4, 0.25, 0], [0, 1, -1, 8, -0.125, 1]]
+
+
+def resample(x: torch.Tensor, sizes: Sequence[tuple[int, int]], corners: Sequence[bool] = ()) -> torch.Tensor:
+    """Return x (B, C, h, w), resampled (bilinear) through each of the sizes: two products.
+
+    Args:
+        x: the map.
+        sizes: the (height, width) of each step.
+        corners: `align_corners` of each step; empty if it is False for all.
+    """
+    rows, columns = (_chain(x, dim, [size[dim - 2] for size in sizes], corners) for dim in (2, 3))
+    return torch.matmul(torch.matmul(rows, x), columns.t())
+
+
+def _chain(x: torch.Tensor, dim: int, sizes: Sequence[int], corners: Sequence[bool]) -> torch.Tensor:
+    """Return the matrix that resamples one axis of x through each of the sizes."""
+    total, before = None, x.shape[dim]
+    for size, aligned in zip(sizes, corners or (False,) * len(sizes), strict=True):
+        step = Band.bilinear(before, size, align_corners=aligned, device=x.device).matrix(x.dtype)
+        total, before = step if total is None else step @ total, size
+    assert total is not None
+    return total
+
+
+def upsampled_conv3x3(
+    levels: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], size: tuple[int, int]
+) -> torch.Tensor:
+    """Return `ops.upsampled_conv3x3` by a product for the columns of each level, and one for the rows of all levels.
+
+    The three taps of an axis lie beside it. So a matrix resamples, shifts and adds up the taps at once.
+    """
+    channels = weights[0].shape[0]
+    lines, rows = [], []
+    for level, weight in zip(levels, weights, strict=True):
+        batch, _, height, width = level.shape
+        taps = weight.permute(3, 0, 2, 1).flatten(1, 2)  # (3, C_out * 3, C): for each column, the taps of all rows
+        products = [F.conv2d(level, tap[:, :, None, None]) for tap in taps.unbind()]
+        line = torch.matmul(torch.cat(products, dim=3), _taps(width, size[1], level).t())
+        lines.append(line.view(batch, channels, 3 * height, size[1]))
+        rows.append(_taps(height, size[0], level))
+    return torch.matmul(torch.cat(rows, dim=1), torch.cat(lines, dim=2))
+
+
+def _taps(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the matrix (size_out, 3 * size_in) from the products of an axis's three taps to their resampled sum."""
+    bands = [Band.bilinear(size_in, size_out, offset=tap, device=like.device) for tap in (-1, 0, 1)]
+    return torch.cat([band.matrix(like.dtype) for band in bands], dim=1)
+
+
+WINOGRAD_CHANNELS = 256
+
+
+def takes_winograd(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return True if ONNX Runtime takes less time by `winograd_conv3x3` than by its own convolution, in float32."""
+    wide = weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= WINOGRAD_CHANNELS
+    return wide and x.dtype == torch.float32 and written_for() == "onnxruntime"
+
+
+def winograd_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return a 3x3 convolution with zero padding by Winograd's F(4x4, 3x3): 36 products for every 144.
+
+    A convolution of stride 4 computes the 36 points of all tiles, one product multiplies the channels, and a transposed
+    convolution of stride 4 computes the tiles' outputs.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C_out, C, 3, 3).
+    """
+    batch, channels, height, width = x.shape
+    points, size = len(DOWN), len(DOWN) - 2
+    rows, columns = (height + size - 1) // size, (width + size - 1) // size
+    inputs, outputs = (torch.tensor(matrix, dtype=x.dtype, device=x.device) for matrix in (INPUTS, OUTPUTS))
+    margin = 1
+    if not _divides(size, height, width):
+        # Zeros before each tile's inputs: the padding can be as large on the left as the right needs it.
+        inputs, margin = F.pad(inputs, (size - 1, 0)), size
+    tiles = F.conv2d(x.reshape(batch * channels, 1, height, width), _both_axes(inputs), stride=size, padding=margin)
+    tiles = tiles.view(batch, channels, points * points, rows * columns).permute(2, 0, 1, 3)
+    products = torch.matmul(_transformed(weight, x.dtype), tiles).permute(1, 2, 0, 3)
+    products = products.reshape(batch * weight.shape[0], points * points, rows, columns)
+    y = F.conv_transpose2d(products, _both_axes(outputs.t()), stride=size)
+    y = y.view(batch, weight.shape[0], size * rows, size * columns)
+    return y if _divides(size, height, width) else y[:, :, :height, :width]
+
+
+def _divides(size: int, height: int, width: int) -> bool:
+    """Return True if both sides are fixed, and multiples of `size`."""
+    return all(isinstance(side, int) and side % size == 0 for side in (height, width))
+
+
+def _both_axes(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the kernels (points * points, 1, n, n) that apply a matrix (points, n) to both axes."""
+    return torch.einsum("iy,jx->ijyx", matrix, matrix).flatten(0, 1)[:, None]
+
+
+def _transformed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the transformed weight, (points * points, 1, C_out, C), computed in float64."""
+    kernels = _both_axes(torch.tensor(DOWN, dtype=torch.float64, device=weight.device))
+    taps = weight.double().permute(2, 3, 0, 1).reshape(9, -1)
+    return (kernels.flatten(1) @ taps).to(dtype).view(-1, 1, *weight.shape[:2])

@@ -1,0 +1,183 @@
+"""The graph that is exported, against the model's methods and the image processor: by itself, traced, and in runtimes.
+
+Sizes off the traced one: odd sizes, small ones, sizes above and below the label maps', batches of 1 to 3.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino
+import PIL.Image
+import pytest
+import torch
+from torch.export import Dim
+from torch.nn import functional as F
+
+from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
+from fastuper.export import ExportError, ExportSettings
+from fastuper.export.graph import Graph
+from fastuper.export.preprocessing import Preprocessing
+from fastuper.models.backbones.foreign import Sizes
+from tests.models.heads import error, randomize
+from tests.models.test_over import Maps
+from tests.models.test_parsing_model import model as parsing_model
+from tests.models.test_upernet import BACKBONES
+from tests.models.test_upernet import model as small_model
+
+# (batch, height, width) of images and (height, width) of label maps.
+SIZES = [
+    ((2, 67, 131), (97, 53)),
+    ((1, 64, 64), (64, 64)),
+    ((3, 35, 161), (7, 401)),
+    ((1, 16, 19), (1, 1)),
+    ((2, 130, 96), (17, 200)),
+]
+TRACED = ((2, 97, 113), (83, 107))
+
+
+def network(kind: str = "convnext", **values: Any) -> Any:
+    torch.manual_seed(0)
+    if kind == "parsing":
+        return parsing_model(**values)
+    if kind == "padded":
+        values = {"hidden_size": 8, "use_auxiliary_head": False, "num_labels": 5, **values}
+        model = randomize(UperNetForSemanticSegmentation.over(Maps(), **values)).eval()
+        model.image_sizes = Sizes("maps", (16, 16), (32, 48))
+        return model
+    return randomize(small_model(kind, **values))
+
+
+def pixels_of(batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1000 * height + width))
+
+
+def photos_of(batch: int, height: int, width: int) -> torch.Tensor:
+    """Return photos (B, H, W, 3) with smooth parts and edges."""
+    coarse = torch.randn(batch, 3, 5, 6, generator=torch.Generator().manual_seed(1000 * height + width))
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic")
+    return ((smooth * 90).round() + 128 * (smooth > 0.3)).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def check_labels(found: torch.Tensor, expected: torch.Tensor, votes: torch.Tensor) -> None:
+    """Compare label maps where the best of logits (B, classes, height, width) leads in float64."""
+    assert found.shape == expected.shape
+    best = votes.topk(2, dim=1).values
+    decided = best[:, 0] - best[:, 1] > 8 * torch.finfo(torch.float32).eps * best.abs().max()
+    assert decided.double().mean() > 0.98
+    assert torch.equal(found.long()[decided], expected.long()[decided])
+
+
+def votes_of(model: Any, pixels: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+    """Return the float64 logits whose argmax `segment` returns."""
+    double = copy.deepcopy(model).double()
+    logits = double(pixels.double()).logits
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    return logits if target == logits.shape[2:] else F.interpolate(logits, target, mode="bilinear")
+
+
+@torch.no_grad()
+def check_upernet(run: Callable[..., Any], model: Any, settings: ExportSettings, sizes: Any = SIZES) -> None:
+    """Compare a graph of logits or label maps with the model."""
+    for image, target in sizes:
+        pixels = pixels_of(*image)
+        given = (pixels, torch.tensor(target)) if settings.target_size else (pixels,)
+        found = run(*given)
+        if not settings.labels:
+            assert found.dtype == torch.float32
+            assert error(found, model(pixels).logits) < 2e-5
+            continue
+        target = target if settings.target_size else image[1:]
+        expected = torch.stack(model.segment(pixels, [target] * len(pixels)))
+        assert found.dtype == (torch.uint8 if model.config.num_labels <= 256 else torch.int32)
+        check_labels(found, expected, votes_of(model, pixels, target))
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "one-class": {"num_labels": 1},
+    "300-classes": {"num_labels": 300},
+    "aligned": {},
+    "padded": {"kind": "padded"},
+    "padded-aligned": {"kind": "padded"},
+}
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *BACKBONES])
+def test_label_maps_of_any_size(kind):
+    model = network(**MODELS.get(kind, {"kind": kind}))
+    if "aligned" in kind:
+        model.align_corners = True
+    for settings in (ExportSettings(labels=True), ExportSettings(labels=True, target_size=True)):
+        check_upernet(Graph(model, settings), model, settings)
+
+
+TASKS = ("scene", "object", "part", "material", "texture")
+
+
+@torch.no_grad()
+def check_parsing(run: Callable[..., Any], model: Any, settings: ExportSettings, sizes: Any = SIZES) -> None:
+    """Compare a graph of a parsing model with the model."""
+    for image, target in sizes:
+        pixels = pixels_of(*image)
+        found = dict(
+            zip(TASKS, run(*((pixels, torch.tensor(target)) if settings.target_size else (pixels,))), strict=True)
+        )
+        if not settings.labels:
+            expected = model(pixels)
+            for task in TASKS:
+                assert error(found[task], expected[task]) < 2e-5, task
+            continue
+        parsed = model.parse(pixels, [target if settings.target_size else image[1:]] * len(pixels), top=None)
+        for i, own in enumerate(parsed):
+            assert [number for number, _ in own.scene][0] == found["scene"][i].argmax()
+            assert torch.allclose(found["scene"][i][own.scene[0][0]], torch.tensor(own.scene[0][1]), rtol=1e-4)
+            for name in ("object", "part", "material", "texture"):
+                same = found[name][i].long() == getattr(own, name)
+                assert same.double().mean() > 0.99, (name, image, target)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_parsing(padded):
+    model = network("parsing")
+    if padded:
+        model.image_sizes = Sizes("maps", (16, 16), (32, 48))
+    for values in ({}, {"labels": True}, {"labels": True, "target_size": True}):
+        settings = ExportSettings(**values)
+        check_parsing(Graph(model, settings), model, settings)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fixed": {"size": (50, 71)},
+    "larger": {"size": (300, 190), "resample": PIL.Image.Resampling.BICUBIC},
+    "bicubic": {"size": (30, 21), "resample": PIL.Image.Resampling.BICUBIC},
+    "shortest-edge": {"size": {"shortest_edge": 47}},
+    "divisor": {"size": {"shortest_edge": 47}, "size_divisor": 8, "do_rescale": False, "image_mean": 100.0},
+    "parsing": {**UperNetImageProcessor.for_parsing(size={"shortest_edge": 45, "longest_edge": 60}).to_dict()},
+    "not-resized": {"do_resize": False, "do_normalize": False},
+}
+PHOTOS = [(1, 97, 131), (2, 333, 211), (1, 20, 33), (1, 48, 47), (1, 90, 47)]
+
+
+def check_pixels(run: Callable[..., Any], processor: UperNetImageProcessor) -> None:
+    """Compare pixel values with the processor's: at most one of 256 levels, and most of them equal."""
+    scale = (processor.rescale_factor if processor.do_rescale else 1) / np.asarray(processor.image_std)
+    level = (scale if processor.do_normalize else processor.rescale_factor).max()
+    for size in PHOTOS:
+        photos = photos_of(*size)
+        expected = processor(list(photos.numpy()), input_data_format="channels_last", return_tensors="pt")
+        difference = (run(photos) - expected["pixel_values"]).abs() / level
+        assert difference.max() < 1.001, size
+        assert (difference > 0.01).double().mean() < (0.2 if processor.antialias is False else 1e-3), size
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_preprocessing(name):
+    options = {name: value for name, value in OPTIONS[name].items() if name != "image_processor_type"}
+    processor = UperNetImageProcessor(**options)
+    check_pixels(Preprocessing(processor), processor)

@@ -1,0 +1,79 @@
+"""Operations as matrix products, for other runtimes' graphs: the same results, by no slow operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastuper_kernels import conv_bn_relu, upsample_add, upsampled_conv3x3
+from fastuper_kernels.cpu import matrices
+from fastuper_kernels.cpu.band import Band, interpolate_chain
+from fastuper_kernels.dispatch.modes import writing_for, written_for
+from fastuper_kernels.ops import upsampled_conv3x3 as file_of_upsampled_conv3x3
+
+SIZES = [(3, 7), (128, 512), (77, 311), (512, 683), (9, 4), (1, 5), (5, 1), (300, 401)]
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(("size_in", "size_out"), SIZES)
+def test_a_bands_matrix(size_in, size_out, aligned):
+    band = Band.bilinear(size_in, size_out, align_corners=aligned)
+    assert torch.equal(band.matrix(torch.float64), band.dense())
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 16, 16), (2, 3, 13, 18), (1, 2, 1, 1), (2, 4, 7, 64)])
+def test_winograd(shape):
+    x, weight = rand(*shape), rand(6, shape[1], 3, 3)
+    torch.testing.assert_close(matrices.winograd_conv3x3(x, weight), F.conv2d(x, weight, padding=1))
+
+
+def test_winograd_in_float32():
+    x, weight = rand(1, 256, 16, 16).float(), rand(8, 256, 3, 3).float()
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    assert (matrices.winograd_conv3x3(x, weight) - expected).norm() < 3e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 31), (2, 3)])
+def test_convolution_of_resampled_levels(size):
+    levels = [rand(2, 3, *level) for level in [(5, 6), (3, 2), (1, 1), (20, 30)]]
+    weights = [rand(4, 3, 3, 3) for _ in levels]
+    expected = file_of_upsampled_conv3x3.reference(levels, weights, size)
+    torch.testing.assert_close(matrices.upsampled_conv3x3(levels, weights, size), expected)
+
+
+def test_resampling_in_steps():
+    x, steps, corners = rand(2, 3, 7, 5), [(9, 17), (30, 11)], (True, False)
+    torch.testing.assert_close(matrices.resample(x, steps, corners), interpolate_chain(x, steps, corners))
+
+
+class Operations(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale, self.shift = rand(4, 4, 3, 3), rand(4), rand(4)
+
+    def forward(self, x: torch.Tensor, coarser: torch.Tensor) -> torch.Tensor:
+        y = upsampled_conv3x3([coarser], [self.weight], (x.shape[2], x.shape[3]))
+        y = conv_bn_relu(x, self.weight, self.scale, self.shift, addend=y, upsampled=coarser)
+        return upsample_add(coarser, y)
+
+
+def operators(program: torch.export.ExportedProgram) -> set[str]:
+    return {str(node.target).removeprefix("aten.").split(".")[0] for node in program.graph.nodes}
+
+
+def test_graphs_for_a_runtime():
+    """A graph for a runtime has the same result; outside the context graphs are as before."""
+    module, inputs = Operations(), (rand(2, 4, 12, 10), rand(2, 4, 5, 4))
+    expected = module(*inputs)
+    with writing_for("onnxruntime"):
+        assert written_for() is None, "nothing traces"
+        program = torch.export.export(module, inputs)
+    torch.testing.assert_close(program.module()(*inputs), expected)
+    assert not {"upsample_bilinear2d", "pad"} & operators(program)
+    assert "upsample_bilinear2d" in operators(torch.export.export(module, inputs))
