@@ -14,7 +14,7 @@ from fastuper.export.preprocessing import Preprocessing
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper.models.upernet import UperNetForSemanticSegmentation
-from fastuper_kernels.dispatch.modes import is_jit_tracing
+from fastuper_kernels.dispatch.modes import for_all_sizes, is_jit_tracing
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 # Logits of full size exist for a strip of the label map's rows at a time, and are made in blocks of its columns.
@@ -84,6 +84,7 @@ class Graph(nn.Module):
             self.register_buffer("penalties", (~allowed).float() * NEVER, persistent=False)
             self.register_buffer("part_names", names, persistent=False)
 
+    @for_all_sizes
     def forward(
         self, images: torch.Tensor, target_size: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -30,9 +30,7 @@ from tests.models.test_upernet import UperNetConfig, UperNetForSemanticSegmentat
 
 BACKBONES = {
     **NATIVE,
-    "swin_timm": lambda: TimmSwinConfig(
-        64, embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 4], window_size=4
-    ),
+    "swin_timm": lambda: TimmSwinConfig(64, embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 4], window_size=4),
 }
 exhaustive = pytest.mark.exhaustive
 
@@ -71,7 +69,9 @@ def check_format(folder: Path, name: str, family: str, bound: float = 2e-5, **op
             assert error(result, expected) < bound, case
 
 
-@pytest.mark.parametrize("family", [name if name == "resnet" else pytest.param(name, marks=exhaustive) for name in BACKBONES])
+@pytest.mark.parametrize(
+    "family", [name if name == "resnet" else pytest.param(name, marks=exhaustive) for name in BACKBONES]
+)
 def test_torch_of_any_size(family, tmp_path):
     check_format(tmp_path, "torch", family)
 
@@ -83,7 +83,9 @@ def test_aoti_of_any_size(family, tmp_path):
     check_format(tmp_path, "aoti", family)
 
 
-@pytest.mark.parametrize("family", [name if name == "convnext" else pytest.param(name, marks=exhaustive) for name in BACKBONES])
+@pytest.mark.parametrize(
+    "family", [name if name == "convnext" else pytest.param(name, marks=exhaustive) for name in BACKBONES]
+)
 def test_executorch(family, tmp_path):
     check_format(tmp_path, "executorch", family, size="67x97")
 
@@ -105,12 +107,6 @@ def test_aoti_without_a_compiler(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_executorch_of_any_size(tmp_path):
-    settings = ExportSettings(format="executorch")
-    with pytest.raises(ExportError, match="plans its memory for one size; give size=HEIGHTxWIDTH"):
-        format_of("executorch").write(Graph(network("convnext"), settings), settings, tmp_path, {})
-
-
 # A user's own export -------------------------------------------------------------------------------------------------
 
 NAMED = {2: Dim("h", min=32, max=4096), 3: Dim("w", min=32, max=4096)}
@@ -119,7 +115,9 @@ DYNAMIC = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
 AUTO = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
 
 
-def check_own(model: nn.Module, dims: dict[int, Any], example: tuple[int, int], sizes: Any, strict: bool = False) -> None:
+def check_own(
+    model: nn.Module, dims: dict[int, Any], example: tuple[int, int], sizes: Any, strict: bool = False
+) -> None:
     batch = 2 if 0 in dims else 1
     with torch.no_grad():
         program = torch.export.export(

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from fastuper_kernels.dispatch.torch_private import has_modes, in_forward_ad, in_transform, free_sizes
+from fastuper_kernels.dispatch.torch_private import free_sizes, has_modes, in_forward_ad, in_transform
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

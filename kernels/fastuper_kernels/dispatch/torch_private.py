@@ -93,17 +93,20 @@ class _UnguardedChoices(torch.overrides.TorchFunctionMode):
         {
             torch.conv2d,
             torch.conv_transpose2d,
+            torch.nn.functional.interpolate,
             torch.nn.functional.scaled_dot_product_attention,
             torch.Tensor.contiguous,
         }
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        free = (side for side in args[0].shape if isinstance(side, torch.SymInt)) if func in self.operators else ()
+        kwargs = kwargs or {}
+        chooses = func in self.operators and kwargs.get("scale_factor") is None  # a factor computes a size
+        free = (side for side in args[0].shape if isinstance(side, torch.SymInt)) if chooses else ()
         for side in free:
             with side.node.shape_env.suppress_guards():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
