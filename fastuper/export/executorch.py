@@ -6,7 +6,10 @@ XNNPACK computes what it knows, ExecuTorch's portable operators the rest.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +45,27 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
 
 def load(folder: Path, settings: ExportSettings) -> Runner:
     """Return the program as a function of arrays; see `ExportFormat`."""
-    from executorch.runtime import Runtime
+    with _silent():
+        from executorch.runtime import Runtime
 
-    program = Runtime.get().load_program(folder / MODEL_FILES[0])
-    method = program.load_method("forward")
-    names = {name: program.load_method(name).execute([])[0] for name in ("inputs", "outputs")}
+        program = Runtime.get().load_program(folder / MODEL_FILES[0])
+        method = program.load_method("forward")
+        names = {name: program.load_method(name).execute([])[0] for name in ("inputs", "outputs")}
     return runner(lambda *inputs: method.execute(inputs), names)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within this context nothing is written to the standard error: ExecuTorch logs there, in C++, what is no fault."""
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch.export import Dim
 
 from fastuper.export.settings import ExportError, ExportSettings
-from fastuper.export.sizes import example_inputs
+from fastuper.export.sizes import checked_cases, example_inputs
 from fastuper.io.messages import reason
 
 if TYPE_CHECKING:
@@ -53,15 +53,25 @@ def program_of(graph: Graph, settings: ExportSettings) -> torch.export.ExportedP
         ExportError: torch.export refuses the model, or fixes a size that must be free.
     """
     inputs = example_inputs(graph)
-    free = (0,) if settings.image_size is not None else (0, 1, 2) if settings.with_preprocessing else (0, 2, 3)
-    if settings.format == "executorch":
-        free = ()
-    shapes = [dict.fromkeys(free, Dim.DYNAMIC), *[None for _ in inputs[1:]]]
+    shapes = [_free_dimensions(graph, settings), *[None for _ in inputs[1:]]]
     try:
         with torch.no_grad():
             return torch.export.export(graph, inputs, dynamic_shapes=tuple(shapes), strict=False)
     except Exception as error:
         raise ExportError(f"torch.export refuses the model: {reason(error)}") from error
+
+
+def _free_dimensions(graph: Graph, settings: ExportSettings) -> dict[int, Dim]:
+    """Return the free dimensions of the images with their ranges; an export fails if the model fixes one."""
+    if settings.format == "executorch":
+        return {}
+    batch = {0: Dim("batch", min=1)}
+    if settings.image_size is not None:
+        return batch
+    first = 1 if settings.with_preprocessing else 2
+    # The range begins where the proof does: what a small image needs, such as padding, is then left out elsewhere.
+    least = min(min(case.height, case.width) for case in checked_cases(graph))
+    return {**batch, first: Dim("height", min=least), first + 1: Dim("width", min=least)}
 
 
 def with_names(metadata: Mapping[str, str], graph: Graph) -> dict[str, str]:

@@ -137,20 +137,23 @@ def is_free(*sides: Any) -> bool:
 
 def lacking(side: Any, least: int) -> Any:
     """Return how much a side, which may be free, is below a number; 0 if it is not."""
-    if not is_free(side):
-        return max(least - side, 0)
     if isinstance(side, torch.Tensor):
         return (least - side).clamp(min=0)
-    # Where the range of sizes allows a side of 0, the traced network is for larger sides like the example's. It would
-    # else compute the sizes of all images, also of those that give no map.
-    if is_known(side >= least) or (not is_known(side >= 1) and side >= least):
-        return 0
-    return torch.sym_max(least - side, 0)
+    if isinstance(side, torch.SymInt):
+        # In this form the padded side is the maximum itself, whose least value PyTorch knows.
+        return 0 if is_known(side >= least) else torch.sym_max(side, least) - side
+    return max(least - side, 0)
 
 
 def pad_to(x: torch.Tensor, height: int, width: int, value: float = 0.0) -> torch.Tensor:
     """Pad a map (B, C, H, W) with a value, below and on the right, to at least (height, width)."""
-    bottom, right = lacking(x.shape[2], height), lacking(x.shape[3], width)
+    rows, columns = x.shape[2:]
+    # Where the range of a traced network's sizes allows maps without a row, it has no lower bound that means anything.
+    # The network is then for maps that fit, like the example's: the sizes of all others would be long expressions.
+    unbounded = isinstance(rows, torch.SymInt) and not is_known(rows >= 1)
+    if (unbounded or not is_free(rows, columns)) and rows >= height and columns >= width:
+        return x
+    bottom, right = lacking(rows, height), lacking(columns, width)
     if not is_free(bottom, right) and bottom == right == 0:
         return x
     return F.pad(x, (0, right, 0, bottom), value=value)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from fastuper_kernels.dispatch.torch_private import has_modes, in_forward_ad, in_transform, sizes_without_guards
+from fastuper_kernels.dispatch.torch_private import free_sizes, has_modes, in_forward_ad, in_transform
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -78,7 +78,7 @@ def for_all_sizes(forward: Function) -> Function:
         # Dynamo cannot trace the context: a strict export is valid for sizes like its example's.
         if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
             return forward(*args, **kwargs)
-        with sizes_without_guards():
+        with free_sizes():
             return forward(*args, **kwargs)
 
     return called  # type: ignore[return-value]

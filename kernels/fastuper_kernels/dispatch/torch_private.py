@@ -7,7 +7,8 @@ private API, the API's test in `tests/kernels/test_torch_private.py` fails. All 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,13 +70,43 @@ def in_ddp() -> bool:
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
-def sizes_without_guards() -> Any:
-    """Return a context in which torch.export compares no free size with 1.
+@contextmanager
+def free_sizes() -> Iterator[None]:
+    """A context in which torch.export takes no free size for 1 because it is 1 in the example, nor for larger than 1.
 
-    Reason: PyTorch takes a size that is 1 in the example for a constant, such as the number of windows of a small map.
-    `torch.onnx.export` uses the same private setting; torch.export has no public one.
+    The network's own comparisons of sizes are recorded as always; only choices of layouts and kernels are not.
+
+    Reason: the number of windows of a small map, or its rows, may be 1. PyTorch makes it a constant, or refuses it.
+    `torch.onnx.export` uses the first private setting here; torch.export has no public one.
     """
-    return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True), _UnguardedChoices():  # type: ignore[attr-defined]
+        yield
+
+
+class _UnguardedChoices(torch.overrides.TorchFunctionMode):
+    """Runs the operators that choose a memory layout or a kernel by sizes, without guards on these sizes.
+
+    The choice is made again when the graph runs. The layout of a map of one row, for example, is ambiguous.
+    """
+
+    operators = frozenset(
+        {
+            torch.conv2d,
+            torch.conv_transpose2d,
+            torch.nn.functional.interpolate,
+            torch.nn.functional.scaled_dot_product_attention,
+            torch.Tensor.contiguous,
+        }
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        chooses = func in self.operators and kwargs.get("scale_factor") is None  # a factor computes a size
+        free = (side for side in args[0].shape if isinstance(side, torch.SymInt)) if chooses else ()
+        for side in free:
+            with side.node.shape_env.suppress_guards():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -87,20 +87,24 @@ def reference(levels: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], s
 
 
 def _traced(level: torch.Tensor, weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return one level's part by few of PyTorch's operators, for a small graph: the columns' taps, then the rows'."""
+    """Return one level's part by few of PyTorch's operators, for a small graph: the columns' taps, then the rows'.
+
+    A tap's map is padded on both sides, and the sum of the maps is cropped. To crop each map would make a map of one
+    column empty, which tracers refuse.
+    """
     channels = weight.shape[0]
     lines = []
     for x in range(3):
         taps = weight[:, :, :, x].permute(2, 0, 1).flatten(0, 1)  # (3 C_out, C): the taps of one column
         products = F.conv2d(level, taps[:, :, None, None])
         wide = F.interpolate(products, size=(level.shape[2], size[1]), mode="bilinear", align_corners=False)
-        lines.append(F.pad(wide, (1 - x, x - 1)))
-    line = lines[0] + lines[1] + lines[2]
+        lines.append(F.pad(wide, (2 - x, x)))
+    line = (lines[0] + lines[1] + lines[2]).narrow(3, 1, size[1])
     sums = []
     for y, part in enumerate(line.split(channels, dim=1)):
         tall = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
-        sums.append(F.pad(tall, (0, 0, 1 - y, y - 1)))
-    return sums[0] + sums[1] + sums[2]
+        sums.append(F.pad(tall, (0, 0, 2 - y, y)))
+    return (sums[0] + sums[1] + sums[2]).narrow(2, 1, size[0])
 
 
 def _check(
