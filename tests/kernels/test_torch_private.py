@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,31 @@ def test_in_ddp_during_a_forward_pass(tmp_path):
         torch.distributed.destroy_process_group()
     assert found == [True]
     assert not torch_private.in_ddp()
+
+
+class FirstRows(nn.Module):
+    """A convolution of the first quarter of the rows: a single row of a map of four."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.context, self.weight = context, nn.Parameter(random(3, 2, 3, 3))
+
+    def forward(self, x):
+        with self.context():
+            rows = F.interpolate(x, size=(x.shape[2] // 4, 5), mode="bilinear")
+            return F.conv2d(rows.contiguous(memory_format=torch.channels_last), self.weight, padding=1)
+
+
+def test_free_sizes():
+    shapes = ({2: torch.export.Dim("h", min=4, max=64)},)
+    for height in (4, 12):  # without the context, the program is for one row, or for more than one
+        with pytest.raises(Exception, match="Constraints violated"):
+            torch.export.export(FirstRows(nullcontext), (random(1, 2, height, 6),), dynamic_shapes=shapes)
+        module = FirstRows(torch_private.free_sizes)
+        program = torch.export.export(module, (random(1, 2, height, 6),), dynamic_shapes=shapes)
+        for other in (4, 8, 21):
+            x = random(1, 2, other, 6)
+            torch.testing.assert_close(program.module()(x), module(x))
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
