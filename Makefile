@@ -37,7 +37,11 @@ test: $(STAMP) ## run the tests that need no GPU (about 12 minutes on two cores 
 	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not exhaustive" $(PARALLEL)
 
-test-exhaustive: $(STAMP) ## run the tests that `make test` leaves out: Inductor, export and ONNX for every backbone, training under torchrun (over an hour)
+$(VENV)/.exhaustive: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,executorch]'
+	@touch $@
+
+test-exhaustive: $(VENV)/.exhaustive ## run the tests that `make test` leaves out: Inductor, export and ONNX for every backbone, training under torchrun (over an hour)
 	$(BIN)/python -m pytest -m exhaustive $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m exhaustive $(PARALLEL)
 
