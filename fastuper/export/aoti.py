@@ -14,6 +14,7 @@ import torch
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.export.torch_program import program_of, runner, versions, with_names
 from fastuper.io.messages import reason
+from fastuper_kernels.dispatch.torch_private import aoti_compile, aoti_load, has_cpp_compiler
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Runner
@@ -33,16 +34,14 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     configs: dict[str, Any] = {"aot_inductor.metadata": with_names(metadata, graph)}
     try:
         with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(folder / MODEL_FILES[0]), inductor_configs=configs
-            )
+            aoti_compile(program, str(folder / MODEL_FILES[0]), configs)
     except Exception as error:
         raise ExportError(f"AOTInductor cannot compile the model: {reason(error)}") from error
 
 
 def load(folder: Path, settings: ExportSettings) -> Runner:
     """Return the compiled model as a function of arrays; see `ExportFormat`."""
-    model = torch._inductor.aoti_load_package(str(folder / MODEL_FILES[0]))
+    model = aoti_load(str(folder / MODEL_FILES[0]))
     return runner(model, model.get_metadata())
 
 
@@ -52,13 +51,8 @@ def check_compiler() -> None:
     Raises:
         ExportError: it finds none.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
+    if not has_cpp_compiler():
         raise ExportError(
             "format aoti compiles C++, and no compiler works: install one, such as Debian's package g++, or name it "
             "in the environment variable CXX"
-        ) from None
+        )

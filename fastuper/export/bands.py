@@ -23,11 +23,11 @@ class Blocks(NamedTuple):
     """A linear map of one axis as one dense matrix for each block of its outputs.
 
     Attributes:
-        index: (blocks, L), int64, the inputs that each block reads.
+        inputs: (blocks, L), int64, the inputs that each block reads.
         matrix: (blocks, outputs of a block, L), float32. Outputs beyond the last one repeat it.
     """
 
-    index: torch.Tensor
+    inputs: torch.Tensor
     matrix: torch.Tensor
 
 

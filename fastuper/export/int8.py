@@ -100,7 +100,8 @@ class Photos:
             size, None if the folder has none.
         """
         if self.dataset is None:
-            photo, label = read_image(self._files[number]), None
+            photo: Any = read_image(self._files[number])
+            label = None
         else:
             photo, label, _ = self.dataset[number]
         size = self.settings.image_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import PIL.Image
@@ -12,6 +13,7 @@ from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.sizes import checked_size
 from fastuper.export.bands import LARGEST, Chain, Filter, Size, Step, apply, smaller
 from fastuper.export.settings import ExportError
+from fastuper_kernels.dispatch.torch_private import check_size
 
 # The blocks of an axis that is resampled: each is one product of matrices.
 BLOCKS = 8
@@ -27,7 +29,7 @@ def _cubic(t: torch.Tensor) -> torch.Tensor:
     return torch.where(t < 1, near, far)
 
 
-FILTERS = {
+FILTERS: dict[int, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     PIL.Image.Resampling.BILINEAR: (1, _triangle),
     PIL.Image.Resampling.BICUBIC: (2, _cubic),
 }
@@ -47,6 +49,9 @@ class Preprocessing(nn.Module):
         ExportError: an option asks for what a graph cannot do; the message names the option.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, processor: UperNetImageProcessor):
         super().__init__()
         self.resizes = bool(processor.do_resize)
@@ -56,7 +61,7 @@ class Preprocessing(nn.Module):
         self.size = dict(checked_size(processor.size))
         if self.resizes:
             self._check_resizing(processor)
-        self.filter = FILTERS.get(processor.resample)
+        self.filter = FILTERS.get(int(processor.resample))
         factor = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         scale, shift = [], []
@@ -127,8 +132,8 @@ def _free(side: Size) -> Size:
     if not isinstance(side, torch.SymInt):
         return side
     own = torch.scalar_tensor(side, dtype=torch.int64).item()
-    torch._check(own >= 1)
-    torch._check(own <= LARGEST)
+    check_size(own >= 1)
+    check_size(own <= LARGEST)
     return own
 
 

@@ -79,8 +79,8 @@ class FusedConv(nn.Module):
             # The weights are constants of the graph: the scale costs nothing there, and a pass over the sum here.
             scale, shift = fold(self.batch_norm)
             weight, *weights = ((w * scale[:, None, None, None]).to(x.dtype) for w in (weight, *weights))
-            addend = upsampled_conv3x3(coarser, weights, (x.shape[2], x.shape[3]))
-            return conv_bn_relu(x, weight, shift=shift, addend=addend, upsampled=upsampled)
+            coarse = upsampled_conv3x3(coarser, weights, (x.shape[2], x.shape[3]))
+            return conv_bn_relu(x, weight, shift=shift, addend=coarse, upsampled=upsampled)
         addend = None
         if coarser:
             height, rows = (x.shape[2], None) if strip is None else (strip[2], strip[:2])

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.io.messages import reason
+from fastuper_kernels.dispatch.torch_private import check_size
 
 Size = tuple[int, int]
 Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -99,7 +100,7 @@ class Sizes:
             side = side.clamp(min=least)
         else:
             if self.largest is not None:
-                torch._check(side <= self.largest[axis])
+                check_size(side <= self.largest[axis])
             side = torch.sym_max(side, least) if least > 1 else side
         return (side + multiple - 1) // multiple * multiple
 
