@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import PIL.Image
@@ -29,7 +28,7 @@ def _cubic(t: torch.Tensor) -> torch.Tensor:
     return torch.where(t < 1, near, far)
 
 
-FILTERS: dict[int, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
+FILTERS = {
     PIL.Image.Resampling.BILINEAR: (1, _triangle),
     PIL.Image.Resampling.BICUBIC: (2, _cubic),
 }
@@ -61,7 +60,7 @@ class Preprocessing(nn.Module):
         self.size = dict(checked_size(processor.size))
         if self.resizes:
             self._check_resizing(processor)
-        self.filter = FILTERS.get(int(processor.resample))
+        self.filter = FILTERS.get(PIL.Image.Resampling(processor.resample))
         factor = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         scale, shift = [], []
