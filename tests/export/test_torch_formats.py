@@ -138,7 +138,7 @@ EXAMPLES = [(64, 96), (224, 224), (160, 192)]  # in the first two, maps of some 
 @pytest.mark.parametrize(
     ("family", "example"),
     [
-        pytest.param(family, example, marks=[] if (family, example) == ("swin", EXAMPLES[0]) else exhaustive)
+        pytest.param(family, example, marks=[] if (family, example) == ("convnext", EXAMPLES[0]) else exhaustive)
         for family in BACKBONES
         for example in EXAMPLES
     ],
