@@ -71,7 +71,7 @@ test-foreign: $(FOREIGN)/.installed ## convert checkpoints that the real mmsegme
 $(PAGE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PAGE)
 	$(PAGE)/bin/python -m pip install --quiet --upgrade pip
-	$(PAGE)/bin/python -m pip install --quiet --editable '.[serve]' httpx playwright pytest pytest-timeout
+	$(PAGE)/bin/python -m pip install --quiet --editable '.[serve]' httpx playwright pytest pytest-timeout scikit-image
 	@touch $@
 
 test-page: $(PAGE)/.installed ## test `fastuper serve`, and drive its page in Chromium (two minutes)
