@@ -169,16 +169,16 @@ PHOTOS = [(1, 97, 131), (2, 333, 211), (1, 20, 33), (1, 48, 47), (1, 90, 47)]
 def check_pixels(run: Callable[..., Any], processor: UperNetImageProcessor) -> None:
     """Compare pixel values with the processor's: at most one of 256 levels, and most of them equal.
 
-    From Pillow 13 on the photo's size decides which axis is resized, and rounded, first.
+    From Pillow 13 on the sizes decide which axis is resized, and rounded, first: some pixels then differ by two levels.
     """
-    pillow = 0.02 if int(PIL.__version__.split(".")[0]) < 13 else 0.35
+    most, pillow = (1.001, 0.02) if int(PIL.__version__.split(".")[0]) < 13 else (2.001, 0.35)
     level = processor.rescale_factor if processor.do_rescale else 1.0
     level = np.max(level / np.asarray(processor.image_std if processor.do_normalize else 1.0))
     for size in PHOTOS:
         photos = photos_of(*size)
         expected = processor(list(photos.numpy()), input_data_format="channels_last", return_tensors="pt")
         difference = (run(photos) - expected["pixel_values"]).abs() / level
-        assert difference.max() < 1.001, size
+        assert difference.max() < most, size
         assert (difference > 0.01).double().mean() < (0.2 if processor.antialias is False else pillow), size
 
 
