@@ -22,9 +22,9 @@ def _triangle(t: torch.Tensor) -> torch.Tensor:
     return 1 - t
 
 
-# Pillow's filters: half of the width, and the function of the distance. From Pillow 13 on the sizes decide which axis is
-# resized first; here it is always the rows' direction. Bilinear levels then differ by 1, in a few pixels by 2; bicubic
-# ones, which can leave the range of 8 bits after the first axis, by up to 21.
+# Pillow's filters: half of the width, and the function of the distance. From Pillow 13 on the sizes decide whether the
+# width or the height is resized first; here it is always the width. Bilinear levels then differ by 1, in a few pixels
+# by 2; bicubic ones, which can leave the range of 8 bits between the two, by up to 21.
 FILTERS = {PIL.Image.Resampling.BILINEAR: (1, _triangle)}
 
 
@@ -32,7 +32,7 @@ class Preprocessing(nn.Module):
     """What a `UperNetImageProcessor` does to RGB photos: resize, rescale, normalise, reverse the channels.
 
     Resized pixels are rounded to 8 bits after each pass, as in Pillow. They differ from the processor's by at most one
-    of 256 levels; with Pillow 13 and sizes for which it resizes the columns first, in a few pixels by two.
+    of 256 levels; where Pillow 13 resizes the height first, in a few pixels by two.
 
     Args:
         processor: an image processor, with options from `from_pretrained` or the constructor.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -216,11 +217,16 @@ def _parts(logits: torch.Tensor, objects: Any, config: Any, bound: float) -> tup
     return labels, decided
 
 
+LEVELS = 1 if int(PIL.__version__.split(".")[0]) < 13 else 2
+"""The most 8-bit levels between a graph's pixels and the processor's, see `fastuper.export.preprocessing.FILTERS`."""
+
+
 def _pixels(arrays: Arrays, case: Case, graph: Graph) -> torch.Tensor:
     """Return the images as the model reads them, (B, C, H, W) float32.
 
     Raises:
-        ProofError: the graph's preprocessing differs from the image processor's by more than one 8-bit level.
+        ProofError: the graph's preprocessing differs from the image processor's by more than one 8-bit level; two where
+            Pillow 13 may resize the height first.
     """
     if graph.preprocessing is None:
         return torch.from_numpy(arrays["pixel_values"])
@@ -232,7 +238,7 @@ def _pixels(arrays: Arrays, case: Case, graph: Graph) -> torch.Tensor:
     level = processor.rescale_factor if processor.do_rescale else 1.0
     if processor.do_normalize:
         level = level / torch.as_tensor(processor.image_std, dtype=torch.float32).view(-1, 1, 1)
-    if pixels.shape != expected.shape or not bool(((pixels - expected).abs() <= 1.001 * level).all()):
+    if pixels.shape != expected.shape or not bool(((pixels - expected).abs() <= (LEVELS + 0.001) * level).all()):
         raise ProofError(_wrong(graph, case, "prepares photos in another way than the image processor"))
     return pixels
 
