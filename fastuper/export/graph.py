@@ -19,7 +19,7 @@ from fastuper_kernels.dispatch.torch_private import check_size
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 # Logits of full size exist for a strip of the label map's rows at a time, and are made in blocks of its columns.
-STRIPS = 16
+STRIPS = 8  # a strip of the smallest image, 16 x 16, has two rows: torch.export takes a single row for a constant
 BLOCKS = 8
 
 # Added to the logit of a part that the pixel's object does not have: below every logit.
