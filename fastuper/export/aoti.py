@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.export.torch_program import program_of, runner, versions, with_names
 from fastuper.io.messages import reason
+from fastuper_kernels.dispatch.torch_private import compile_package, load_package
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Runner
@@ -28,37 +29,20 @@ MODEL_FILES: tuple[str, ...] = ("model.pt2",)
 
 def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mapping[str, str]) -> None:
     """Write model.pt2; see `ExportFormat`."""
-    check_compiler()
     program = program_of(graph, settings)
-    configs: dict[str, Any] = {"aot_inductor.metadata": with_names(metadata, graph)}
     try:
         with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(folder / MODEL_FILES[0]), inductor_configs=configs
-            )
+            compile_package(program, str(folder / MODEL_FILES[0]), with_names(metadata, graph))
+    except FileNotFoundError:
+        raise ExportError(
+            "format aoti compiles C++, and no compiler works: install one, such as Debian's package g++, or name it "
+            "in the environment variable CXX"
+        ) from None
     except Exception as error:
         raise ExportError(f"AOTInductor cannot compile the model: {reason(error)}") from error
 
 
 def load(folder: Path, settings: ExportSettings) -> Runner:
     """Return the compiled model as a function of arrays; see `ExportFormat`."""
-    model = torch._inductor.aoti_load_package(str(folder / MODEL_FILES[0]))
+    model = load_package(str(folder / MODEL_FILES[0]))
     return runner(model, model.get_metadata())
-
-
-def check_compiler() -> None:
-    """Check that Inductor finds a C++ compiler.
-
-    Raises:
-        ExportError: it finds none.
-    """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise ExportError(
-            "format aoti compiles C++, and no compiler works: install one, such as Debian's package g++, or name it "
-            "in the environment variable CXX"
-        ) from None

@@ -135,6 +135,20 @@ def test_free_sizes():
             torch.testing.assert_close(program.module()(x), module(x))
 
 
+# Compilation ahead of time --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive  # it compiles C++
+def test_compile_package(tmp_path):
+    module, path = nn.Linear(3, 2), str(tmp_path / "model.pt2")
+    x = random(4, 3)
+    with torch.no_grad():
+        torch_private.compile_package(torch.export.export(module, (x,)), path, {"name": "value"})
+        loaded = torch_private.load_package(path)
+        torch.testing.assert_close(loaded(x), module(x))
+    assert loaded.get_metadata()["name"] == "value"
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 

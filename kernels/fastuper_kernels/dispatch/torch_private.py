@@ -109,6 +109,36 @@ class _UnguardedChoices(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# Compilation ahead of time --------------------------------------------------------------------------------------------
+
+
+def compile_package(program: torch.export.ExportedProgram, path: str, metadata: dict[str, str]) -> None:
+    """Write a package of AOTInductor, compiled code, to a path that ends in .pt2.
+
+    Raises:
+        FileNotFoundError: no C++ compiler works.
+
+    Reason: PyTorch documents AOTInductor under this private name, and has no function that looks for the compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise FileNotFoundError("no C++ compiler works") from None
+    configs = {"aot_inductor.metadata": metadata}
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
+def load_package(path: str) -> Any:
+    """Return the compiled model of a package, a function of tensors; `get_metadata()` returns its metadata.
+
+    Reason: see `compile_package`.
+    """
+    return torch._inductor.aoti_load_package(path)
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
