@@ -8,7 +8,8 @@ TRANSFORMERS4 := .cache/transformers-4.56.2
 # mmsegmentation, mmpretrain, segmentation_models_pytorch and timm, in a virtual environment of their own. Beside it an
 # old timm, whose Swin is that of Swin's own repository.
 FOREIGN := .cache/foreign
-# Debian's Chromium, which the tests of the page drive.
+# `fastuper serve` with Gradio, and Debian's Chromium, which the tests of the page drive.
+PAGE := .cache/page
 CHROMIUM ?= chromium
 # One worker for each core; idle workers take tests from busy ones.
 PARALLEL := --numprocesses auto --dist worksteal
@@ -37,7 +38,11 @@ test: $(STAMP) ## run the tests that need no GPU (about 12 minutes on two cores 
 	$(BIN)/python -m pytest -m "not exhaustive" $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not exhaustive" $(PARALLEL)
 
-test-exhaustive: $(STAMP) ## run the tests that `make test` leaves out: Inductor, export and ONNX for every backbone, training under torchrun (over an hour)
+$(VENV)/.exhaustive: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,executorch]'
+	@touch $@
+
+test-exhaustive: $(VENV)/.exhaustive ## run the tests that `make test` leaves out: Inductor, export and ONNX for every backbone, training under torchrun (over an hour)
 	$(BIN)/python -m pytest -m exhaustive $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m exhaustive $(PARALLEL)
 
@@ -62,9 +67,16 @@ $(FOREIGN)/.installed: pyproject.toml tests/foreign/requirements.txt
 test-foreign: $(FOREIGN)/.installed ## convert checkpoints that the real mmsegmentation, smp and timm make, and compare logits
 	$(FOREIGN)/bin/python -m pytest tests/foreign $(PARALLEL)
 
-test-page: $(STAMP) ## drive the page of `fastuper serve` in Chromium (about a minute)
+# Gradio takes an older Pillow than fastuper. A virtual environment of its own.
+$(PAGE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(PAGE)
+	$(PAGE)/bin/python -m pip install --quiet --upgrade pip
+	$(PAGE)/bin/python -m pip install --quiet --editable '.[serve]' httpx playwright pytest pytest-timeout
+	@touch $@
+
+test-page: $(PAGE)/.installed ## test `fastuper serve`, and drive its page in Chromium (two minutes)
 	@command -v $(CHROMIUM) > /dev/null || { echo "Chromium is missing: apt-get install chromium, or CHROMIUM=/path/to/it make test-page"; exit 1; }
-	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/page
+	CHROMIUM=$(CHROMIUM) $(PAGE)/bin/python -m pytest tests/serve tests/page
 
 test-minimum: ## run the tests of `make test` with the oldest versions that pyproject.toml allows, in a second virtual environment
 	$(PYTHON) -m venv .cache/minimum
@@ -86,6 +98,7 @@ bench: $(VENV)/.bench ## time everything beside the peers, and update tables and
 	$(BIN)/python -m bench.parsing
 	$(BIN)/python -m bench.accelerate
 	$(BIN)/python -m bench.backbones
+	$(BIN)/python -m bench.exports
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.plots
 

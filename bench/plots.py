@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from bench.names import CONVOLUTION, EAGER, FASTUPER, OPENVINO, WITHOUT_AUXILIARY
-from bench.results import TINY, Results, best, load, load_training
+from bench.results import EXPORTS, TINY, Results, best, load, load_exports, load_training
 
 DOCS = Path(__file__).parent.parent / "docs"
 OURS, THEIRS, TEXT, PALE = "#d9480f", "#adb5bd", "#343a40", "#e9ecef"
@@ -227,6 +227,20 @@ def training(figure: Any, result: dict[str, Any]) -> None:
     )
 
 
+def exports(figure: Any, result: dict[str, Any]) -> None:
+    """Draw a panel for each backbone, from bench.exports' results: two bars for each row of its table."""
+    panels = figure.subplots(1, len(result["rows"]), squeeze=False, sharey=True)[0]
+    for axes, (key, row) in zip(panels, result["rows"].items(), strict=True):
+        names = [name for known in EXPORTS[:5] for name in (known.before, known.after)][::-1]
+        times = [median(row["peers"].get(name, {}).get("rounds", [0.0])) for name in names]
+        colours = [OURS if name.startswith(FASTUPER) else THEIRS for name in names]
+        bars = axes.barh(names, times, color=colours, height=0.7)
+        label_bars(axes, bars, [f"{time:.2f} s" if time else "" for time in times])
+        axes.set_title(f"{TINY[key]}, {row['size']} x {row['size']}", fontsize=10)
+        axes.set_xlabel("seconds")
+        axes.tick_params(axis="y", length=0)
+
+
 def draw(results: Results, folder: Path = DOCS) -> list[Path]:
     """Write every plot whose measurements the results hold, and return the files."""
     drawable = [plot for plot in PLOTS if plot.drawable(results)]
@@ -236,6 +250,11 @@ def draw(results: Results, folder: Path = DOCS) -> list[Path]:
 def draw_training(result: dict[str, Any], folder: Path = DOCS) -> Path:
     """Write the picture of bench.training's results, and return the file."""
     return picture(folder / "training.svg", (9, 2.4), training, result)
+
+
+def draw_exports(result: dict[str, Any], folder: Path = DOCS) -> Path:
+    """Write the picture of bench.exports' results, and return the file."""
+    return picture(folder / "exports.svg", (11, 3.4), exports, result)
 
 
 def picture(path: Path, shape: tuple[float, float], fill: Callable[[Any, Any], None], results: Any) -> Path:
@@ -259,3 +278,5 @@ if __name__ == "__main__":
         print(path.name)
     if trained is not None:
         print(draw_training(trained).name)
+    if (exported := load_exports()) is not None:
+        print(draw_exports(exported).name)

@@ -24,6 +24,7 @@ from bench.names import (
     FROZEN,
     ONNX,
     OPENVINO,
+    OURS_COMPILED,
     SMALLER,
     TUNED,
     WITHOUT_AUXILIARY,
@@ -54,6 +55,42 @@ ACCELERATIONS = {
     "beit": Acceleration("Transformers' BEiT-B, the whole model", 640, None),
 }
 """The rows of bench.accelerate, in the order of its table."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A row of bench.exports' table: two models of its results, and how many times as fast the second is to be."""
+
+    title: str
+    before: str
+    after: str
+    bounds: dict[str, float]
+
+
+EXPORTS = [
+    Export(
+        "ONNX Runtime",
+        "Transformers, ONNX Runtime",
+        "fastuper, ONNX Runtime",
+        {"convnext-t": 1.65, "swin-t": 1.5},
+    ),
+    Export(
+        "ONNX Runtime, label map (Transformers': logits, then NumPy)",
+        "Transformers, ONNX Runtime, NumPy",
+        "fastuper, ONNX Runtime, label map",
+        dict.fromkeys(TINY, 2.2),
+    ),
+    Export("OpenVINO", "Transformers, OpenVINO", "fastuper, OpenVINO", dict.fromkeys(TINY, 1.9)),
+    Export("OpenVINO, bfloat16", "Transformers, OpenVINO, bf16", "fastuper, OpenVINO, bf16", dict.fromkeys(TINY, 1.5)),
+    Export("AOTInductor", "Transformers, AOTInductor", "fastuper, AOTInductor", dict.fromkeys(TINY, 1.6)),
+    Export(
+        "AOTInductor, beside fastuper with `torch.compile`",
+        OURS_COMPILED,
+        "fastuper, AOTInductor",
+        dict.fromkeys(TINY, 1.0),
+    ),
+]
+"""The rows of bench.exports' table."""
 
 BACKBONE_RESULTS = FOLDER / "backbones.json"
 FOREIGN_BACKBONES = [
@@ -145,6 +182,12 @@ def load_backbones() -> dict[str, Any] | None:
 def load_acceleration() -> dict[str, Any] | None:
     """Return the results of bench.accelerate; None if there are none."""
     path = FOLDER / "accelerate.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def load_exports() -> dict[str, Any] | None:
+    """Return the results of bench.exports; None if there are none."""
+    path = FOLDER / "exports.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -303,6 +346,20 @@ def acceleration_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
         for key, row in ACCELERATIONS.items()
         if row.bound is not None
     ]
+
+
+def export_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the targets of exported models, each met or missed, from bench.exports' results."""
+    targets = []
+    for key, title in TINY.items():
+        peers = result["rows"].get(key, {}).get("peers", {})
+        for row in EXPORTS:
+            times = [
+                median(peers[name]["rounds"]) for name in (row.before, row.after) if "rounds" in peers.get(name, {})
+            ]
+            value = times[0] / times[1] if len(times) == 2 else None
+            targets.append(_judged(Target(f"{title}, {row.title}", "speedup", row.bounds[key]), value))
+    return targets
 
 
 def parsing_targets(parsing: dict[str, Any]) -> list[dict[str, Any]]:

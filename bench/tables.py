@@ -34,6 +34,7 @@ from bench.names import (
 from bench.plots import PLOTS, STEPS
 from bench.results import (
     ACCELERATIONS,
+    EXPORTS,
     FOLDER,
     LOSS,
     PARSING,
@@ -46,6 +47,7 @@ from bench.results import (
     load,
     load_acceleration,
     load_backbones,
+    load_exports,
     load_parsing,
     load_training,
     rules,
@@ -58,6 +60,7 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 ACCURACY = ROOT / "docs" / "accuracy.md"
 BACKBONES = ROOT / "docs" / "backbones.md"
+EXPORT = ROOT / "docs" / "export.md"
 NOT_MEASURED = "Not measured yet: `make bench`."
 MEMORY_PEERS = (EAGER[0], WITHOUT_AUXILIARY[0], FASTUPER)
 
@@ -728,6 +731,52 @@ def backbones_table_of(result: dict[str, Any] | None) -> str:
     return "\n".join([*table(head, rows), "", note])
 
 
+def exports_table(_: Results | None) -> str:
+    """Return the times of exported models beside Transformers', and the targets."""
+    return exports_table_of(load_exports())
+
+
+def exports_table_of(result: dict[str, Any] | None) -> str:
+    """Return the table of bench.exports' results."""
+    if result is None:
+        return "Not measured yet: `python -m bench.exports`."
+    targets = {target["name"]: target for target in result["targets"]}
+    lines, skipped = [], {}
+    for known in EXPORTS:
+        cells = [known.title]
+        for key in result["rows"]:
+            peers = result["rows"][key]["peers"]
+            for name in (known.before, known.after):
+                row = peers.get(name, {})
+                if "skipped" in row:
+                    skipped[f"{TINY[key]}, {name}"] = row["skipped"]
+                time = duration(median(row["rounds"])) if "rounds" in row else "-"
+                cells.append(f"**{time}**" if name == known.after else time)
+            target = targets[f"{TINY[key]}, {known.title}"]
+            value = "-" if target["value"] is None else f"{target['value']:.2f} x"
+            cells += [f"{value} ({target['bound']:g} x, {verdict(target)})", _difference(peers.get(known.after, {}))]
+        lines.append(cells)
+    head = [""]
+    for key in result["rows"]:
+        head += [f"{TINY[key]}: Transformers", "fastuper", "faster (target)", "error"]
+    size, (height, width) = (next(iter(result["rows"].values()))[name] for name in ("size", "target"))
+    note = (
+        f"Seconds for the logits of one {size} x {size} image, float32, 150 classes, random weights; label maps have "
+        f"{height} x {width} pixels. Transformers' model has no auxiliary head. Models are exported for this size, and "
+        "take turns; times are medians. Errors are fastuper's relative to float64; of label maps, the pixels that "
+        "differ beyond rounding. " + training_source(result) + " `python -m bench.exports` repeats the measurement."
+    )
+    note += "".join(f" {name}: `{reason.replace('`', '')}`." for name, reason in skipped.items())
+    return "\n".join([*table(head, lines), "", note, "", "![Seconds of exported models](exports.svg)"])
+
+
+def _difference(row: dict[str, Any]) -> str:
+    """Return the error of logits, or the number of labels that differ beyond rounding; "-" if nothing was compared."""
+    if "differ_beyond_rounding" in row:
+        return f"{row['differ_beyond_rounding']:,} of {row['pixels']:,} labels"
+    return scientific(row["error"]) if "error" in row else "-"
+
+
 Draw = Callable[["Results | None"], str]
 SIZES = {
     f"{title}, {size} x {size}": f"logits {key} {size} float32"
@@ -745,6 +794,7 @@ PAGES: dict[Path, dict[str, Draw]] = {
     },
     ACCURACY: {"accuracy": accuracy_table},
     BACKBONES: {"backbones": backbones_table},
+    EXPORT: {"exports": exports_table},
     BENCHMARKS: {
         "targets": targets_table,
         "limits": limits_table,

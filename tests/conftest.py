@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SEPARATE = [Path(__file__).parent / name for name in ("foreign", "page")]
+SEPARATE = [Path(__file__).parent / name for name in ("foreign", "page", "serve")]
 """Tests of commands of their own, `make test-foreign` and `make test-page`."""
 
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:

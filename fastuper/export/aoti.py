@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.export.torch_program import program_of, runner, versions, with_names
 from fastuper.io.messages import reason
-from fastuper_kernels.dispatch.torch_private import compile_package, load_package
+from fastuper_kernels.dispatch.torch_private import aoti_compile, aoti_load, has_cpp_compiler
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Runner
@@ -29,20 +29,30 @@ MODEL_FILES: tuple[str, ...] = ("model.pt2",)
 
 def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mapping[str, str]) -> None:
     """Write model.pt2; see `ExportFormat`."""
+    check_compiler()
     program = program_of(graph, settings)
+    configs: dict[str, Any] = {"aot_inductor.metadata": with_names(metadata, graph)}
     try:
         with torch.no_grad():
-            compile_package(program, str(folder / MODEL_FILES[0]), with_names(metadata, graph))
-    except FileNotFoundError:
-        raise ExportError(
-            "format aoti compiles C++, and no compiler works: install one, such as Debian's package g++, or name it "
-            "in the environment variable CXX"
-        ) from None
+            aoti_compile(program, str(folder / MODEL_FILES[0]), configs)
     except Exception as error:
         raise ExportError(f"AOTInductor cannot compile the model: {reason(error)}") from error
 
 
 def load(folder: Path, settings: ExportSettings) -> Runner:
     """Return the compiled model as a function of arrays; see `ExportFormat`."""
-    model = load_package(str(folder / MODEL_FILES[0]))
+    model = aoti_load(str(folder / MODEL_FILES[0]))
     return runner(model, model.get_metadata())
+
+
+def check_compiler() -> None:
+    """Check that Inductor finds a C++ compiler.
+
+    Raises:
+        ExportError: it finds none.
+    """
+    if not has_cpp_compiler():
+        raise ExportError(
+            "format aoti compiles C++, and no compiler works: install one, such as Debian's package g++, or name it "
+            "in the environment variable CXX"
+        )

@@ -15,15 +15,19 @@ Size: TypeAlias = Any
 """An integer: of Python, symbolic, or while `torch.jit.trace` runs a tensor."""
 
 
+LARGEST = 16384
+"""The largest side that is resampled: products of two sides fit in 32 bits, to which OpenVINO converts integers."""
+
+
 class Blocks(NamedTuple):
     """A linear map of one axis as one dense matrix for each block of its outputs.
 
     Attributes:
-        index: (blocks, L), int64, the inputs that each block reads.
+        inputs: (blocks, L), int64, the inputs that each block reads.
         matrix: (blocks, outputs of a block, L), float32. Outputs beyond the last one repeat it.
     """
 
-    index: torch.Tensor
+    inputs: torch.Tensor
     matrix: torch.Tensor
 
 
@@ -133,8 +137,12 @@ def apply(band: Chain | Filter, x: torch.Tensor, dim: int, count: int) -> torch.
     for index, matrix in zip(*(tensors.unbind() for tensors in blocks(band, count)), strict=True):
         read = x.index_select(dim, index).float()
         parts.append(read @ matrix.T if dim == -1 else matrix @ read)
-    x = torch.cat(parts, dim)
-    return x[..., : band.size_out] if dim == -1 else x[..., : band.size_out, :]
+    return first_of(torch.cat(parts, dim), dim, band.size_out)
+
+
+def first_of(x: torch.Tensor, dim: int, count: Size) -> torch.Tensor:
+    """Return the first entries of a dimension; for a slice, `torch.export` would have to know that there are enough."""
+    return x.index_select(dim, torch.arange(count))
 
 
 def larger(a: Size, b: Size) -> Size:

@@ -90,7 +90,7 @@ def write_beside(
     (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     prepared.processor.save_pretrained(folder)
     for name, script in {"run.py": f"run_{settings.format}.py", "photo.py": "photo.py"}.items():
-        (folder / name).write_bytes(files("fastuper.export").joinpath("scripts", script).read_bytes())
+        (folder / name).write_bytes((files("fastuper.export") / "scripts" / script).read_bytes())
     return report
 
 

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fastuper.export.bands import Chain, Size, Step, blocks
+from fastuper.export.bands import LARGEST, Chain, Size, Step, blocks, first_of
 from fastuper.export.preprocessing import Preprocessing
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper_kernels.dispatch.modes import for_all_sizes, is_jit_tracing
+from fastuper_kernels.dispatch.torch_private import check_size
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
 
 # Logits of full size exist for a strip of the label map's rows at a time, and are made in blocks of its columns.
@@ -23,9 +24,6 @@ BLOCKS = 8
 
 # Added to the logit of a part that the pixel's object does not have: below every logit.
 NEVER = -1e30
-
-# The largest side of a label map: products of two sides fit in the 32 bits to which OpenVINO converts integers.
-LARGEST = 16384
 
 Choice: TypeAlias = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
@@ -55,6 +53,9 @@ class Graph(nn.Module):
     Raises:
         ExportError: the settings ask for what the model or the processor cannot do; the message names the option.
     """
+
+    penalties: torch.Tensor
+    part_names: torch.Tensor
 
     def __init__(self, model: nn.Module, settings: ExportSettings, processor: Any = None):
         super().__init__()
@@ -120,7 +121,7 @@ class Graph(nn.Module):
             chains = [Chain([step], size) for step, size in first]
         else:
             chains = [Chain([step, Step(size, last)], last) for (step, size), last in zip(first, target, strict=True)]
-        return label_maps(classes, *chains, lambda x: [x.argmax(-1).to(dtype)])[0]
+        return label_maps(classes, chains, lambda x: [x.argmax(-1).to(dtype)])[0]
 
     def _parsing_labels(
         self, pixels: torch.Tensor, target: tuple[Size, Size] | None
@@ -141,9 +142,9 @@ class Graph(nn.Module):
             elif task == "object" and "part" in logits:
                 both = torch.cat([coarse, logits["part"]], 1)
                 choose = partial(self._objects_and_parts, dtypes=dtypes, objects=coarse.shape[1])
-                found["object"], found["part"] = label_maps(both, *self._chains(both, pixels, target), choose)
+                found["object"], found["part"] = label_maps(both, self._chains(both, pixels, target), choose)
             elif task != "part":
-                (found[task],) = label_maps(coarse, *self._chains(coarse, pixels, target), best)
+                (found[task],) = label_maps(coarse, self._chains(coarse, pixels, target), best)
         return _only(tuple(found[name] for name in self.output_names))
 
     def _chains(self, coarse: torch.Tensor, pixels: torch.Tensor, target: tuple[Size, Size]) -> list[Chain]:
@@ -167,29 +168,29 @@ class Graph(nn.Module):
         return [best.to(dtypes["object"]), names.to(dtypes["part"])]
 
 
-def label_maps(logits: torch.Tensor, rows: Chain, columns: Chain, choose: Choice) -> list[torch.Tensor]:
+def label_maps(logits: torch.Tensor, chains: Sequence[Chain], choose: Choice) -> list[torch.Tensor]:
     """Return label maps of resampled logits, which exist for a strip of rows at a time.
 
     Args:
         logits: (B, channels, h, w).
-        rows: the resampling of the h rows.
-        columns: the resampling of the w columns.
+        chains: the resampling of the h rows, and of the w columns.
         choose: returns label maps (...) of logits (..., channels).
 
     Returns:
         Label maps (B, height, width), as many as `choose` returns.
     """
-    batch, channels = logits.shape[:2]
+    (batch, channels), (rows, columns) = logits.shape[:2], chains
     strips, tiles = blocks(rows, STRIPS), blocks(columns, BLOCKS)
-    reach, width = tiles.index.shape[1], BLOCKS * tiles.matrix.shape[1]
+    reach, width = tiles.inputs.shape[1], BLOCKS * tiles.matrix.shape[1]
     # The channels are last: the largest of neighbours is found faster. All columns that the tiles read, side by side.
-    x = logits.float().permute(0, 2, 3, 1).index_select(2, tiles.index.flatten()).flatten(2)
+    x = logits.float().permute(0, 2, 3, 1).index_select(2, tiles.inputs.flatten()).flatten(2)
     found = []
-    for index, matrix in zip(strips.index.unbind(), strips.matrix.unbind(), strict=True):
+    for index, matrix in zip(strips.inputs.unbind(), strips.matrix.unbind(), strict=True):
         strip = matrix @ x.index_select(1, index)
         strip = tiles.matrix @ strip.reshape(-1, BLOCKS, reach, channels)
         found.append([labels.reshape(batch, matrix.shape[0], width) for labels in choose(strip)])
-    return [torch.cat(parts, 1)[:, : rows.size_out, : columns.size_out] for parts in zip(*found, strict=True)]
+    joined = [torch.cat(parts, 1) for parts in zip(*found, strict=True)]
+    return [first_of(first_of(labels, 1, rows.size_out), 2, columns.size_out) for labels in joined]
 
 
 def _best(logits: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -212,8 +213,8 @@ def _sizes(target_size: torch.Tensor) -> tuple[Size, Size]:
         return height, width
     height, width = target_size.tolist()
     for side in (height, width):
-        torch._check(side >= 1)
-        torch._check(side <= LARGEST)
+        check_size(side >= 1)
+        check_size(side <= LARGEST)
     return height, width
 
 

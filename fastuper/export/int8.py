@@ -100,7 +100,8 @@ class Photos:
             size, None if the folder has none.
         """
         if self.dataset is None:
-            photo, label = read_image(self._files[number]), None
+            photo: Any = read_image(self._files[number])
+            label = None
         else:
             photo, label, _ = self.dataset[number]
         size = self.settings.image_size
@@ -139,7 +140,8 @@ def quantize(
     """
     label_maps = [_label_maps(run_float(photos.read(number)[0])) for number in photos.judging]
     form = format_of(settings.format)
-    method = QUANTISERS[settings.format](folder, photos)
+    with _logging_kept():
+        method = QUANTISERS[settings.format](folder, photos)
     run_int8 = form.load(folder, settings)
     report = {
         "method": method,
@@ -277,14 +279,13 @@ def _by_nncf(folder: Path, photos: Photos) -> str:
 
 
 def _nncf() -> Any:
-    """Import NNCF, so that it sends no reports, and later loggers are of the usual class."""
-    loggers, variable = logging.getLoggerClass(), "NNCF_CI"
+    """Import NNCF, so that it sends no reports."""
+    variable = "NNCF_CI"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
         import nncf
     finally:
-        logging.setLoggerClass(loggers)
         if before is None:
             del os.environ[variable]
         else:
@@ -298,24 +299,41 @@ def _by_onnxruntime(folder: Path, photos: Photos) -> str:
     import onnxruntime
     from onnxruntime import quantization
 
-    model = onnx.load(folder / "model.onnx")
-    makers = {value: node.name for node in model.graph.node for value in node.output}
-    operations = [
-        Operation(node.name, node.op_type == "Conv", [makers[value] for value in node.input if value in makers])
-        for node in model.graph.node
-    ]
-    with _replaced(folder) as temporary:
+    with _replaced(folder) as temporary, tempfile.TemporaryDirectory(dir=folder) as other:
+        # Weights that the graph computes from weights become constants, and norms part of their convolutions.
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(Path(other, "model.onnx"))
+        onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        model = onnx.load(options.optimized_model_filepath)
+        makers = {value: node.name for node in model.graph.node for value in node.output}
+        operations = [
+            Operation(node.name, node.op_type == "Conv", [makers[value] for value in node.input if value in makers])
+            for node in model.graph.node
+        ]
+        constants = {tensor.name for tensor in model.graph.initializer}
+        resampling = [
+            node.name for node in model.graph.node if node.op_type in KINDS and node.input[1] not in constants
+        ]
         quantization.quantize_static(
-            folder / "model.onnx",
+            options.optimized_model_filepath,
             temporary / "model.onnx",
             _Reader(photos),
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-            nodes_to_exclude=_outside(operations),
+            op_types_to_quantize=list(KINDS),
+            nodes_to_exclude=[*_outside(operations), *resampling],
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )
+        quantised = onnx.load(temporary / "model.onnx")
+        onnx.helper.set_model_props(quantised, {entry.key: entry.value for entry in model.metadata_props})
+        onnx.save(quantised, temporary / "model.onnx")
     return f"onnxruntime.quantization {onnxruntime.__version__}"
+
+
+KINDS = ("Conv", "Gemm", "MatMul")
+"""The operators of ONNX that are quantised; in 8 bits other operators gain no time, and lose labels."""
 
 
 class _Reader:
@@ -364,12 +382,26 @@ def _outside(operations: Sequence[Operation]) -> list[str]:
 
 
 @contextlib.contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Restore the class of loggers, which NNCF sets, and the root logger's handlers, which a warning sets."""
+    loggers, handlers = logging.getLoggerClass(), list(logging.root.handlers)
+    try:
+        yield
+    finally:
+        logging.setLoggerClass(loggers)
+        logging.root.handlers[:] = handlers
+
+
+@contextlib.contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, whose files replace those of `folder` afterwards.
+    """Yield a temporary folder, whose files replace all files of `folder` afterwards.
 
     OpenVINO maps the file of weights that it reads: nothing writes into that file.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         yield Path(temporary)
+        for path in folder.iterdir():
+            if path.is_file():
+                path.unlink()
         for path in Path(temporary).iterdir():
-            os.replace(path, folder / path.name)
+            path.rename(folder / path.name)

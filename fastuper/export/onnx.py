@@ -14,7 +14,7 @@ import torch
 
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.export.sizes import example_inputs
-from fastuper_kernels.dispatch.modes import writing_for
+from fastuper_kernels.dispatch.modes import Runtime, writing_for
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Runner
@@ -41,7 +41,10 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     opset = opset_of(settings)
     inputs = example_inputs(graph)
     outputs = graph(*inputs)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, writing_for("onnxruntime"):
+    is_of_one_size = settings.image_size is not None
+    # ONNX Runtime's graphs have Winograd's transforms, and their products have no place in 8 bits.
+    runtime: Runtime = "onnxruntime" if settings.int8 is None else "openvino"
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, writing_for(runtime, one_size=is_of_one_size):
         traced = str(Path(temporary) / "model.onnx")
         torch.onnx.export(
             graph,

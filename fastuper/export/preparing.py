@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def _loaded(source: str | os.PathLike[str]) -> tuple[PyramidModel, UperNetImageP
     try:
         foreign = is_foreign(source)
         if foreign:
-            parses = os.path.isdir(source) and has_official_files(source)
+            parses = os.path.isdir(source) and has_official_files(Path(source))
         else:
             config = find_file(source, "config.json")
             kind = read_json(config).get("model_type") if config else None

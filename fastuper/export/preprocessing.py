@@ -10,8 +10,9 @@ from torch import nn
 
 from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.sizes import checked_size
-from fastuper.export.bands import Chain, Filter, Size, Step, apply, smaller
+from fastuper.export.bands import LARGEST, Chain, Filter, Size, Step, apply, smaller
 from fastuper.export.settings import ExportError
+from fastuper_kernels.dispatch.torch_private import check_size
 
 # The blocks of an axis that is resampled: each is one product of matrices.
 BLOCKS = 8
@@ -47,6 +48,9 @@ class Preprocessing(nn.Module):
         ExportError: an option asks for what a graph cannot do; the message names the option.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, processor: UperNetImageProcessor):
         super().__init__()
         self.resizes = bool(processor.do_resize)
@@ -56,7 +60,7 @@ class Preprocessing(nn.Module):
         self.size = dict(checked_size(processor.size))
         if self.resizes:
             self._check_resizing(processor)
-        self.filter = FILTERS.get(processor.resample)
+        self.filter = FILTERS.get(PIL.Image.Resampling(processor.resample))
         factor = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         scale, shift = [], []
@@ -110,13 +114,26 @@ class Preprocessing(nn.Module):
 
     def resize(self, x: torch.Tensor, height: Size, width: Size) -> torch.Tensor:
         """Return photos (B, 3, height, width), resized to levels of 8 bits, float32."""
-        rows, columns = self.output_size(height, width)
+        rows, columns = (_free(side) for side in self.output_size(height, width))
         if not self.antialias:  # OpenCV rounds once
             x = apply(Chain([Step(width, columns)], columns), x, -1, BLOCKS)
             return _rounded(apply(Chain([Step(height, rows)], rows), x, -2, BLOCKS))
         assert self.filter is not None  # the constructor has checked it
         x = _rounded(apply(Filter(width, columns, *self.filter), x, -1, BLOCKS))
         return _rounded(apply(Filter(height, rows, *self.filter), x, -2, BLOCKS))
+
+
+def _free(side: Size) -> Size:
+    """Return a symbolic side as a size of its own: as a formula of the photo's sides it would be in every later size.
+
+    The export of a small model then takes minutes.
+    """
+    if not isinstance(side, torch.SymInt):
+        return side
+    own = torch.scalar_tensor(side, dtype=torch.int64).item()
+    check_size(own >= 1)
+    check_size(own <= LARGEST)
+    return own
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:

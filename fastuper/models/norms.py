@@ -10,7 +10,7 @@ from torch import nn
 
 from fastuper.models.untouched import is_untouched
 from fastuper_kernels import fold_norm
-from fastuper_kernels.dispatch.modes import is_jit_tracing
+from fastuper_kernels.dispatch.modes import is_jit_tracing, written_for
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,9 @@ def is_fixed_norm(norm: nn.Module) -> bool:
     if type(norm) not in FIXED_IN_EVALUATION or not is_untouched(norm):
         return False
     # `torch.jit.trace` traces with the caller's gradients, and again without gradients to check the first trace.
-    return not (norm.training or norm.running_var is None or torch.is_grad_enabled() or is_jit_tracing())
+    # An exporter that writes for a runtime traces once.
+    twice = is_jit_tracing() and written_for() is None
+    return not (norm.training or norm.running_var is None or torch.is_grad_enabled() or twice)
 
 
 def fold(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,7 +87,8 @@ def build_page(service: Service, folder: Path) -> Any:
                     elem_id="viewer",
                 )
         # Attributes, not subclasses: Gradio writes a file beside the source of each subclass of a component.
-        photo.preprocess = _as_uploaded  # Gradio's own decodes the photo by other rules, and stores it as WebP
+        # Gradio's own decodes the photo by other rules, and stores it as WebP.
+        photo.__dict__["preprocess"] = _as_uploaded
         for component in page.blocks.values():
             component.async_move_resource_to_block_cache = _local_only(
                 component.async_move_resource_to_block_cache,
@@ -160,4 +161,4 @@ def _photographs(folder: Path) -> list[Path]:
 
 
 def _viewer_file(name: str) -> str:
-    return files(__package__).joinpath("viewer", name).read_text(encoding="utf-8")
+    return (files(__package__) / "viewer" / name).read_text(encoding="utf-8")

@@ -78,6 +78,7 @@ def _run(service: Service, folder: Path, listener: socket.socket, loopback: bool
     # Gradio reads these when it is imported.
     os.environ |= {"GRADIO_TEMP_DIR": str(folder / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
     os.environ["GRADIO_RUN_HISTORY"] = "False"
+    os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")  # Gradio imports it, and it stores a list of fonts
     import gradio
     import uvicorn
 

@@ -16,6 +16,7 @@ import openvino
 import PIL.Image
 import pytest
 import torch
+from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
 
@@ -108,13 +109,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [*MODELS, *BACKBONES])
+@pytest.mark.parametrize(
+    "kind", [*MODELS, *(pytest.param(kind, marks=[pytest.mark.exhaustive] * (kind != "swin")) for kind in BACKBONES)]
+)
 def test_label_maps_of_any_size(kind):
     model = network(**MODELS.get(kind, {"kind": kind}))
     if "aligned" in kind:
         model.align_corners = True
     for settings in (ExportSettings(labels=True), ExportSettings(labels=True, target_size=True)):
-        check_upernet(Graph(model, settings), model, settings)
+        check_upernet(Graph(model, settings), model, settings, SIZES[-3:])
 
 
 TASKS = ("scene", "object", "part", "material", "texture")
@@ -135,10 +138,10 @@ def check_parsing(run: Callable[..., Any], model: Any, settings: ExportSettings,
             continue
         parsed = model.parse(pixels, [target if settings.target_size else image[1:]] * len(pixels), top=None)
         for i, own in enumerate(parsed):
-            assert [number for number, _ in own.scene][0] == found["scene"][i].argmax()
+            assert own.scene[0][0] == found["scene"][i].argmax()
             assert torch.allclose(found["scene"][i][own.scene[0][0]], torch.tensor(own.scene[0][1]), rtol=1e-4)
-            for name in ("object", "part", "material", "texture"):
-                same = found[name][i].long() == getattr(own, name)
+            for name in TASKS[1:]:
+                same = found[name][i].long() == getattr(own, f"{name}s")
                 assert same.double().mean() > 0.99, (name, image, target)
 
 
@@ -149,7 +152,7 @@ def test_parsing(padded):
         model.image_sizes = Sizes("maps", (16, 16), (32, 48))
     for values in ({}, {"labels": True}, {"labels": True, "target_size": True}):
         settings = ExportSettings(**values)
-        check_parsing(Graph(model, settings), model, settings)
+        check_parsing(Graph(model, settings), model, settings, SIZES[-3:])
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -166,14 +169,14 @@ PHOTOS = [(1, 97, 131), (2, 333, 211), (1, 20, 33), (1, 48, 47), (1, 90, 47)]
 
 def check_pixels(run: Callable[..., Any], processor: UperNetImageProcessor) -> None:
     """Compare pixel values with the processor's: at most one of 256 levels, and most of them equal."""
-    scale = (processor.rescale_factor if processor.do_rescale else 1) / np.asarray(processor.image_std)
-    level = (scale if processor.do_normalize else processor.rescale_factor).max()
+    level = processor.rescale_factor if processor.do_rescale else 1.0
+    level = np.max(level / np.asarray(processor.image_std if processor.do_normalize else 1.0))
     for size in PHOTOS:
         photos = photos_of(*size)
         expected = processor(list(photos.numpy()), input_data_format="channels_last", return_tensors="pt")
         difference = (run(photos) - expected["pixel_values"]).abs() / level
         assert difference.max() < 1.001, size
-        assert (difference > 0.01).double().mean() < (0.2 if processor.antialias is False else 1e-3), size
+        assert (difference > 0.01).double().mean() < (0.2 if processor.antialias is False else 0.02), size
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -181,3 +184,152 @@ def test_preprocessing(name):
     options = {name: value for name, value in OPTIONS[name].items() if name != "image_processor_type"}
     processor = UperNetImageProcessor(**options)
     check_pixels(Preprocessing(processor), processor)
+
+
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "lanczos": ({"resample": PIL.Image.Resampling.LANCZOS}, "resample is 1"),
+    "longest-edge": ({"size": {"shortest_edge": 40, "longest_edge": 60}}, "size is .*longest_edge"),
+    "frame": ({"size": {"max_height": 40, "max_width": 60}}, "size is .*max_height"),
+    "two-channels": ({"image_mean": [0.5, 0.5], "image_std": [1, 1]}, "image_mean has 2 numbers"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_a_graph_cannot_prepare(name):
+    options, message = ERRORS[name]
+    with pytest.raises(ExportError, match=message):
+        Graph(network(), ExportSettings(with_preprocessing=True), UperNetImageProcessor(**options))
+
+
+class OneConvolution(nn.Module):
+    """A head that is traced at once."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classifier = nn.Conv2d(4, classes, 1)
+
+    def forward(self, maps: Any) -> torch.Tensor:
+        return self.classifier(maps[0])
+
+
+def plain_network() -> Any:
+    model = network("padded")
+    model.decode_head = OneConvolution(5)
+    return model
+
+
+def onnx_of(graph: Graph, path: Path) -> Path:
+    """Write a graph by the exporter that follows `torch.jit.trace`."""
+    inputs, free = example_of(graph)
+    axes = {graph.input_names[0]: {axis: f"axis_{axis}" for axis in free}}
+    names = {"input_names": graph.input_names, "output_names": graph.output_names}
+    torch.onnx.export(graph, inputs, path, dynamo=False, opset_version=18, dynamic_axes=axes, **names)
+    return path
+
+
+def example_of(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """Return example inputs, and the free axes of the first."""
+    photos = graph.settings.with_preprocessing
+    inputs = [photos_of(*TRACED[0]) if photos else pixels_of(*TRACED[0])]
+    if graph.settings.target_size:
+        inputs.append(torch.tensor(TRACED[1]))
+    return tuple(inputs), (0, 1, 2) if photos else (0, 2, 3)
+
+
+def by_onnxruntime(path: Path) -> Callable[..., Any]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*inputs: torch.Tensor) -> Any:
+        found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+        return torch.as_tensor(found[0]) if len(found) == 1 else [torch.as_tensor(x) for x in found]
+
+    return run
+
+
+def by_openvino(source: Any) -> Callable[..., Any]:
+    compiled = openvino.Core().compile_model(source, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(*inputs: torch.Tensor) -> Any:
+        found = [torch.as_tensor(x.copy()) for x in compiled([x.numpy() for x in inputs]).values()]
+        return found[0] if len(found) == 1 else found
+
+    return run
+
+
+def program_of(graph: Graph) -> torch.export.ExportedProgram:
+    inputs, free = example_of(graph)
+    shapes = [dict.fromkeys(free, Dim.AUTO), *[None for _ in inputs[1:]]]
+    return torch.export.export(graph, inputs, dynamic_shapes=tuple(shapes), strict=False)
+
+
+QUIET = pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+TARGET = ExportSettings(labels=True, target_size=True)
+
+
+@QUIET
+@torch.no_grad()
+def test_label_maps_in_runtimes(tmp_path):
+    """Padded images of any size, and label maps of any size, in both runtimes of ONNX."""
+    model = plain_network()
+    path = onnx_of(Graph(model, TARGET).eval(), tmp_path / "a.onnx")
+    check_upernet(by_onnxruntime(path), model, TARGET)
+    check_upernet(by_openvino(path), model, TARGET, SIZES[:2])
+
+
+@QUIET
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["shortest-edge", pytest.param("parsing", marks=pytest.mark.exhaustive)])
+def test_preprocessing_in_runtimes(name, tmp_path):
+    processor = UperNetImageProcessor(**{k: v for k, v in OPTIONS[name].items() if k != "image_processor_type"})
+    settings = ExportSettings(labels=True, with_preprocessing=True)
+    graph = Graph(plain_network(), settings, processor).eval()
+    path = onnx_of(graph, tmp_path / "a.onnx")
+    check_photos(by_onnxruntime(path), graph, processor)
+    check_photos(by_openvino(path), graph, processor)
+
+
+def check_photos(run: Callable[..., Any], graph: Graph, processor: UperNetImageProcessor) -> None:
+    """Compare label maps of photos with those of `segment`; a pixel's level may decide a few."""
+    for size in PHOTOS:
+        photos = photos_of(*size)
+        pixels = processor(list(photos.numpy()), input_data_format="channels_last", return_tensors="pt")
+        expected = graph.model.segment(pixels["pixel_values"], [size[1:]] * len(photos))
+        found = run(photos)
+        assert found.shape == (size[0], *size[1:])
+        assert (found == torch.stack(expected)).double().mean() > 0.98, size
+
+
+@QUIET
+@torch.no_grad()
+@pytest.mark.exhaustive
+def test_programs_and_the_exporters_that_read_them(tmp_path):
+    model = plain_network()
+    program = program_of(Graph(model, TARGET).eval())
+    sizes = [size for size in SIZES if size[0][1] > 32]  # torch.export makes a graph of its own for maps of one pixel
+    check_upernet(program.module(), model, TARGET, sizes)
+    torch.onnx.export(program, (), tmp_path / "a.onnx", dynamo=True, verbose=False)
+    check_upernet(by_onnxruntime(tmp_path / "a.onnx"), model, TARGET)
+    check_upernet(by_openvino(tmp_path / "a.onnx"), model, TARGET)
+
+
+@QUIET
+@torch.no_grad()
+@pytest.mark.exhaustive
+def test_a_program_of_photos():
+    processor = UperNetImageProcessor(size={"shortest_edge": 47})
+    graph = Graph(plain_network(), ExportSettings(labels=True, with_preprocessing=True), processor).eval()
+    check_photos(program_of(graph).module(), graph, processor)
+
+
+@QUIET
+@torch.no_grad()
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("values", [{}, {"labels": True}, {"labels": True, "target_size": True}], ids=str)
+@pytest.mark.parametrize("kind", [*BACKBONES, "parsing"])
+def test_every_family_in_onnxruntime(kind, values, tmp_path):
+    model, settings = network(kind), ExportSettings(**values)
+    run = by_onnxruntime(onnx_of(Graph(model, settings).eval(), tmp_path / "a.onnx"))
+    (check_parsing if kind == "parsing" else check_upernet)(run, model, settings)

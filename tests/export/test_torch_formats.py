@@ -5,6 +5,7 @@ And a user's own `torch.export.export`: named ranges, `Dim.AUTO`, `Dim.DYNAMIC`,
 
 from __future__ import annotations
 
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fastuper.export.sizes import arrays_of, checked_cases
 from fastuper.models.backbones.layers import pad_to
 from fastuper.models.backbones.swin_timm import TimmSwinConfig
 from fastuper.models.necks.vit_pyramid import Pool, Rescale
+from fastuper_kernels.dispatch.modes import for_all_sizes
 from tests.models.heads import randomize
 from tests.models.test_upernet import BACKBONES as NATIVE
 from tests.models.test_upernet import UperNetConfig, UperNetForSemanticSegmentation
@@ -82,28 +84,29 @@ def test_aoti_of_any_size(family, tmp_path):
     check_format(tmp_path, "aoti", family)
 
 
-@pytest.mark.parametrize(
-    "family", [name if name == "convnext" else pytest.param(name, marks=exhaustive) for name in BACKBONES]
-)
+@exhaustive
+@pytest.mark.parametrize("family", BACKBONES)
 def test_executorch(family, tmp_path):
+    pytest.importorskip("executorch", reason="fastuper[executorch] is not installed")
     check_format(tmp_path, "executorch", family, size="67x97")
 
 
 @exhaustive
 @pytest.mark.parametrize("name", ["torch", "aoti", "executorch"])
 def test_labels_of_one_size(name, tmp_path):
+    if name == "executorch":
+        pytest.importorskip("executorch", reason="fastuper[executorch] is not installed")
     check_format(tmp_path, name, "convnext", size="67x97", labels=True)
 
 
 def test_aoti_without_a_compiler(tmp_path, monkeypatch):
-    """One line names the remedy, and nothing is written."""
     from torch._inductor import cpp_builder
 
     cpp_builder.cpp_compiler_search.cache_clear()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    settings = ExportSettings(format="aoti", size="64x96")
+    monkeypatch.setattr(subprocess, "check_output", lambda *args, **kwargs: (_ for _ in ()).throw(FileNotFoundError()))
+    settings = ExportSettings(format="aoti")
     with pytest.raises(ExportError, match=r"compiles C\+\+, and no compiler works: install one"):
-        format_of("aoti").write(Graph(network("resnet"), settings).eval(), settings, tmp_path, {})
+        format_of("aoti").write(Graph(network("convnext"), settings), settings, tmp_path, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -135,7 +138,7 @@ EXAMPLES = [(64, 96), (224, 224), (160, 192)]  # in the first two, maps of some 
 @pytest.mark.parametrize(
     ("family", "example"),
     [
-        pytest.param(family, example, marks=[] if (family, example) == ("swin", EXAMPLES[0]) else exhaustive)
+        pytest.param(family, example, marks=[] if (family, example) == ("convnext", EXAMPLES[0]) else exhaustive)
         for family in BACKBONES
         for example in EXAMPLES
     ],
@@ -160,6 +163,18 @@ def test_named_ranges_strictly(family):
 # Steps whose results depend on small sizes ---------------------------------------------------------------------------
 
 
+class Free(nn.Module):
+    """A step that is traced as inside a network."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    @for_all_sizes
+    def forward(self, x):
+        return self.step(x)
+
+
 class Padded(nn.Module):
     def forward(self, x):
         return pad_to(x, 2, 2)
@@ -170,8 +185,8 @@ class Padded(nn.Module):
 )
 def test_steps_of_small_maps(step):
     """The traced step has the eager step's results where a side is shorter than what it reads."""
-    dims = {2: Dim("h", min=1, max=64), 3: Dim("w", min=1, max=64)}
-    program = torch.export.export(step, (torch.randn(1, 2, 9, 11),), dynamic_shapes=(dims,))
-    for size in [(1, 1), (1, 2), (2, 3), (3, 1), (3, 4), (4, 5), (6, 7), (8, 12)]:
+    dims = {2: Dim("h", min=2, max=64), 3: Dim("w", min=2, max=64)}
+    program = torch.export.export(Free(step), (torch.randn(1, 2, 9, 11),), dynamic_shapes=(dims,))
+    for size in [(2, 2), (2, 3), (3, 2), (3, 4), (4, 5), (6, 7), (8, 12)]:
         x = torch.randn(1, 2, *size)
         torch.testing.assert_close(program.module()(x), step(x), rtol=1e-6, atol=1e-6)

@@ -132,5 +132,5 @@ def _save(labels: np.ndarray, size: tuple[int, int], palette: list[list[int]], p
     """Write a label map as a PNG whose values are the classes; above 256 classes as 16-bit grey, without colours."""
     image = Image.fromarray(labels.astype(np.uint8 if len(palette) <= 256 else np.uint16))
     if len(palette) <= 256:
-        image.putpalette(np.uint8(palette).tobytes())
+        image.putpalette(np.array(palette, np.uint8).tobytes())
     image.resize(size[::-1], Image.Resampling.NEAREST).save(path)

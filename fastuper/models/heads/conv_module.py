@@ -71,13 +71,16 @@ class FusedConv(nn.Module):
         Returns:
             (B, C_out, H, W); with `strip`, (B, C_out, stop - start, W).
         """
-        weight, *weights = self.conv.weight.split([x.shape[1], *(level.shape[1] for level in coarser)], dim=1)
+        channels = [level.shape[1] for level in (x, *coarser)]
+        if written_for() is not None:  # constants, so that the runtime rearranges the weights once
+            channels = [int(count) for count in channels]
+        weight, *weights = self.conv.weight.split(channels, dim=1)
         if coarser and written_for() is not None and self.is_foldable():
             # The weights are constants of the graph: the scale costs nothing there, and a pass over the sum here.
             scale, shift = fold(self.batch_norm)
             weight, *weights = ((w * scale[:, None, None, None]).to(x.dtype) for w in (weight, *weights))
-            addend = upsampled_conv3x3(coarser, weights, (x.shape[2], x.shape[3]))
-            return conv_bn_relu(x, weight, shift=shift, addend=addend, upsampled=upsampled)
+            coarse = upsampled_conv3x3(coarser, weights, (x.shape[2], x.shape[3]))
+            return conv_bn_relu(x, weight, shift=shift, addend=coarse, upsampled=upsampled)
         addend = None
         if coarser:
             height, rows = (x.shape[2], None) if strip is None else (strip[2], strip[:2])

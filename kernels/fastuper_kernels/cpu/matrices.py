@@ -1,19 +1,20 @@
-"""Operations as matrix products, for graphs that ONNX Runtime and OpenVINO run (`dispatch.modes.writing_for`).
+"""Operations for the graphs that ONNX Runtime and OpenVINO run (`dispatch.modes.writing_for`).
 
-These runtimes multiply matrices at full speed. Resampling, padding and additions take them longer than their arithmetic
-is worth. A matrix depends only on sizes. In a graph of one size it is a constant, elsewhere a few small operators.
+These runtimes multiply matrices and convolve at full speed. Resampling, padding and additions take them longer than
+their arithmetic is worth. In a graph of one size these are products with matrices, which are constants there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from fastuper_kernels.cpu.band import Band
 from fastuper_kernels.cpu.winograd import DOWN
-from fastuper_kernels.dispatch.modes import written_for
+from fastuper_kernels.dispatch.modes import as_written, written_for
 
 # The transforms of `cpu.winograd` as matrices, at the same points.
 INPUTS = [[1, 1.5, -2, -1.5, 1, 0], [0, -1, -2.5, -0.5, 1, 0], [0, 1, 0.5, -2.5, 1, 0]]
@@ -21,26 +22,22 @@ INPUTS += [[0, -0.5, -1, 0.5, 1, 0], [0, 2, -1, -2, 1, 0], [0, 1, 1.5, -2, -1.5,
 OUTPUTS = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -0.5, 0], [0, 1, 1, 4, 0.25, 0], [0, 1, -1, 8, -0.125, 1]]
 
 
-def resample(x: torch.Tensor, sizes: Sequence[tuple[int, int]], corners: Sequence[bool] = ()) -> torch.Tensor:
-    """Return x (B, C, h, w), resampled (bilinear) through each of the sizes: two products.
+LARGEST = 256
+"""The largest side of a map that matrices resample: the products for a position grow with the side."""
 
-    Args:
-        x: the map.
-        sizes: the (height, width) of each step.
-        corners: `align_corners` of each step; empty if it is False for all.
-    """
-    rows, columns = (_chain(x, dim, [size[dim - 2] for size in sizes], corners) for dim in (2, 3))
+
+def are_constant(*sizes: Sequence[Any]) -> bool:
+    """Return True if the sizes of maps are fixed, and small enough for matrices."""
+    return all(isinstance(side, int) and side <= LARGEST for size in sizes for side in size)
+
+
+def resample(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return x (B, C, h, w), resampled (bilinear, align_corners=False) to a size (height, width)."""
+    before, size = as_written(x.shape[2:]), as_written(size)
+    if not are_constant(before, size):
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    rows, columns = (Band.bilinear(*sides, device=x.device).matrix(x.dtype) for sides in zip(before, size, strict=True))
     return torch.matmul(torch.matmul(rows, x), columns.t())
-
-
-def _chain(x: torch.Tensor, dim: int, sizes: Sequence[int], corners: Sequence[bool]) -> torch.Tensor:
-    """Return the matrix that resamples one axis of x through each of the sizes."""
-    total, before = None, x.shape[dim]
-    for size, aligned in zip(sizes, corners or (False,) * len(sizes), strict=True):
-        step = Band.bilinear(before, size, align_corners=aligned, device=x.device).matrix(x.dtype)
-        total, before = step if total is None else step @ total, size
-    assert total is not None
-    return total
 
 
 def upsampled_conv3x3(
@@ -53,11 +50,11 @@ def upsampled_conv3x3(
     channels = weights[0].shape[0]
     lines, rows = [], []
     for level, weight in zip(levels, weights, strict=True):
-        batch, _, height, width = level.shape
+        height, width = as_written(level.shape[2:])
         taps = weight.permute(3, 0, 2, 1).flatten(1, 2)  # (3, C_out * 3, C): for each column, the taps of all rows
         products = [F.conv2d(level, tap[:, :, None, None]) for tap in taps.unbind()]
         line = torch.matmul(torch.cat(products, dim=3), _taps(width, size[1], level).t())
-        lines.append(line.view(batch, channels, 3 * height, size[1]))
+        lines.append(line.view(-1, channels, 3 * height, size[1]))
         rows.append(_taps(height, size[0], level))
     return torch.matmul(torch.cat(rows, dim=1), torch.cat(lines, dim=2))
 
@@ -69,6 +66,7 @@ def _taps(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tensor:
 
 
 WINOGRAD_CHANNELS = 256
+"""The fewest channels with which `winograd_conv3x3` is faster in ONNX Runtime than its own convolution."""
 
 
 def takes_winograd(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -87,7 +85,7 @@ def winograd_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x: (B, C, H, W).
         weight: (C_out, C, 3, 3).
     """
-    batch, channels, height, width = x.shape
+    batch, channels, (height, width) = x.shape[0], weight.shape[1], as_written(x.shape[2:])
     points, size = len(DOWN), len(DOWN) - 2
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     inputs, outputs = (torch.tensor(matrix, dtype=x.dtype, device=x.device) for matrix in (INPUTS, OUTPUTS))
@@ -111,7 +109,7 @@ def _divides(size: int, height: int, width: int) -> bool:
 
 def _both_axes(matrix: torch.Tensor) -> torch.Tensor:
     """Return the kernels (points * points, 1, n, n) that apply a matrix (points, n) to both axes."""
-    return torch.einsum("iy,jx->ijyx", matrix, matrix).flatten(0, 1)[:, None]
+    return (matrix[:, None, :, None] * matrix[:, None]).flatten(0, 1)[:, None]
 
 
 def _transformed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -28,6 +28,39 @@ def is_jit_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 
 
+Runtime: TypeAlias = Literal["onnxruntime", "openvino"]
+_written: tuple[Runtime, bool] | None = None
+
+
+@contextmanager
+def writing_for(runtime: Runtime, *, one_size: bool = False) -> Iterator[None]:
+    """While this context is active, traced operations are written as a runtime computes them fastest.
+
+    It changes neither eager runs nor results beyond rounding. Whoever exports a model for a runtime traces it inside.
+    Only one thread at a time may trace for a runtime.
+
+    Args:
+        runtime: the runtime.
+        one_size: True if the graph is for images of the traced height and width only.
+    """
+    global _written
+    before, _written = _written, (runtime, one_size)
+    try:
+        yield
+    finally:
+        _written = before
+
+
+def written_for() -> Runtime | None:
+    """Return the runtime that the graph is written for, see `writing_for`; None for PyTorch, and if nothing traces."""
+    return None if _written is None or is_eager() else _written[0]
+
+
+def as_written(size: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the sizes of a map as the graph has them: integers if it is for one size, else what the tracer follows."""
+    return tuple(int(side) for side in size) if _written is not None and _written[1] else tuple(size)
+
+
 def is_known(condition: Any) -> bool:
     """Return True if a condition on sizes holds, in a graph with free sizes for all sizes of its range."""
     if isinstance(condition, bool):
@@ -49,30 +82,6 @@ def for_all_sizes(forward: Function) -> Function:
             return forward(*args, **kwargs)
 
     return called  # type: ignore[return-value]
-
-
-Runtime: TypeAlias = Literal["onnxruntime", "openvino"]
-_runtime: Runtime | None = None
-
-
-@contextmanager
-def writing_for(runtime: Runtime) -> Iterator[None]:
-    """While this context is active, traced operations are written as a runtime computes them fastest.
-
-    It changes neither eager runs nor results beyond rounding. Whoever exports a model for a runtime traces it inside.
-    Only one thread at a time may trace for a runtime.
-    """
-    global _runtime
-    before, _runtime = _runtime, runtime
-    try:
-        yield
-    finally:
-        _runtime = before
-
-
-def written_for() -> Runtime | None:
-    """Return the runtime that the graph is written for, see `writing_for`; None for PyTorch, and if nothing traces."""
-    return None if _runtime is None or is_eager() else _runtime
 
 
 def is_ordinary(*tensors: torch.Tensor | None) -> bool:

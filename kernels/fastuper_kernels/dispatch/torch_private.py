@@ -104,39 +104,51 @@ class _UnguardedChoices(torch.overrides.TorchFunctionMode):
         chooses = func in self.operators and kwargs.get("scale_factor") is None  # a factor computes a size
         free = (side for side in args[0].shape if isinstance(side, torch.SymInt)) if chooses else ()
         for side in free:
-            with side.node.shape_env.suppress_guards():
+            environment: Any = side.node.shape_env
+            with environment.suppress_guards():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-# Compilation ahead of time --------------------------------------------------------------------------------------------
+def check_size(condition: Any) -> None:
+    """Tell a tracer that a condition on sizes holds; raise RuntimeError where it does not.
 
-
-def compile_package(program: torch.export.ExportedProgram, path: str, metadata: dict[str, str]) -> None:
-    """Write a package of AOTInductor, compiled code, to a path that ends in .pt2.
-
-    Raises:
-        FileNotFoundError: no C++ compiler works.
-
-    Reason: PyTorch documents AOTInductor under this private name, and has no function that looks for the compiler.
+    Reason: the documented function has an underscore in its name.
     """
+    torch._check(condition)
+
+
+# Compiled packages ----------------------------------------------------------------------------------------------------
+
+
+def aoti_compile(program: Any, path: str, configs: dict[str, Any]) -> None:
+    """Compile a program of torch.export to a package of AOTInductor.
+
+    Args:
+        program: the program.
+        path: of the package, whose name ends with .pt2.
+        configs: Inductor's options.
+
+    Reason: the documented functions for packages are in a private module.
+    """
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
+def aoti_load(path: str) -> Any:
+    """Return the function of a package of AOTInductor. Reason: see `aoti_compile`."""
+    return torch._inductor.aoti_load_package(path)
+
+
+def has_cpp_compiler() -> bool:
+    """Return True if Inductor finds a C++ compiler. Reason: PyTorch has no public function that says so."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        raise FileNotFoundError("no C++ compiler works") from None
-    configs = {"aot_inductor.metadata": metadata}
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
-
-
-def load_package(path: str) -> Any:
-    """Return the compiled model of a package, a function of tensors; `get_metadata()` returns its metadata.
-
-    Reason: see `compile_package`.
-    """
-    return torch._inductor.aoti_load_package(path)
+        return False
+    return True
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def _written(
         y = _epilogue(matrices.winograd_conv3x3(x, weight), None, shift, addend, relu)
     else:
         y = _epilogue(F.conv2d(x, weight, shift, padding=weight.shape[-1] // 2), None, None, addend, relu)
-    return y if upsampled is None else y + matrices.resample(upsampled, [(y.shape[2], y.shape[3])])
+    return y if upsampled is None else y + matrices.resample(upsampled, x.shape[2:])
 
 
 def _strip_of_reference(

@@ -37,7 +37,7 @@ def upsample_add(x: torch.Tensor, lateral: torch.Tensor, *, backend: str = "auto
 
         return kernel(x, lateral)
     if written_for() is not None:
-        return lateral + matrices.resample(x, [(lateral.shape[2], lateral.shape[3])])
+        return lateral + matrices.resample(x, lateral.shape[2:])
     return reference(x, lateral)
 
 

@@ -16,6 +16,7 @@ from fastuper_kernels.cpu import matrices
 from fastuper_kernels.cpu.upsampled_conv import UpsampledConv3x3, with_gradients
 from fastuper_kernels.dispatch.backend import takes_triton
 from fastuper_kernels.dispatch.modes import (
+    as_written,
     autocast,
     check_dtypes,
     is_eager,
@@ -63,9 +64,10 @@ def upsampled_conv3x3(
     weights = autocast(*weights)
     if is_eager() and not is_ordinary(*levels, *weights):
         return reference(levels, weights, size)[:, :, start:stop]
-    if written_for() is not None:
-        total = matrices.upsampled_conv3x3(levels, weights, size)
-        return total if strip is None else total[:, :, start:stop]
+    if written_for() is not None and strip is None:
+        sizes = [as_written(side) for side in (size, *(level.shape[2:] for level in levels))]
+        if matrices.are_constant(*sizes):
+            return matrices.upsampled_conv3x3(levels, weights, sizes[0])
     total = None
     for level, weight in zip(levels, weights, strict=True):
         part = with_gradients(level, weight, size) if is_eager() else _traced(level, weight, size)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fastuper.io.messages import reason
 from fastuper.models.backbones.layers import lacking
+from fastuper_kernels.dispatch.torch_private import check_size
 
 Size = tuple[int, int]
 Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -97,7 +98,7 @@ class Sizes:
         """Return the height (axis 0) or width (1) to which a symbolic one is padded."""
         least, multiple = self.least[axis], self.multiple[axis]
         if self.largest is not None and isinstance(side, torch.SymInt):
-            torch._check(side <= self.largest[axis])
+            check_size(side <= self.largest[axis])
         if least > multiple:  # a side below a multiple is padded to it in any case
             side = side + lacking(side, least)
         return (side + multiple - 1) // multiple * multiple
