@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuper.io.messages import reason
+from fastuper.models.backbones.layers import lacking
 from fastuper_kernels.dispatch.torch_private import check_size
 
 Size = tuple[int, int]
@@ -96,12 +97,10 @@ class Sizes:
     def _symbolic(self, side: Any, axis: int) -> Any:
         """Return the height (axis 0) or width (1) to which a symbolic one is padded."""
         least, multiple = self.least[axis], self.multiple[axis]
-        if isinstance(side, torch.Tensor):  # while `torch.jit.trace` runs
-            side = side.clamp(min=least)
-        else:
-            if self.largest is not None:
-                check_size(side <= self.largest[axis])
-            side = torch.sym_max(side, least) if least > 1 else side
+        if self.largest is not None and isinstance(side, torch.SymInt):
+            check_size(side <= self.largest[axis])
+        if least > multiple:  # a side below a multiple is padded to it in any case
+            side = side + lacking(side, least)
         return (side + multiple - 1) // multiple * multiple
 
 
