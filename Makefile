@@ -67,16 +67,14 @@ $(FOREIGN)/.installed: pyproject.toml tests/foreign/requirements.txt
 test-foreign: $(FOREIGN)/.installed ## convert checkpoints that the real mmsegmentation, smp and timm make, and compare logits
 	$(FOREIGN)/bin/python -m pytest tests/foreign $(PARALLEL)
 
-# Gradio takes an older Pillow than fastuper. A virtual environment of its own.
-$(PAGE)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(PAGE)
-	$(PAGE)/bin/python -m pip install --quiet --upgrade pip
-	$(PAGE)/bin/python -m pip install --quiet --editable '.[serve]' httpx playwright pytest pytest-timeout scikit-image
+# Gradio takes an older Pillow than the other tests have.
+$(PAGE)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --target $(PAGE) gradio fastapi httpx playwright
 	@touch $@
 
 test-page: $(PAGE)/.installed ## test `fastuper serve`, and drive its page in Chromium (two minutes)
 	@command -v $(CHROMIUM) > /dev/null || { echo "Chromium is missing: apt-get install chromium, or CHROMIUM=/path/to/it make test-page"; exit 1; }
-	CHROMIUM=$(CHROMIUM) $(PAGE)/bin/python -m pytest tests/serve tests/page
+	PYTHONPATH=$(CURDIR)/$(PAGE) CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/serve tests/page
 
 test-minimum: ## run the tests of `make test` with the oldest versions that pyproject.toml allows, in a second virtual environment
 	$(PYTHON) -m venv .cache/minimum
