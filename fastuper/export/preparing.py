@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,11 @@ from torch import nn
 
 from fastuper.data.processor import UperNetImageProcessor
 from fastuper.export.settings import ExportError
-from fastuper.io.files import read_json
-from fastuper.io.hub import find_file
+from fastuper.inference.loading import LoadError, class_of, load
 from fastuper.io.messages import name_of, one_line
-from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper.models.pyramid_model import PyramidModel
 from fastuper.models.untouched import is_replaced
 from fastuper.models.upernet import UperNetForSemanticSegmentation
-from fastuper.weights.checkpoints import has_official_files
-from fastuper.weights.dialects import is_foreign
 from fastuper_kernels.dispatch.torch_private import (
     PARAMETER_CLASSES,
     children_of,
@@ -32,8 +27,6 @@ from fastuper_kernels.dispatch.torch_private import (
     hooks_of,
     parameters_of,
 )
-
-MODELS: tuple[type[PyramidModel], ...] = (UperNetForSemanticSegmentation, UperNetForUnifiedPerceptualParsing)
 
 LOADING = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 """The errors of a checkpoint that cannot be loaded."""
@@ -73,7 +66,7 @@ def prepare(source: Any, processor: Any = None) -> Prepared:
         model = _own_copy(source)
         name = type(source).__name__
     elif isinstance(source, str | os.PathLike):
-        model, found = _loaded(source)
+        model, found = _loaded(os.fspath(source))
         processor = found if processor is None else processor
         name = name_of(source)
     else:
@@ -84,21 +77,14 @@ def prepare(source: Any, processor: Any = None) -> Prepared:
     return Prepared(model.requires_grad_(False), _own_processor(processor), tuple(notes))
 
 
-def _loaded(source: str | os.PathLike[str]) -> tuple[PyramidModel, UperNetImageProcessor | None]:
+def _loaded(source: str) -> tuple[PyramidModel, UperNetImageProcessor | None]:
     """Load a checkpoint in float32, and its image processor if it has one."""
+    lacks: list[str] = []
     try:
-        foreign = is_foreign(source)
-        if foreign:
-            parses = os.path.isdir(source) and has_official_files(Path(source))
-        else:
-            config = find_file(source, "config.json")
-            kind = read_json(config).get("model_type") if config else None
-            parses = kind is not None and UperNetForUnifiedPerceptualParsing.config_class.reads(kind)
-        model = MODELS[parses].from_pretrained(source, dtype=torch.float32, device="cpu")
-        has_processor = foreign or find_file(source, "preprocessor_config.json") is not None
-        return model, UperNetImageProcessor.from_pretrained(source) if has_processor else None
-    except LOADING as error:
-        raise ExportError(f"cannot load the model {name_of(source)}: {one_line(error)}") from None
+        model, processor = load(class_of(source), source, torch.device("cpu"), "float32", lacks.append)
+    except LoadError as error:
+        raise ExportError(str(error)) from None
+    return model, None if lacks else processor
 
 
 def _own_copy(model: nn.Module) -> PyramidModel:

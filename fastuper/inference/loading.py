@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 from fastuper.models.upernet import UperNetForSemanticSegmentation
 from fastuper.scenes.dataset import MODEL
 from fastuper.weights.dialects import is_foreign
+from fastuper.weights.official import has_official_files
 
 KINDS = {
     "upernet": ("semantic segmentation", "segment"),
@@ -92,7 +94,7 @@ def class_of(model: str | None) -> Any:
     try:
         kind = "upernet" if model is None else _kind(model)
         if model is not None and is_foreign(model):
-            official = os.path.isdir(model) and any(name.startswith("encoder_") for name in os.listdir(model))
+            official = os.path.isdir(model) and has_official_files(Path(model))
             kind = "unified_perceptual_parsing" if official else "upernet"
     except _FAULTS as error:
         raise _error(str(model), error) from None
