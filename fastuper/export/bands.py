@@ -24,7 +24,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         inputs: (blocks, L), int64, the inputs that each block reads.
-        matrix: (blocks, outputs of a block, L), float32. Outputs beyond the last one repeat it.
+        matrix: (blocks, outputs of a block, L), floating point. Outputs beyond the last one repeat it.
     """
 
     inputs: torch.Tensor
@@ -94,14 +94,15 @@ class Filter(NamedTuple):
     Attributes:
         size_in: the number of inputs.
         size_out: the number of outputs.
-        support: half of the filter's width.
-        function: the filter, from distances of at most `support` (at most a little more) to weights.
+        support: half of the filter's width, in units.
+        function: the filter: from distances of less than `support` units, float32, and the unit, to weights, float32 or
+            float64. Distances and unit are whole numbers below 2**24. The sum of the weights need not be 1.
     """
 
     size_in: Size
     size_out: Size
     support: int
-    function: Callable[[torch.Tensor], torch.Tensor]
+    function: Callable[[torch.Tensor, Size], torch.Tensor]
 
     def reach(self, count: Size) -> Size:
         """Return the most inputs that this many neighbouring outputs read."""
@@ -114,10 +115,11 @@ class Filter(NamedTuple):
         return torch.div(start.clamp(min=0), 2 * self.size_out, rounding_mode="floor")
 
     def weights(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """Return the weights of inputs j in outputs i, float32; their sum is 1."""
-        distance = ((2 * j + 1) * self.size_out - (2 * i + 1) * self.size_in).float()
-        distance = (distance / (2 * larger(self.size_in, self.size_out))).abs()
-        weights = self.function(distance) * (distance < self.support).float() * (j < self.size_in).float()
+        """Return the weights of inputs j in outputs i, in the dtype of `function`; their sum is 1."""
+        distance = ((2 * j + 1) * self.size_out - (2 * i + 1) * self.size_in).float().abs()
+        unit = 2 * larger(self.size_in, self.size_out)
+        weights = self.function(distance, unit)
+        weights = weights * (distance < self.support * unit).float() * (j < self.size_in).float()
         return weights / weights.sum(-1, keepdim=True)
 
 

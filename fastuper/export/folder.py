@@ -78,7 +78,7 @@ def write_beside(
         "checked": checked is not None,
     }
     if checked is not None:
-        report["proof"] = {"bound": bound_of(settings), "sizes": list(checked)}
+        report["proof"] = {"bound": bound_of(graph), "sizes": list(checked)}
     if int8 is not None:
         report["int8"] = dict(int8)
     if settings.format == "onnx":

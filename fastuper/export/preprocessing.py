@@ -10,7 +10,7 @@ from torch import nn
 
 from fastuper.data.processor import UperNetImageProcessor
 from fastuper.data.sizes import checked_size
-from fastuper.export.bands import LARGEST, Chain, Filter, Size, Step, apply, smaller
+from fastuper.export.bands import LARGEST, Chain, Filter, Size, Step, apply, blocks, first_of, smaller
 from fastuper.export.settings import ExportError
 from fastuper_kernels.dispatch.torch_private import check_size
 
@@ -18,24 +18,33 @@ from fastuper_kernels.dispatch.torch_private import check_size
 BLOCKS = 8
 
 
-def _triangle(t: torch.Tensor) -> torch.Tensor:
-    return 1 - t
+def _triangle(distance: torch.Tensor, unit: Size) -> torch.Tensor:
+    return unit - distance  # whole numbers, whose sums no order of summation rounds
 
 
-# Pillow's filters: half of the width, and the function of the distance. From Pillow 13 on the sizes decide whether the
-# width or the height is resized first; here it is always the width. Bilinear levels then differ by 1, in a few pixels
-# by 2; bicubic ones, which can leave the range of 8 bits between the two, by up to 21.
-FILTERS = {PIL.Image.Resampling.BILINEAR: (1, _triangle)}
+def _cubic(distance: torch.Tensor, unit: Size) -> torch.Tensor:
+    x = distance.double() / unit  # in float32 some levels would differ by two
+    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+
+
+# Pillow's filters: half of the width, and the weights by distance.
+FILTERS = {PIL.Image.Resampling.BILINEAR: (1, _triangle), PIL.Image.Resampling.BICUBIC: (2, _cubic)}
+
+COARSE, FINE = 15, 22
+"""Pillow's weights are multiples of 2**-22. Here each is the sum of a multiple of 2**-15, and of less than 2**-15."""
 
 
 class Preprocessing(nn.Module):
     """What a `UperNetImageProcessor` does to RGB photos: resize, rescale, normalise, reverse the channels.
 
-    Resized pixels are rounded to 8 bits after each pass, as in Pillow. They differ from the processor's by at most one
-    of 256 levels; where Pillow 13 resizes the height first, in a few pixels by two.
+    Resized pixels are rounded to 8 bits after each axis, in the order of the Pillow that is installed. They differ from
+    the processor's by at most one of 256 levels, and in few pixels.
 
     Args:
         processor: an image processor, with options from `from_pretrained` or the constructor.
+
+    Attributes:
+        is_exact: True where every runtime that divides as IEEE 754 says finds the same levels.
 
     Raises:
         ExportError: an option asks for what a graph cannot do; the message names the option.
@@ -54,6 +63,7 @@ class Preprocessing(nn.Module):
         if self.resizes:
             self._check_resizing(processor)
         self.filter = FILTERS.get(PIL.Image.Resampling(processor.resample))
+        self.is_exact = not self.resizes or (self.antialias and processor.resample == PIL.Image.Resampling.BILINEAR)
         factor = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         scale, shift = [], []
@@ -67,7 +77,7 @@ class Preprocessing(nn.Module):
         if self.antialias and processor.resample not in FILTERS:
             raise ExportError(
                 f"the processor's resample is {processor.resample}, which a graph cannot compute as Pillow does; set 2 "
-                "(bilinear), or export without preprocessing"
+                "(bilinear) or 3 (bicubic), or export without preprocessing"
             )
         # Both rules round products in float64, in which a runtime may differ by a pixel.
         rounds = "shortest_edge" in self.size and "longest_edge" in self.size and self.divisor is None
@@ -111,8 +121,46 @@ class Preprocessing(nn.Module):
             x = apply(Chain([Step(width, columns)], columns), x, -1, BLOCKS)
             return _rounded(apply(Chain([Step(height, rows)], rows), x, -2, BLOCKS))
         assert self.filter is not None  # the constructor has checked it
-        x = _rounded(apply(Filter(width, columns, *self.filter), x, -1, BLOCKS))
-        return _rounded(apply(Filter(height, rows, *self.filter), x, -2, BLOCKS))
+        by_width, by_height = Filter(width, columns, *self.filter), Filter(height, rows, *self.filter)
+        height_first = _height_first(height - rows, width - columns)
+        if isinstance(height_first, bool):
+            order = [(by_height, -2), (by_width, -1)] if height_first else [(by_width, -1), (by_height, -2)]
+            return _resampled(_resampled(x, *order[0]), *order[1])
+        return torch.where(
+            height_first,
+            _resampled(_resampled(x, by_height, -2), by_width, -1),
+            _resampled(_resampled(x, by_width, -1), by_height, -2),
+        )
+
+
+def _height_first(fewer_rows: Size, fewer_columns: Size) -> bool | torch.Tensor:
+    """Return whether Pillow resizes the height before the width: from version 13 on if that saves most."""
+    if int(PIL.__version__.split(".")[0]) < 13:
+        return False
+    if isinstance(fewer_rows, int) and isinstance(fewer_columns, int):
+        return fewer_rows > 0 and fewer_rows > 2 * fewer_columns
+    first, second = (torch.as_tensor(torch.scalar_tensor(x, dtype=torch.int64)) for x in (fewer_rows, fewer_columns))
+    return (first > 0) & (first > 2 * second)
+
+
+def _resampled(x: torch.Tensor, band: Filter, dim: int) -> torch.Tensor:
+    """Return levels of 8 bits (B, 3, H, W), resampled along an axis with weights rounded as in Pillow.
+
+    Products and sums of levels and weights are whole multiples of 2**-15, or of 2**-22, below 2**24 of them: float32
+    holds them, so that neither a runtime's order of summation nor its fused operations matter.
+    """
+    inputs, matrix = blocks(band, BLOCKS)
+    weights = (matrix * 2**FINE + 0.5).floor()
+    coarse = (weights * 2.0 ** (COARSE - FINE)).floor()
+    fine = (weights - coarse * 2 ** (FINE - COARSE)).float()
+    parts = []
+    for index, *pair in zip(inputs.unbind(), coarse.float().unbind(), fine.unbind(), strict=True):
+        read = x.index_select(dim, index).float()
+        high, low = (read @ part.T if dim == -1 else part @ read for part in pair)
+        half_up = high * 2.0**-COARSE + 0.5
+        level = half_up.floor()
+        parts.append((level + (half_up - level + low * 2.0**-FINE).floor()).clamp(0, 255))
+    return first_of(torch.cat(parts, dim), dim, band.size_out)
 
 
 def _free(side: Size) -> Size:

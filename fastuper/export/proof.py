@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fastuper.export.formats import Arrays, Runner
 from fastuper.export.graph import Graph
-from fastuper.export.settings import ExportError, ExportSettings, ProofError
+from fastuper.export.settings import ExportError, ProofError
 from fastuper.export.sizes import Case, arrays_of, checked_cases, output_of
 from fastuper.io.messages import format_size, one_line
 from fastuper.models.backbones.foreign.measuring import FAULTS
@@ -29,15 +28,17 @@ BOUNDS = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 6e-2}
 """The largest error of logits by the dtype of the export: the norm of the difference, relative to the norm."""
 
 PREPROCESSED = 2e-3
-"""The same, at least, where photos are prepared inside: a runtime may round a resized pixel to the next 8-bit level."""
+"""The same, at least, where photos are prepared inside, and a runtime may round a resized pixel to the next level."""
 
 WIDE = 2**16
 """The largest image whose reference is computed in float64, in pixels."""
 
 
-def bound_of(settings: ExportSettings) -> float:
+def bound_of(graph: Graph) -> float:
     """Return the largest error of logits, relative."""
-    return max(BOUNDS[settings.dtype], PREPROCESSED if settings.with_preprocessing else 0)
+    # OpenVINO divides by multiplying with a reciprocal.
+    is_exact = graph.preprocessing is None or (graph.preprocessing.is_exact and graph.settings.format != "openvino")
+    return max(BOUNDS[graph.settings.dtype], 0 if is_exact else PREPROCESSED)
 
 
 class Reference:
@@ -117,7 +118,7 @@ def _compared(found: Arrays, arrays: Arrays, case: Case, graph: Graph, reference
             raise ProofError(_wrong(graph, case, f"has no output {name}"))
         if (dtype := output_of(name, graph)["dtype"]) != found[name].dtype:
             raise ProofError(_wrong(graph, case, f"gives {name} in {found[name].dtype} in place of {dtype}"))
-    bound = bound_of(graph.settings)
+    bound = bound_of(graph)
     images = _pixels(arrays, case, graph)
     differences, norms = [0.0], [0.0]
     different = undecided = pixels = 0
@@ -217,16 +218,11 @@ def _parts(logits: torch.Tensor, objects: Any, config: Any, bound: float) -> tup
     return labels, decided
 
 
-LEVELS = 1 if int(PIL.__version__.split(".")[0]) < 13 else 2
-"""The most 8-bit levels between a graph's pixels and the processor's, see `fastuper.export.preprocessing.FILTERS`."""
-
-
 def _pixels(arrays: Arrays, case: Case, graph: Graph) -> torch.Tensor:
     """Return the images as the model reads them, (B, C, H, W) float32.
 
     Raises:
-        ProofError: the graph's preprocessing differs from the image processor's by more than one 8-bit level; two where
-            Pillow 13 may resize the height first.
+        ProofError: the graph's preprocessing differs from the image processor's by more than one 8-bit level.
     """
     if graph.preprocessing is None:
         return torch.from_numpy(arrays["pixel_values"])
@@ -238,7 +234,7 @@ def _pixels(arrays: Arrays, case: Case, graph: Graph) -> torch.Tensor:
     level = processor.rescale_factor if processor.do_rescale else 1.0
     if processor.do_normalize:
         level = level / torch.as_tensor(processor.image_std, dtype=torch.float32).view(-1, 1, 1)
-    if pixels.shape != expected.shape or not bool(((pixels - expected).abs() <= (LEVELS + 0.001) * level).all()):
+    if pixels.shape != expected.shape or not bool(((pixels - expected).abs() <= 1.001 * level).all()):
         raise ProofError(_wrong(graph, case, "prepares photos in another way than the image processor"))
     return pixels
 
