@@ -20,7 +20,7 @@ KEPT_RESULTS = 100
 """The number of results that are kept; the oldest are removed."""
 KEPT_BYTES = 1_000_000_000
 """The size of all results, and of all uploads, that are kept; the oldest are removed."""
-UNFINISHED_SECONDS = 120
+UNFINISHED_SECONDS = 60
 """Uploads to which nothing was added for this time have failed, and are removed."""
 
 

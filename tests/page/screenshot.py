@@ -40,7 +40,8 @@ def draw(path: Path) -> None:
             page.screenshot(path=path)
             browser.close()
         finally:
-            server.stop()
+            server.interrupt()
+            server.wait()
     with Image.open(path) as picture:
         full = picture.convert("RGB")
     # A small picture: 256 colours, among them white and those of the classes.

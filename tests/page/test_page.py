@@ -270,7 +270,9 @@ def test_ctrl_c_ends_the_page_and_leaves_nothing(servers: dict[str, Server]) -> 
     for server in servers.values():
         (temporary,) = server.temporary.iterdir()  # one folder
         assert temporary.name.startswith(".fastuper-")
-        assert server.stop() == 0
+        server.interrupt()
+    for server in servers.values():
+        assert server.wait() == 0
         assert list(server.temporary.iterdir()) == []
         assert [path for path in server.work.rglob("*") if path.is_file()] == []
         assert server.errors.read_text() == ""
