@@ -72,9 +72,9 @@ $(PAGE)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --target $(PAGE) gradio fastapi httpx playwright
 	@touch $@
 
-test-page: $(PAGE)/.installed ## test `fastuper serve`, and drive its page in Chromium (two minutes)
+test-page: $(PAGE)/.installed ## test `fastuper serve`, and drive its page in Chromium (a minute)
 	@command -v $(CHROMIUM) > /dev/null || { echo "Chromium is missing: apt-get install chromium, or CHROMIUM=/path/to/it make test-page"; exit 1; }
-	PYTHONPATH=$(CURDIR)/$(PAGE) CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/serve tests/page
+	PYTHONPATH=$(CURDIR)/$(PAGE) CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/serve tests/page --numprocesses 2 --dist loadfile
 
 test-minimum: ## run the tests of `make test` with the oldest versions that pyproject.toml allows, in a second virtual environment
 	$(PYTHON) -m venv .cache/minimum

@@ -18,6 +18,10 @@ KEPT_SECONDS = 3600
 """Results and uploads are removed after this time."""
 KEPT_RESULTS = 100
 """The number of results that are kept; the oldest are removed."""
+KEPT_BYTES = 1_000_000_000
+"""The size of all results, and of all uploads, that are kept; the oldest are removed."""
+UNFINISHED_SECONDS = 60
+"""Uploads to which nothing was added for this time have failed, and are removed."""
 
 
 @contextmanager
@@ -42,9 +46,10 @@ def temporary_folder() -> Iterator[Path]:
 
 
 class _Result(NamedTuple):
-    """The folder of a photo's results, and when they were made."""
+    """The folder of a photo's results, its size in bytes, and when they were made."""
 
     folder: Path
+    size: int
     made: float
 
 
@@ -75,7 +80,8 @@ class ResultFiles:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._results[key] = _Result(folder, time.monotonic())
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        self._results[key] = _Result(folder, size, time.monotonic())
 
     def path(self, key: str, name: str) -> Path | None:
         """Return a file of a result; None if there is none."""
@@ -85,13 +91,43 @@ class ResultFiles:
         return result.folder / name
 
     def sweep(self, kept: int = KEPT_RESULTS) -> None:
-        """Remove old results, and the oldest if there are more than `kept`."""
-        oldest = sorted(self._results.items(), key=lambda item: item[1].made)
-        too_many = len(oldest) - kept
-        for position, (key, result) in enumerate(oldest):
-            if position < too_many or time.monotonic() - result.made > KEPT_SECONDS:
+        """Remove old results, and the oldest if there are more than `kept`, or more than KEPT_BYTES in all."""
+        newest = sorted(self._results.items(), key=lambda item: -item[1].made)
+        total = 0
+        for position, (key, result) in enumerate(newest):
+            total += result.size
+            if position >= kept or total > KEPT_BYTES or time.monotonic() - result.made > KEPT_SECONDS:
                 self._results.pop(key, None)
                 shutil.rmtree(result.folder, ignore_errors=True)
+
+
+class Uploads:
+    """The photos that the page was sent, which Gradio keeps in a folder of their own.
+
+    Args:
+        folder: that folder. What is in it now, the examples, stays.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._examples = set(folder.rglob("*"))
+
+    def sweep(self) -> None:
+        """Remove old uploads, unfinished ones, and the oldest if all have more than KEPT_BYTES."""
+        found = []
+        for path in set(self._folder.rglob("*")) - self._examples:
+            with suppress(OSError):  # another thread has removed it
+                if path.is_file():
+                    found.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = 0
+        for changed, size, path in sorted(found, reverse=True):
+            total += size
+            unfinished = path.parent == self._folder  # a finished upload has a folder of its own
+            old = time.time() - changed > (UNFINISHED_SECONDS if unfinished else KEPT_SECONDS)
+            if old or (total > KEPT_BYTES and not unfinished):
+                with suppress(OSError):
+                    path.unlink()
+                    path.parent.rmdir()
 
 
 def size_limit(max_pixels: int) -> int:

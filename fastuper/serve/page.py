@@ -13,9 +13,6 @@ from fastuper.scenes.dataset import scene
 from fastuper.serve.models import DEMO
 from fastuper.serve.service import RefusedError, Service, plain_name, shown_scenes
 
-KEPT_SECONDS = 3600
-"""Gradio's copies of uploads are removed after this time."""
-
 _SCENES = (5, 62, 131)  # test scenes: the demo model was not trained on them
 _LICENCE = (
     "Photographs from scikit-image: the astronaut Eileen Collins (NASA, public domain), a cup of coffee (Rachel "
@@ -49,7 +46,7 @@ def build_page(service: Service, folder: Path) -> Any:
             "files": answer.result["files"],
         }
 
-    with gr.Blocks(title="fastuper", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
+    with gr.Blocks(title="fastuper", analytics_enabled=False) as page:
         gr.Markdown("# fastuper\nThe class of every pixel of a photo. Photos stay on the machine that runs this page.")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fastuper.inference.loading import choose_device
 from fastuper.io.messages import one_line
-from fastuper.serve.app import LOOPBACK, Guard, build_app
-from fastuper.serve.files import ResultFiles, size_limit, temporary_folder
+from fastuper.serve.app import LOOPBACK, Guard, answer_failures, build_app
+from fastuper.serve.files import ResultFiles, Uploads, size_limit, temporary_folder
 from fastuper.serve.models import Models
 from fastuper.serve.service import Service
 
@@ -58,7 +58,7 @@ def serve(
         LoadError: a model cannot be loaded.
     """
     check_packages()
-    with _listen(host, port) as listener:
+    with _bind(host, port) as listener:  # a port in use is known before a model is loaded
         models = Models(sources, choose_device(device), dtype, notify)
         loopback = host in LOOPBACK
         if not loopback:
@@ -84,23 +84,31 @@ def _run(service: Service, folder: Path, listener: socket.socket, loopback: bool
 
     from fastuper.serve.page import build_page, theme
 
-    app = build_app(service, folder)
+    page = build_page(service, folder / "examples").queue(max_size=None, api_open=False)
+    uploads, largest = Uploads(folder / "uploads"), size_limit(service.max_pixels)
+    app = build_app(service, folder, uploads)
     gradio.mount_gradio_app(
         app,
-        build_page(service, folder / "examples").queue(max_size=None, api_open=False),
+        page,
         "/",
         footer_links=[],
         show_error=True,
-        max_file_size=size_limit(service.max_pixels),
+        max_file_size=largest,
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
         theme=theme(),
         css="#viewer { padding: 0 }",
     )
+    answer_failures(app.routes[-1].app)
     config = uvicorn.Config(
-        Guard(app, loopback), log_level="error", access_log=False, timeout_graceful_shutdown=2, server_header=False
+        Guard(app, uploads, loopback=loopback, largest=largest),
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=2,
+        server_header=False,
     )
+    _listen(listener)
     name, port = listener.getsockname()[:2]
     ready(f"http://{f'[{name}]' if ':' in name else name}:{port}")
     try:
@@ -110,8 +118,8 @@ def _run(service: Service, folder: Path, listener: socket.socket, loopback: bool
         service.queue.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address.
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address; nobody can connect to it before `_listen`.
 
     Raises:
         ServeError: the address is not known or in use.
@@ -124,10 +132,23 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)
     except OSError as error:
         listener.close()
-        raise ServeError(
-            f"cannot listen on {one_line(host)}, port {port}: {error.strerror}; give another --port"
-        ) from None
+        raise _in_use(host, port, error) from None
     return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    """Open the port of a bound socket.
+
+    Raises:
+        ServeError: another program has opened it meanwhile.
+    """
+    try:
+        listener.listen(128)
+    except OSError as error:
+        raise _in_use(*listener.getsockname()[:2], error) from None
+
+
+def _in_use(host: str, port: int, error: OSError) -> ServeError:
+    return ServeError(f"cannot listen on {one_line(host)}, port {port}: {error.strerror}; give another --port")

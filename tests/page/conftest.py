@@ -65,9 +65,12 @@ class Server:
             self._address = found[1]
         return self._address
 
-    def stop(self) -> int:
-        """Interrupt the process as Ctrl-C does, and return its exit status."""
+    def interrupt(self) -> None:
+        """Interrupt the process as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
+
+    def wait(self) -> int:
+        """Return the exit status of the interrupted process."""
         try:
             return self.process.wait(60)
         finally:

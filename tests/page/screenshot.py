@@ -5,14 +5,16 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from fastuper.scenes.dataset import scene
+from fastuper.scenes.dataset import ID2LABEL, PALETTE, scene
 from tests.page.conftest import ARGUMENTS, CHROMIUM, ROOT, Server
 
-COLOURS = 128
-"""Of the picture: it must stay small."""
+SCENE = 5
+POINTED = next(index for index, name in ID2LABEL.items() if name == "car")
+"""The class under the pointer."""
 
 
 def draw(path: Path) -> None:
@@ -20,7 +22,10 @@ def draw(path: Path) -> None:
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         folder = Path(name)
         photo = folder / "street.png"
-        scene(62, (512, 683))[0].save(photo)
+        drawn, labels = scene(SCENE, (512, 683))
+        drawn.save(photo)
+        rows, columns = np.nonzero(np.asarray(labels) == POINTED)
+        row, column = rows[len(rows) // 2], columns[len(columns) // 2]
         server = Server(folder)
         try:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
@@ -30,15 +35,20 @@ def draw(path: Path) -> None:
             page.wait_for_selector("#viewer canvas")
             box = page.locator("#viewer canvas").bounding_box()
             assert box is not None
-            page.mouse.move(box["x"] + 0.57 * box["width"], box["y"] + 0.55 * box["height"])
+            page.mouse.move(box["x"] + column / 683 * box["width"], box["y"] + row / 512 * box["height"])
             page.wait_for_timeout(500)
             page.screenshot(path=path)
             browser.close()
         finally:
-            server.stop()
+            server.interrupt()
+            server.wait()
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+        full = picture.convert("RGB")
+    # A small picture: 256 colours, among them white and those of the classes.
+    most = np.array(full.quantize(255 - len(PALETTE)).getpalette(), np.uint8)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([255, 255, 255, *PALETTE.ravel(), *most])
+    full.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

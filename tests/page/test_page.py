@@ -6,7 +6,10 @@ import base64
 import io
 import json
 import re
+import socket
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +23,7 @@ from typer.testing import CliRunner
 
 from fastuper.cli import app
 from fastuper.scenes.dataset import ID2LABEL, PALETTE, scene
-from tests.page.conftest import Server
+from tests.page.conftest import ROOT, Server
 
 OpenPage = Callable[[str], Page]
 
@@ -228,11 +231,48 @@ def test_the_queue_is_bounded(servers: dict[str, Server], street: Path) -> None:
     assert answers.count(200) >= 9
 
 
+def test_only_uploaded_photos_are_read(servers: dict[str, Server]) -> None:
+    """A program names a file, or an address, where the page names an upload."""
+    address = f"{servers['demo'].address}/gradio_api"
+    with urllib.request.urlopen(f"{servers['demo'].address}/config") as answer:
+        (show,) = (each for each in json.load(answer)["dependencies"] if len(each["inputs"]) == 2)
+    inside = next(servers["demo"].temporary.iterdir())
+    for number, path in enumerate(
+        ("/etc/passwd", f"{inside}/../../secret", "http://127.0.0.1:9/x", "file:///etc/passwd")
+    ):
+        message = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "demo"], "fn_index": show["id"]}
+        body = json.dumps(message | {"session_hash": f"visitor{number}"}).encode()
+        urllib.request.urlopen(
+            urllib.request.Request(f"{address}/queue/join", body, {"Content-Type": "application/json"})
+        ).close()
+        with urllib.request.urlopen(f"{address}/queue/data?session_hash=visitor{number}") as events:
+            end = next(line for line in events if b"process_completed" in line)
+        message = json.loads(end.removeprefix(b"data: "))
+        assert message["output"]["error"] == "this is no uploaded photo: upload the file"
+    for path in ("/etc/passwd", f"{inside}/../../secret", f"{ROOT}/README.md", "file:///etc/passwd"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{address}/file={urllib.parse.quote(path)}")
+
+
+def test_a_client_that_leaves_is_no_failure(servers: dict[str, Server]) -> None:
+    """The last test sees that the server has printed nothing."""
+    place = urllib.parse.urlsplit(servers["demo"].address)
+    form = b"Content-Type: multipart/form-data; boundary=x\r\n"
+    start = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    for path, header, body in (("/api/photo", b"", b"a"), ("/gradio_api/upload", form, start)):
+        with socket.create_connection((str(place.hostname), place.port)) as client:
+            head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 9999\r\n"
+            client.sendall(head.encode() + header + b"\r\n" + body)
+            time.sleep(0.2)
+
+
 def test_ctrl_c_ends_the_page_and_leaves_nothing(servers: dict[str, Server]) -> None:
     for server in servers.values():
         (temporary,) = server.temporary.iterdir()  # one folder
         assert temporary.name.startswith(".fastuper-")
-        assert server.stop() == 0
+        server.interrupt()
+    for server in servers.values():
+        assert server.wait() == 0
         assert list(server.temporary.iterdir()) == []
         assert [path for path in server.work.rglob("*") if path.is_file()] == []
         assert server.errors.read_text() == ""

@@ -29,6 +29,17 @@ def test_a_port_in_use() -> None:
     assert text == f"fastuper: cannot listen on 127.0.0.1, port {port}: Address already in use; give another --port"
 
 
+def test_the_port_is_closed_while_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def load(*_: object) -> None:
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+    monkeypatch.setattr("fastuper.serve.server.Models", load)
+    assert isinstance(run("--port", port).exception, ConnectionRefusedError)
+
+
 def test_an_unknown_host() -> None:
     assert line(run("--host", "no such host")).startswith("fastuper: --host no such host: ")
 

@@ -23,7 +23,7 @@ from fastuper.cli import app as commands
 from fastuper.scenes.dataset import ID2LABEL, load_model, scene
 from fastuper.serve import files
 from fastuper.serve.app import POLICY, Guard, build_app
-from fastuper.serve.files import ResultFiles, temporary_folder
+from fastuper.serve.files import ResultFiles, Uploads, size_limit, temporary_folder
 from fastuper.serve.models import Models
 from fastuper.serve.service import Queue, RefusedError, Service, plain_name
 
@@ -38,7 +38,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
 
 @pytest.fixture
 def client(service: Service, tmp_path: Path) -> Iterator[TestClient]:
-    with TestClient(Guard(build_app(service, tmp_path), loopback=True), base_url="http://127.0.0.1:7860") as client:
+    uploads = Uploads(tmp_path)
+    app = Guard(build_app(service, tmp_path, uploads), uploads, loopback=True, largest=size_limit(service.max_pixels))
+    with TestClient(app, base_url="http://127.0.0.1:7860") as client:
         yield client
     assert list(tmp_path.iterdir()) == []  # the request's body was removed
 
@@ -100,6 +102,39 @@ def test_bad_requests_get_one_line(client: TestClient, content, query, status, m
     assert answer.status_code == status
     assert list(answer.json()) == ["error"]
     assert re.fullmatch(message, answer.json()["error"])
+
+
+def test_bodies_are_bounded(client: TestClient) -> None:
+    answer = client.post("/api/photo", content=iter([b"a", b"b"]))  # in chunks
+    assert answer.status_code == 411
+    assert answer.json() == {"error": "the request does not state the length of its body: send Content-Length"}
+    answer = client.post("/gradio_api/queue/join", content=b"x" * ((1 << 20) + 1))
+    assert (answer.status_code, answer.text) == (413, "the request has more than 1,048,576 bytes\n")
+
+
+def test_photos_that_arrive_at_once_are_bounded(tmp_path: Path) -> None:
+    """Two photos of the largest size may arrive at once, a third is refused, and one that has left makes room."""
+    left, answers = asyncio.Event(), []
+
+    async def app(*_: object) -> None:
+        await left.wait()
+
+    async def note(message: dict[str, object]) -> None:
+        answers.append(message)
+
+    async def visit() -> None:
+        guard = Guard(app, Uploads(tmp_path), loopback=False, largest=100)
+        scope = {"type": "http", "path": "/gradio_api/upload", "headers": [(b"content-length", b"100")]}
+        both = [asyncio.create_task(guard(scope, None, note)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await guard(scope, None, note)
+        assert [message.get("status") for message in answers] == [503, None]
+        left.set()
+        await asyncio.gather(*both)
+        await guard(scope, None, note)
+        assert len(answers) == 2
+
+    asyncio.run(visit())
 
 
 def test_photos_over_the_limit_are_refused(client: TestClient, tmp_path_factory) -> None:
@@ -200,6 +235,33 @@ def test_old_results_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(OSError, match="full"):
         fill_the_disk()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_and_uploads_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "KEPT_BYTES", 250)
+    (tmp_path / "results").mkdir()
+    results = ResultFiles(tmp_path / "results")
+    keys = []
+    for _ in range(4):
+        with results.new() as (key, folder):
+            (folder / "a").write_bytes(bytes(100))
+        keys.append(key)
+    results.sweep()
+    assert [results.path(key, "a") is not None for key in keys] == [False, False, True, True]
+
+    folder = tmp_path / "uploads"
+    names = ("example/a", "b/oldest", "c/middle", "d/newest", "old/e", "arriving", "failed")
+    ages = (9999, 30, 20, 10, files.KEPT_SECONDS + 1, 5, files.UNFINISHED_SECONDS + 1)
+    uploads = None
+    for name, age in zip(names, ages, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(1 if name == "arriving" else 100))
+        os.utime(folder / name, (time.time() - age,) * 2)
+        uploads = uploads or Uploads(folder)  # what is there at first stays
+    assert uploads is not None
+    uploads.sweep()
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert left == {"example", "example/a", "c", "c/middle", "d", "d/newest", "arriving"}
 
 
 def test_the_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 // the body of a function of `element`, `props` and `watch`. `props.value` is what `show` in page.py returns.
 const OPACITY = 0.55;
 const HIGHLIGHT = 0.85; // the opacity of the class under the pointer
-const DIMMED = 0.5; // the factor of the others' opacity
+const DIMMED = 0.75; // the factor of the others' opacity
 const LABELS = { "labels.png": "Label map (PNG)", "overlay.jpg": "Overlay (JPEG)", "parsing.jpg": "Panels (JPEG)",
   "parsing.json": "Report (JSON)", "objects.png": "Objects (PNG)", "parts.png": "Parts (PNG)",
   "materials.png": "Materials (PNG)", "textures.png": "Textures (PNG)" };
