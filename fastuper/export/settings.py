@@ -30,8 +30,8 @@ DTYPES: dict[str, tuple[str, ...]] = {
 }
 """The dtypes of each format that its runtime computes in on a CPU."""
 
-QUANTISED = ("onnx", "openvino")
-"""The formats that hold 8-bit integers."""
+QUANTISED = {"onnx": "onnxruntime", "openvino": "nncf"}
+"""The formats that hold 8-bit integers, and the package that quantises for each."""
 
 SIDES = (16, 16384)
 """The smallest and the largest side of `size`, in pixels."""

@@ -63,7 +63,7 @@ def test_a_model_is_exported_and_nothing_else_is_printed(folder, tmp_path):
 
 
 def test_without_a_check(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastuper.export.onnx, "PACKAGES", ("no_such_runtime",))
+    monkeypatch.setattr(fastuper.export.onnx, "RUNTIME", "no_such_runtime")
     refused(run(folder, "-o", tmp_path / "made"), 2, "needs no_such_runtime", "install fastuper[onnx]")
     result = run(folder, "-o", tmp_path / "made", "--no-check", "--size", "64x64")
     assert result.exit_code == 0

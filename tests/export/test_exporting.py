@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +55,7 @@ def eager(graph: Graph, change: Callable[[dict[str, np.ndarray]], Any] = lambda 
 class Stub:
     """A format whose exported model is the graph itself: the tests of the folder need no tracer."""
 
-    EXTRA, PACKAGES, MODEL_FILES = "onnx", ("torch",), ("model.onnx", "model.onnx.data")
+    EXTRA, PACKAGES, RUNTIME, MODEL_FILES = "onnx", ("torch",), "torch", ("model.onnx", "model.onnx.data")
 
     def __init__(self, change: Callable[[Any], Any] = lambda found: found):
         self.change = change
@@ -301,6 +304,7 @@ def test_a_failed_proof_leaves_nothing(stub, network, tmp_path):
         (OSError(28, "No space left on device"), OSError, "No space left on device"),
         (ValueError("node 7\nunknown"), ExportError, "cannot be written in this format (ValueError: node 7 unknown)"),
         (ExportError("opset=9 is too old"), ExportError, "opset=9 is too old"),
+        (ProofError("int8 loses"), ProofError, "int8 loses"),
         (ModuleNotFoundError("No module named 'onnxscript'"), ExportError, "'onnxscript': install fastuper[onnx]"),
     ],
     ids=lambda value: type(value).__name__,
@@ -322,10 +326,33 @@ def test_a_full_disk_at_the_end_leaves_nothing(stub, network, tmp_path, monkeypa
     refused(network, tmp_path, "No space left on device", error=OSError)
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("basic_ios::clear"), ExportError("it has no form")], ids=str)
+def test_a_full_disk_that_a_library_does_not_name(stub, network, tmp_path, monkeypatch, fault):
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    def write(*_: object) -> None:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+        raise fault
+
+    stub.write = write
+    refused(network, tmp_path, "No space left on device", error=OSError)
+
+
 def test_a_missing_runtime_names_the_extra(stub, network, tmp_path):
-    stub.PACKAGES = ("torch", "no_such_runtime.inside")
-    refused(network, tmp_path, "format=onnx needs no_such_runtime.inside", "install fastuper[onnx]", "no-check")
-    assert not export_model(network, tmp_path / "made", check=False)["checked"]
+    stub.RUNTIME = "no_such_runtime"
+    refused(network, tmp_path, "format=onnx needs no_such_runtime,", "install fastuper[onnx], or give no-check")
+    stub.PACKAGES = ("torch", "no_such_writer")
+    for check in (True, False):
+        message = refused(network, tmp_path, "format=onnx needs no_such_writer,", "fastuper[onnx]", check=check)
+        assert "no-check" not in message
+
+
+def test_what_quantises_is_missed_before_the_export(stub, network, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    message = refused(network, tmp_path, "needs nncf, which", "fastuper[onnx]", format="openvino", int8=tmp_path)
+    assert "no-check" not in message
 
 
 def test_places_that_are_not_new(stub, network, tmp_path):
