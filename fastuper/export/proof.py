@@ -92,8 +92,8 @@ class Reference:
         moved = {task: bound * float(x.abs().amax()) for task, x in logits.items()}
         if dtype == "float64" and bound == BOUNDS["float32"]:
             for task, x in _logits(self.model, pixels).items():
-                error, least = (x - logits[task]).abs().amax(), EXACT * logits[task].abs().amax()
-                moved[task] = min(moved[task], float(torch.maximum(error, least)))
+                own, least = (x - logits[task]).abs().amax(), EXACT * logits[task].abs().amax()
+                moved[task] = min(moved[task], float(torch.maximum(own, least)))
         return logits, moved, dtype
 
 
