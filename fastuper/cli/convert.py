@@ -123,8 +123,12 @@ def convert_checkpoint(
 
     Exit status: 0 written, 1 the folder could not be written, 2 nothing could start.
     """
-    target = Path(os.path.realpath(output))
-    _check_new(output, target)
+    from fastuper.io.files import atomic_folder, new_folder
+
+    try:
+        target = new_folder(output)
+    except ValueError as error:
+        leave(str(error))
     if report is not None:
         _check_report(report, target)
 
@@ -141,7 +145,6 @@ def convert_checkpoint(
     for line in lines:
         typer.echo(printable(line))
 
-    from fastuper.io.files import atomic_folder
     from fastuper.models.converted import report_text
     from fastuper_kernels.dispatch.files import atomic_path
 
@@ -203,16 +206,6 @@ def _for_timm(source: Path) -> Result:
             pass
 
     return translated.rows, (), lines, save
-
-
-def _check_new(output: Path, target: Path) -> None:
-    """End the command with status 2 unless a folder is new or empty."""
-    try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            fault = "is not empty" if target.is_dir() else "is a file"
-            leave(f"{name_of(output)} {fault}; give a new folder")
-    except OSError as error:
-        leave(f"cannot use the output folder {about(output, error)}")
 
 
 def _check_report(report: Path, target: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,8 +49,7 @@ def export(
         from fastuper.export.exporting import export_model
 
         values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-        with _silent():
-            report = export_model(model, output, **values)
+        report = export_model(model, output, **values)
     except KeyboardInterrupt:
         typer.echo("fastuper: stopped; nothing was written", err=True)
         raise typer.Exit(130) from None
@@ -91,19 +88,3 @@ def _summary(report: Mapping[str, Any], output: Path) -> list[str]:
             undecided = max(each["labels_undecided"] for each in sizes)
             lines.append(f"labels equal wherever the reference decides: all but {undecided:.2%} of the pixels")
     return [*lines, f"segment a photo: python {name_of(output / 'run.py')} PHOTO"]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Within this context the process writes nothing to descriptors 1 and 2: compilers and runtimes write there."""
-    saved = [os.dup(descriptor) for descriptor in (1, 2)]
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for descriptor in (1, 2):
-            os.dup2(null, descriptor)
-        yield
-    finally:
-        for descriptor, copy in zip((1, 2), saved, strict=True):
-            os.dup2(copy, descriptor)
-            os.close(copy)
-        os.close(null)

@@ -7,11 +7,12 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from fastuper.cli.common import leave
+from fastuper.cli.common import folder, leave
 from fastuper.io.messages import one_line
 from fastuper.io.options import options_of
 
@@ -63,6 +64,7 @@ def field_option(kind: type, name: str) -> Any:
     return typer.Option(
         flag,
         help=described.help,
+        parser=folder if Path in get_args(get_type_hints(kind)[name]) else None,
         metavar=described.metavar,
         min=described.at_least,
         max=described.at_most if inclusive else None,

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from fastuper.export.formats import Runner
     from fastuper.export.graph import Graph
 
-__all__ = ["EXTRA", "MODEL_FILES", "PACKAGES", "load", "versions", "write"]
+__all__ = ["EXTRA", "MODEL_FILES", "PACKAGES", "RUNTIME", "load", "versions", "write"]
 
 EXTRA: str | None = None
 PACKAGES: tuple[str, ...] = ("torch",)
+RUNTIME = "torch"
 MODEL_FILES: tuple[str, ...] = ("model.pt2",)
 
 
@@ -34,9 +35,10 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     configs: dict[str, Any] = {"aot_inductor.metadata": with_names(metadata, graph)}
     try:
         with torch.no_grad():
-            aoti_compile(program, str(folder / MODEL_FILES[0]), configs)
+            package = aoti_compile(program, configs)
     except Exception as error:
         raise ExportError(f"AOTInductor cannot compile the model: {reason(error)}") from error
+    (folder / MODEL_FILES[0]).write_bytes(package)
 
 
 def load(folder: Path, settings: ExportSettings) -> Runner:

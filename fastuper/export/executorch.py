@@ -6,10 +6,7 @@ XNNPACK computes what it knows, ExecuTorch's portable operators the rest.
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
 
 EXTRA: str | None = "executorch"
 PACKAGES: tuple[str, ...] = ("executorch",)
+RUNTIME = "executorch"
 MODEL_FILES: tuple[str, ...] = ("model.pte",)
 
 
@@ -38,34 +36,20 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
         edge = to_edge_transform_and_lower(
             program, partitioner=[XnnpackPartitioner()], constant_methods=with_names(metadata, graph)
         )
-        edge.to_executorch().save(str(folder / MODEL_FILES[0]))
+        made = edge.to_executorch()
     except Exception as error:
         raise ExportError(f"ExecuTorch has no form of the model: {reason(error)}") from error
+    made.save(str(folder / MODEL_FILES[0]))
 
 
 def load(folder: Path, settings: ExportSettings) -> Runner:
     """Return the program as a function of arrays; see `ExportFormat`."""
-    with _silent():
-        from executorch.runtime import Runtime
+    from executorch.runtime import Runtime
 
-        program = Runtime.get().load_program(folder / MODEL_FILES[0])
-        method = program.load_method("forward")
-        names = {name: program.load_method(name).execute([])[0] for name in ("inputs", "outputs")}
+    program = Runtime.get().load_program(folder / MODEL_FILES[0])
+    method = program.load_method("forward")
+    names = {name: program.load_method(name).execute([])[0] for name in ("inputs", "outputs")}
     return runner(lambda *inputs: method.execute(inputs), names)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Within this context nothing is written to the standard error: ExecuTorch logs there, in C++, what is no fault."""
-    sys.stderr.flush()
-    with open(os.devnull, "wb") as nowhere:
-        kept = os.dup(2)
-        try:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def versions() -> dict[str, str]:

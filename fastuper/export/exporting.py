@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import io
-import logging
 import os
-import warnings
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,10 +21,11 @@ from fastuper.export.graph import Graph
 from fastuper.export.int8 import Photos, quantize
 from fastuper.export.preparing import Prepared, prepare
 from fastuper.export.proof import prove
-from fastuper.export.settings import ExportError, ExportSettings
+from fastuper.export.settings import QUANTISED, ExportError, ExportSettings
 from fastuper.export.sizes import arrays_of, check_size, checked_cases
-from fastuper.io.files import atomic_folder
-from fastuper.io.messages import name_of, one_line
+from fastuper.io.files import atomic_folder, new_folder
+from fastuper.io.messages import one_line
+from fastuper.io.silence import silent
 from fastuper.models.parsing import UperNetForUnifiedPerceptualParsing
 
 Result = TypeVar("Result")
@@ -63,27 +62,29 @@ def export_model(
         TypeError, ValueError: an option is unknown or not valid.
     """
     settings = ExportSettings(format=format, **options)  # type: ignore[arg-type]
-    target = _new_folder(folder)
+    try:
+        target = new_folder(folder)
+    except ValueError as error:
+        raise ExportError(str(error)) from None
     exporter = format_of(settings.format)
-    if settings.check:
-        _check_packages(exporter, settings)
-    prepared = prepare(model, processor)
-    with _quiet(), torch.no_grad():
+    _check_packages(exporter, settings)
+    with silent(), torch.no_grad():
+        prepared = prepare(model, processor)
         own = copy.deepcopy(prepared.model).to(getattr(torch, settings.dtype))
         graph = Graph(own, settings, prepared.processor).eval()
         check_size(graph)
         photos = None if settings.int8 is None else _photos(settings, prepared)
         with _written(target) as temporary:
             metadata = metadata_of(prepared)
-            _run("written", exporter, settings, lambda: exporter.write(graph, settings, temporary, metadata))
+            step = partial(_step, exporter, settings, temporary)
+            step("written", lambda: exporter.write(graph, settings, temporary, metadata))
             checked = int8 = None
             if settings.check:
-                runner = _run("loaded", exporter, settings, lambda: exporter.load(temporary, settings))
+                runner = step("loaded", lambda: exporter.load(temporary, settings))
                 checked = prove(runner, graph, prepared.model)
                 if photos is not None:
                     others = [arrays_of(case, graph) for case in checked_cases(graph)]
-                    step = partial(quantize, settings, temporary, photos, runner, others)
-                    int8 = _run("quantised", exporter, settings, step)
+                    int8 = step("quantised", partial(quantize, settings, temporary, photos, runner, others))
             return write_beside(temporary, prepared, graph, exporter, checked, int8)
 
 
@@ -93,24 +94,6 @@ def _photos(settings: ExportSettings, prepared: Prepared) -> Photos:
     parses = isinstance(prepared.model, UperNetForUnifiedPerceptualParsing)
     names = None if parses else classes_of(prepared.model.config)
     return Photos(Path(settings.int8), settings, prepared.processor, names)
-
-
-def _new_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return the place of a folder that is new or empty.
-
-    Raises:
-        ExportError: it is not.
-    """
-    target = Path(os.path.realpath(folder))
-    try:
-        if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-            fault = "is not empty" if target.is_dir() else "is a file"
-            raise ExportError(f"{name_of(folder)} {fault}; give a new folder")
-    except OSError as error:
-        raise ExportError(
-            f"cannot use the output folder {name_of(folder)}: {one_line(error.strerror or error)}"
-        ) from None
-    return target
 
 
 @contextlib.contextmanager
@@ -131,16 +114,20 @@ def _written(target: Path) -> Iterator[Path]:
 
 
 def _check_packages(exporter: ExportFormat, settings: ExportSettings) -> None:
-    """Check that the packages of a format are installed.
+    """Check that the packages are installed which an export needs.
 
     Raises:
         ExportError: one is not; the message names the extra.
     """
-    for package in exporter.PACKAGES:
-        if importlib.util.find_spec(package.partition(".")[0]) is None:
+    needed = [*exporter.PACKAGES, *([exporter.RUNTIME] if settings.check else [])]
+    if settings.int8 is not None:
+        needed.append(QUANTISED[settings.format])
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            unproven = package == exporter.RUNTIME and package not in exporter.PACKAGES and settings.int8 is None
             raise ExportError(
-                f"format={settings.format} needs {package}, which is not installed: {_install(exporter)}, or give "
-                "no-check to write the model unproven"
+                f"format={settings.format} needs {package}, which is not installed: {_install(exporter)}"
+                + (", or give no-check to write the model unproven" if unproven else "")
             )
 
 
@@ -148,8 +135,10 @@ def _install(exporter: ExportFormat) -> str:
     return f"install fastuper[{exporter.EXTRA}]" if exporter.EXTRA else "install it"
 
 
-def _run(done: str, exporter: ExportFormat, settings: ExportSettings, step: Callable[[], Result]) -> Result:
-    """Return the result of an exporter's step; a library's error becomes one line.
+def _step(
+    exporter: ExportFormat, settings: ExportSettings, folder: Path, done: str, step: Callable[[], Result]
+) -> Result:
+    """Return the result of an exporter's step in a folder; a library's error becomes one line.
 
     Raises:
         ExportError: the step failed.
@@ -157,29 +146,26 @@ def _run(done: str, exporter: ExportFormat, settings: ExportSettings, step: Call
     """
     try:
         return step()
-    except (ExportError, OSError, MemoryError):
+    except (OSError, MemoryError):
+        raise
+    except ExportError:
+        _check_space(folder)
         raise
     except ImportError as error:
         raise ExportError(f"format={settings.format}: {one_line(error)}: {_install(exporter)}") from None
     except Exception as error:  # the classes of several libraries
+        _check_space(folder)
         raise ExportError(
             f"format={settings.format}: the model cannot be {done} in this format ({type(error).__name__}: "
             f"{one_line(error)}); give another format, or size=HEIGHTxWIDTH"
         ) from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within this context libraries warn, log and print nothing."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+def _check_space(folder: Path) -> None:
+    """Write a file that is deleted at once: libraries in C++ do not say that the disk is full.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(2**20))

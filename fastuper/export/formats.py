@@ -31,7 +31,9 @@ class ExportFormat(Protocol):
     EXTRA: str | None
     """The extra of fastuper that installs the runtime, such as "onnx"; None if torch is enough."""
     PACKAGES: tuple[str, ...]
-    """The packages that writing and running need, as they are imported."""
+    """The packages that writing needs, as they are imported."""
+    RUNTIME: str
+    """The package that runs the exported model."""
     MODEL_FILES: tuple[str, ...]
     """The files of the exported model, the main one first."""
 

@@ -26,7 +26,7 @@ from fastuper.data.samples import DataError
 from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.evaluation.loop import check_classes
 from fastuper.export.formats import Arrays, Runner, format_of
-from fastuper.export.settings import ExportError, ExportSettings
+from fastuper.export.settings import ExportError, ExportSettings, ProofError
 from fastuper.io.messages import format_size, name_of, reason
 
 LEAST_PHOTOS = 10
@@ -136,7 +136,8 @@ def quantize(
         and if there are label maps the mean IoU of both.
 
     Raises:
-        ExportError: int8 loses more than the limits in this file, and `settings.accept_int8_loss` is not set.
+        ProofError: int8 loses more than the limits in this file, and `settings.accept_int8_loss` is not set; or its
+            outputs have other shapes.
     """
     label_maps = [_label_maps(run_float(photos.read(number)[0])) for number in photos.judging]
     form = format_of(settings.format)
@@ -154,7 +155,7 @@ def quantize(
         expected, result = run_float(arrays), run_int8(arrays)
         for name, array in expected.items():
             if result[name].shape != array.shape or result[name].dtype != array.dtype:
-                raise ExportError(
+                raise ProofError(
                     f"the int8 model's {name} is {result[name].dtype} of shape {format_size(result[name].shape)}, the "
                     f"float model's {array.dtype} of shape {format_size(array.shape)}; export without --int8 (int8)"
                 )
@@ -229,7 +230,7 @@ def _resized(label: NDArray[np.integer], size: tuple[int, ...]) -> NDArray[np.in
 
 
 def _check(report: Mapping[str, Any], settings: ExportSettings) -> None:
-    """Raise ExportError if int8 loses too much, and no one asked for it."""
+    """Raise ProofError if int8 loses too much, and no one asked for it."""
     if settings.accept_int8_loss:
         return
     remedy = (
@@ -237,13 +238,13 @@ def _check(report: Mapping[str, Any], settings: ExportSettings) -> None:
         "with --accept-int8-loss (accept_int8_loss)"
     )
     if report["agreement"] < LEAST_AGREEMENT:
-        raise ExportError(
+        raise ProofError(
             f"int8 and float agree on {report['agreement']:.2%} of the labels of {report['judged_on']} photos, less "
             f"than {LEAST_AGREEMENT:.0%}; {remedy}"
         )
     iou = report.get("mean_iou", {"float": 0, "int8": 0})
-    if iou["float"] - iou["int8"] > MOST_LOSS:
-        raise ExportError(
+    if not iou["float"] - iou["int8"] <= MOST_LOSS:  # NaN, of label maps that hold no class, is not, either
+        raise ProofError(
             f"int8 has a mean IoU of {iou['int8']:.3f} on {report['judged_on']} photos, float {iou['float']:.3f}: a "
             f"loss above {MOST_LOSS}; {remedy}"
         )

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fastuper.export.graph import Graph
 
 EXTRA: str | None = "onnx"
-PACKAGES: tuple[str, ...] = ("onnx", "onnxruntime")
+PACKAGES: tuple[str, ...] = ("onnx",)
+RUNTIME = "onnxruntime"
 MODEL_FILES: tuple[str, ...] = ("model.onnx", "model.onnx.data")
 
 OPSET = 18

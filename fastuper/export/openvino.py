@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EXTRA: str | None = "openvino"
 PACKAGES: tuple[str, ...] = ("openvino",)
+RUNTIME = "openvino"
 MODEL_FILES: tuple[str, ...] = ("model.xml", "model.bin")
 
 HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

@@ -30,8 +30,8 @@ DTYPES: dict[str, tuple[str, ...]] = {
 }
 """The dtypes of each format that its runtime computes in on a CPU."""
 
-QUANTISED = ("onnx", "openvino")
-"""The formats that hold 8-bit integers."""
+QUANTISED = {"onnx": "onnxruntime", "openvino": "nncf"}
+"""The formats that hold 8-bit integers, and the package that quantises for each."""
 
 SIDES = (16, 16384)
 """The smallest and the largest side of `size`, in pixels."""
@@ -120,7 +120,7 @@ class ExportSettings:
 
     def _check_size(self) -> None:
         least, largest = SIDES
-        sides = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(self.size))
+        sides = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", str(self.size))
         if self.size != "any" and not (sides and all(least <= int(side) <= largest for side in sides.groups())):
             raise ValueError(
                 f"size={shown(self.size)}: give any, or HEIGHTxWIDTH in pixels, each from {least} to {largest}, such "

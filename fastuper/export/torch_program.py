@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 EXTRA: str | None = None
 PACKAGES: tuple[str, ...] = ("torch",)
+RUNTIME = "torch"
 MODEL_FILES: tuple[str, ...] = ("model.pt2",)
 
 METADATA = "metadata.json"
@@ -31,7 +33,9 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     """Write model.pt2; see `ExportFormat`."""
     program = program_of(graph, settings)
     extra = {METADATA: json.dumps(with_names(metadata, graph))}
-    torch.export.save(program, folder / MODEL_FILES[0], extra_files=extra)
+    file = io.BytesIO()  # on a full disk PyTorch's own file ends the process
+    torch.export.save(program, file, extra_files=extra)
+    (folder / MODEL_FILES[0]).write_bytes(file.getbuffer())
 
 
 def load(folder: Path, settings: ExportSettings) -> Runner:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastuper.io.messages import shown
+from fastuper.io.messages import about, name_of, shown
 from fastuper_kernels.dispatch.files import temporary_beside
 
 LARGEST_JSON = 16 * 2**20
@@ -63,6 +63,22 @@ def _check_depth(value: Any) -> None:
         level = [item for item in items if isinstance(item, dict | list)]
     if level:
         raise RecursionError
+
+
+def new_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the place of a folder that does not exist or is empty, without links.
+
+    Raises:
+        ValueError: there is something else, or the place cannot be read; the message is one line.
+    """
+    place = Path(os.path.realpath(path))
+    try:
+        if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir())):
+            fault = "is not empty" if place.is_dir() else "is a file"
+            raise ValueError(f"{name_of(path)} {fault}; give a new folder")
+    except OSError as error:
+        raise ValueError(f"cannot use the output folder {about(path, error)}") from None
+    return place
 
 
 @contextmanager

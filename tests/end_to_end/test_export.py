@@ -63,7 +63,8 @@ def test_a_model_is_exported_and_nothing_else_is_printed(folder, tmp_path):
 
 
 def test_without_a_check(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastuper.export.onnx, "PACKAGES", ("no_such_runtime",))
+    monkeypatch.setattr(fastuper.export.onnx, "RUNTIME", "no_such_runtime")
+    monkeypatch.setattr(fastuper.export.onnx, "write", lambda graph, settings, place, _: (place / "model.onnx").touch())
     refused(run(folder, "-o", tmp_path / "made"), 2, "needs no_such_runtime", "install fastuper[onnx]")
     result = run(folder, "-o", tmp_path / "made", "--no-check", "--size", "64x64")
     assert result.exit_code == 0
@@ -86,6 +87,13 @@ def test_options_that_are_refused(folder, tmp_path, case):
     options, *words = OPTIONS[case]
     refused(run(folder, "-o", tmp_path / "made", *options), 2, *words)
     assert os.listdir(tmp_path) == []
+
+
+def test_an_empty_calibration_folder_is_no_folder(folder, tmp_path):
+    result = run(folder, "-o", tmp_path / "made", "--int8", "")
+    assert result.exit_code == 2
+    assert "--int8" in result.stderr
+    assert "it is empty; is a variable unset?" in result.stderr
 
 
 def test_models_that_cannot_be_loaded(tmp_path):
@@ -127,12 +135,12 @@ def test_an_export_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, faul
 
 
 def test_a_wrong_export_has_status_1(folder, tmp_path, monkeypatch):
-    load = fastuper.export.onnx.load
+    graphs = []
 
-    def wrong(place: Path, settings: Any) -> Any:
-        right = load(place, settings)
-        return lambda arrays: {name: array * 1.001 for name, array in right(arrays).items()}
+    def wrong(arrays: Any) -> Any:
+        return {"logits": graphs[0](torch.from_numpy(arrays["pixel_values"])).numpy() * 1.001}
 
-    monkeypatch.setattr(fastuper.export.onnx, "load", wrong)
+    monkeypatch.setattr(fastuper.export.onnx, "write", lambda graph, *_: graphs.append(graph))
+    monkeypatch.setattr(fastuper.export.onnx, "load", lambda *_: wrong)
     refused(run(folder, "-o", tmp_path / "made", "--size", "64x64"), 1, "differs from the model by 1.0e-03 (relative)")
     assert os.listdir(tmp_path) == []

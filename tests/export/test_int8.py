@@ -18,7 +18,7 @@ from fastuper.evaluation import ConfusionMatrix
 from fastuper.export import export_model, int8
 from fastuper.export.formats import format_of
 from fastuper.export.int8 import Operation, Photos
-from fastuper.export.settings import ExportError, ExportSettings
+from fastuper.export.settings import ExportError, ExportSettings, ProofError
 from fastuper.scenes import ID2LABEL, MODEL, SceneDataset, load_model, scene
 
 NAMES = {0: "left", 1: "right"}
@@ -231,7 +231,7 @@ def test_int8_that_differs_is_refused_unless_asked(monkeypatch, tmp_path):
     save_photos(tmp_path)
     runs = [lambda arrays: {"labels": halves(arrays)}, lambda arrays: {"labels": halves(arrays, wrong=1 / 8)}]
     with pytest.raises(
-        ExportError, match=r"agree on 93\.75% of the labels of 2 photos, less than 97%.*accept_int8_loss"
+        ProofError, match=r"agree on 93\.75% of the labels of 2 photos, less than 97%.*accept_int8_loss"
     ):
         compared(monkeypatch, tmp_path, *runs)
     assert compared(monkeypatch, tmp_path, *runs, accept_int8_loss=True)["agreement"] == 1 - 1 / 16
@@ -252,9 +252,19 @@ def test_int8_that_loses_mean_iou_is_refused_unless_asked(monkeypatch, tmp_path)
         return {"labels": labels}
 
     runs = [rare, lambda arrays: {"labels": np.zeros((1, 32, 48), np.uint8)}]
-    with pytest.raises(ExportError, match=r"mean IoU of 0\.49\d on 2 photos, float 0\.\d+: a loss above 0\.02"):
+    with pytest.raises(ProofError, match=r"mean IoU of 0\.49\d on 2 photos, float 0\.\d+: a loss above 0\.02"):
         compared(monkeypatch, tmp_path, *runs)
     assert compared(monkeypatch, tmp_path, *runs, accept_int8_loss=True)["agreement"] > 0.97
+
+
+def test_label_maps_that_hold_no_class_show_nothing(monkeypatch, tmp_path):
+    save_photos(tmp_path / "images")
+    save_labels(tmp_path / "labels")
+    for path in (tmp_path / "labels").iterdir():
+        Image.new("L", (24, 20), 255).save(path)
+    runs = [lambda arrays: {"labels": halves(arrays)}] * 2
+    with pytest.raises(ProofError, match="mean IoU of nan"):
+        compared(monkeypatch, tmp_path, *runs)
 
 
 def test_int8_runs_at_the_other_sizes_too(monkeypatch, tmp_path):
@@ -267,7 +277,7 @@ def test_int8_runs_at_the_other_sizes_too(monkeypatch, tmp_path):
     def run_int8(arrays):
         return {"labels": np.zeros((1, 32, 48), np.uint8)}
 
-    with pytest.raises(ExportError, match=r"int8 model's labels is uint8 of shape 1 x 32 x 48.* 2 x 65 x 97"):
+    with pytest.raises(ProofError, match=r"int8 model's labels is uint8 of shape 1 x 32 x 48.* 2 x 65 x 97"):
         compared(monkeypatch, tmp_path, run_float, run_int8, [larger])
     assert compared(monkeypatch, tmp_path, run_float, run_float, [larger])["agreement"] == 1
 

@@ -30,7 +30,19 @@ REFUSED = {
     "loss-without-int8": ({"accept_int8_loss": True}, "accept_int8_loss is for int8; give its folder"),
     **{
         f"size-{size}": ({"size": size}, f"size='{size}': give any, or HEIGHTxWIDTH in pixels, each from 16 to 16384")
-        for size in ("", "512", "512x", "512x512x3", "-64x64", "8x512", "512x16385", "64.5x64", "512X512", "all")
+        for size in (
+            "",
+            "512",
+            "512x",
+            "512x512x3",
+            "-64x64",
+            "8x512",
+            "512x16385",
+            "64.5x64",
+            "512X512",
+            "\uff16\uff14x\uff16\uff14",
+            "all",
+        )
     },
 }
 

@@ -7,6 +7,7 @@ private API, the API's test in `tests/kernels/test_torch_private.py` fails. All 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -121,17 +122,18 @@ def check_size(condition: Any) -> None:
 # Compiled packages ----------------------------------------------------------------------------------------------------
 
 
-def aoti_compile(program: Any, path: str, configs: dict[str, Any]) -> None:
-    """Compile a program of torch.export to a package of AOTInductor.
+def aoti_compile(program: Any, configs: dict[str, Any]) -> bytes:
+    """Compile a program of torch.export; return the package of AOTInductor, the content of a .pt2 file.
 
     Args:
         program: the program.
-        path: of the package, whose name ends with .pt2.
         configs: Inductor's options.
 
     Reason: the documented functions for packages are in a private module.
     """
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+    file = io.BytesIO()  # on a full disk PyTorch's own file ends the process
+    torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=configs)
+    return file.getvalue()
 
 
 def aoti_load(path: str) -> Any:
