@@ -81,24 +81,20 @@ def _channels_last(
 
     OpenVINO convolves in this layout. To change it takes longer than the products.
     """
-    channels = weights[0].shape[0]
+    dtype, channels = levels[0].dtype, weights[0].shape[0]
+    if written_dtype() == torch.bfloat16:  # OpenVINO multiplies by a constant from the left in the constant's dtype
+        levels, weights = ([x.bfloat16() for x in tensors] for tensors in (levels, weights))
     parts, columns = [], []
     for level, weight in zip(levels, weights, strict=True):
         height, width = as_written(level.shape[2:])
         pixels = level.permute(0, 2, 3, 1).reshape(-1, width, weight.shape[1])
         taps = weight.permute(2, 3, 0, 1).flatten(1, 2)  # (3, 3 * C_out, C): for each row, the taps of all columns
         products = [F.linear(pixels, tap).view(-1, height, width * 3 * channels) for tap in taps.unbind()]
-        part = _from_left(_taps(height, size[0], level), torch.cat(products, dim=1))
+        part = torch.matmul(_taps(height, size[0], level), torch.cat(products, dim=1))
         parts.append(part.view(-1, size[0], width * 3, channels))
         columns.append(_taps(width, size[1], level).unflatten(1, (3, width)).transpose(1, 2).flatten(1))
-    return _from_left(torch.cat(columns, dim=1), torch.cat(parts, dim=2)).permute(0, 3, 1, 2)
-
-
-def _from_left(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the product of a constant matrix and x (..., N, K)."""
-    if written_dtype() == torch.bfloat16:  # OpenVINO would multiply by a constant of float32 in float32
-        return torch.matmul(matrix.bfloat16(), x.bfloat16()).to(x.dtype)
-    return torch.matmul(matrix, x)
+    total = torch.matmul(torch.cat(columns, dim=1), torch.cat(parts, dim=2))
+    return total.to(dtype).permute(0, 3, 1, 2)
 
 
 def _taps(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tensor:
