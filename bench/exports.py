@@ -95,6 +95,8 @@ WRITERS: dict[str, Write] = {
     "fastuper-onnx": write_ours("onnx"),
     "fastuper-onnx-labels": write_ours("onnx", labels=True, target_size=True),
     "fastuper-openvino": write_ours("openvino"),
+    "fastuper-openvino-labels": write_ours("openvino", labels=True, target_size=True),
+    "fastuper-openvino-bfloat16": write_ours("openvino", dtype="bfloat16"),
     "fastuper-aoti": write_ours("aoti"),
 }
 """By the name of a folder, the function that writes an exported model into it."""
@@ -125,8 +127,11 @@ def openvino(hint: str) -> Load:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        request = ov.Core().compile_model(folder / "model.xml", "CPU", options).create_infer_request()
-        feed = {0: pixels.numpy()}
+        core = ov.Core()
+        model = core.read_model(folder / "model.xml")
+        model.reshape({model.inputs[0]: list(pixels.shape)})  # fixed sizes, with which OpenVINO fuses most
+        request = core.compile_model(model, "CPU", options).create_infer_request()
+        feed = dict(zip(range(len(model.inputs)), (pixels.numpy(), np.array(TARGET)), strict=False))
         # The output is a view of the request's memory: nothing is copied.
         return lambda: torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True).to_tuple()[0])
 
@@ -176,8 +181,10 @@ MODELS: dict[str, Exported] = {
     "fastuper, ONNX Runtime, label map": Exported("fastuper-onnx-labels", onnx_runtime, "labels"),
     "Transformers, OpenVINO": Exported("transformers-openvino", openvino("f32")),
     "fastuper, OpenVINO": Exported("fastuper-openvino", openvino("f32")),
+    "Transformers, OpenVINO, NumPy": Exported("transformers-openvino", then_labels(openvino("f32")), "labels"),
+    "fastuper, OpenVINO, label map": Exported("fastuper-openvino-labels", openvino("f32"), "labels"),
     "Transformers, OpenVINO, bf16": Exported("transformers-openvino", openvino("bf16")),
-    "fastuper, OpenVINO, bf16": Exported("fastuper-openvino", openvino("bf16")),
+    "fastuper, OpenVINO, bf16": Exported("fastuper-openvino-bfloat16", openvino("bf16")),
     "Transformers, AOTInductor": Exported("transformers-aoti", aot_inductor),
     "fastuper, AOTInductor": Exported("fastuper-aoti", aot_inductor),
 }

@@ -42,7 +42,8 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     shapes: list[Any] = [list(x.shape) for x in inputs]
     for axis in free_axes(graph):
         shapes[0][axis] = -1
-    with writing_for("openvino", one_size=settings.image_size is not None):
+    dtype = getattr(torch, settings.dtype)
+    with writing_for("openvino", one_size=settings.image_size is not None, dtype=dtype):
         model = openvino.convert_model(wide, example_input=inputs, input=shapes)
     for ports, names in ((model.inputs, graph.input_names), (model.outputs, graph.output_names)):
         for port, name in zip(ports, names, strict=True):

@@ -29,7 +29,8 @@ from fastuper.weights.errors import CheckpointError
 from fastuper.weights.reading import read_weights
 from fastuper.weights.transformers import OUTPUT_NORMS, backbone_state_dict
 from fastuper_kernels import upsample_argmax, upsample_cross_entropy
-from fastuper_kernels.dispatch.modes import for_all_sizes, is_autocast, is_eager
+from fastuper_kernels.cpu import matrices
+from fastuper_kernels.dispatch.modes import for_all_sizes, is_autocast, is_eager, written_for
 from fastuper_kernels.dispatch.torch_private import in_ddp
 from fastuper_kernels.ops.upsample_argmax import label_dtype
 from fastuper_kernels.ops.upsample_cross_entropy import as_two_classes
@@ -315,6 +316,8 @@ def full_size(coarse: torch.Tensor, size: Sequence[int], align_corners: bool = F
     """Return logits (B, num_labels, h, w) resampled (bilinear) to `size`, contiguous."""
     # The head's logits are channels_last; resampled in that layout, they would have to be copied at full size.
     coarse = coarse.contiguous()
+    if written_for() == "openvino" and not align_corners:
+        return matrices.full_size(coarse, size)
     return F.interpolate(coarse, size=list(size), mode="bilinear", align_corners=align_corners).contiguous()
 
 

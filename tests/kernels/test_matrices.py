@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastuper.models.upernet import full_size
 from fastuper_kernels import conv_bn_relu, upsample_add, upsampled_conv3x3
 from fastuper_kernels.cpu import matrices
 from fastuper_kernels.cpu.band import Band
-from fastuper_kernels.dispatch.modes import writing_for, written_for
+from fastuper_kernels.dispatch.modes import writing_for, written_dtype, written_for
 from fastuper_kernels.ops import upsampled_conv3x3 as file_of_upsampled_conv3x3
 
 SIZES = [(3, 7), (128, 512), (77, 311), (512, 683), (9, 4), (1, 5), (5, 1), (300, 401)]
@@ -33,6 +34,12 @@ def test_winograd(shape):
     torch.testing.assert_close(matrices.winograd_conv3x3(x, weight), F.conv2d(x, weight, padding=1))
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 16, 16), (2, 3, 12, 20), (1, 2, 4, 4)])
+def test_winograd_of_maps(shape):
+    x, weight = rand(*shape), rand(6, shape[1], 3, 3)
+    torch.testing.assert_close(matrices._winograd_of_maps(x, weight), F.conv2d(x, weight, padding=1))
+
+
 def test_winograd_in_float32():
     x, weight = rand(1, 256, 16, 16).float(), rand(8, 256, 3, 3).float()
     expected = F.conv2d(x.double(), weight.double(), padding=1)
@@ -45,6 +52,7 @@ def test_convolution_of_resampled_levels(size):
     weights = [rand(4, 3, 3, 3) for _ in levels]
     expected = file_of_upsampled_conv3x3.reference(levels, weights, size)
     torch.testing.assert_close(matrices.upsampled_conv3x3(levels, weights, size), expected)
+    torch.testing.assert_close(matrices._channels_last(levels, weights, size), expected)
 
 
 def test_resampling():
@@ -82,3 +90,35 @@ def test_graphs_for_a_runtime():
     assert "aten::upsample_bilinear2d" in operators(program)
     others = rand(1, 4, 9, 13), rand(1, 4, 3, 7)
     torch.testing.assert_close(program(*others), module(*others))
+
+
+class Full(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return full_size(x, (24, 30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_for_openvino(dtype):
+    """The graph for a dtype has the same result, also of other batches; OpenVINO's own operator resamples the rows."""
+    module, inputs = Operations(), (rand(2, 4, 12, 10), rand(2, 4, 5, 4))
+    expected = module(*inputs)
+    with writing_for("openvino", one_size=True, dtype=dtype):
+        assert written_dtype() is None, "nothing traces"
+        program, full = torch.jit.trace(module, inputs), torch.jit.trace(Full(), inputs[0])
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.3}
+    torch.testing.assert_close(program(*inputs), expected, **tolerance)
+    first = tuple(x[:1] for x in inputs)
+    torch.testing.assert_close(program(*first), module(*first), **tolerance)
+    torch.testing.assert_close(full(first[0]), Full()(first[0]))
+    assert ("aten::linear" in operators(full)) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_winograd_for_openvino_in_float32_alone(dtype):
+    x, weight = torch.randn(1, 256, 32, 32), torch.randn(256, 256, 3, 3) / 48
+    with writing_for("openvino", one_size=True, dtype=dtype):
+        program = torch.jit.trace(lambda x: conv_bn_relu(x, weight), x)
+    expected = F.conv2d(x.double(), weight.double(), padding=1).relu()
+    assert (program(x) - expected).norm() < 3e-6 * expected.norm()
+    convolutions = [node for node in program.inlined_graph.nodes() if node.kind() == "aten::_convolution"]
+    assert (len(convolutions) > 36) == (dtype == torch.float32)

@@ -6,6 +6,7 @@ their arithmetic is worth. In a graph of one size these are products with matric
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from fastuper_kernels.cpu.band import Band
 from fastuper_kernels.cpu.winograd import DOWN
-from fastuper_kernels.dispatch.modes import as_written, written_for
+from fastuper_kernels.dispatch.modes import as_written, written_dtype, written_for
 
 # The transforms of `cpu.winograd` as matrices, at the same points.
 INPUTS = [[1, 1.5, -2, -1.5, 1, 0], [0, -1, -2.5, -0.5, 1, 0], [0, 1, 0.5, -2.5, 1, 0]]
@@ -34,10 +35,22 @@ def are_constant(*sizes: Sequence[Any]) -> bool:
 def resample(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Return x (B, C, h, w), resampled (bilinear, align_corners=False) to a size (height, width)."""
     before, size = as_written(x.shape[2:]), as_written(size)
-    if not are_constant(before, size):
+    if written_for() == "openvino" or not are_constant(before, size):  # OpenVINO's own is fast in its own layout
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     rows, columns = (Band.bilinear(*sides, device=x.device).matrix(x.dtype) for sides in zip(before, size, strict=True))
     return torch.matmul(torch.matmul(rows, x), columns.t())
+
+
+def full_size(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return x (B, C, h, w), resampled (bilinear, align_corners=False) to the size of the images, contiguous.
+
+    In bfloat16 OpenVINO resamples the rows. A product resamples the columns, and writes float32 in the output's layout.
+    """
+    (_, before), (height, width) = as_written(x.shape[2:]), as_written(size)
+    if written_dtype() != torch.bfloat16 or not are_constant([before]) or not isinstance(width, int):
+        return F.interpolate(x, size=list(size), mode="bilinear", align_corners=False)
+    rows = F.interpolate(x, size=[height, before], mode="bilinear", align_corners=False)
+    return F.linear(rows, Band.bilinear(before, width, device=x.device).matrix(x.dtype))
 
 
 def upsampled_conv3x3(
@@ -47,6 +60,8 @@ def upsampled_conv3x3(
 
     The three taps of an axis lie beside it. So a matrix resamples, shifts and adds up the taps at once.
     """
+    if written_for() == "openvino":
+        return _channels_last(levels, weights, size)
     channels = weights[0].shape[0]
     lines, rows = [], []
     for level, weight in zip(levels, weights, strict=True):
@@ -59,6 +74,29 @@ def upsampled_conv3x3(
     return torch.matmul(torch.cat(rows, dim=1), torch.cat(lines, dim=2))
 
 
+def _channels_last(
+    levels: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], size: tuple[int, int]
+) -> torch.Tensor:
+    """Return `upsampled_conv3x3` with the channels last in all steps: the rows of each level, then all columns.
+
+    OpenVINO convolves in this layout. To change it takes longer than the products.
+    """
+    dtype, channels = levels[0].dtype, weights[0].shape[0]
+    if written_dtype() == torch.bfloat16:  # OpenVINO multiplies by a constant from the left in the constant's dtype
+        levels, weights = ([x.bfloat16() for x in tensors] for tensors in (levels, weights))
+    parts, columns = [], []
+    for level, weight in zip(levels, weights, strict=True):
+        height, width = as_written(level.shape[2:])
+        pixels = level.permute(0, 2, 3, 1).reshape(-1, width, weight.shape[1])
+        taps = weight.permute(2, 3, 0, 1).flatten(1, 2)  # (3, 3 * C_out, C): for each row, the taps of all columns
+        products = [F.linear(pixels, tap).view(-1, height, width * 3 * channels) for tap in taps.unbind()]
+        part = torch.matmul(_taps(height, size[0], level), torch.cat(products, dim=1))
+        parts.append(part.view(-1, size[0], width * 3, channels))
+        columns.append(_taps(width, size[1], level).unflatten(1, (3, width)).transpose(1, 2).flatten(1))
+    total = torch.matmul(torch.cat(columns, dim=1), torch.cat(parts, dim=2))
+    return total.to(dtype).permute(0, 3, 1, 2)
+
+
 def _taps(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tensor:
     """Return the matrix (size_out, 3 * size_in) from the products of an axis's three taps to their resampled sum."""
     bands = [Band.bilinear(size_in, size_out, offset=tap, device=like.device) for tap in (-1, 0, 1)]
@@ -66,13 +104,20 @@ def _taps(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tensor:
 
 
 WINOGRAD_CHANNELS = 256
-"""The fewest channels with which `winograd_conv3x3` is faster in ONNX Runtime than its own convolution."""
+"""The fewest channels with which `winograd_conv3x3` is faster in the runtimes than their own convolution."""
+WINOGRAD_POSITIONS = 32 * 32
+"""The fewest positions of a map with which it is faster in OpenVINO."""
 
 
 def takes_winograd(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return True if ONNX Runtime takes less time by `winograd_conv3x3` than by its own convolution, in float32."""
+    """Return True if the runtime takes less time by `winograd_conv3x3` than by its own convolution, in float32."""
     wide = weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= WINOGRAD_CHANNELS
-    return wide and x.dtype == torch.float32 and written_for() == "onnxruntime"
+    if not wide or x.dtype != torch.float32 or written_dtype() != torch.float32:
+        return False
+    if written_for() == "onnxruntime":
+        return True
+    height, width = as_written(x.shape[2:])
+    return _divides(len(DOWN) - 2, height, width) and height * width >= WINOGRAD_POSITIONS
 
 
 def winograd_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -85,6 +130,8 @@ def winograd_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x: (B, C, H, W).
         weight: (C_out, C, 3, 3).
     """
+    if written_for() == "openvino":
+        return _winograd_of_maps(x, weight)
     batch, channels, (height, width) = x.shape[0], weight.shape[1], as_written(x.shape[2:])
     points, size = len(DOWN), len(DOWN) - 2
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
@@ -100,6 +147,38 @@ def winograd_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     y = F.conv_transpose2d(products, _both_axes(outputs.t()), stride=size)
     y = y.view(batch, weight.shape[0], size * rows, size * columns)
     return y if _divides(size, height, width) else y[:, :, :height, :width]
+
+
+def _winograd_of_maps(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return `winograd_conv3x3` with a map (B, C, H / 4, W / 4) for each of the 36 points of all tiles.
+
+    All steps are in the layout in which OpenVINO convolves, and it fuses the sums. Both sides are multiples of 4.
+    """
+    channels, (height, width), size = weight.shape[1], as_written(x.shape[2:]), len(DOWN) - 2
+    inputs = torch.tensor(INPUTS, dtype=x.dtype, device=x.device).unbind()
+    kernels = iter(_transformed(weight, x.dtype).permute(0, 2, 3, 1)[..., None].unbind())  # (C_out, C, 1, 1)
+    lines = []
+    for down in inputs:
+        rows = F.conv2d(x, down.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), None, (size, 1), (1, 0), groups=channels)
+        line = []
+        for along in inputs:
+            taps = along.view(1, 1, 1, -1).repeat(channels, 1, 1, 1)
+            line.append(F.conv2d(F.conv2d(rows, taps, None, (1, size), (0, 1), groups=channels), next(kernels)))
+        lines.append(_outputs(line))
+    tall = []
+    for row in zip(*map(_outputs, zip(*lines, strict=True)), strict=True):
+        wide = torch.stack([part.permute(0, 2, 3, 1) for part in row], dim=3)
+        tall.append(wide.view(-1, height // size, 1, width, weight.shape[0]))
+    return torch.cat(tall, dim=2).view(-1, height, width, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def _outputs(products: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the four outputs along an axis, from the maps of its six points."""
+    found = []
+    for values in OUTPUTS:
+        terms = [x if value == 1 else x * value for value, x in zip(values, products, strict=True) if value != 0]
+        found.append(functools.reduce(torch.add, terms))
+    return found
 
 
 def _divides(size: int, height: int, width: int) -> bool:

@@ -29,11 +29,11 @@ def is_jit_tracing() -> bool:
 
 
 Runtime: TypeAlias = Literal["onnxruntime", "openvino"]
-_written: tuple[Runtime, bool] | None = None
+_written: tuple[Runtime, bool, torch.dtype] | None = None
 
 
 @contextmanager
-def writing_for(runtime: Runtime, *, one_size: bool = False) -> Iterator[None]:
+def writing_for(runtime: Runtime, *, one_size: bool = False, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """While this context is active, traced operations are written as a runtime computes them fastest.
 
     It changes neither eager runs nor results beyond rounding. Whoever exports a model for a runtime traces it inside.
@@ -42,9 +42,10 @@ def writing_for(runtime: Runtime, *, one_size: bool = False) -> Iterator[None]:
     Args:
         runtime: the runtime.
         one_size: True if the graph is for images of the traced height and width only.
+        dtype: the dtype in which the runtime computes, also if float32 is traced.
     """
     global _written
-    before, _written = _written, (runtime, one_size)
+    before, _written = _written, (runtime, one_size, dtype)
     try:
         yield
     finally:
@@ -54,6 +55,11 @@ def writing_for(runtime: Runtime, *, one_size: bool = False) -> Iterator[None]:
 def written_for() -> Runtime | None:
     """Return the runtime that the graph is written for, see `writing_for`; None for PyTorch, and if nothing traces."""
     return None if _written is None or is_eager() else _written[0]
+
+
+def written_dtype() -> torch.dtype | None:
+    """Return the dtype in which the runtime computes that the graph is written for; None if it is for PyTorch."""
+    return None if _written is None or is_eager() else _written[2]
 
 
 def as_written(size: Sequence[Any]) -> tuple[Any, ...]:
