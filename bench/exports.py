@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ from bench.results import FOLDER, TINY, export_targets
 from bench.timing import Call, CannotDo, alternate, medians, rounded
 from bench.truth import errors
 from fastuper.export import export_model
+from fastuper.export.int8 import LEAST_PHOTOS
+from fastuper.scenes import scene
 
 RESULTS = FOLDER / "exports.json"
 CACHE = Path(__file__).parent.parent / ".cache" / "bench" / "exports"
@@ -88,6 +91,23 @@ def write_ours(format: str, **options: Any) -> Write:
     return write
 
 
+def write_int8(format: str) -> Write:
+    """Return a function that exports fastuper's model in 8-bit integers, calibrated on drawn scenes.
+
+    The weights are random: its labels say nothing, only its time counts.
+    """
+
+    def write(world: World, pixels: torch.Tensor, folder: Path) -> None:
+        size = f"{pixels.shape[2]}x{pixels.shape[3]}"
+        with tempfile.TemporaryDirectory() as photos:
+            for seed in range(LEAST_PHOTOS):
+                scene(seed)[0].save(Path(photos) / f"{seed}.png")
+            options = {"size": size, "int8": Path(photos), "accept_int8_loss": True}
+            export_model(world.ours("float32"), folder, format=format, **options)
+
+    return write
+
+
 WRITERS: dict[str, Write] = {
     "transformers-onnx": write_onnx,
     "transformers-openvino": write_openvino,
@@ -98,6 +118,8 @@ WRITERS: dict[str, Write] = {
     "fastuper-openvino-labels": write_ours("openvino", labels=True, target_size=True),
     "fastuper-openvino-bfloat16": write_ours("openvino", dtype="bfloat16"),
     "fastuper-aoti": write_ours("aoti"),
+    "fastuper-onnx-int8": write_int8("onnx"),
+    "fastuper-openvino-int8": write_int8("openvino"),
 }
 """By the name of a folder, the function that writes an exported model into it."""
 
@@ -185,6 +207,8 @@ MODELS: dict[str, Exported] = {
     "fastuper, OpenVINO, label map": Exported("fastuper-openvino-labels", openvino("f32"), "labels"),
     "Transformers, OpenVINO, bf16": Exported("transformers-openvino", openvino("bf16")),
     "fastuper, OpenVINO, bf16": Exported("fastuper-openvino-bfloat16", openvino("bf16")),
+    "fastuper, ONNX Runtime, int8": Exported("fastuper-onnx-int8", onnx_runtime),
+    "fastuper, OpenVINO, int8": Exported("fastuper-openvino-int8", openvino("f32")),
     "Transformers, AOTInductor": Exported("transformers-aoti", aot_inductor),
     "fastuper, AOTInductor": Exported("fastuper-aoti", aot_inductor),
 }

@@ -746,25 +746,29 @@ def exports_table_of(result: dict[str, Any] | None) -> str:
         cells = [known.title]
         for key in result["rows"]:
             peers = result["rows"][key]["peers"]
-            for name in (known.before, known.after):
+            times = []
+            for name in (known.before, known.after, known.int8):
                 row = peers.get(name, {})
                 if "skipped" in row:
                     skipped[f"{TINY[key]}, {name}"] = row["skipped"]
-                time = duration(median(row["rounds"])) if "rounds" in row else "-"
-                cells.append(f"**{time}**" if name == known.after else time)
+                times.append(duration(median(row["rounds"])) if "rounds" in row else "-")
+            cells += [times[0], f"**{times[1]}**"]
             target = targets[f"{TINY[key]}, {known.title}"]
             value = "-" if target["value"] is None else f"{target['value']:.2f} x"
-            cells += [f"{value} ({target['bound']:g} x, {verdict(target)})", _difference(peers.get(known.after, {}))]
+            judged = f"{value} ({target['bound']:g} x, {verdict(target)})"
+            cells += [judged, _difference(peers.get(known.after, {})), times[2]]
         lines.append(cells)
     head = [""]
     for key in result["rows"]:
-        head += [f"{TINY[key]}: Transformers", "fastuper", "faster (target)", "error"]
+        head += [f"{TINY[key]}: Transformers", "fastuper", "faster (target)", "error", "int8"]
     size, (height, width) = (next(iter(result["rows"].values()))[name] for name in ("size", "target"))
     note = (
         f"Seconds for the logits of one {size} x {size} image, float32, 150 classes, random weights; label maps have "
         f"{height} x {width} pixels. Transformers' model has no auxiliary head. Models are exported for this size, and "
         "take turns; times are medians. Errors are fastuper's relative to float64; of label maps, the pixels that "
-        "differ beyond rounding. " + training_source(result) + " `python -m bench.exports` repeats the measurement."
+        "differ beyond rounding. int8: fastuper's time in 8-bit integers. "
+        + training_source(result)
+        + " `python -m bench.exports` repeats the measurement."
     )
     note += "".join(f" {name}: `{reason.replace('`', '')}`." for name, reason in skipped.items())
     return "\n".join([*table(head, lines), "", note, "", "![Seconds of exported models](exports.svg)"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, cast
 
 import numpy as np
+import torch
 
 from fastuper.export.graph import Graph
 from fastuper.export.settings import ExportSettings
@@ -55,6 +56,12 @@ class ExportFormat(Protocol):
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the packages and of the format, for export.json."""
+
+
+def runtime_dtype(settings: ExportSettings) -> torch.dtype:
+    """Return the dtype in which the runtime computes most, see `dispatch.modes.writing_for`."""
+    dtype: torch.dtype = torch.int8 if settings.int8 is not None else getattr(torch, settings.dtype)
+    return dtype
 
 
 def format_of(name: str) -> ExportFormat:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastuper.export.formats import runtime_dtype
 from fastuper.export.settings import ExportError, ExportSettings
 from fastuper.export.sizes import example_inputs
-from fastuper_kernels.dispatch.modes import Runtime, writing_for
+from fastuper_kernels.dispatch.modes import writing_for
 
 if TYPE_CHECKING:
     from fastuper.export.formats import Runner
@@ -43,9 +44,8 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     inputs = example_inputs(graph)
     outputs = graph(*inputs)
     is_of_one_size = settings.image_size is not None
-    # ONNX Runtime's graphs have Winograd's transforms, and their products have no place in 8 bits.
-    runtime: Runtime = "onnxruntime" if settings.int8 is None else "openvino"
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, writing_for(runtime, one_size=is_of_one_size):
+    way = writing_for("onnxruntime", one_size=is_of_one_size, dtype=runtime_dtype(settings))
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, way:
         traced = str(Path(temporary) / "model.onnx")
         torch.onnx.export(
             graph,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fastuper.export.formats import runtime_dtype
 from fastuper.export.onnx import free_axes
 from fastuper.export.settings import ExportSettings
 from fastuper.export.sizes import example_inputs
@@ -42,8 +43,8 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
     shapes: list[Any] = [list(x.shape) for x in inputs]
     for axis in free_axes(graph):
         shapes[0][axis] = -1
-    dtype = getattr(torch, settings.dtype)
-    with writing_for("openvino", one_size=settings.image_size is not None, dtype=dtype):
+    is_of_one_size = settings.image_size is not None
+    with writing_for("openvino", one_size=is_of_one_size, dtype=runtime_dtype(settings)):
         model = openvino.convert_model(wide, example_input=inputs, input=shapes)
     for ports, names in ((model.inputs, graph.input_names), (model.outputs, graph.output_names)):
         for port, name in zip(ports, names, strict=True):

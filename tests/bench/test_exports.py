@@ -24,6 +24,7 @@ def result():
     peers = {name: {"rounds": [2.0, 9.0, 1.0], "error": 1e-6} for name in exports.NAMES}
     peers["fastuper, ONNX Runtime"] = {"rounds": [1.0], "error": 8.1e-7}
     peers["fastuper, ONNX Runtime, label map"] = {"rounds": [0.5], "pixels": 1000, "differ_beyond_rounding": 3}
+    peers["fastuper, ONNX Runtime, int8"] = {"rounds": [0.25], "error": 0.1}
     peers["Transformers, AOTInductor"] = {"skipped": "RuntimeError: no `compiler`"}
     found = {
         "run": "2030-01-02 03:04:05",
@@ -40,13 +41,14 @@ def test_targets(result):
     missed = [f"missed by a factor of {factor}" for factor in ("1.90", "2.20", "1.50")]
     assert verdicts == ["met", "met", *missed, "not measured", "met"]
     assert {row.before for row in EXPORTS} | {row.after for row in EXPORTS} <= {*exports.NAMES}
+    assert {row.int8 for row in EXPORTS} <= {*exports.NAMES, ""}
     assert OURS_COMPILED in exports.NAMES
     assert {model.folder for model in exports.MODELS.values()} == exports.WRITERS.keys()
 
 
 def test_the_table(result):
     text = tables.exports_table_of(result)
-    assert "| ONNX Runtime | 2 s | **1 s** | 2.00 x (1.65 x, met) | 8.1e-7 |" in text
+    assert "| ONNX Runtime | 2 s | **1 s** | 2.00 x (1.65 x, met) | 8.1e-7 | 0.25 s |" in text
     assert "| 4.00 x (2.2 x, met) | 3 of 1,000 labels |" in text
     assert "ConvNeXt-T, Transformers, AOTInductor: `RuntimeError: no compiler`." in text
     assert "A CPU (AVX512), 2 threads; PyTorch 9.9; 2030-01-02." in text
