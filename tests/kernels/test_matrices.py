@@ -113,7 +113,7 @@ def test_graphs_for_openvino(dtype):
     assert ("aten::linear" in operators(full)) == (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_winograd_for_openvino_in_float32_alone(dtype):
     x, weight = torch.randn(1, 256, 32, 32), torch.randn(256, 256, 3, 3) / 48
     with writing_for("openvino", one_size=True, dtype=dtype):
