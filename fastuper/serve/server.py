@@ -147,7 +147,8 @@ def _listen(listener: socket.socket) -> None:
     try:
         listener.listen(128)
     except OSError as error:
-        raise _in_use(*listener.getsockname()[:2], error) from None
+        host, port = listener.getsockname()[:2]  # IPv6 has two more
+        raise _in_use(host, port, error) from None
 
 
 def _in_use(host: str, port: int, error: OSError) -> ServeError:

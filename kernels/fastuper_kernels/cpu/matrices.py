@@ -20,7 +20,12 @@ from fastuper_kernels.dispatch.modes import as_written, written_dtype, written_f
 # The transforms of `cpu.winograd` as matrices, at the same points.
 INPUTS = [[1, 1.5, -2, -1.5, 1, 0], [0, -1, -2.5, -0.5, 1, 0], [0, 1, 0.5, -2.5, 1, 0]]
 INPUTS += [[0, -0.5, -1, 0.5, 1, 0], [0, 2, -1, -2, 1, 0], [0, 1, 1.5, -2, -1.5, 1]]
-OUTPUTS = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -0.5, 0], [0, 1, 1, 4, 0.25, 0], [0, 1, -1, 8, -0.125, 1]]
+OUTPUTS: list[list[float]] = [
+    [1, 1, 1, 1, 1, 0],
+    [0, 1, -1, 2, -0.5, 0],
+    [0, 1, 1, 4, 0.25, 0],
+    [0, 1, -1, 8, -0.125, 1],
+]
 
 
 LARGEST = 256
@@ -165,9 +170,10 @@ def _winograd_of_maps(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             taps = along.view(1, 1, 1, -1).repeat(channels, 1, 1, 1)
             line.append(F.conv2d(F.conv2d(rows, taps, None, (1, size), (0, 1), groups=channels), next(kernels)))
         lines.append(_outputs(line))
+    columns = [_outputs(line) for line in zip(*lines, strict=True)]
     tall = []
-    for row in zip(*map(_outputs, zip(*lines, strict=True)), strict=True):
-        wide = torch.stack([part.permute(0, 2, 3, 1) for part in row], dim=3)
+    for row in range(size):
+        wide = torch.stack([column[row].permute(0, 2, 3, 1) for column in columns], dim=3)
         tall.append(wide.view(-1, height // size, 1, width, weight.shape[0]))
     return torch.cat(tall, dim=2).view(-1, height, width, weight.shape[0]).permute(0, 3, 1, 2)
 
