@@ -27,13 +27,18 @@ from fastuper.models.necks.vit_pyramid import Pool, Rescale
 from fastuper_kernels.dispatch.modes import for_all_sizes
 from tests.models.heads import randomize
 from tests.models.test_upernet import BACKBONES as NATIVE
-from tests.models.test_upernet import UperNetConfig, UperNetForSemanticSegmentation
+from tests.models.test_upernet import UperNetConfig, UperNetForSemanticSegmentation, ViTPyramidConfig
 
 BACKBONES = {
     **NATIVE,
     "swin_timm": lambda: TimmSwinConfig(64, embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 4], window_size=4),
 }
 exhaustive = pytest.mark.exhaustive
+
+
+def swin_timm_of_two_stages() -> TimmSwinConfig:
+    sizes: Any = {"depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
+    return TimmSwinConfig(64, embed_dim=8, out_features=["stage1", "stage2"], **sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +85,9 @@ def test_torch_of_any_size(family, tmp_path):
 @exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", BACKBONES)
-def test_aoti_of_any_size(family, tmp_path):
+def test_aoti_of_any_size(family, tmp_path, monkeypatch):
+    # To compile four stages of windows takes ten minutes; two have all kinds of windows, and a patch merging.
+    monkeypatch.setitem(BACKBONES, "swin_timm", swin_timm_of_two_stages)
     check_format(tmp_path, "aoti", family)
 
 
@@ -150,6 +157,15 @@ def test_named_ranges(family, example):
 @pytest.mark.parametrize("family", BACKBONES)
 def test_other_dimensions(family, dims):
     check_own(network(family), dims, (160, 192), SIZES + [(16, 16), (17, 30)] * (dims is SMALL))
+
+
+@exhaustive
+def test_relative_positions_from_one_patch(monkeypatch):
+    relative = ViTPyramidConfig(
+        64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, use_relative_position_bias=True
+    )
+    monkeypatch.setitem(BACKBONES, "vit_pyramid", lambda: relative)
+    check_own(network("vit_pyramid"), SMALL, (160, 192), [(16, 16), (17, 30), (64, 64), (97, 131)])
 
 
 # Steps whose results depend on small sizes ---------------------------------------------------------------------------

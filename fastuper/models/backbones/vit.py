@@ -245,7 +245,10 @@ class Tokens(NamedTuple):
     def as_map(self) -> torch.Tensor:
         """Return the patches as a map (B, C, height, width)."""
         patches = self.values[:, self.values.shape[1] - self.height * self.width :]
-        return patches.transpose(1, 2).reshape(patches.shape[0], -1, self.height, self.width)
+        if is_eager():
+            return patches.transpose(1, 2).reshape(patches.shape[0], -1, self.height, self.width)
+        # The same map: a tracer compares no sizes for this view. The layout may differ for one image, hence the other.
+        return patches.unflatten(1, (self.height, self.width)).permute(0, 3, 1, 2)
 
 
 class ViTPatchEmbeddings(nn.Module):
@@ -317,7 +320,7 @@ class ViTEmbeddings(nn.Module):
         extra, own = table[:, : self.extra], table[:, self.extra :]
         maps = own.reshape(1, *self.grid, -1).permute(0, 3, 1, 2)
         resized = F.interpolate(maps, (height, width), mode=self.interpolation, align_corners=False)
-        patches = resized.flatten(2).transpose(1, 2)
+        patches = resized.permute(0, 2, 3, 1).flatten(1, 2)
         if not is_eager():  # a traced network computes both: it compares no sizes
             place = torch.arange(height * width, device=table.device)
             patches = torch.where(place[-1:, None] == count - 1, own[:, place.clamp(max=count - 1)], patches)
@@ -393,7 +396,7 @@ class ViTAttention(nn.Module):
         if relative.size is not None:
             maps = table.view(1, 2 * self.grid[0] - 1, 2 * self.grid[1] - 1, -1).permute(0, 3, 1, 2)
             resized = F.interpolate(maps, relative.size, mode="bilinear", align_corners=False)
-            pairs = resized.flatten(2)[0].t()
+            pairs = resized.permute(0, 2, 3, 1).flatten(0, 2)
         bias = pairs[relative.entries].permute(2, 0, 1)
         if relative.own is not None and relative.is_own is not None:
             bias = torch.where(relative.is_own, table[relative.own].permute(2, 0, 1), bias)

@@ -103,8 +103,10 @@ class _UnguardedChoices(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         chooses = func in self.operators and kwargs.get("scale_factor") is None  # a factor computes a size
-        free = (side for side in args[0].shape if isinstance(side, torch.SymInt)) if chooses else ()
-        for side in free:
+        # The sizes of tensors, and those given as arguments, such as the size that a table is resampled to.
+        leaves = _pytree.tree_leaves((args, kwargs)) if chooses else []
+        sides = (side for leaf in leaves for side in (leaf.shape if isinstance(leaf, torch.Tensor) else [leaf]))
+        for side in (side for side in sides if isinstance(side, torch.SymInt)):
             environment: Any = side.node.shape_env
             with environment.suppress_guards():
                 return func(*args, **kwargs)
@@ -129,10 +131,14 @@ def aoti_compile(program: Any, configs: dict[str, Any]) -> bytes:
         program: the program.
         configs: Inductor's options.
 
-    Reason: the documented functions for packages are in a private module.
+    Reason: the documented functions for packages are in a private module. Inductor notes what holds for the example's
+    sizes, such as maps of more than one row, and simplifies sizes by it, but a package does not check it.
     """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it takes time to import
+
     file = io.BytesIO()  # on a full disk PyTorch's own file ends the process
-    torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=configs)
+    with ShapeEnv().suppress_guards():  # of this thread, whatever the instance
+        torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=configs)
     return file.getvalue()
 
 
