@@ -140,14 +140,9 @@ SIZES = [(32, 32), (33, 47), (97, 131), (224, 224), (64, 449)]
 EXAMPLES = [(64, 96), (224, 224), (160, 192)]  # in the first two, maps of some stages are a single window
 
 
-@pytest.mark.parametrize(
-    ("family", "example"),
-    [
-        pytest.param(family, example, marks=[] if (family, example) == ("convnext", EXAMPLES[0]) else exhaustive)
-        for family in BACKBONES
-        for example in EXAMPLES
-    ],
-)
+@exhaustive
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("family", BACKBONES)
 def test_named_ranges(family, example):
     check_own(network(family), NAMED, example, SIZES)
 
