@@ -231,7 +231,7 @@ def exports(figure: Any, result: dict[str, Any]) -> None:
     """Draw a panel for each backbone, from bench.exports' results: two bars for each row of its table."""
     panels = figure.subplots(1, len(result["rows"]), squeeze=False, sharey=True)[0]
     for axes, (key, row) in zip(panels, result["rows"].items(), strict=True):
-        names = [name for known in EXPORTS[:5] for name in (known.before, known.after)][::-1]
+        names = [name for known in EXPORTS[:6] for name in (known.before, known.after)][::-1]
         times = [median(row["peers"].get(name, {}).get("rounds", [0.0])) for name in names]
         colours = [OURS if name.startswith(FASTUPER) else THEIRS for name in names]
         bars = axes.barh(names, times, color=colours, height=0.7)
@@ -254,7 +254,7 @@ def draw_training(result: dict[str, Any], folder: Path = DOCS) -> Path:
 
 def draw_exports(result: dict[str, Any], folder: Path = DOCS) -> Path:
     """Write the picture of bench.exports' results, and return the file."""
-    return picture(folder / "exports.svg", (11, 3.4), exports, result)
+    return picture(folder / "exports.svg", (11, 3.9), exports, result)
 
 
 def picture(path: Path, shape: tuple[float, float], fill: Callable[[Any, Any], None], results: Any) -> Path:
