@@ -156,7 +156,6 @@ def check_labels(python: Path, folder: Path, photo: Path, output: Path, **proces
     assert decided.float().mean() > 0.99
 
 
-@pytest.mark.exhaustive
 def test_the_script_of_onnx(exported_onnx, photo, tmp_path):
     check_labels(Path(sys.executable), exported_onnx, photo, tmp_path / "labels.png")
 
