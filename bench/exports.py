@@ -29,6 +29,7 @@ from bench.timing import Call, CannotDo, alternate, medians, rounded
 from bench.truth import errors
 from fastuper.export import export_model, exporting
 from fastuper.export.int8 import LEAST_PHOTOS
+from fastuper.export.openvino import core
 from fastuper.scenes import scene
 
 RESULTS = FOLDER / "exports.json"
@@ -145,17 +146,14 @@ def onnx_runtime(folder: Path, pixels: torch.Tensor) -> Callable[[], torch.Tenso
 
 def openvino(hint: str) -> Load:
     def load(folder: Path, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
-        import openvino as ov
-
         options = {
             "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        core = ov.Core()
-        model = core.read_model(folder / "model.xml")
+        model = core().read_model(folder / "model.xml")
         model.reshape({model.inputs[0]: list(pixels.shape)})  # fixed sizes, with which OpenVINO fuses most
-        request = core.compile_model(model, "CPU", options).create_infer_request()
+        request = core().compile_model(model, "CPU", options).create_infer_request()
         feed = dict(zip(range(len(model.inputs)), (pixels.numpy(), np.array(TARGET)), strict=False))
         # The output is a view of the request's memory: nothing is copied.
         return lambda: torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True).to_tuple()[0])

@@ -41,6 +41,7 @@ from bench.names import (
 )
 from bench.pairs import BACKBONES, give_attentions, images, pair
 from bench.timing import CannotDo
+from fastuper.export.openvino import core
 
 CLASSES = 150
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
@@ -370,7 +371,7 @@ def openvino(world: World, task: Task) -> Callable[[], Any]:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         model = world.once(("openvino", exported_part(task), task.size), convert)
-        return ov.Core().compile_model(model, "CPU", options).create_infer_request()
+        return core().compile_model(model, "CPU", options).create_infer_request()
 
     request = world.once(("openvino compiled", exported_part(task), task.size, task.dtype), make)
     feed = {i: x.numpy() for i, x in enumerate(inputs)}

@@ -26,6 +26,7 @@ from fastuper.data.samples import DataError
 from fastuper.evaluation.confusion import ConfusionMatrix
 from fastuper.evaluation.loop import check_classes
 from fastuper.export.formats import Arrays, Runner, format_of
+from fastuper.export.openvino import core
 from fastuper.export.settings import ExportError, ExportSettings, ProofError
 from fastuper.io.messages import format_size, name_of, reason
 
@@ -258,7 +259,7 @@ def _by_nncf(folder: Path, photos: Photos) -> str:
     import openvino
 
     nncf = _nncf()
-    model = openvino.Core().read_model(folder / "model.xml")
+    model = core().read_model(folder / "model.xml")
     operations = [
         Operation(
             operation.get_friendly_name(),

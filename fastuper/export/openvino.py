@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,19 @@ MODEL_FILES: tuple[str, ...] = ("model.xml", "model.bin")
 
 HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """OpenVINO's names of the dtypes: without a hint it computes in bfloat16 on processors that have it."""
+
+
+@functools.cache
+def core() -> Any:
+    """Return OpenVINO's runtime, one for the process.
+
+    For processors with AMX each `openvino.Core` gives the thread a signal stack, and takes it away at its end. Two that
+    end in the order in which they began leave the thread a stack that is unmapped: the next signal, such as Ctrl-C or
+    the end of a child process, then ends Python (seen with OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mapping[str, str]) -> None:
@@ -60,10 +74,8 @@ def write(graph: Graph, settings: ExportSettings, folder: Path, metadata: Mappin
 
 def load(folder: Path, settings: ExportSettings) -> Runner:
     """Return the model in OpenVINO as a function of arrays; see `ExportFormat`."""
-    import openvino
-
     hints = {"INFERENCE_PRECISION_HINT": HINTS[settings.dtype]}
-    model = openvino.Core().compile_model(folder / MODEL_FILES[0], "CPU", hints)
+    model = core().compile_model(folder / MODEL_FILES[0], "CPU", hints)
     names = [output.any_name for output in model.outputs]
 
     def run(arrays: Arrays) -> dict[str, np.ndarray]:

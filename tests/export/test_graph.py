@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import openvino
 import PIL.Image
 import pytest
 import torch
@@ -24,6 +23,7 @@ from fastuper import UperNetForSemanticSegmentation, UperNetImageProcessor
 from fastuper.export import ExportError, ExportSettings
 from fastuper.export.bands import Filter
 from fastuper.export.graph import Graph
+from fastuper.export.openvino import core
 from fastuper.export.preprocessing import FILTERS, Preprocessing, _resampled
 from fastuper.models.backbones.foreign import Sizes
 from tests.models.heads import error, randomize
@@ -263,7 +263,7 @@ def by_onnxruntime(path: Path) -> Callable[..., Any]:
 
 
 def by_openvino(source: Any) -> Callable[..., Any]:
-    compiled = openvino.Core().compile_model(source, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(source, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def run(*inputs: torch.Tensor) -> Any:
         found = [torch.as_tensor(x.copy()) for x in compiled([x.numpy() for x in inputs]).values()]

@@ -18,6 +18,7 @@ from fastuper.evaluation import ConfusionMatrix
 from fastuper.export import export_model, int8
 from fastuper.export.formats import format_of
 from fastuper.export.int8 import Operation, Photos
+from fastuper.export.openvino import core
 from fastuper.export.settings import ExportError, ExportSettings, ProofError
 from fastuper.scenes import ID2LABEL, MODEL, SceneDataset, load_model, scene
 
@@ -340,7 +341,7 @@ def write_small(form, folder):
 def metadata_of(form, folder):
     if form == "onnx":
         return {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
-    return openvino.Core().read_model(folder / "model.xml").get_rt_info(["model_info", "labels"]).astype(str)
+    return core().read_model(folder / "model.xml").get_rt_info(["model_info", "labels"]).astype(str)
 
 
 def floats(form, folder):
@@ -348,7 +349,7 @@ def floats(form, folder):
     if form == "onnx":
         tensors = onnx.load(folder / "model.onnx").graph.initializer
         return [list(t.dims) for t in tensors if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 64]
-    operations = openvino.Core().read_model(folder / "model.xml").get_ops()
+    operations = core().read_model(folder / "model.xml").get_ops()
     constants = [x for x in operations if x.get_type_name() == "Constant" and x.get_element_type().is_real()]
     return [list(x.shape) for x in constants if np.prod(list(x.shape)) > 64]
 

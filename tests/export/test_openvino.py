@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import openvino
@@ -23,7 +25,7 @@ def write(folder: Path, model, **options) -> openvino.Model:
     graph = graph_of(model, format="openvino", **options)
     with torch.no_grad():
         exporter.write(graph, graph.settings, folder, METADATA)
-    return openvino.Core().read_model(folder / "model.xml")
+    return exporter.core().read_model(folder / "model.xml")
 
 
 def test_the_file(tmp_path):
@@ -42,6 +44,29 @@ def test_the_file(tmp_path):
     run = exporter.load(tmp_path, ExportSettings(format="openvino"))
     with torch.no_grad():
         assert error(torch.from_numpy(run({"pixel_values": pixels.numpy()})["logits"]), network(pixels).logits) < 2e-5
+    survives_a_signal(tmp_path)
+
+
+LOADED_TWICE = """
+import signal, sys
+from pathlib import Path
+from fastuper.export import ExportSettings, openvino
+
+settings = ExportSettings(format="openvino")
+first = openvino.load(Path(sys.argv[1]), settings)
+second = openvino.load(Path(sys.argv[1]), settings)
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def survives_a_signal(folder: Path) -> None:
+    """Two models that end in the order in which they began leave a process that handles signals."""
+    command = [sys.executable, "-c", LOADED_TWICE, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout) == (0, "handled\n"), result.stderr
 
 
 @pytest.mark.exhaustive
@@ -74,7 +99,7 @@ def test_every_family(family, options, tmp_path):
     processor = UperNetImageProcessor(size=(64, 96))
     report = export_model(small(family), tmp_path / "a", format="openvino", processor=processor, **options)
     assert report["checked"]
-    model = openvino.Core().read_model(tmp_path / "a/model.xml")
+    model = exporter.core().read_model(tmp_path / "a/model.xml")
     shapes = [[x.get_length() if x.is_static else "?" for x in port.partial_shape] for port in model.inputs]
     free = [[x if isinstance(x, int) else "?" for x in entry["shape"]] for entry in report["inputs"].values()]
     assert shapes == free

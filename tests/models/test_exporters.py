@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim
 
 from bench.numerics import error
+from fastuper.export.openvino import core
 from fastuper_kernels import pyramid_pool
 from tests.models.heads import randomize
 from tests.models.test_upernet import BACKBONES
@@ -56,7 +57,7 @@ class Pooling(nn.Module):
 
 
 def by_openvino(model: openvino.Model, hints: dict[str, str] | None = None) -> Runner:
-    compiled = openvino.Core().compile_model(model, "CPU", FLOAT32 if hints is None else hints)
+    compiled = core().compile_model(model, "CPU", FLOAT32 if hints is None else hints)
     return lambda x: [torch.as_tensor(value) for value in compiled(x.numpy()).values()]
 
 
