@@ -105,7 +105,7 @@ ANY = [jit, legacy_onnx, new_onnx, openvino_from_the_module, openvino_from_a_pro
 ONE = [legacy_onnx_of_one_size, openvino_from_the_module_of_one_size]
 # A program of symbolic sizes takes half a minute. tests/models/test_jit_trace.py traces every family, and
 # tests/models/test_tracing.py exports a model.
-FAST = [("convnext", legacy_onnx), ("resnet", openvino_from_the_module)]
+FAST = [("vit_pyramid", legacy_onnx), ("resnet", openvino_from_the_module)]
 
 
 def id_of(export: Callable[..., Runner], family: str) -> str:

@@ -35,7 +35,7 @@ from fastuper.models.necks.vit_pyramid import TRANSPOSED_SCALES, build_neck
 from fastuper.models.outputs import BackboneOutput
 from fastuper.models.untouched import is_exactly
 from fastuper.weights.transformers import Names
-from fastuper_kernels.dispatch.modes import is_eager
+from fastuper_kernels.dispatch.modes import is_eager, is_jit_tracing
 
 NECKS = ("resized", "transposed", "none")
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -245,9 +245,9 @@ class Tokens(NamedTuple):
     def as_map(self) -> torch.Tensor:
         """Return the patches as a map (B, C, height, width)."""
         patches = self.values[:, self.values.shape[1] - self.height * self.width :]
-        if is_eager():
+        if is_eager() or is_jit_tracing():  # which makes constants of the sizes of `unflatten`
             return patches.transpose(1, 2).reshape(patches.shape[0], -1, self.height, self.width)
-        # The same map: a tracer compares no sizes for this view. The layout may differ for one image, hence the other.
+        # The same map: torch.export compares no sizes for this view. Its layout may differ for one image.
         return patches.unflatten(1, (self.height, self.width)).permute(0, 3, 1, 2)
 
 
