@@ -126,8 +126,6 @@ class Filter(NamedTuple):
 def blocks(band: Chain | Filter, count: int) -> Blocks:
     """Return a linear map of one axis in this many blocks of equal length."""
     length = (band.size_out + count - 1) // count
-    if isinstance(length, torch.SymInt):
-        length = length + 1  # Inductor must know that the matrices have several rows
     i = torch.arange(count)[:, None] * length + torch.arange(length)
     i = i.minimum(torch.zeros_like(i) + (band.size_out - 1))
     j = band.first(i[:, :1]) + torch.arange(band.reach(length))
